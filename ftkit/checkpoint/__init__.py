@@ -1,0 +1,1 @@
+"""Live tensors to durable bytes, and back to tensors of another world."""

@@ -1,0 +1,78 @@
+"""What ftkit raises.
+
+A fault that ftkit is built to survive is a value (`Verdict`), not an exception; wrong
+arguments are `ValueError` where they come in. What remains::
+
+    FtkitError
+    ├── JobFault                 the job, not the caller, is at fault; survivable
+    │   ├── GenerationAborted    a collective ended because its generation is over
+    │   └── StepRolledBack       this step was not committed and will be played again
+    ├── JobStopped               the job ends, with the reason
+    ├── UsageError               the script or command line asks for something impossible
+    │   ├── OutsideStep          an optimizer stepped outside `with step:`
+    │   ├── StateChanged         state appeared, moved or changed shape after `protect`
+    │   └── NotDeterministic     the data differed between two readings of the same step
+    ├── CapacityError            not enough memory, shared memory or disk; says how much
+    ├── IntegrityError           bytes are not what was written; treated as lost
+    └── WireError                a connection broke or spoke wrongly
+        ├── AuthenticationError  the peer does not hold the job's secret
+        └── ProtocolError        a frame or message outside the schema
+
+`JobFault` inside `with step:` is swallowed there and the step is played again.
+"""
+
+
+class FtkitError(Exception):
+    """Root of everything ftkit raises on purpose."""
+
+
+class JobFault(FtkitError):
+    """The job failed around this rank; inside a step it is survived."""
+
+
+class GenerationAborted(JobFault):
+    """A collective ended early because its generation is over."""
+
+
+class StepRolledBack(JobFault):
+    """The step was not committed anywhere; the same step comes round again."""
+
+
+class JobStopped(FtkitError):
+    """The job is over; the message says why."""
+
+
+class UsageError(FtkitError):
+    """The caller asked for something that cannot work; the message says what to do."""
+
+
+class OutsideStep(UsageError):
+    """A protected optimizer was stepped outside `with step:`."""
+
+
+class StateChanged(UsageError):
+    """Protected state appeared, moved or changed shape after `protect`."""
+
+
+class NotDeterministic(UsageError):
+    """The same step read different data twice."""
+
+
+class CapacityError(FtkitError):
+    """Not enough room; the message says how much is needed and how much there is."""
+
+
+class IntegrityError(FtkitError):
+    """Stored bytes do not match their checksum."""
+
+
+class WireError(FtkitError):
+    """A connection broke or its peer misbehaved."""
+
+
+class AuthenticationError(WireError):
+    """The peer could not prove that it holds the job's secret."""
+
+
+class ProtocolError(WireError):
+    """The peer sent something outside the schema."""

@@ -1,0 +1,44 @@
+"""Identifiers, and the glossary: one word, one meaning, throughout ftkit.
+
+========== =====================================================================
+word       meaning
+========== =====================================================================
+job        one `ftkit run`: all processes, files and shared memory under one name
+node       a host; on the embedded engine, one agent and its own failure domain
+seat       a rank's place in the job: fixed at launch, inherited by the process
+           that replaces a dead one. Seats 0..N-1, `--nproc` of them on each node
+member     one incarnation of a seat: a process, from spawn to exit. Never reused
+rank       a member's number in one world: its position in the order of seats
+world      the members of one generation
+generation a number that rises with every change of membership. Everything on the
+           wire carries it; what is older is refused
+term       a number that rises with every coordinator, so that orders from one
+           that was replaced are refused
+step       an optimizer step that was committed. Step t is the t-th, counted from
+           1; state "at step 0" is the initial one
+attempt    one try at playing a step, in one generation
+slot       a fixed place in the global batch whose gradient is one term of the
+           canonical sum
+snapshot   the state captured at a step
+shard      one rank's part of a snapshot
+stripe     the shards that share parity
+tier       where a copy lives: live tensors, arena, peer parity, disk, object store
+arena      the shared-memory file that holds one seat's snapshots
+checkpoint a persisted snapshot
+verdict    what detection concluded, with evidence
+incident   a verdict and everything done about it, until training goes on
+drill      a fault on purpose, with a checked outcome
+========== =====================================================================
+"""
+
+from typing import NewType
+
+JobId = NewType("JobId", str)
+NodeId = NewType("NodeId", int)
+Seat = NewType("Seat", int)
+MemberId = NewType("MemberId", int)
+Rank = NewType("Rank", int)
+Generation = NewType("Generation", int)
+Term = NewType("Term", int)
+Step = NewType("Step", int)
+Slot = NewType("Slot", int)

@@ -1,0 +1,217 @@
+"""Authenticated sockets and small JSON messages: how ftkit's processes talk.
+
+Every connection, on a Unix socket or TCP, begins with a mutual challenge: each side proves
+that it holds the job's secret by an HMAC-SHA256 over both nonces and its role, so neither
+a replay nor a reflection is accepted. After it, the data plane speaks its own binary frames
+(`collectives.frames`); the control plane speaks messages: a 4-byte length and a JSON
+object. Sizes are checked before anything is allocated, and nothing is ever unpickled.
+"""
+
+import hashlib
+import hmac
+import json
+import os
+import socket
+import struct
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ftkit.core.errors import AuthenticationError, ProtocolError, WireError
+
+MAGIC = b"ftkit/1\n"
+NONCE_BYTES = 32
+PROOF_BYTES = 32
+HELLO_BYTES_MAX = 4096
+MESSAGE_BYTES_MAX = 16 << 20
+_LENGTH = struct.Struct("!I")
+
+
+def authenticate(
+    sock: socket.socket,
+    secret: bytes,
+    *,
+    server: bool,
+    hello: Mapping[str, object] | None = None,
+    timeout_s: float = 10.0,
+) -> dict[str, Any]:
+    """Prove to the peer that we hold `secret`, have it prove the same, and swap hellos.
+
+    Blocks for at most `timeout_s`. The socket is left in blocking mode without timeout.
+
+    Args:
+      sock: connected stream socket; stays the caller's, and is not closed here on error.
+      secret: the job's secret.
+      server: whether this side accepted the connection. The two sides must differ.
+      hello: JSON-safe facts to tell the peer once it is trusted (who we are).
+      timeout_s: the longest any single read or write may take.
+
+    Returns:
+      The peer's hello.
+
+    Raises:
+      AuthenticationError: the peer does not hold the secret.
+      ProtocolError: the peer speaks something else.
+      WireError: the connection broke or the peer was silent for `timeout_s`.
+    """
+    mine, theirs = (b"server", b"client") if server else (b"client", b"server")
+    sock.settimeout(timeout_s)
+    try:
+        nonce = os.urandom(NONCE_BYTES)
+        sock.sendall(MAGIC + nonce)
+        opening = _read(sock, len(MAGIC) + NONCE_BYTES)
+        if not opening.startswith(MAGIC):
+            raise ProtocolError(f"peer opened with {opening[:8]!r}, not ftkit's greeting")
+        other = opening[len(MAGIC) :]
+        if other == nonce:
+            raise AuthenticationError("peer reflected our own challenge")
+        sock.sendall(_proof(secret, mine, nonce, other))
+        if not hmac.compare_digest(
+            _read(sock, PROOF_BYTES), _proof(secret, theirs, other, nonce)
+        ):
+            raise AuthenticationError("peer does not hold this job's secret")
+        send_message(sock, dict(hello or {}))
+        return receive_message(sock, bytes_max=HELLO_BYTES_MAX)
+    except TimeoutError as error:
+        raise WireError(f"peer was silent for {timeout_s} s during the greeting") from error
+    except OSError as error:
+        raise WireError(f"connection broke during the greeting: {error}") from error
+    finally:
+        # Best effort: a socket that broke may already refuse options.
+        try:
+            sock.settimeout(None)
+        except OSError:
+            pass
+
+
+def send_message(sock: socket.socket, message: Mapping[str, object]) -> None:
+    """Send one message. Blocks until the kernel has it; OSError when it cannot."""
+    data = json.dumps(message, separators=(",", ":")).encode()
+    if len(data) > MESSAGE_BYTES_MAX:
+        raise ValueError(f"message of {len(data)} bytes exceeds {MESSAGE_BYTES_MAX}")
+    sock.sendall(_LENGTH.pack(len(data)) + data)
+
+
+def receive_message(
+    sock: socket.socket, *, bytes_max: int = MESSAGE_BYTES_MAX
+) -> dict[str, Any]:
+    """Receive one message, blocking. Raises WireError at the end of the stream."""
+    (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
+    if length > bytes_max:
+        raise ProtocolError(f"message announces {length} bytes, at most {bytes_max} are allowed")
+    try:
+        message = json.loads(_read(sock, length))
+    except ValueError as error:
+        raise ProtocolError(f"message is not JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise ProtocolError(f"message is a {type(message).__name__}, not an object")
+    return message
+
+
+class Channel:
+    """A control connection that many threads may send on and one thread receives from."""
+
+    def __init__(self, sock: socket.socket, hello: Mapping[str, Any] | None = None) -> None:
+        """Take over `sock`, already authenticated; `hello` is what the peer said of itself."""
+        self._sock = sock
+        self._lock = threading.Lock()
+        self.hello: Mapping[str, Any] = hello or {}
+
+    def fileno(self) -> int:
+        """The descriptor, for a selector."""
+        return self._sock.fileno()
+
+    def send(self, message: Mapping[str, object]) -> None:
+        """Send one message. Raises WireError when the peer is gone."""
+        try:
+            with self._lock:
+                send_message(self._sock, message)
+        except OSError as error:
+            raise WireError(f"peer is gone: {error}") from error
+
+    def receive(self) -> dict[str, Any]:
+        """Receive one message, blocking. Raises WireError when the peer is gone."""
+        try:
+            return receive_message(self._sock)
+        except OSError as error:
+            raise WireError(f"peer is gone: {error}") from error
+
+    def close(self) -> None:
+        """Wake a blocked `receive` and close. May be called from any thread, twice."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the peer was faster
+        self._sock.close()
+
+
+def listen(host: str, port: int = 0) -> socket.socket:
+    """A listening TCP socket on `host`. Raises OSError, the port being taken among others."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(128)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A listening Unix socket at `path`, readable by this user only."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(path)
+        os.chmod(path, 0o600)
+        sock.listen(128)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def connect(
+    address: tuple[str, int] | str,
+    secret: bytes,
+    *,
+    hello: Mapping[str, object],
+    timeout_s: float = 10.0,
+) -> Channel:
+    """Connect to a TCP (host, port) or a Unix socket path, authenticate, and say who we are.
+
+    Raises:
+      WireError: nobody listens there, or the greeting failed.
+    """
+    family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+    if isinstance(address, tuple) and ":" in address[0]:
+        family = socket.AF_INET6
+    sock = socket.socket(family)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(address)
+        if family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Channel(
+            sock, authenticate(sock, secret, server=False, hello=hello, timeout_s=timeout_s)
+        )
+    except OSError as error:
+        sock.close()
+        raise WireError(f"cannot reach {address}: {error}") from error
+    except WireError:
+        sock.close()
+        raise
+
+
+def _proof(secret: bytes, role: bytes, own: bytes, other: bytes) -> bytes:
+    return hmac.new(secret, role + own + other, hashlib.sha256).digest()
+
+
+def _read(sock: socket.socket, count: int) -> bytes:
+    data = bytearray()
+    while len(data) < count:
+        chunk = sock.recv(count - len(data))
+        if not chunk:
+            raise WireError(f"connection ended after {len(data)} of {count} bytes")
+        data += chunk
+    return bytes(data)

@@ -1,0 +1,1 @@
+"""From what ranks leave in shared memory to verdicts with evidence."""

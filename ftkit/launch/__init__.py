@@ -1,0 +1,1 @@
+"""Processes, machines, and the place where everything is joined."""

@@ -1,0 +1,1 @@
+"""From verdicts to a running job: protocol, policy, budget, data cursor."""
