@@ -1,0 +1,91 @@
+"""Budget: whether a dead process is replaced, or the job has to stop, with the reason.
+
+Pure. Two limits: a seat that keeps failing without getting anywhere is a bug in the script
+or a broken place, and no number of retries mends it (facts: a retry that changes nothing
+succeeds 5.5 % of the time); and a job may replace `restarts_max` processes in all.
+"""
+
+import signal
+from dataclasses import dataclass, replace
+
+from ftkit.core.ids import MemberId, Step
+from ftkit.recovery.facts import MemberFacts
+from ftkit.recovery.plan import Assignment, Stop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetConfig:
+    """How much failure a job takes before it stops."""
+
+    same_place_max: int = 3
+    """Failures of one seat in a row, without progress between them, that stop the job."""
+    progress_steps: int = 10
+    """Steps a replaced process must commit for its seat's failures to be forgotten."""
+    restarts_max: int = 100
+    """Processes a job may replace in all."""
+
+    def __post_init__(self) -> None:
+        if self.same_place_max < 1 or self.progress_steps < 1 or self.restarts_max < 0:
+            raise ValueError(f"a budget cannot be negative, got {self}")
+
+
+def respawn(
+    seat: Assignment,
+    dead: MemberFacts,
+    *,
+    step: Step,
+    restarts: int,
+    member: MemberId,
+    config: BudgetConfig,
+) -> Assignment | Stop:
+    """The seat with its next incarnation `member`, or the reason to stop.
+
+    Args:
+      seat: the seat whose process died.
+      dead: what is known of that process.
+      step: the step the job stood at.
+      restarts: processes replaced so far.
+      member: the number the next incarnation will have.
+      config: the limits.
+    """
+    made_progress = step - seat.joined_step >= config.progress_steps
+    failures = 1 if made_progress else seat.failures + 1
+    if failures >= config.same_place_max:
+        return Stop(
+            code=exit_status(dead.exit_code),
+            reason=(
+                f"rank in seat {seat.seat} failed {failures} times at or near step {step + 1} "
+                f"(last: {describe_exit(dead.exit_code)}); replacing it again would not help"
+                + _quoted(dead.error)
+            ),
+        )
+    if restarts >= config.restarts_max:
+        return Stop(
+            code=exit_status(dead.exit_code),
+            reason=f"{restarts} processes were replaced, the most this job allows"
+            + _quoted(dead.error),
+        )
+    return replace(seat, member=member, failures=failures, joined_step=step)
+
+
+def describe_exit(code: int | None) -> str:
+    """An exit code in words: 'killed by SIGKILL', 'exited with 1'."""
+    if code is None:
+        return "lost with its node"
+    if code >= 0:
+        return f"exited with {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
+def exit_status(code: int | None) -> int:
+    """The shell's exit status for a process's exit code: 128 + signal, never 0."""
+    if code is None or code == 0:
+        return 1
+    return 128 - code if code < 0 else code
+
+
+def _quoted(error: str) -> str:
+    return f":\n{error}" if error else ""

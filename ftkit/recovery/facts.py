@@ -1,0 +1,109 @@
+"""What the coordinator knows of each member: levels reported by agents, never edges.
+
+An agent repeats the whole of its `NodeFacts` at every change and at every heartbeat, so a
+lost message costs a tick and a new coordinator knows the job as soon as every agent has
+spoken once.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum, auto
+from typing import Any
+
+from ftkit.core.errors import ProtocolError
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+
+
+class Stage(StrEnum):
+    """How far a member has come. A session moves it forward; only a halt moves it back."""
+
+    STARTING = auto()
+    """The process runs and has not called `ftkit.init`, and perhaps never will."""
+    READY = auto()
+    """It has an address and belongs to no world that goes on."""
+    LINKED = auto()
+    """A newcomer connected to every member of world `linked`, waiting to be let in."""
+    ACTIVE = auto()
+    """It works in `generation`."""
+    HALTED = auto()
+    """It stands still; `step` and `voted` are final until it enters a newer generation."""
+    DONE = auto()
+    """Its step loop has ended; the process still runs, on its own business."""
+    FINISHED = auto()
+    """The process exited with 0."""
+    DEAD = auto()
+    """The process exited otherwise."""
+
+
+#: Stages of a process that still runs.
+ALIVE: frozenset[Stage] = frozenset(
+    {Stage.STARTING, Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED, Stage.DONE}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemberFacts:
+    """One member as its agent last saw it."""
+
+    member: MemberId
+    seat: Seat
+    node: NodeId
+    stage: Stage
+    generation: Generation = Generation(0)
+    """The newest generation it has entered, or has acknowledged to be over."""
+    linked: Generation = Generation(0)
+    """The world whose members it, as a newcomer, is connected to."""
+    step: Step | None = None
+    """Steps committed by this member: its vote for the last of them passed. None: no state."""
+    voted: bool = False
+    """HALTED: it holds the reduced gradients of step + 1 and has voted for them."""
+    stepping: bool = False
+    """It has entered its step loop, so its work can be played again."""
+    host: str = ""
+    port: int = 0
+    pid: int = 0
+    exit_code: int | None = None
+    """DEAD: the exit code, or minus the signal number."""
+    error: str = ""
+    """DEAD: the last lines it wrote, when they are known."""
+
+    def to_json(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "MemberFacts":
+        """Read what `to_json` wrote. Raises ProtocolError on anything else."""
+        try:
+            step, code = value["step"], value["exit_code"]
+            return cls(
+                member=MemberId(int(value["member"])),
+                seat=Seat(int(value["seat"])),
+                node=NodeId(int(value["node"])),
+                stage=Stage(value["stage"]),
+                generation=Generation(int(value["generation"])),
+                linked=Generation(int(value["linked"])),
+                step=None if step is None else Step(int(step)),
+                voted=bool(value["voted"]),
+                stepping=bool(value["stepping"]),
+                host=str(value["host"]),
+                port=int(value["port"]),
+                pid=int(value["pid"]),
+                exit_code=None if code is None else int(code),
+                error=str(value["error"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not a member's facts: {value!r}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFacts:
+    """Everything the protocol judges by, at one moment."""
+
+    members: Mapping[MemberId, MemberFacts]
+    snapshots: frozenset[Step] = frozenset()
+    """Steps of which a complete and sealed snapshot exists in some arena."""
+    evictions: Mapping[MemberId, str] = field(default_factory=dict)
+    """Members that detection wants removed, with the reason."""
+    nodes_lost: frozenset[NodeId] = frozenset()
+    interrupted: str = ""
+    """Why the user or the cluster wants the job to end; empty while nobody does."""

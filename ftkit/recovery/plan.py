@@ -1,0 +1,160 @@
+"""Plan: what the job should be, in one small document.
+
+The coordinator advances it (`protocol.advance`), agents and ranks carry it out, and every
+agent keeps the newest copy. A coordinator that dies takes nothing with it: the next one
+adopts the newest copy it finds and goes on from there, one term higher. Plans are ordered
+by (term, version); whoever holds a newer one ignores an older one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum, auto
+from typing import Any
+
+from ftkit.core.errors import ProtocolError
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.world import World
+
+
+class Phase(StrEnum):
+    """Where the job is. `protocol` holds the moves between them."""
+
+    FORMING = auto()
+    """No world goes on: the seats' processes start, and will form one."""
+    RUNNING = auto()
+    """The members of `world` train."""
+    HALTING = auto()
+    """Something is wrong: every member stops and says where it stands."""
+    ENDED = auto()
+    """Nothing more will be trained; `stop` says why."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stop:
+    """Why the job ends."""
+
+    code: int
+    """The exit code of `ftkit run`."""
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """Which incarnation should fill a seat, and on which node."""
+
+    seat: Seat
+    node: NodeId
+    member: MemberId
+    failures: int = 0
+    """Failures in a row without enough progress between them (`budget`)."""
+    joined_step: Step = Step(0)
+    """The step at which this incarnation was let in."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The job's state. Immutable; `revised` makes the next version."""
+
+    term: Term = Term(0)
+    version: int = 0
+    phase: Phase = Phase.FORMING
+    seats: tuple[Assignment, ...] = ()
+    world: World | None = None
+    """The world that goes on, or went on last."""
+    resumed: Generation = Generation(0)
+    """The generation that was formed or resumed last. Where it is that of `world`, members
+    enter it from standing still, at `step`; otherwise `world` grew by a vote."""
+    step: Step = Step(0)
+    """The step all members stand at when they enter generation `resumed`."""
+    joining: World | None = None
+    """The world that members switch to, by vote, at the end of a step."""
+    halted: Generation = Generation(0)
+    """Every generation up to this one is over."""
+    evicted: Mapping[MemberId, str] = field(default_factory=dict)
+    """Members whose processes must go, with the reason."""
+    stop: Stop | None = None
+    next_generation: Generation = Generation(1)
+    next_member: MemberId = MemberId(0)
+    restarts: int = 0
+    """Processes replaced so far, all seats together."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Plans with a higher order replace those with a lower one."""
+        return (self.term, self.version)
+
+    def revised(self, **changes: Any) -> "Plan":
+        """The next version of this plan, with `changes`."""
+        return replace(self, version=self.version + 1, **changes)
+
+    def seat_of(self, member: MemberId) -> Assignment | None:
+        """The seat that `member` fills in this plan, or None."""
+        return next((a for a in self.seats if a.member == member), None)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "term": self.term,
+            "version": self.version,
+            "phase": self.phase.value,
+            "seats": [[a.seat, a.node, a.member, a.failures, a.joined_step] for a in self.seats],
+            "world": self.world.to_json() if self.world else None,
+            "resumed": [self.resumed, self.step],
+            "joining": self.joining.to_json() if self.joining else None,
+            "halted": self.halted,
+            "evicted": [[m, r] for m, r in self.evicted.items()],
+            "stop": [self.stop.code, self.stop.reason] if self.stop else None,
+            "next": [self.next_generation, self.next_member],
+            "restarts": self.restarts,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Plan":
+        """Read what `to_json` wrote. Raises ProtocolError on anything else."""
+        try:
+            world, joining, stop = value["world"], value["joining"], value["stop"]
+            return cls(
+                term=Term(int(value["term"])),
+                version=int(value["version"]),
+                phase=Phase(value["phase"]),
+                seats=tuple(
+                    Assignment(
+                        seat=Seat(int(seat)),
+                        node=NodeId(int(node)),
+                        member=MemberId(int(member)),
+                        failures=int(failures),
+                        joined_step=Step(int(joined)),
+                    )
+                    for seat, node, member, failures, joined in value["seats"]
+                ),
+                world=None if world is None else World.from_json(world),
+                resumed=Generation(int(value["resumed"][0])),
+                step=Step(int(value["resumed"][1])),
+                joining=None if joining is None else World.from_json(joining),
+                halted=Generation(int(value["halted"])),
+                evicted={MemberId(int(m)): str(r) for m, r in value["evicted"]},
+                stop=None if stop is None else Stop(code=int(stop[0]), reason=str(stop[1])),
+                next_generation=Generation(int(value["next"][0])),
+                next_member=MemberId(int(value["next"][1])),
+                restarts=int(value["restarts"]),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise ProtocolError(f"not a plan: {value!r}") from error
+
+
+def first_plan(nodes: int, seats_per_node: int, *, term: Term = Term(1)) -> Plan:
+    """The plan of a job that has not begun: every seat gets its first member."""
+    total = nodes * seats_per_node
+    return Plan(
+        term=term,
+        seats=tuple(
+            Assignment(seat=Seat(s), node=NodeId(s // seats_per_node), member=MemberId(s))
+            for s in range(total)
+        ),
+        next_member=MemberId(total),
+    )
+
+
+def adopt(copies: list[Plan], *, term: Term) -> Plan:
+    """The plan a new coordinator goes on with: the newest copy, one term higher."""
+    newest = max(copies, key=lambda p: p.order)
+    return replace(newest, term=Term(max(term, newest.term + 1)), version=0)

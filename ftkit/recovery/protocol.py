@@ -1,0 +1,336 @@
+"""The recovery protocol: every phase, every cause, every move of the job's plan.
+
+Rule 1: whatever decides how a job gets from "a member is gone" to "training again" lives in
+this file. Rule 2: no I/O and no clock. `advance` is told what is (the facts) and answers
+with what should be (the next plan); agents and ranks make it so and report new facts. ::
+
+                 every seat READY                  a member gone, halted or evicted
+      FORMING ---------------------> RUNNING ----------------------------> HALTING
+         ^                           |  ^  |                               |  |
+         |           newcomers LINKED|  |  |all FINISHED     all settled:  |  |
+         |           -> joining ->   +--+  v                 RESUME        |  |
+         |           all switch by vote   ENDED <--- stop    (-> RUNNING) -+  |
+         +--------------------------------------------------------------------+
+                    nobody left standing, or some had not begun to step
+
+Facts are levels: whatever still holds is reported again, so moves need no acknowledgement
+and a lost message costs one tick. What the ranks do on their side is `member.react`.
+
+Invariants (tests/recovery and the simulator check them on every state they reach):
+
+* I1  Generations never fall, and none is issued twice: `next_generation` only rises.
+* I2  A world is entered in two ways only: from standing still, when nobody is active in any
+      older generation (`resumed`), or by a vote that all members of the older world cast
+      (`joining`).
+* I3  Whoever saw a vote pass has committed; if anyone did, all of that world had voted.
+      So at RESUME the step is the highest any survivor reports, and those one behind that
+      had voted roll forward with the gradients they hold. Nobody's step ever falls.
+* I4  A member that is dead, evicted or on a lost node is in no world issued afterwards.
+* I5  A plan that ended stays ended.
+* I6  A decision rests only on members that have acknowledged the halt it follows: what a
+      member said before may have changed since.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from ftkit.core.ids import Generation, MemberId, Step
+from ftkit.core.world import Member, World
+from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
+from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
+from ftkit.recovery.plan import Phase, Plan, Stop
+
+#: Why innocent members are replaced: they had not begun to step, so their work is not a
+#: transaction that could be played again.
+RESTART = "the job starts over: a member was lost before the first step"
+
+#: Exit code of `ftkit run` when no process could be told to be at fault.
+UNRECOVERABLE = 70
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One move, in words for people and fields for the event stream."""
+
+    action: str
+    reason: str
+    fields: dict[str, object] = field(default_factory=dict)
+
+
+def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, list[Decision]]:
+    """The next plan, and why. Repeats moves until none is left; pure.
+
+    Args:
+      plan: the job's plan as it stands.
+      facts: everything known of the members at this moment.
+      budget: how much failure the job takes.
+    """
+    decisions: list[Decision] = []
+    while plan.phase is not Phase.ENDED:
+        moved = _one_move(plan, facts, budget)
+        if moved is None:
+            break
+        plan, decision = moved
+        decisions.append(decision)
+    return plan, decisions
+
+
+def gone(plan: Plan, facts: JobFacts, member: MemberId) -> bool:
+    """Whether `member` can be in no world any more (I4)."""
+    known = facts.members.get(member)
+    return member in plan.evicted or (
+        known is not None and (known.stage is Stage.DEAD or known.node in facts.nodes_lost)
+    )
+
+
+Move = tuple[Plan, Decision]
+
+
+def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
+    if facts.interrupted:
+        return _end(plan, Stop(code=130, reason=facts.interrupted))
+    return (
+        _evict(plan, facts)
+        or _replace_dead(plan, facts, budget)
+        or _finish(plan, facts)
+        or {
+            Phase.FORMING: _form,
+            Phase.RUNNING: _run,
+            Phase.HALTING: _resume,
+        }[plan.phase](plan, facts)
+    )
+
+
+def _end(plan: Plan, stop: Stop) -> Move:
+    ended = plan.revised(phase=Phase.ENDED, stop=stop, halted=_issued(plan), joining=None)
+    return ended, Decision(action="end", reason=stop.reason, fields={"code": stop.code})
+
+
+def _evict(plan: Plan, facts: JobFacts) -> Move | None:
+    """Take in what detection wants removed."""
+    fresh = {
+        m: reason
+        for m, reason in facts.evictions.items()
+        if m not in plan.evicted and _alive(facts, m) and plan.seat_of(m)
+    }
+    if not fresh:
+        return None
+    return plan.revised(evicted={**plan.evicted, **fresh}), Decision(
+        action="evict", reason="; ".join(fresh.values()), fields={"members": sorted(fresh)}
+    )
+
+
+def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
+    """Give the seat of one dead process to a new one, or stop the job.
+
+    Only once the process is really gone: two incarnations of a seat never share its arena.
+    """
+    for seat in plan.seats:
+        dead = facts.members.get(seat.member)
+        if dead is None or dead.stage is not Stage.DEAD:
+            continue
+        if plan.world is None and not dead.port:
+            return _end(
+                plan,
+                Stop(
+                    code=exit_status(dead.exit_code),
+                    reason=f"the process in seat {seat.seat} {describe_exit(dead.exit_code)} "
+                    "before it joined the job" + (f":\n{dead.error}" if dead.error else ""),
+                ),
+            )
+        blameless = plan.evicted.get(seat.member) == RESTART
+        step = max((f.step or Step(0) for f in facts.members.values()), default=Step(0))
+        next_seat = respawn(
+            replace(seat, failures=seat.failures - 1) if blameless else seat,
+            dead,
+            step=Step(step),
+            restarts=plan.restarts,
+            member=plan.next_member,
+            config=budget,
+        )
+        if isinstance(next_seat, Stop):
+            return _end(plan, next_seat)
+        reason = plan.evicted.get(seat.member, describe_exit(dead.exit_code))
+        phase, halted = plan.phase, plan.halted
+        if phase is Phase.RUNNING and plan.world and seat.member in plan.world.member_ids:
+            phase, halted = Phase.HALTING, _issued(plan)
+        return plan.revised(
+            phase=phase,
+            halted=halted,
+            joining=None if phase is Phase.HALTING else plan.joining,
+            seats=tuple(next_seat if s.seat == seat.seat else s for s in plan.seats),
+            evicted={m: r for m, r in plan.evicted.items() if m != seat.member},
+            next_member=MemberId(plan.next_member + 1),
+            restarts=plan.restarts + 1,
+        ), Decision(
+            action="respawn",
+            reason=f"member {seat.member} in seat {seat.seat} {reason}",
+            fields={"seat": seat.seat, "member": next_seat.member, "dead": seat.member},
+        )
+    return None
+
+
+def _finish(plan: Plan, facts: JobFacts) -> Move | None:
+    """End when every seat's process is through, or the world's are and newcomers remain."""
+    expected = [s.member for s in plan.seats]
+    if plan.phase is Phase.RUNNING and plan.world is not None:
+        expected = [m.member for m in plan.world.members]
+    stages = [facts.members[m].stage if m in facts.members else None for m in expected]
+    if any(stage is not Stage.FINISHED for stage in stages):
+        return None
+    return _end(plan, Stop(code=0, reason="every rank finished"))
+
+
+def _form(plan: Plan, facts: JobFacts) -> Move | None:
+    """Enter the first world, or one after everybody died, once every seat is ready."""
+    ready: list[MemberFacts] = []
+    for seat in plan.seats:
+        known = facts.members.get(seat.member)
+        if known is None:
+            return None
+        if known.stage in (Stage.DONE, Stage.FINISHED):
+            continue
+        if known.stage not in (Stage.READY, Stage.LINKED) or known.generation < plan.halted:
+            return None
+        if gone(plan, facts, seat.member):
+            return None
+        ready.append(known)
+    if not ready:
+        return None
+    step = Step(max(facts.snapshots, default=0))
+    what = f"from the snapshot of step {step}" if step else "from the beginning"
+    return _enter(plan, ready, step, action="form", reason=f"all seats are ready, {what}")
+
+
+def _run(plan: Plan, facts: JobFacts) -> Move | None:
+    """Notice that the world is broken, has grown, or could grow."""
+    world = plan.world
+    assert world is not None, "RUNNING has a world"
+    here = [facts.members[m] for m in world.member_ids if m in facts.members]
+
+    if broken := [m for m in world.member_ids if gone(plan, facts, m)]:
+        return _halt(plan, f"members {sorted(broken)} are gone")
+    # A member still HALTED in an older generation is on its way in.
+    if halted := [
+        f.member for f in here if f.stage is Stage.HALTED and f.generation >= world.generation
+    ]:
+        return _halt(plan, f"members {sorted(halted)} report a broken generation")
+    known = {world.generation, *([plan.joining.generation] if plan.joining else [])}
+    if strays := [f.member for f in here if f.stage is Stage.ACTIVE and f.generation > max(known)]:
+        return _halt(plan, f"members {sorted(strays)} switched to a withdrawn world")
+
+    if plan.joining and any(
+        f.stage is Stage.ACTIVE and f.generation == plan.joining.generation for f in here
+    ):
+        new = plan.joining
+        added = sorted(m.seat for m in new.members if m.member not in world.member_ids)
+        return plan.revised(world=new, joining=None), Decision(
+            action="grown",
+            reason=f"seats {added} are in the world",
+            fields={"generation": new.generation, "members": [m.seat for m in new.members]},
+        )
+
+    newcomers = [
+        f
+        for s in plan.seats
+        if (f := facts.members.get(s.member)) is not None
+        and f.stage is Stage.LINKED
+        and f.linked == world.generation
+        and f.member not in world.member_ids
+        and not gone(plan, facts, f.member)
+    ]
+    offered = plan.joining.member_ids - world.member_ids if plan.joining else frozenset()
+    withdraw = any(gone(plan, facts, m) for m in offered)
+    if newcomers and (withdraw or not offered):
+        joining = World.of(
+            plan.next_generation, [*world.members, *(_address(f) for f in newcomers)]
+        )
+        return plan.revised(
+            joining=joining, next_generation=Generation(plan.next_generation + 1)
+        ), Decision(
+            action="join",
+            reason=f"seats {sorted(f.seat for f in newcomers)} are linked to all members",
+            fields={"generation": joining.generation},
+        )
+    if withdraw:
+        return plan.revised(joining=None), Decision(
+            action="withdraw", reason="a newcomer died before it was let in"
+        )
+    return None
+
+
+def _halt(plan: Plan, reason: str) -> Move:
+    return plan.revised(phase=Phase.HALTING, halted=_issued(plan), joining=None), Decision(
+        action="halt", reason=reason, fields={"generation": _issued(plan)}
+    )
+
+
+def _resume(plan: Plan, facts: JobFacts) -> Move | None:
+    """Go on with those left, once each of them stands still and has said where (I3)."""
+    alive = [
+        f
+        for s in plan.seats
+        if (f := facts.members.get(s.member)) is not None
+        and f.stage in ALIVE
+        and not gone(plan, facts, f.member)
+    ]
+    alive = [f for f in alive if f.stage not in (Stage.STARTING, Stage.DONE)]
+    if any(f.stage is Stage.ACTIVE or f.generation < plan.halted for f in alive):
+        return None
+    halted = [f for f in alive if f.stage is Stage.HALTED]
+    if unborn := [f.member for f in halted if not f.stepping]:
+        evicted = {**plan.evicted, **{f.member: RESTART for f in alive}}
+        return plan.revised(phase=Phase.FORMING, evicted=evicted), Decision(
+            action="restart",
+            reason=f"members {sorted(unborn)} were still setting up",
+        )
+    survivors = [f for f in halted if f.step is not None]
+    if not survivors:
+        return plan.revised(phase=Phase.FORMING), Decision(
+            action="reform", reason="no member with state is left; starting from snapshots"
+        )
+    step = max(f.step for f in survivors if f.step is not None)
+    forward = [f.seat for f in survivors if f.step == step - 1 and f.voted]
+    reason = f"all survivors stand still; play step {step + 1} again"
+    if forward:
+        reason = f"step {step} was committed by some; seats {forward} roll forward to it"
+    return _enter(plan, survivors, step, action="resume", reason=reason)
+
+
+def _enter(plan: Plan, members: list[MemberFacts], step: Step, *, action: str, reason: str) -> Move:
+    world = World.of(plan.next_generation, [_address(f) for f in members])
+    return plan.revised(
+        phase=Phase.RUNNING,
+        world=world,
+        resumed=world.generation,
+        step=step,
+        joining=None,
+        next_generation=Generation(plan.next_generation + 1),
+    ), Decision(
+        action=action,
+        reason=reason,
+        fields={
+            "generation": world.generation,
+            "step": step,
+            "members": [m.seat for m in world.members],
+        },
+    )
+
+
+def _issued(plan: Plan) -> Generation:
+    """The newest generation anyone may be in."""
+    return Generation(plan.next_generation - 1)
+
+
+def _alive(facts: JobFacts, member: MemberId) -> bool:
+    known = facts.members.get(member)
+    return known is not None and known.stage in ALIVE
+
+
+def _address(facts: MemberFacts) -> Member:
+    return Member(
+        member=facts.member,
+        seat=facts.seat,
+        node=facts.node,
+        host=facts.host,
+        port=facts.port,
+    )

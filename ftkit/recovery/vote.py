@@ -1,0 +1,115 @@
+"""The vote that commits a step: one tiny message from every rank to every rank.
+
+Cast just before the first optimizer changes anything. Each rank counts the same votes, so
+all reach the same result, or none does: if any rank saw it pass, all had reduced and voted.
+The vote also carries what would otherwise need a message of its own: the slots' losses, and
+which newcomers' world each rank is ready to switch to.
+"""
+
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ftkit.core.errors import ProtocolError
+from ftkit.core.ids import Generation, Slot, Step
+
+_HEAD = struct.Struct("<QQQQQ?I")
+_LOSS = struct.Struct("<Id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ballot:
+    """What one rank says about the step it has reduced."""
+
+    generation: Generation
+    step: Step
+    ok: bool = True
+    """False: this rank cannot commit (its reduction or its data is not sound)."""
+    digest: int = 0
+    """64-bit digest of the reduced gradients: the same on all ranks, or one is corrupt."""
+    data_digest: int = 0
+    """64-bit digest of what every rank read alike, 0 where ranks read different samples."""
+    prepared: Generation = Generation(0)
+    """The newcomers' world this rank is linked for, 0 for none."""
+    losses: Mapping[Slot, float] = field(default_factory=dict)
+
+    def pack(self) -> bytes:
+        head = _HEAD.pack(
+            self.generation,
+            self.step,
+            self.digest,
+            self.data_digest,
+            self.prepared,
+            self.ok,
+            len(self.losses),
+        )
+        return head + b"".join(_LOSS.pack(s, v) for s, v in sorted(self.losses.items()))
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Ballot":
+        """Read what `pack` wrote. Raises ProtocolError on anything else."""
+        if len(data) < _HEAD.size:
+            raise ProtocolError(f"a ballot has at least {_HEAD.size} bytes, got {len(data)}")
+        generation, step, digest, data_digest, prepared, ok, count = _HEAD.unpack_from(data)
+        if len(data) != _HEAD.size + count * _LOSS.size:
+            raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
+        return cls(
+            generation=Generation(generation),
+            step=Step(step),
+            ok=ok,
+            digest=digest,
+            data_digest=data_digest,
+            prepared=Generation(prepared),
+            losses={Slot(s): v for s, v in _LOSS.iter_unpack(data[_HEAD.size :])},
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """The result of a vote, the same on every rank that counted it."""
+
+    passed: bool
+    reason: str = ""
+    """Why it did not pass, naming the ranks that differ."""
+    switch: Generation | None = None
+    """The newcomers' generation that all members enter after this step."""
+    loss: float | None = None
+    """Mean over the slots, summed in the order of slots; None when nobody recorded any."""
+
+
+def tally(ballots: Sequence[Ballot]) -> Tally:
+    """Count the ballots of one world, in the order of ranks."""
+    first = ballots[0]
+    if any((b.generation, b.step) != (first.generation, first.step) for b in ballots):
+        seen = [(b.generation, b.step) for b in ballots]
+        return Tally(passed=False, reason=f"ranks vote on different (generation, step): {seen}")
+    if refused := [rank for rank, b in enumerate(ballots) if not b.ok]:
+        return Tally(passed=False, reason=f"ranks {refused} cannot commit step {first.step}")
+    if odd := minority([b.data_digest for b in ballots]):
+        return Tally(
+            passed=False,
+            reason=f"ranks {odd} read other data than the rest at step {first.step}",
+        )
+    if odd := minority([b.digest for b in ballots]):
+        return Tally(
+            passed=False,
+            reason=f"ranks {odd} hold other reduced gradients than the rest at step {first.step}",
+        )
+    losses = {slot: value for b in ballots for slot, value in b.losses.items()}
+    prepared = {b.prepared for b in ballots}
+    switch = prepared.pop() if len(prepared) == 1 else Generation(0)
+    return Tally(
+        passed=True,
+        switch=switch if switch > first.generation else None,
+        loss=sum(losses[s] for s in sorted(losses)) / len(losses) if losses else None,
+    )
+
+
+def minority(values: Sequence[int]) -> list[int]:
+    """Positions that differ from the commonest value; all of them when there is no majority."""
+    commonest = max(set(values), key=lambda v: (values.count(v), -values.index(v)))
+    if values.count(commonest) == len(values):
+        return []
+    if values.count(commonest) * 2 <= len(values):
+        return list(range(len(values)))
+    return [i for i, value in enumerate(values) if value != commonest]
