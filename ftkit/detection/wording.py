@@ -1,8 +1,9 @@
 """The sentence and the evidence of a verdict: who waited, for what, and where the member stood."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
+from ftkit.core.ids import MemberId
 from ftkit.core.verdict import Fault
 from ftkit.detection.observations import Exited
 from ftkit.detection.standing import Standing
@@ -27,6 +28,7 @@ def where(one: Standing) -> str:
 def hang_reason(
     fault: Fault, one: Standing, waiters: Sequence[Standing], *, stalled_s: float, limit_s: float
 ) -> str:
+    """Why a member is a suspect."""
     first = min(waiters, key=lambda w: w.waits_since or 0.0)
     return (
         f"seat {one.seat} (member {one.member}, pid {one.row.pid}) {_DOING[fault]} in {where(one)}, "
@@ -36,6 +38,7 @@ def hang_reason(
 
 
 def comm_reason(members: Sequence[Standing], *, stalled_s: float, limit_s: float) -> str:
+    """Why communication is at fault."""
     places = sorted({_for_what(m) for m in members})
     return (
         f"all {len(members)} members wait {' or '.join(places[:3])} and nobody left it for "
@@ -45,6 +48,7 @@ def comm_reason(members: Sequence[Standing], *, stalled_s: float, limit_s: float
 
 
 def desync_reason(one: Standing, waiters: Sequence[Standing]) -> str:
+    """Why the ranks are said to disagree."""
     if not one.in_collective:
         return (
             f"seat {one.seat} (member {one.member}) has ended its training after step "
@@ -59,6 +63,7 @@ def desync_reason(one: Standing, waiters: Sequence[Standing]) -> str:
 
 
 def stall_reason(one: Standing, *, idle_s: float, limit_s: float) -> str:
+    """Why the job is said to stand still."""
     return (
         f"nothing in the job moves for {idle_s:.1f} s, over the {limit_s:.1f} s allowed, and "
         f"nobody can be named for it; seat {one.seat} (member {one.member}) stands in {where(one)}"
@@ -66,6 +71,7 @@ def stall_reason(one: Standing, *, idle_s: float, limit_s: float) -> str:
 
 
 def exit_reason(exited: Exited) -> str:
+    """How a member ended."""
     if exited.signal is not None:
         how = f"was killed by signal {exited.signal}"
     elif exited.code is not None:
@@ -75,9 +81,7 @@ def exit_reason(exited: Exited) -> str:
     return f"seat {exited.seat} (member {exited.member}) {how}"
 
 
-def evidence(
-    one: Standing, *, limit_s: float, stretched_s: float, cpu_share: float | None
-) -> dict[str, object]:
+def evidence(one: Standing) -> dict[str, object]:
     """Where `one` stood, JSON-safe."""
     row, facts = one.row, one.facts
     found: dict[str, object] = {
@@ -92,10 +96,7 @@ def evidence(
         "in_collective": one.in_collective,
         "idle_s": _round(one.at - one.progress_at),
         "seen_at_s": _round(one.at),
-        "limit_s": _round(limit_s),
-        "stretched_s": _round(stretched_s),
         "heartbeat_age_s": _round(one.heartbeat_age_s),
-        "cpu_share": _round(cpu_share),
     }
     if facts is not None:
         found |= {
@@ -128,6 +129,12 @@ def waiting(waiters: Sequence[Standing]) -> dict[str, object]:
             for w in longest[:_WAITERS_MAX]
         ],
     }
+
+
+def links(lost_by: Mapping[MemberId, set[MemberId]], member: MemberId) -> dict[str, object]:
+    """Who lost its connection to `member`, JSON-safe; empty when nobody did."""
+    reporters = lost_by.get(member)
+    return {"link_lost_by": sorted(reporters)} if reporters else {}
 
 
 def _for_what(waiter: Standing) -> str:
