@@ -25,6 +25,7 @@ from ftkit.detection.observations import (
     RowSeen,
     WorldChanged,
 )
+from ftkit.detection.row import Phase
 from ftkit.detection.rules import View
 from ftkit.detection.standing import Standing
 
@@ -194,7 +195,7 @@ class Detector:
             lost = {}  # we hear nobody: that is our own deafness, and shows as `blind`
         for m in self._world.members:
             exited = self._exits.get(m.member)
-            if exited is not None and exited.code != 0:
+            if exited is not None and self._is_fault(exited):
                 gone[m.member] = Verdict(
                     fault=Fault.EXITED,
                     member=m.member,
@@ -218,6 +219,13 @@ class Detector:
                     | self._last_words(m.member),
                 )
         return gone
+
+    def _is_fault(self, exited: Exited) -> bool:
+        if exited.code is None and exited.signal is None:
+            # Someone else reaped it. A member that had finished is taken at its word.
+            last = self._standings.get(exited.member)
+            return last is None or last.row.phase is not Phase.DONE
+        return exited.code != 0
 
     def _last_words(self, member: MemberId) -> dict[str, object]:
         """Where a member that is gone was last seen, and who lost its link."""
