@@ -157,8 +157,8 @@ def _take(incident: Incident, event: Event) -> None:
             incident.resumed_members = _how_many(event.get("members"))
             incident.committed = incident.committed_step = None
         case "commit" if incident.resumed_generation is not None:
-            told = event.get("generation")
-            if incident.committed is None and (told is None or told >= incident.resumed_generation):
+            now = event.get("generation")
+            if incident.committed is None and (now is None or now >= incident.resumed_generation):
                 incident.committed, incident.committed_step = _time(event), event.get("step")
 
 
