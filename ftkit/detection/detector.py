@@ -1,0 +1,234 @@
+"""Detector: from observations to verdicts. No I/O, no clock; told what was seen, and the time.
+
+It keeps what is known of each member (`standing`), judges who is gone, and how long a stall
+may last; `rules` say what follows for those that are there. A verdict that still holds is
+returned at each tick. All members at once are never evicted for a hang: then it is HANG_COMM
+or STALL.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from typing import assert_never
+
+from ftkit.core.ids import MemberId, NodeId
+from ftkit.core.verdict import Fault, Verdict
+from ftkit.core.world import Member, World
+from ftkit.detection import rules, wording
+from ftkit.detection.config import DetectionConfig
+from ftkit.detection.observations import (
+    Exited,
+    LinkLost,
+    NodeSilent,
+    Observation,
+    ObserverLate,
+    RowSeen,
+    WorldChanged,
+)
+from ftkit.detection.row import Phase
+from ftkit.detection.rules import View
+from ftkit.detection.standing import Standing
+
+logger = logging.getLogger(__name__)
+
+
+class Detector:
+    """Judges one world at a time. Owned by one thread, which ingests and ticks."""
+
+    def __init__(self, config: DetectionConfig) -> None:
+        self._config = config
+        self._world: World | None = None
+        self._world_since = 0.0
+        self._members: dict[MemberId, Member] = {}
+        self._standings: dict[MemberId, Standing] = {}
+        self._exits: dict[MemberId, Exited] = {}
+        self._silent: dict[NodeId, float] = {}
+        self._links: dict[MemberId, set[MemberId]] = {}
+        self._slowest_step_s = 0.0
+        #: (when noted, by how much) this observer was late. The newest 512 reach back further
+        #: than any limit: each is at least a tick apart.
+        self._late: deque[tuple[float, float]] = deque(maxlen=512)
+        self._late_reported_s = 0.0
+        self._last_tick: float | None = None
+        self._accused_at = float("-inf")
+        self._blind: dict[MemberId, float] = {}
+
+    @property
+    def limit_s(self) -> float:
+        """How long a warm member may keep others waiting, before any stretch."""
+        return max(self._config.max_stall_s, self._config.step_factor * self._slowest_step_s)
+
+    @property
+    def blind(self) -> Mapping[MemberId, float]:
+        """Members of the world we know nothing about, as of the last tick -> for how many seconds.
+
+        No verdict about them means nothing: their rows are missing, old, unreadable or of
+        another generation.
+        """
+        return dict(self._blind)
+
+    def ingest(self, observation: Observation) -> None:
+        """Take in what was seen. What is older than what we hold, or not of this world, is ignored."""
+        match observation:
+            case RowSeen():
+                self._see(observation)
+            case Exited():
+                self._exits.setdefault(observation.member, observation)
+            case LinkLost(reporter=reporter, lost=lost):
+                self._links.setdefault(lost, set()).add(reporter)
+            case NodeSilent(node=node, since=since):
+                self._silent[node] = since
+            case WorldChanged(world=world, at=at):
+                if self._world is None or world.generation > self._world.generation:
+                    self._world, self._world_since = world, at
+                    self._members = {m.member: m for m in world.members}
+                    self._standings.clear()
+                    self._links.clear()
+            case ObserverLate(by_s=by_s):
+                self._late_reported_s = max(self._late_reported_s, by_s)
+            case _:
+                assert_never(observation)
+
+    def tick(self, now: float) -> list[Verdict]:
+        """Every verdict that holds at `now`, in order of seats. Call about every `tick_s`."""
+        self._note_lateness(now)
+        if self._world is None:
+            return []
+        gone = self._gone(now)
+        self._watch_blindness(now, gone)
+        seen = [
+            standing
+            for member in self._world.members
+            if member.member not in gone
+            and (standing := self._standings.get(member.member))
+            and now - standing.at <= self._config.blind_after_s
+        ]
+        view = View(
+            config=self._config,
+            size=self._world.size,
+            gone=bool(gone),
+            seen=seen,
+            limit_s=self.limit_s,
+            stretch_s=self._stretch,
+            links=self._links,
+        )
+        verdicts = gone | rules.judge(view)
+        if verdicts:
+            self._accused_at = now
+        return sorted(verdicts.values(), key=lambda v: v.seat)
+
+    def _see(self, seen: RowSeen) -> None:
+        member = self._members.get(seen.member)
+        if member is None:
+            return
+        if seen.at > self._silent.get(member.node, float("inf")):
+            del self._silent[member.node]
+        assert self._world is not None
+        if seen.row.generation != self._world.generation or seen.row.member != seen.member:
+            return
+        standing = self._standings.get(seen.member)
+        if standing is None:
+            standing = Standing(
+                member=seen.member,
+                seat=seen.seat,
+                node=member.node,
+                row=seen.row,
+                facts=seen.facts,
+                at=seen.at,
+            )
+            standing.see(seen)
+            self._standings[seen.member] = standing
+            return
+        if seen.at < standing.at:
+            return
+        began, allowance = standing.step_since, standing.row.allowance_ns / 1e9
+        step_s = standing.see(seen)
+        if step_s is None or began is None or standing.steps_seen <= self._config.steps_excluded:
+            return
+        # A step in which somebody was accused, or had leave to stand still, is not a slow step:
+        # it would excuse the next hang.
+        if self._accused_at < began and allowance < began:
+            step_s -= self._stretch(began)
+            self._slowest_step_s = max(self._slowest_step_s, step_s)
+
+    def _note_lateness(self, now: float) -> None:
+        gap = 0.0 if self._last_tick is None else now - self._last_tick
+        late_s = gap - self._config.tick_s if gap > 2 * self._config.tick_s else 0.0
+        # Both most likely speak of one pause of this host, so the longer one counts.
+        late_s = max(late_s, self._late_reported_s)
+        if late_s > 0:
+            self._late.append((now, late_s))
+        self._last_tick, self._late_reported_s = now, 0.0
+
+    def _stretch(self, since: float) -> float:
+        return sum(by_s for noted_at, by_s in self._late if noted_at > since)
+
+    def _watch_blindness(self, now: float, gone: Mapping[MemberId, Verdict]) -> None:
+        assert self._world is not None
+        blind: dict[MemberId, float] = {}
+        for member in self._world.members:
+            standing = self._standings.get(member.member)
+            age_s = now - (standing.at if standing else self._world_since)
+            if age_s > self._config.blind_after_s and member.member not in gone:
+                blind[member.member] = age_s
+        if blind.keys() != self._blind.keys():
+            if blind:
+                logger.warning(
+                    "blind: no usable row of members %s for more than %.1f s",
+                    sorted(blind),
+                    self._config.blind_after_s,
+                )
+            else:
+                logger.info("no longer blind: every member of the world is seen")
+        self._blind = blind
+
+    def _gone(self, now: float) -> dict[MemberId, Verdict]:
+        """EXITED and NODE_LOST."""
+        assert self._world is not None
+        gone: dict[MemberId, Verdict] = {}
+        lost = {
+            node: since
+            for node, since in self._silent.items()
+            if now - since > self._config.node_silent_s + self._stretch(since)
+        }
+        if all(m.node in lost for m in self._world.members):
+            lost = {}  # we hear nobody: that is our own deafness, and shows as `blind`
+        for m in self._world.members:
+            exited = self._exits.get(m.member)
+            if exited is not None and self._is_fault(exited):
+                gone[m.member] = Verdict(
+                    fault=Fault.EXITED,
+                    member=m.member,
+                    seat=m.seat,
+                    reason=wording.exit_reason(exited),
+                    since_s=exited.at,
+                    evidence={"code": exited.code, "signal": exited.signal}
+                    | self._last_words(m.member),
+                )
+            elif m.node in lost:
+                silent_s = now - lost[m.node]
+                gone[m.member] = Verdict(
+                    fault=Fault.NODE_LOST,
+                    member=m.member,
+                    seat=m.seat,
+                    reason=f"nothing was heard of node {m.node} for {silent_s:.1f} s, over the "
+                    f"{self._config.node_silent_s:.1f} s allowed, and seat {m.seat} (member "
+                    f"{m.member}) is on it",
+                    since_s=lost[m.node],
+                    evidence={"node": m.node, "silent_s": round(silent_s, 3)}
+                    | self._last_words(m.member),
+                )
+        return gone
+
+    def _is_fault(self, exited: Exited) -> bool:
+        if exited.code is None and exited.signal is None:
+            # Someone else reaped it. A member that had finished is taken at its word.
+            last = self._standings.get(exited.member)
+            return last is None or last.row.phase is not Phase.DONE
+        return exited.code != 0
+
+    def _last_words(self, member: MemberId) -> dict[str, object]:
+        """Where a member that is gone was last seen, and who lost its link."""
+        one = self._standings.get(member)
+        found = {} if one is None else wording.evidence(one)
+        return found | wording.links(self._links, member)

@@ -1,0 +1,154 @@
+"""Recorder: how a rank says where it stands, in a few microseconds and without waiting.
+
+It keeps the row and the ring of one seat. Collectives report through `enter` and `leave`
+from whatever thread runs them; the training loop reports phases and steps; a thread of the
+recorder's own stamps the heartbeat and nothing else, so that a training thread which holds
+the interpreter, or a process which is not scheduled, shows as a heartbeat that stands still.
+"""
+
+import math
+import threading
+from types import TracebackType
+from typing import Self
+
+from ftkit.core.clock import Clock
+from ftkit.core.ids import Generation, Step
+from ftkit.detection.row import WARM, Phase, op_code
+from ftkit.detection.status import SeatWriter
+
+
+class Recorder:
+    """Writes one seat of the board. Thread-safe; not to be called from a signal handler."""
+
+    def __init__(
+        self, writer: SeatWriter, clock: Clock, *, heartbeat_interval_s: float | None = None
+    ) -> None:
+        """Begin to record through `writer`, which becomes the recorder's own.
+
+        Args:
+          writer: from `StatusBoard.attach`; the board must outlive the recorder's `close`.
+          clock: CLOCK_MONOTONIC in a rank, so that the agent can compare.
+          heartbeat_interval_s: seconds between two heartbeats; None starts no thread.
+        """
+        if heartbeat_interval_s is not None and not heartbeat_interval_s > 0:
+            raise ValueError(f"heartbeat_interval_s is {heartbeat_interval_s}, must be positive")
+        self._writer = writer
+        self._clock = clock
+        self._lock = threading.Lock()
+        #: (group, seq) of every pending collective, oldest first -> (ticket, t_enter, op code)
+        self._pending: dict[tuple[int, int], tuple[int, int, int]] = {}
+        self._entered: dict[int, int] = {}
+        self._codes: dict[str, int] = {}
+        self._stepped = False
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        with self._lock:
+            writer.publish(self._now_ns())
+        if heartbeat_interval_s is not None:
+            writer.beat(self._now_ns())
+            self._thread = threading.Thread(
+                target=self._beat, args=(heartbeat_interval_s,), name="ftkit-heartbeat", daemon=True
+            )
+            self._thread.start()
+
+    def adopt(self, generation: Generation) -> None:
+        """Join a generation: collectives count anew, and what was pending has failed."""
+        with self._lock:
+            writer, now = self._writer, self._now_ns()
+            for ticket, _, _ in self._pending.values():
+                writer.record_leave(ticket, t_ns=now, ok=False)
+            self._pending.clear()
+            self._entered.clear()
+            writer.generation = generation
+            writer.group = writer.op_code = writer.t_enter_ns = 0
+            writer.entered = writer.left = -1
+            writer.publish(now)
+
+    def phase(self, phase: Phase) -> None:
+        """The training thread goes over to `phase`."""
+        with self._lock:
+            self._writer.phase = phase
+            self._writer.publish(self._now_ns())
+
+    def step(self, step: Step) -> None:
+        """The training thread begins to play `step`; call it again when it plays it again."""
+        with self._lock:
+            writer = self._writer
+            if self._stepped and step > writer.step:
+                writer.flags |= WARM
+            self._stepped = True
+            writer.step = step
+            writer.publish(self._now_ns())
+
+    def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
+        """Collective `seq` of `group` begins; the seqs of a group rise by one."""
+        with self._lock:
+            writer, now = self._writer, self._now_ns()
+            code = self._codes.get(op)
+            if code is None:
+                code = self._codes[op] = op_code(op)
+            ticket = writer.record_enter(group=group, seq=seq, op=op, nbytes=nbytes, t_ns=now)
+            self._pending[group, seq] = (ticket, now, code)
+            self._entered[group] = max(seq, self._entered.get(group, -1))
+            self._describe()
+            writer.publish(now)
+
+    def leave(self, seq: int, ok: bool, group: int | None = None) -> None:
+        """Collective `seq` is over, with success or not.
+
+        One that is not pending is passed over: it belongs to a generation that is gone.
+        Without `group`, the oldest pending collective with that seq is meant.
+        """
+        with self._lock:
+            if group is None:
+                group = next((g for g, s in self._pending if s == seq), None)
+            if group is None or (entry := self._pending.pop((group, seq), None)) is None:
+                return
+            writer, now = self._writer, self._now_ns()
+            writer.record_leave(entry[0], t_ns=now, ok=ok)
+            if self._pending:
+                self._describe()
+            else:
+                writer.group, writer.op_code, writer.t_enter_ns = group, entry[2], 0
+                writer.entered = writer.left = self._entered[group]
+            writer.publish(now)
+
+    def allow(self, seconds: float) -> None:
+        """Permit this member to stand still for `seconds` from now; 0 withdraws it."""
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"an allowance is a number of seconds, 0 or more, not {seconds}")
+        until = self._now_ns() + int(seconds * 1e9) if seconds else 0
+        with self._lock:
+            self._writer.allow(until)
+
+    def close(self) -> None:
+        """End the heartbeat thread. The row stays as it is. May be called twice."""
+        self._stop.set()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _describe(self) -> None:
+        """Have the row show the oldest pending collective: the one that is waited for."""
+        (group, seq), (_, t_enter, code) = next(iter(self._pending.items()))
+        writer = self._writer
+        writer.group, writer.op_code, writer.t_enter_ns = group, code, t_enter
+        writer.entered, writer.left = self._entered[group], seq - 1
+
+    def _beat(self, interval_s: float) -> None:
+        while not self._stop.wait(interval_s):
+            self._writer.beat(self._now_ns())
+
+    def _now_ns(self) -> int:
+        return int(self._clock.now() * 1e9)

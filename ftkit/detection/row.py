@@ -1,0 +1,222 @@
+"""Row and OpRecord: what a rank leaves in shared memory about itself, and their bytes.
+
+A row is 128 bytes, sixteen aligned 64-bit words, little endian::
+
+    word    0  version (low 32 bits) and CRC-32 (high 32 bits) of what is published
+            1  member (low) and pid (high)                          written at attach
+            2  t_heartbeat                                          heartbeat thread
+            3  allowance                                            `Recorder.allow`
+        4..9   copy 0 of the fields that change together
+       10..15  copy 1
+
+A writer fills the copy that is not published, then stores word 0, whose version picks the
+copy (its parity) and whose checksum covers version, word 1 and that copy. So:
+
+* a writer killed or stopped on any line leaves the row before or the row after, whole;
+* a reader that was overtaken by two writes, or meets stores out of order, or flipped bytes,
+  sees a wrong checksum and never a mixed row;
+* words 2 and 3 mean something alone and are single aligned stores.
+"""
+
+import struct
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from ftkit.core.errors import ProtocolError
+from ftkit.core.ids import Generation, MemberId, Step
+
+ROW_BYTES: Final = 128
+COPY_BYTES: Final = 48
+WORD: Final = 0xFFFFFFFF
+
+#: generation, crc of op, step, phase, flags, group, entered, left, t_progress, t_enter
+COPY: Final = struct.Struct("<IIIBBHqqQQ")
+_STAMP: Final = struct.Struct("<IQ")
+assert COPY.size == COPY_BYTES
+
+#: Flag: this process has finished a step, so that it no longer gets the grace of the first.
+WARM: Final = 1
+
+RECORD_BYTES: Final = 80
+OP_BYTES: Final = 32
+#: seq, t_enter, t_leave, nbytes, member, generation, group, crc, op
+RECORD: Final = struct.Struct("<QQqQIIII32s")
+assert RECORD.size == RECORD_BYTES
+
+
+class Phase(StrEnum):
+    """Where a member's training thread stands. The order is that of a life, then of a step."""
+
+    STARTING = "starting"
+    """The process runs and has not joined a world."""
+    SETUP = "setup"
+    """After init, before the first step."""
+    DATA = "data"
+    """Reading the batch."""
+    FORWARD = "forward"
+    """User code: forward and backward."""
+    REDUCE = "reduce"
+    """Waiting for the reduction of gradients."""
+    VOTE = "vote"
+    """Waiting for the vote on the step."""
+    OPTIMIZER = "optimizer"
+    CAPTURE = "capture"
+    """Waiting for, or making, the snapshot."""
+    BETWEEN = "between"
+    """Outside a step; `step` is the last one played."""
+    RECOVERY = "recovery"
+    """Being repaired; recovery has its own deadlines."""
+    DONE = "done"
+    """The training loop has ended."""
+
+
+PHASES: Final = tuple(Phase)
+PHASE_CODE: Final[Mapping[Phase, int]] = {phase: code for code, phase in enumerate(PHASES)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One member as it last described itself. Times are CLOCK_MONOTONIC of its own host, ns."""
+
+    member: MemberId
+    pid: int
+    generation: Generation
+    step: Step
+    phase: Phase
+    group: int
+    """The group of the collective described, modulo 65536."""
+    entered: int
+    """The highest collective of `group` that was entered; -1: none."""
+    left: int
+    """Every collective of `group` up to this one was left. Pending: the next one."""
+    op: str
+    """Name of the collective described, "" before the first."""
+    t_progress_ns: int
+    """The last change by anything but the heartbeat thread."""
+    t_enter_ns: int
+    """When the oldest pending collective was entered; 0: none is pending."""
+    t_heartbeat_ns: int
+    """The last stamp of the heartbeat thread; 0: it has none."""
+    allowance_ns: int
+    """A stall is permitted until then; 0: never declared."""
+    warm: bool
+    """Whether this process has finished a step."""
+
+    def shifted(self, offset_ns: int) -> "Row":
+        """This row on a clock that is `offset_ns` ahead: for rows that come from another host.
+
+        With offset = (our clock at receipt) - (their clock at reading), ages are kept up to
+        the time of transport, which makes everything look younger, never older.
+        """
+
+        def shift(t_ns: int) -> int:
+            return t_ns and max(1, t_ns + offset_ns)
+
+        return replace(
+            self,
+            t_progress_ns=shift(self.t_progress_ns),
+            t_enter_ns=shift(self.t_enter_ns),
+            t_heartbeat_ns=shift(self.t_heartbeat_ns),
+            allowance_ns=shift(self.allowance_ns),
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> "Row":
+        """Read what `to_json` wrote. Raises ProtocolError on anything else."""
+        if not isinstance(value, Mapping):
+            raise ProtocolError(f"not a row: {value!r}")
+        try:
+            return cls(
+                member=MemberId(int(value["member"])),
+                pid=int(value["pid"]),
+                generation=Generation(int(value["generation"])),
+                step=Step(int(value["step"])),
+                phase=Phase(value["phase"]),
+                group=int(value["group"]),
+                entered=int(value["entered"]),
+                left=int(value["left"]),
+                op=str(value["op"]),
+                t_progress_ns=int(value["t_progress_ns"]),
+                t_enter_ns=int(value["t_enter_ns"]),
+                t_heartbeat_ns=int(value["t_heartbeat_ns"]),
+                allowance_ns=int(value["allowance_ns"]),
+                warm=bool(value["warm"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not a row: {value!r}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpRecord:
+    """One collective of one member, as kept in the ring. Times in monotonic ns."""
+
+    member: MemberId
+    generation: Generation
+    group: int
+    seq: int
+    op: str
+    nbytes: int
+    t_enter_ns: int
+    t_leave_ns: int
+    """0 while it is pending."""
+    ok: bool
+    """Whether it was left with success; False while it is pending."""
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def op_bytes(op: str) -> bytes:
+    """The name of an op as it is stored: ASCII, cut at 32 bytes."""
+    return op.encode("ascii", "replace")[:OP_BYTES]
+
+
+def op_code(op: str) -> int:
+    """The 32 bits that stand for an op in a row; 0 only for the empty name."""
+    return zlib.crc32(op_bytes(op))
+
+
+def stamp(version: int, identity: int, copy: bytes) -> int:
+    """Word 0 of a row: `version`, and the checksum over it, the identity word and the copy."""
+    return version | zlib.crc32(copy, zlib.crc32(_STAMP.pack(version, identity))) << 32
+
+
+def encode_record(
+    *, member: int, generation: int, group: int, seq: int, op: str, nbytes: int, t_enter_ns: int
+) -> bytes:
+    """A pending record. The checksum leaves t_leave out: that is stored later, in one word."""
+    name = op_bytes(op)
+    crc = _record_crc(seq, t_enter_ns, nbytes, member, generation, group, name)
+    return RECORD.pack(seq, t_enter_ns, 0, nbytes, member, generation, group, crc, name)
+
+
+def decode_record(data: bytes) -> OpRecord | None:
+    """The record in these 80 bytes, or None for one that was never or not wholly written."""
+    seq, t_enter, t_leave, nbytes, member, generation, group, crc, name = RECORD.unpack(data)
+    name = name.rstrip(b"\0")
+    if not t_enter or crc != _record_crc(seq, t_enter, nbytes, member, generation, group, name):
+        return None
+    return OpRecord(
+        member=MemberId(member),
+        generation=Generation(generation),
+        group=group,
+        seq=seq,
+        op=name.decode("ascii", "replace"),
+        nbytes=nbytes,
+        t_enter_ns=t_enter,
+        t_leave_ns=abs(t_leave),
+        ok=t_leave > 0,
+    )
+
+
+def _record_crc(
+    seq: int, t_enter: int, nbytes: int, member: int, generation: int, group: int, name: bytes
+) -> int:
+    packed = RECORD.pack(seq, t_enter, 0, nbytes, member, generation, group, 0, name)
+    return zlib.crc32(packed)

@@ -1,0 +1,266 @@
+"""The rules: from how the members of a world stand to each other, what is wrong with whom.
+
+The rules, for the world of the current generation:
+
+====================  ======================================================================
+EXITED                its process ended by a signal, a code other than 0, or unknown how
+NODE_LOST             its agent is silent for longer than `node_silent_s`
+STOPPED, HANG_BUSY,   another member waits for it, in a collective or vote that it has not
+HANG_BLOCKED          entered, and it makes no progress, both for longer than the limit. Who
+                      waits himself for somebody behind him is a victim and not named
+the same, inside a    everybody waits in the same place, and it alone is stopped, or its
+collective            heartbeat alone stands still
+DESYNC                waits in another op than others at the same seq; or has ended its
+                      training while others wait for it
+HANG_COMM             everybody waits and runs, and nobody leaves
+STALL                 nothing moves for `stall_factor` limits, and no rule above speaks
+====================  ======================================================================
+
+The limit is max(`max_stall_s`, `step_factor` x the slowest step seen), more in SETUP and in
+the first step. It is counted from when the member last moved, the first waiter came, and its
+allowance ended, whichever is last, up to when their rows were read; and it is stretched by
+the time this observer was itself late since then. All members at once are never evicted for a
+hang: then it is HANG_COMM or STALL. A verdict that still holds is returned at each tick.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ftkit.core.ids import MemberId
+from ftkit.core.verdict import Fault, Verdict
+from ftkit.detection import wording
+from ftkit.detection.config import DetectionConfig
+from ftkit.detection.row import Phase
+from ftkit.detection.standing import EXEMPT, Standing, behind
+
+Verdicts = dict[MemberId, Verdict]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """One look at the members of a world. Read, not kept."""
+
+    config: DetectionConfig
+    size: int
+    """Members of the world, seen or not."""
+    gone: bool
+    """Whether any member has exited or is on a lost node; such are not in `seen`."""
+    seen: Sequence[Standing]
+    """The members with a recent row, in order of seats."""
+    limit_s: float
+    """The limit of a warm member."""
+    stretch_s: Callable[[float], float]
+    """By how much this observer was late since then."""
+    links: Mapping[MemberId, set[MemberId]]
+    """Member -> who lost its connection to it."""
+
+    def limit(self, one: Standing) -> float:
+        """How long this member may keep others waiting."""
+        if one.row.warm and one.row.phase is not Phase.SETUP:
+            return self.limit_s
+        return max(self.limit_s, self.config.setup_stall_s)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every member of the world is seen."""
+        return len(self.seen) == self.size
+
+    @property
+    def all_wait(self) -> bool:
+        """Whether this is a world of two or more in which everybody waits."""
+        return self.complete and self.size > 1 and all(w.waits_since is not None for w in self.seen)
+
+    def overdue(self, members: Sequence[Standing], *, factor: float = 1.0) -> bool:
+        """Whether none of these has moved for `factor` limits, or for its grace if longer."""
+        if not members:
+            return False
+        since = max(one.idle_from for one in members)
+        limit_s = max(factor * self.limit_s, *(self.limit(one) for one in members))
+        return min(one.at for one in members) - since > limit_s + self.stretch_s(since)
+
+
+def judge(view: View) -> Verdicts:
+    """What is wrong with those that are there. STALL and HANG_COMM only when nothing else is."""
+    hung = hangs(view) or stuck_together(view)
+    if len(view.seen) > 1 and len(hung) == len(view.seen):
+        hung = {}  # everybody accuses everybody: the fault is between them
+    verdicts = desyncs(view) | hung
+    if not verdicts and not view.gone:
+        verdicts = comm_hang(view) or stall(view)
+    return verdicts
+
+
+def hangs(view: View) -> Verdicts:
+    """Members that others wait for and that do not move."""
+    verdicts: Verdicts = {}
+    places = _by_place(w for w in view.seen if w.waits_since is not None)
+    for one in view.seen:
+        # Most members fail this cheap test, and only those that pass are compared with others.
+        if one.row.phase in EXEMPT or not view.overdue([one]):
+            continue
+        waiters = [w for place in places if behind(one, place[0]) for w in place]
+        if not waiters or (one.waits_since is not None and _may_be_victim(view, one)):
+            continue
+        first = min(waiters, key=_waits_since)
+        since = max(_waits_since(first), one.idle_from)
+        verdict = _hang(view, one, waiters, since=since, until=min(one.at, first.at))
+        if verdict:
+            verdicts[one.member] = verdict
+    return verdicts
+
+
+def stuck_together(view: View) -> Verdicts:
+    """Everybody waits; those that cannot run where they wait are at fault."""
+    if view.gone or not view.all_wait:
+        return {}
+
+    def cannot_run(one: Standing) -> bool:
+        age_s = one.heartbeat_age_s
+        return one.stopped or (age_s is not None and age_s > view.limit(one))
+
+    stuck = [one for one in view.seen if cannot_run(one)]
+    waiters = [one for one in view.seen if not cannot_run(one)]
+    if not waiters:
+        return {}
+    verdicts: Verdicts = {}
+    for one in stuck:
+        since = max(min(_waits_since(w) for w in waiters), one.idle_from)
+        until = min(one.at, *(w.at for w in waiters))
+        verdict = _hang(view, one, waiters, since=since, until=until)
+        if verdict:
+            verdicts[one.member] = verdict
+    return verdicts
+
+
+def desyncs(view: View) -> Verdicts:
+    """Members that wait in another op than most at the same seq, or have left too early."""
+    verdicts: Verdicts = {}
+    late = [w for w in view.seen if w.waits_since is not None and view.overdue([w])]
+    places = _by_place(late)
+    for place in places:
+        if not place[0].in_collective:
+            continue
+        (usual, most), *others = Counter(w.row.op for w in place).most_common()
+        if not others:
+            continue
+        tie = others[0][1] == most
+        for one in (w for w in place if tie or w.row.op != usual):
+            verdicts[one.member] = _desync(view, one, [w for w in place if w is not one])
+    for one in (s for s in view.seen if s.row.phase is Phase.DONE):
+        waiters = [w for place in places if behind(one, place[0]) for w in place]
+        if waiters:
+            verdicts[one.member] = _desync(view, one, waiters)
+    return verdicts
+
+
+def comm_hang(view: View) -> Verdicts:
+    """Everybody waits, everybody runs, nobody leaves."""
+    if not view.all_wait or not view.overdue(view.seen):
+        return {}
+    since = max(max(_waits_since(w), w.idle_from) for w in view.seen)
+    stalled_s = min(w.at for w in view.seen) - since
+    reason = wording.comm_reason(view.seen, stalled_s=stalled_s, limit_s=view.limit_s)
+    return {
+        one.member: _verdict(view, Fault.HANG_COMM, one, reason, view.seen, since=since)
+        for one in view.seen
+    }
+
+
+def stall(view: View) -> Verdicts:
+    """Nothing moves and nobody can be named."""
+    still = [one for one in view.seen if one.row.phase is not Phase.DONE]
+    if (
+        not view.complete
+        or any(one.row.phase in EXEMPT for one in still)
+        or not view.overdue(still, factor=view.config.stall_factor)
+    ):
+        return {}
+    since = max(one.idle_from for one in still)
+    idle_s = min(one.at for one in still) - since
+    limit_s = view.config.stall_factor * view.limit_s
+    waiters = [w for w in still if w.waits_since is not None]
+    return {
+        one.member: _verdict(
+            view,
+            Fault.STALL,
+            one,
+            wording.stall_reason(one, idle_s=idle_s, limit_s=limit_s),
+            waiters,
+            since=since,
+        )
+        for one in still
+    }
+
+
+def _may_be_victim(view: View, one: Standing) -> bool:
+    """Whether `one`, which waits, may be waiting for somebody other than those ahead of it."""
+    if view.gone or not view.complete:
+        return True  # it may wait for one that is gone, or that we cannot see
+    return any(behind(other, one) for other in view.seen if other is not one)
+
+
+def _hang(
+    view: View, one: Standing, waiters: Sequence[Standing], *, since: float, until: float
+) -> Verdict | None:
+    stalled_s = until - since
+    limit_s = view.limit(one) + view.stretch_s(since)
+    if stalled_s <= limit_s:
+        return None
+    # Half the stall, so that what it computed before it blocked does not make it busy.
+    share = one.cpu_share(stalled_s / 2)
+    if one.stopped:
+        fault = Fault.STOPPED
+    elif share is not None and share >= view.config.busy_share:
+        fault = Fault.HANG_BUSY
+    else:
+        fault = Fault.HANG_BLOCKED
+    reason = wording.hang_reason(fault, one, waiters, stalled_s=stalled_s, limit_s=limit_s)
+    verdict = _verdict(view, fault, one, reason, waiters, since=since)
+    facts = {"stalled_s": round(stalled_s, 3), "cpu_share": share and round(share, 3)}
+    return replace(verdict, since_s=one.progress_at, evidence={**verdict.evidence, **facts})
+
+
+def _desync(view: View, one: Standing, waiters: Sequence[Standing]) -> Verdict:
+    reason = wording.desync_reason(one, waiters)
+    return _verdict(view, Fault.DESYNC, one, reason, waiters, since=one.progress_at)
+
+
+def _verdict(
+    view: View,
+    fault: Fault,
+    one: Standing,
+    reason: str,
+    waiters: Sequence[Standing],
+    *,
+    since: float,
+) -> Verdict:
+    limits: dict[str, object] = {
+        "limit_s": round(view.limit(one), 3),
+        "stretched_s": round(view.stretch_s(since), 3),
+    }
+    return Verdict(
+        fault=fault,
+        member=one.member,
+        seat=one.seat,
+        reason=reason,
+        since_s=since,
+        evidence=wording.evidence(one)
+        | limits
+        | wording.waiting([w for w in waiters if w is not one])
+        | wording.links(view.links, one.member),
+    )
+
+
+def _by_place(waiting: Iterable[Standing]) -> list[list[Standing]]:
+    """Those that wait, by what they wait in: `behind` is the same for all of one place."""
+    places: dict[object, list[Standing]] = {}
+    for w in waiting:
+        key = w.pending if w.in_collective else (w.row.phase, w.row.step)
+        places.setdefault(key, []).append(w)
+    return list(places.values())
+
+
+def _waits_since(waiter: Standing) -> float:
+    assert waiter.waits_since is not None, "only members that wait are asked how long"
+    return waiter.waits_since

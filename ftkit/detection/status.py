@@ -1,0 +1,330 @@
+"""StatusBoard: one file of shared memory in which the ranks of a node say where they stand.
+
+The node's agent creates it, the ranks map it and write, anybody of the same user reads. A
+rank never waits for a reader, nor a reader for a rank that is hung, stopped or dead: rows and
+rings stay as they were left (`row` holds the layout and why no torn row can be taken for a
+whole one). ::
+
+    header 128 B | a row of 128 B for each seat | a ring of 256 x 80 B for each seat
+"""
+
+import errno
+import mmap
+import os
+import struct
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from ftkit.core.errors import CapacityError, IntegrityError
+from ftkit.core.ids import Generation, MemberId, Step
+from ftkit.detection.row import (
+    COPY,
+    COPY_BYTES,
+    PHASE_CODE,
+    PHASES,
+    RECORD_BYTES,
+    ROW_BYTES,
+    WARM,
+    WORD,
+    OpRecord,
+    Phase,
+    Row,
+    decode_record,
+    encode_record,
+    op_code,
+    stamp,
+)
+
+RING_RECORDS: Final = 256
+SEATS_MAX: Final = 4096
+
+_HEADER: Final = struct.Struct("<8sIIII")
+_MAGIC: Final = b"ftkboard"
+_FORMAT: Final = 1
+_RING_BYTES: Final = RING_RECORDS * RECORD_BYTES
+#: A read fails only when two writes overtake it; a rank that does nothing but write fails
+#: about one read in two, so a hundred in a row mean damage.
+_READ_TRIES: Final = 100
+
+
+class StatusBoard:
+    """The rows and rings of one node. Reading is free of locks and safe in any thread."""
+
+    def __init__(self, path: Path, memory: mmap.mmap, seats: int) -> None:
+        """Use `create` or `open`; takes over `memory`."""
+        self.path = path
+        self.seats = seats
+        self._memory = memory
+        self._bytes = memoryview(memory)
+        self._words = self._bytes.cast("Q")
+        self._names: dict[int, str] = {0: ""}
+
+    @classmethod
+    def create(cls, path: Path, *, seats: int) -> Self:
+        """Make the file at `path`, 0600, with all its pages allocated, and map it.
+
+        Args:
+          path: must not exist; its directory must. Best on tmpfs, for instance /dev/shm.
+          seats: how many local seats, 1 to 4096: 20.6 kB each.
+
+        Raises:
+          FileExistsError: `path` exists; `open` it, or remove it.
+          CapacityError: the file system has no room. Found here and not by SIGBUS in a rank.
+        """
+        if not 1 <= seats <= SEATS_MAX:
+            raise ValueError(f"a board has 1 to {SEATS_MAX} seats, not {seats}")
+        _little_endian()
+        size = _size(seats)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                os.posix_fallocate(fd, 0, size)
+            except OSError as error:
+                path.unlink()
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise CapacityError(
+                        f"no room for a status board of {size} bytes at {path}: {error.strerror}"
+                    ) from error
+                raise
+            memory = mmap.mmap(fd, size)
+        finally:
+            os.close(fd)
+        # The header comes last: a board whose maker died on the way is refused by `open`.
+        memory[: _HEADER.size] = _HEADER.pack(_MAGIC, _FORMAT, seats, ROW_BYTES, RING_RECORDS)
+        return cls(path, memory, seats)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Map a board that exists. Raises IntegrityError when the file is not a whole board."""
+        _little_endian()
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd).st_size
+            header = os.pread(fd, _HEADER.size, 0)
+            if len(header) < _HEADER.size or not header.startswith(_MAGIC):
+                raise IntegrityError(f"{path} is not a status board, or was never finished")
+            _, version, seats, row_bytes, ring = _HEADER.unpack(header)
+            if (version, row_bytes, ring) != (_FORMAT, ROW_BYTES, RING_RECORDS):
+                raise IntegrityError(
+                    f"{path} is a status board of format {version} with rows of {row_bytes} "
+                    f"bytes, this is format {_FORMAT} with {ROW_BYTES}: the agent and the ranks "
+                    "run different versions of ftkit"
+                )
+            if not 1 <= seats <= SEATS_MAX or found != _size(seats):
+                raise IntegrityError(f"{path} says {seats} seats but has {found} bytes")
+            memory = mmap.mmap(fd, found)
+        finally:
+            os.close(fd)
+        return cls(path, memory, seats)
+
+    def attach(self, seat: int, member: MemberId, *, pid: int | None = None) -> "SeatWriter":
+        """Take the row of local `seat` for `member`: called once, in the member's process.
+
+        The row is replaced whole, with the phase STARTING. The ring keeps what a member before
+        left in it until it is overwritten. The one that had the seat must be dead: two writers
+        would spoil each other's rows, which readers then refuse.
+
+        Args:
+          seat: the row, 0 to `seats` - 1: the seat's place on this node, not in the job.
+          member: below 2**32.
+          pid: the process to be looked up in /proc, by default this one.
+        """
+        return SeatWriter(self._bytes, self._words, *self._place(seat), member, pid or os.getpid())
+
+    def read(self, seat: int) -> Row | None:
+        """The row of local `seat`; None when no member has ever attached. Never blocks.
+
+        Raises:
+          IntegrityError: no whole row in 100 tries: bytes flipped, two writers at one seat, or
+            a writer that died between the two last stores of `attach`.
+        """
+        base, ring = self._place(seat)
+        words, first = self._words, base // 8
+        for _ in range(_READ_TRIES):
+            head = words[first]
+            if not head:
+                return None
+            identity, heartbeat, allowance = words[first + 1], words[first + 2], words[first + 3]
+            start = base + 32 + (head & 1) * COPY_BYTES
+            copy = bytes(self._bytes[start : start + COPY_BYTES])
+            if stamp(head & WORD, identity, copy) != head:
+                continue
+            generation, op, step, phase, flags, group, entered, left, t_progress, t_enter = (
+                COPY.unpack(copy)
+            )
+            return Row(
+                member=MemberId(identity & WORD),
+                pid=identity >> 32,
+                generation=Generation(generation),
+                step=Step(step),
+                phase=PHASES[phase],
+                group=group,
+                entered=entered,
+                left=left,
+                op=self._name(op, ring),
+                t_progress_ns=t_progress,
+                t_enter_ns=t_enter,
+                t_heartbeat_ns=heartbeat,
+                allowance_ns=allowance,
+                warm=bool(flags & WARM),
+            )
+        raise IntegrityError(
+            f"no whole row of seat {seat} in {_READ_TRIES} reads of {self.path}: its bytes were "
+            "damaged, or two processes write it"
+        )
+
+    def records(self, seat: int) -> list[OpRecord]:
+        """The last 256 collectives of local `seat`, oldest first, whatever member made them.
+
+        Records that are being written, or whose bytes flipped, are left out.
+        """
+        _, ring = self._place(seat)
+        data = bytes(self._bytes[ring : ring + _RING_BYTES])
+        found = (
+            decode_record(data[i : i + RECORD_BYTES]) for i in range(0, len(data), RECORD_BYTES)
+        )
+        return sorted((r for r in found if r), key=lambda r: r.t_enter_ns)
+
+    def close(self) -> None:
+        """Unmap. Writers made by `attach` must not be used any more. May be called twice."""
+        self._words.release()
+        self._bytes.release()
+        self._memory.close()
+
+    def unlink(self) -> None:
+        """Remove the file, for whoever made it; those who have it mapped keep it."""
+        self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _place(self, seat: int) -> tuple[int, int]:
+        if not 0 <= seat < self.seats:
+            raise ValueError(f"seat {seat} is not on this board of {self.seats} seats")
+        return (1 + seat) * ROW_BYTES, (1 + self.seats) * ROW_BYTES + seat * _RING_BYTES
+
+    def _name(self, code: int, ring: int) -> str:
+        """The op a row means by `code`: the ring beside it spells it out."""
+        name = self._names.get(code)
+        if name is None:
+            for start in range(ring, ring + _RING_BYTES, RECORD_BYTES):
+                record = decode_record(bytes(self._bytes[start : start + RECORD_BYTES]))
+                if record and op_code(record.op) == code:
+                    self._names[code] = record.op
+                    return record.op
+            return f"op {code:08x}"
+        return name
+
+
+class SeatWriter:
+    """The one writer of a seat's row and ring. Not thread-safe: `Recorder` holds a lock.
+
+    The fields are set as attributes and take effect together in `publish`, in about 1 µs.
+    """
+
+    def __init__(
+        self,
+        data: memoryview,
+        words: memoryview,
+        base: int,
+        ring: int,
+        member: MemberId,
+        pid: int,
+    ) -> None:
+        """Use `StatusBoard.attach`."""
+        self._bytes, self._words = data, words
+        self._base, self._first, self._ring = base, base // 8, ring
+        self.member = member
+        self.generation = 0
+        self.step = 0
+        self.phase = Phase.STARTING
+        self.flags = 0
+        self.group = 0
+        self.entered = -1
+        self.left = -1
+        self.op_code = 0
+        self.t_enter_ns = 0
+        self._identity = member | pid << 32
+        self._version = int(words[self._first]) & WORD
+        self._count = 0
+
+        version, copy = self._fill(0)
+        # Between these stores the row is refused by readers rather than given to the wrong one.
+        words[self._first + 1] = self._identity
+        words[self._first + 2] = 0
+        words[self._first + 3] = 0
+        words[self._first] = stamp(version, self._identity, copy)
+
+    def publish(self, t_progress_ns: int) -> None:
+        """Make the fields, as they are now, the row that readers see."""
+        version, copy = self._fill(t_progress_ns)
+        self._words[self._first] = stamp(version, self._identity, copy)
+
+    def beat(self, t_ns: int) -> None:
+        """Stamp the heartbeat. The one method that may run beside another."""
+        self._words[self._first + 2] = t_ns
+
+    def allow(self, until_ns: int) -> None:
+        """Permit a stall until then; 0 withdraws it."""
+        self._words[self._first + 3] = until_ns
+
+    def record_enter(self, *, group: int, seq: int, op: str, nbytes: int, t_ns: int) -> int:
+        """Put a pending record into the ring; returns the ticket for `record_leave`."""
+        ticket = self._count
+        self._count += 1
+        start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
+        self._bytes[start : start + RECORD_BYTES] = encode_record(
+            member=self.member,
+            generation=self.generation,
+            group=group & WORD,
+            seq=seq,
+            op=op,
+            nbytes=nbytes,
+            t_enter_ns=t_ns,
+        )
+        return ticket
+
+    def record_leave(self, ticket: int, *, t_ns: int, ok: bool) -> None:
+        """Complete a record, unless 256 younger ones have pushed it out."""
+        if self._count - ticket <= RING_RECORDS:
+            start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
+            # One aligned word: the sign carries the outcome.
+            self._words[start // 8 + 2] = (t_ns if ok else -t_ns) & 0xFFFFFFFFFFFFFFFF
+
+    def _fill(self, t_progress_ns: int) -> tuple[int, bytes]:
+        version = (self._version + 1) & WORD or 2  # 0 says "never attached"
+        self._version = version
+        copy = COPY.pack(
+            self.generation,
+            self.op_code,
+            self.step,
+            PHASE_CODE[self.phase],
+            self.flags,
+            self.group & 0xFFFF,
+            self.entered,
+            self.left,
+            t_progress_ns,
+            self.t_enter_ns,
+        )
+        start = self._base + 32 + (version & 1) * COPY_BYTES
+        self._bytes[start : start + COPY_BYTES] = copy
+        return version, copy
+
+
+def _size(seats: int) -> int:
+    return ROW_BYTES * (1 + seats) + _RING_BYTES * seats
+
+
+def _little_endian() -> None:
+    if sys.byteorder != "little":
+        raise OSError("the status board is laid out for little-endian machines only")

@@ -1,0 +1,156 @@
+"""The sentence and the evidence of a verdict: who waited, for what, and where the member stood."""
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from ftkit.core.ids import MemberId
+from ftkit.core.verdict import Fault
+from ftkit.detection.observations import Exited
+from ftkit.detection.standing import Standing
+
+#: Of ten thousand waiters, these say as much as all.
+_WAITERS_MAX: Final = 8
+
+_DOING: Final = {
+    Fault.STOPPED: "is stopped",
+    Fault.HANG_BUSY: "is busy without progress",
+    Fault.HANG_BLOCKED: "is blocked",
+}
+
+
+def where(one: Standing) -> str:
+    """Where a member stands, in words."""
+    row = one.row
+    place = f"{row.phase} of step {row.step}"
+    return f"{place}, in {_pending(one)}" if one.in_collective else place
+
+
+def hang_reason(
+    fault: Fault, one: Standing, waiters: Sequence[Standing], *, stalled_s: float, limit_s: float
+) -> str:
+    """Why a member is a suspect."""
+    first = min(waiters, key=lambda w: w.waits_since or 0.0)
+    return (
+        f"seat {one.seat} (member {one.member}, pid {one.row.pid}) {_DOING[fault]} in {where(one)}, "
+        f"without progress for {one.at - one.progress_at:.1f} s; {_count(len(waiters))} for it "
+        f"{_for_what(first)}, for {stalled_s:.1f} s of at most {limit_s:.1f} s"
+    )
+
+
+def comm_reason(members: Sequence[Standing], *, stalled_s: float, limit_s: float) -> str:
+    """Why communication is at fault."""
+    places = sorted({_for_what(m) for m in members})
+    return (
+        f"all {len(members)} members wait {' or '.join(places[:3])} and nobody left it for "
+        f"{stalled_s:.1f} s of at most {limit_s:.1f} s, though all of them run: the communication "
+        "between them hangs"
+    )
+
+
+def desync_reason(one: Standing, waiters: Sequence[Standing]) -> str:
+    """Why the ranks are said to disagree."""
+    if not one.in_collective:
+        return (
+            f"seat {one.seat} (member {one.member}) has ended its training after step "
+            f"{one.row.step} while {_count(len(waiters))} {_for_what(waiters[0])}: "
+            "the script's ranks disagree on how much there is to do"
+        )
+    others = sorted({w.row.op for w in waiters if w.row.op != one.row.op})
+    return (
+        f"seat {one.seat} (member {one.member}) waits in {_pending(one)} where others wait in "
+        f"{' and '.join(others)}: the script's ranks call different collectives"
+    )
+
+
+def stall_reason(one: Standing, *, idle_s: float, limit_s: float) -> str:
+    """Why the job is said to stand still."""
+    return (
+        f"nothing in the job moves for {idle_s:.1f} s, over the {limit_s:.1f} s allowed, and "
+        f"nobody can be named for it; seat {one.seat} (member {one.member}) stands in {where(one)}"
+    )
+
+
+def exit_reason(exited: Exited) -> str:
+    """How a member ended."""
+    if exited.signal is not None:
+        how = f"was killed by signal {exited.signal}"
+    elif exited.code is not None:
+        how = f"exited with code {exited.code}"
+    else:
+        how = "is gone, and nobody can know how it ended"
+    return f"seat {exited.seat} (member {exited.member}) {how}"
+
+
+def evidence(one: Standing) -> dict[str, object]:
+    """Where `one` stood, JSON-safe."""
+    row, facts = one.row, one.facts
+    found: dict[str, object] = {
+        "generation": row.generation,
+        "pid": row.pid,
+        "step": row.step,
+        "phase": str(row.phase),
+        "op": row.op,
+        "group": row.group,
+        "entered": row.entered,
+        "left": row.left,
+        "in_collective": one.in_collective,
+        "idle_s": _round(one.at - one.progress_at),
+        "seen_at_s": _round(one.at),
+        "heartbeat_age_s": _round(one.heartbeat_age_s),
+    }
+    if facts is not None:
+        found |= {
+            "state": facts.state,
+            "cpu_ticks": facts.cpu_ticks,
+            "rss_bytes": facts.rss_bytes,
+            "wchan": facts.wchan,
+            "syscall": facts.syscall,
+        }
+    return found
+
+
+def waiting(waiters: Sequence[Standing]) -> dict[str, object]:
+    """Who waits, since when and where, JSON-safe: the eight that have waited longest."""
+    longest = sorted(waiters, key=lambda w: (w.waits_since or 0.0, w.seat))
+    return {
+        "waiting": len(waiters),
+        "waiters": [
+            {
+                "member": w.member,
+                "seat": w.seat,
+                "since_s": _round(w.waits_since),
+                "waited_s": _round(w.at - (w.waits_since or w.at)),
+                "step": w.row.step,
+                "phase": str(w.row.phase),
+                "op": w.row.op if w.in_collective else str(w.row.phase),
+                "group": w.row.group,
+                "seq": w.row.left + 1 if w.in_collective else None,
+            }
+            for w in longest[:_WAITERS_MAX]
+        ],
+    }
+
+
+def links(lost_by: Mapping[MemberId, set[MemberId]], member: MemberId) -> dict[str, object]:
+    """Who lost its connection to `member`, JSON-safe; empty when nobody did."""
+    reporters = lost_by.get(member)
+    return {"link_lost_by": sorted(reporters)} if reporters else {}
+
+
+def _for_what(waiter: Standing) -> str:
+    if waiter.in_collective:
+        return f"in {_pending(waiter)}"
+    return f"in the {waiter.row.phase} of step {waiter.row.step}"
+
+
+def _pending(one: Standing) -> str:
+    group, seq = one.pending
+    return f"{one.row.op or 'a collective'} {seq} of group {group}"
+
+
+def _count(waiters: int) -> str:
+    return "1 member waits" if waiters == 1 else f"{waiters} members wait"
+
+
+def _round(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
