@@ -1,0 +1,234 @@
+"""GradientReducer: the gradients of every slot, taken as backward makes them, summed canonically.
+
+A hook on each parameter copies its gradient of the current slot into a flat buffer (a leaf)
+and drops the original; slots of one rank are summed along the fixed tree (`SlotTree`), and
+in the last slot every bucket goes into `reduce_slots` as soon as it is full, so that
+communication overlaps with the rest of backward. Buckets depend on the parameters alone, so
+a newcomer cuts them like everybody else; DDP's own buckets, rebuilt after its first step,
+would not fit. Each leaf ends in one flag a parameter, 1.0 where the slot produced a
+gradient: a parameter that no slot of any rank used gets `.grad = None`, as in plain torch.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import xxhash
+
+from ftkit.collectives.slot_tree import SlotNode, SlotTree
+from ftkit.core.errors import StateChanged, UsageError
+
+#: Bytes of gradients in one bucket: large enough that the rounds of a reduction are cheap
+#: beside its bytes, small enough that the first bucket is on its way early in backward.
+BUCKET_BYTES = 8 << 20
+
+
+class Waitable(Protocol):
+    """The part of a collective's handle that is used here."""
+
+    def wait(self, timeout_s: float | None = None) -> object: ...
+
+
+#: Starts the canonical reduction of one bucket: (nodes, out, scale) -> handle.
+Reduce = Callable[[Sequence[SlotNode], torch.Tensor, float], Waitable]
+
+
+@dataclass(slots=True)
+class _Bucket:
+    params: list[torch.Tensor]
+    offsets: list[int]
+    length: int
+    """Elements of a leaf: gradients, then one flag a parameter."""
+    tree: SlotTree
+    out: torch.Tensor = field(init=False)
+    views: list[torch.Tensor] = field(init=False)
+    leaf: torch.Tensor | None = None
+    missing: int = 0
+    handle: Waitable | None = None
+    fired: list[bool] = field(default_factory=list)
+
+    def renew_out(self) -> None:
+        """A fresh buffer for the sum, and views of it in the shapes of the parameters."""
+        first = self.params[0]
+        self.out = torch.zeros(self.length, dtype=first.dtype, device=first.device)
+        self.views = [
+            self.out[start : start + p.numel()].view(p.shape)
+            for p, start in zip(self.params, self.offsets, strict=True)
+        ]
+
+
+class GradientReducer:
+    """Owns `.grad` of its parameters during a step. One thread, the training thread."""
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor],
+        *,
+        slots: int,
+        reduce: Reduce,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Hook every parameter that requires a gradient.
+
+        Args:
+          params: in the order of the model, the same on all ranks.
+          slots: slots of the global batch; the sum is divided by it.
+          reduce: starts the canonical reduction of one bucket.
+          bucket_bytes: gradients in one bucket; must be the same on all ranks.
+        """
+        self._slots = slots
+        self._reduce = reduce
+        self._buckets = _cut([p for p in params if p.requires_grad], slots, bucket_bytes)
+        self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.params)}
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(self._take)
+            for b in self._buckets
+            for p in b.params
+        ]
+        self._slot: int | None = None
+        self._last = False
+        self._launched = 0
+        self._settled = True
+
+    @property
+    def params(self) -> int:
+        """How many parameters are reduced."""
+        return len(self._where)
+
+    def begin(self) -> None:
+        """A new attempt: forget whatever an earlier one left, clean `.grad`."""
+        self._slot, self._last, self._launched = None, False, 0
+        settled, self._settled = self._settled, False
+        for bucket in self._buckets:
+            bucket.leaf, bucket.handle = None, None
+            if settled:
+                bucket.tree.clear()
+            else:
+                # A reduction that was aborted may still be sending from the old buffers.
+                bucket.tree = SlotTree(self._slots)
+                bucket.renew_out()
+            for param in bucket.params:
+                param.grad = None
+
+    def start_slot(self, slot: int, *, last: bool) -> None:
+        """Backward of `slot` comes next; `last` of those this rank holds."""
+        self._slot, self._last = slot, last
+        for bucket in self._buckets:
+            spare = bucket.tree.spare()
+            bucket.leaf = torch.empty_like(bucket.out) if spare is None else spare
+            bucket.missing = len(bucket.params)
+            bucket.fired = [False] * len(bucket.params)
+
+    def end_slot(self) -> None:
+        """Backward of the slot is over: complete what it left out."""
+        for bucket in self._buckets:
+            if bucket.leaf is not None:
+                self._complete(bucket)
+        self._slot = None
+        if self._last:
+            self._launch()
+
+    def finish(self, *, held: int) -> int:
+        """Wait for all sums and put them into `.grad`. Blocks.
+
+        Args:
+          held: slots this rank held in this step; with none it only takes part.
+
+        Returns:
+          A 64-bit digest of the reduced gradients, equal on all ranks.
+
+        Raises:
+          JobFault: a reduction was aborted.
+          UsageError: the loop over the batches was left before its last slot.
+        """
+        if self._slot is not None:
+            raise UsageError("the loop over step.batches() was left early")
+        if not held:
+            self._last = True
+            self._launch()
+        digest = xxhash.xxh3_64()
+        for bucket in self._buckets:
+            assert bucket.handle is not None, "every bucket was launched"
+            bucket.handle.wait()
+            digest.update(bucket.out.view(torch.uint8).numpy())
+            used = bucket.out[-len(bucket.params) :].tolist()
+            for param, view, flag in zip(bucket.params, bucket.views, used, strict=True):
+                param.grad = view if flag > 0 else None
+        self._settled = True
+        return digest.intdigest()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _take(self, param: torch.Tensor) -> None:
+        """(autograd hook) Copy one gradient of the current slot into its leaf."""
+        if self._slot is None:
+            return  # backward outside `step.batches()`: the user's own business
+        bucket, i = self._where[id(param)]
+        grad = param.grad
+        if bucket.leaf is None or bucket.fired[i]:
+            raise UsageError(
+                "a parameter received gradients twice in one slot: call backward() once a batch"
+            )
+        assert grad is not None, "the hook runs after accumulation"
+        if grad.is_sparse:
+            raise UsageError("sparse gradients are not supported; use sparse=False")
+        start = bucket.offsets[i]
+        bucket.leaf[start : start + param.numel()].view(param.shape).copy_(grad)
+        param.grad = None
+        bucket.fired[i] = True
+        bucket.missing -= 1
+        if not bucket.missing:
+            self._complete(bucket)
+            if self._last:
+                self._launch()
+
+    def _complete(self, bucket: _Bucket) -> None:
+        leaf, bucket.leaf = bucket.leaf, None
+        assert leaf is not None and self._slot is not None, "a leaf is completed once"
+        for i, fired in enumerate(bucket.fired):
+            if not fired:
+                start = bucket.offsets[i]
+                leaf[start : start + bucket.params[i].numel()].zero_()
+        leaf[-len(bucket.params) :] = torch.tensor(bucket.fired, dtype=leaf.dtype)
+        bucket.tree.push(self._slot, leaf)
+
+    def _launch(self) -> None:
+        """Start what is full, strictly in order, so that all ranks start alike."""
+        while self._launched < len(self._buckets):
+            bucket = self._buckets[self._launched]
+            if bucket.leaf is not None:
+                return
+            bucket.handle = self._reduce(bucket.tree.nodes, bucket.out, 1.0 / self._slots)
+            self._launched += 1
+
+
+def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int) -> list[_Bucket]:
+    """Buckets of parameters in reverse order, about the order in which backward fills them."""
+    groups: list[list[torch.Tensor]] = []
+    size = 0
+    for param in reversed(params):
+        if not param.dtype.is_floating_point:
+            raise StateChanged(f"cannot reduce gradients of dtype {param.dtype}")
+        nbytes = param.numel() * param.element_size()
+        last = groups[-1][-1] if groups else None
+        alike = last is not None and (last.dtype, last.device) == (param.dtype, param.device)
+        if not alike or size + nbytes > bucket_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(param)
+        size += nbytes
+    return [_bucket(group, slots) for group in groups]
+
+
+def _bucket(params: list[torch.Tensor], slots: int) -> _Bucket:
+    offsets, at = [], 0
+    for param in params:
+        offsets.append(at)
+        at += param.numel()
+    bucket = _Bucket(params=params, offsets=offsets, length=at + len(params), tree=SlotTree(slots))
+    bucket.renew_out()
+    return bucket

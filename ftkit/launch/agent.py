@@ -1,0 +1,377 @@
+"""Agent: one on each node. Starts ranks, sees them end, owns what outlives them.
+
+It decides nothing. It carries out the newest plan (start the members its seats name, end
+those that must go) and reports facts, all of them, at every change and every tick. One
+thread does everything; others only wait for something and put it into its queue.
+"""
+
+import logging
+import os
+import queue
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ftkit.checkpoint.serve import ArenaServer
+from ftkit.core.clock import MonotonicClock
+from ftkit.core.errors import FtkitError, ProtocolError, WireError
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.core.trace import Trace
+from ftkit.core.wire import Channel, authenticate, listen, listen_unix
+from ftkit.launch.arenas import Arenas
+from ftkit.launch.config import JobConfig
+from ftkit.launch.environment import rank_environment
+from ftkit.launch.ranks import RankProcess
+from ftkit.recovery.facts import MemberFacts, Stage
+from ftkit.recovery.plan import Assignment, Phase, Plan
+
+logger = logging.getLogger(__name__)
+
+
+class Agent:
+    """The agent of one node. `run` is its life, on the thread that calls it."""
+
+    def __init__(self, config: JobConfig, node: NodeId, secret: str, *, host: str, port: int = 0):
+        """Make the node's shared memory and listen; start nothing yet.
+
+        Args:
+          config: the job.
+          node: this node's number.
+          secret: the job's secret in hexadecimal.
+          host: the address this node is reached at, by ranks and coordinator alike.
+          port: the port for coordinators; 0 takes any.
+
+        Raises:
+          OSError: the port is taken, or the run directory cannot be written.
+          CapacityError: shared memory is full.
+        """
+        self._config = config
+        self._node = node
+        self._secret = bytes.fromhex(secret)
+        self._host = host
+        self._clock = MonotonicClock()
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._arenas = Arenas(config, node)
+        self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
+        self._listener = listen(host, port)
+        self._socket_path = str(self._arenas.directory / "agent.sock")
+        self._rank_listener = listen_unix(self._socket_path)
+        self._store = ArenaServer(self._arenas.directory, self._secret, host=host)
+        self._plan = Plan()
+        self._stores: dict[str, Any] = {}
+        self._ranks: dict[MemberId, RankProcess] = {}
+        self._facts: dict[MemberId, MemberFacts] = {}
+        self._lines: dict[MemberId, Channel] = {}
+        self._coordinator: Channel | None = None
+        self._coordinator_number = 0
+        self._ending_since: float | None = None
+        self._stopped = False
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where coordinators reach this agent."""
+        host, port = self._listener.getsockname()[:2]
+        return str(host), int(port)
+
+    def run(self) -> None:
+        """Serve until the job has ended and every rank is gone. Blocks."""
+        for listener, kind in ((self._listener, "coordinator"), (self._rank_listener, "rank")):
+            threading.Thread(
+                target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
+            ).start()
+        tick_s = self._config.times.tick_s
+        next_tick = self._clock.now()
+        try:
+            while not self._stopped:
+                wait = max(0.0, next_tick - self._clock.now())
+                try:
+                    kind, value = self._inbox.get(timeout=wait)
+                    self._handle(kind, value)
+                except queue.Empty:
+                    next_tick = self._clock.now() + tick_s
+                    self._end_if_due()
+                    self._tell_coordinator()
+        finally:
+            self.close()
+
+    def stop(self) -> None:
+        """End at once, killing every rank. From any thread or signal handler."""
+        self._inbox.put(("stop", None))
+
+    def close(self) -> None:
+        """Kill what runs and remove what this node holds. Safe to call twice."""
+        self._stopped = True
+        for rank in self._ranks.values():
+            rank.signal(signal.SIGKILL)
+        for channel in [*self._lines.values(), *([self._coordinator] if self._coordinator else [])]:
+            channel.close()
+        for listener in (self._listener, self._rank_listener):
+            try:
+                listener.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # a listener that nobody waits on
+            listener.close()
+        self._store.close()
+        self._arenas.remove()
+        self.trace.close()
+
+    # What comes in.
+
+    def _handle(self, kind: str, value: Any) -> None:
+        match kind:
+            case "exit":
+                self._rank_ended(value)
+            case "rank":
+                self._rank_connected(*value)
+            case "said":
+                self._rank_said(*value)
+            case "coordinator":
+                self._coordinator_connected(*value)
+            case "plan":
+                self._take_plan(*value)
+            case "stop":
+                self._stopped = True
+
+    def _accept(self, listener: socket.socket, kind: str) -> None:
+        """(listener thread) Greet whoever connects, each on a thread: none holds up another."""
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(
+                target=self._greet, args=(sock, kind), name=f"ftkit-greet-{kind}", daemon=True
+            ).start()
+
+    def _greet(self, sock: socket.socket, kind: str) -> None:
+        """(greeting thread) Authenticate, then pass on what the peer says until it hangs up."""
+        try:
+            hello = authenticate(sock, self._secret, server=True, hello={"node": self._node})
+        except WireError as error:
+            logger.warning("refused a %s: %s", kind, error)
+            self.trace.event("refused", peer=kind, reason=str(error))
+            sock.close()
+            return
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        channel = Channel(sock, hello)
+        if kind == "rank":
+            member = MemberId(int(hello.get("member", -1)))
+            self._inbox.put(("rank", (member, channel)))
+            self._pass_on(channel, lambda message: ("said", (member, message)))
+        else:
+            number = int(hello.get("term", 0))
+            self._inbox.put(("coordinator", (number, channel)))
+            self._pass_on(channel, lambda message: ("plan", (number, message)))
+
+    def _pass_on(
+        self, channel: Channel, label: Callable[[dict[str, Any]], tuple[str, Any]]
+    ) -> None:
+        try:
+            while True:
+                self._inbox.put(label(channel.receive()))
+        except WireError as error:
+            logger.debug("a connection ended: %s", error)
+
+    # Ranks.
+
+    def _spawn(self, seat: Assignment) -> None:
+        member = seat.member
+        log = None
+        if self._config.rank_logs:
+            log = Path(self._config.run_dir) / "logs" / f"seat-{seat.seat}.log"
+        env = rank_environment(
+            self._config,
+            seat,
+            agent=self._socket_path,
+            secret=self._secret.hex(),
+            host=self._host,
+            shm_dir=self._arenas.directory,
+            restarts=self._plan.restarts,
+        )
+        base = MemberFacts(member=member, seat=seat.seat, node=self._node, stage=Stage.STARTING)
+        try:
+            rank = RankProcess(
+                member,
+                seat.seat,
+                self._config.command,
+                env,
+                log=log,
+                on_exit=lambda m: self._inbox.put(("exit", m)),
+            )
+        except OSError as error:
+            self._set(base, stage=Stage.DEAD, exit_code=127, error=str(error))
+            return
+        self._ranks[member] = rank
+        self._set(base, pid=rank.pid)
+        self.trace.event("spawn", seat=seat.seat, member=member, pid=rank.pid)
+
+    def _rank_ended(self, member: MemberId) -> None:
+        rank, facts = self._ranks[member], self._facts[member]
+        code = rank.exit_code
+        self.trace.event(
+            "exit",
+            seat=rank.seat,
+            member=member,
+            code=code if code is not None and code >= 0 else None,
+            signal=-code if code is not None and code < 0 else None,
+        )
+        if line := self._lines.pop(member, None):
+            line.close()
+        self._set(
+            facts,
+            stage=Stage.FINISHED if code == 0 else Stage.DEAD,
+            exit_code=code,
+            error="" if code == 0 else rank.last_words(),
+        )
+        self._carry_out()
+
+    def _rank_connected(self, member: MemberId, channel: Channel) -> None:
+        if member not in self._ranks or self._ranks[member].exit_code is not None:
+            logger.warning("member %s said hello and is not one of ours: refused", member)
+            channel.close()
+            return
+        self._lines[member] = channel
+        if self._plan.version or self._plan.term:
+            self._send_plan(member)
+
+    def _rank_said(self, member: MemberId, message: dict[str, Any]) -> None:
+        facts = self._facts.get(member)
+        if facts is None or facts.stage in (Stage.DEAD, Stage.FINISHED):
+            return
+        try:
+            match message.get("type"):
+                case "hello":
+                    self._set(facts, host=str(message["host"]), port=int(message["port"]))
+                case "standing":
+                    step = message["step"]
+                    self._set(
+                        facts,
+                        stage=Stage(message["stage"]),
+                        generation=Generation(int(message["generation"])),
+                        linked=Generation(int(message["linked"])),
+                        step=None if step is None else Step(int(step)),
+                        voted=bool(message["voted"]),
+                        stepping=bool(message["stepping"]),
+                    )
+                case "arena":
+                    self._make_arena(member, facts.seat, message["layout"])
+                case other:
+                    logger.warning("member %s sent an unknown message %r", member, other)
+        except (KeyError, TypeError, ValueError) as error:
+            logger.warning("member %s sent a malformed message: %s", member, error)
+
+    def _make_arena(self, member: MemberId, seat: Seat, layout: object) -> None:
+        """Allocating gigabytes takes a while: do it aside, answer when it is there."""
+
+        def make() -> None:
+            try:
+                answer: dict[str, object] = {"path": str(self._arenas.ensure(seat, layout))}
+            except (FtkitError, OSError) as error:
+                answer = {"error": str(error)}
+            line = self._lines.get(member)
+            if line is not None:
+                self._send(line, {"type": "arena", **answer})
+
+        threading.Thread(target=make, name=f"ftkit-arena-{seat}", daemon=True).start()
+
+    # Plans and facts.
+
+    def _coordinator_connected(self, number: int, channel: Channel) -> None:
+        if number < self._coordinator_number:
+            channel.close()
+            return
+        if self._coordinator is not None:
+            self._coordinator.close()
+        self._coordinator, self._coordinator_number = channel, number
+        self._tell_coordinator()
+
+    def _take_plan(self, number: int, message: dict[str, Any]) -> None:
+        if number < self._coordinator_number:
+            return
+        try:
+            plan = Plan.from_json(message["plan"])
+        except (ProtocolError, KeyError) as error:
+            logger.error("the coordinator sent no plan: %s", error)
+            return
+        self._stores = dict(message.get("stores", {}))
+        if plan.order <= self._plan.order:
+            return
+        self._plan = plan
+        for member in list(self._lines):
+            self._send_plan(member)
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        """Make this node what the plan says."""
+        for member, reason in self._plan.evicted.items():
+            rank = self._ranks.get(member)
+            if rank is not None and rank.exit_code is None:
+                self.trace.event("kill", seat=rank.seat, member=member, reason=reason)
+                rank.signal(signal.SIGKILL)
+        for seat in self._plan.seats:
+            if seat.node != self._node or seat.member in self._ranks or self._plan.stop:
+                continue
+            before = [r for r in self._ranks.values() if r.seat == seat.seat]
+            if all(r.exit_code is not None for r in before):
+                self._spawn(seat)
+        if self._plan.phase is Phase.ENDED and self._ending_since is None:
+            self._ending_since = self._clock.now()
+            for rank in self._ranks.values():
+                # A stopped process would not see the request.
+                rank.signal(signal.SIGTERM)
+                rank.signal(signal.SIGCONT)
+        self._tell_coordinator()
+
+    def _end_if_due(self) -> None:
+        """Once the job has ended: wait for the ranks, then do not."""
+        if self._ending_since is None:
+            return
+        if all(r.exit_code is not None for r in self._ranks.values()):
+            self._tell_coordinator()
+            self._stopped = True
+        elif self._clock.now() - self._ending_since > self._config.times.grace_s:
+            for rank in self._ranks.values():
+                rank.signal(signal.SIGKILL)
+
+    def _set(self, facts: MemberFacts, **changes: Any) -> None:
+        changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})
+        self._facts[facts.member] = changed
+        self._tell_coordinator()
+
+    def _tell_coordinator(self) -> None:
+        if self._coordinator is None:
+            return
+        host, port = self._store.address
+        self._send(
+            self._coordinator,
+            {
+                "type": "facts",
+                "node": self._node,
+                "boot": os.getpid(),
+                "members": [f.to_json() for f in self._facts.values()],
+                "snapshots": self._arenas.sealed_steps(),
+                "rows": self._arenas.rows(self._facts.values()),
+                "store": [host, port],
+                "plan": self._plan.to_json(),
+                "ended": self._stopped
+                or (self._ending_since is not None
+                and all(r.exit_code is not None for r in self._ranks.values())),
+                "at": self._clock.now(),
+            },
+        )
+
+    def _send_plan(self, member: MemberId) -> None:
+        self._send(
+            self._lines[member],
+            {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores},
+        )
+
+    def _send(self, channel: Channel, message: dict[str, object]) -> None:
+        try:
+            channel.send(message)
+        except WireError as error:
+            logger.debug("a peer hung up: %s", error)

@@ -1,0 +1,107 @@
+"""Arenas: the shared memory of one node, owned by its agent and outliving its ranks."""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+
+from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.checkpoint.layout import StateLayout
+from ftkit.core.errors import FtkitError
+from ftkit.core.ids import JobId, NodeId, Seat
+from ftkit.detection.process import process_facts
+from ftkit.detection.status import StatusBoard
+from ftkit.launch.config import JobConfig
+from ftkit.recovery.facts import ALIVE, MemberFacts
+
+BOARD = "board"
+OWNER = "owner.pid"
+
+
+class Arenas:
+    """The node's folder of shared memory: its status board, and one arena a seat."""
+
+    def __init__(self, config: JobConfig, node: NodeId) -> None:
+        """Make the folder, 0700, and the status board.
+
+        Folders that a killed job of this user left behind are removed first.
+
+        Raises:
+          CapacityError: shared memory is full.
+          FileExistsError: another agent of this job runs for this node.
+        """
+        sweep(Path(config.shm_root))
+        self.directory = config.shm_dir(node)
+        self.directory.mkdir(mode=0o700, parents=True)
+        (self.directory / OWNER).write_text(str(os.getpid()))
+        self._job = JobId(config.job)
+        self._first = node * config.nproc
+        self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
+
+    def ensure(self, seat: Seat, layout: object) -> Path:
+        """The seat's arena, with room for `layout` (`StateLayout.to_json`). Slow: allocates.
+
+        Raises:
+          CapacityError: there is not enough shared memory; says how much is needed.
+          ProtocolError: `layout` is not one.
+        """
+        path = arena_path(self._job, seat, self.directory)
+        Arena.ensure(path, StateLayout.from_json(layout)).close()
+        return path
+
+    def sealed_steps(self) -> list[list[int]]:
+        """[seat, step, generation] of every sealed snapshot on this node."""
+        found = []
+        for path in sorted(self.directory.glob("*.arena")):
+            try:
+                with Arena.open(path) as arena:
+                    for sealed in arena.snapshots():
+                        found.append([seat_of(path), sealed.step, sealed.generation])
+            except (FtkitError, OSError):
+                continue  # being made, or damaged: it holds nothing that counts
+        return found
+
+    def rows(self, members: Iterable[MemberFacts]) -> list[dict[str, object]]:
+        """The status rows of the members that run, with what /proc says of them."""
+        found: list[dict[str, object]] = []
+        for member in members:
+            if member.stage not in ALIVE:
+                continue
+            try:
+                row = self._board.read(member.seat - self._first)
+            except FtkitError:
+                continue  # a damaged row says nothing; the detector notices the silence
+            if row is None or row.member != member.member:
+                continue
+            facts = process_facts(member.pid)
+            found.append(
+                {"seat": member.seat, "row": row.to_json(), "facts": facts and facts.to_json()}
+            )
+        return found
+
+    def remove(self) -> None:
+        """Unmap the board and remove the folder with everything in it."""
+        self._board.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def seat_of(path: Path) -> int:
+    """The seat whose arena has this path (`arena_path`)."""
+    return int(path.stem.rsplit("-", 1)[-1])
+
+
+def sweep(root: Path) -> list[Path]:
+    """Remove the folders of agents that no longer run, and say which."""
+    removed = []
+    for folder in root.glob("ftkit-*-n*"):
+        try:
+            owner = int((folder / OWNER).read_text())
+            stale = folder.stat().st_uid == os.getuid() and not psutil.pid_exists(owner)
+        except (OSError, ValueError):
+            continue  # somebody else's, or being made
+        if stale:
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder)
+    return removed

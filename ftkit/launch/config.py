@@ -1,0 +1,140 @@
+"""JobConfig: one description of a job, and every time derived from one number.
+
+`max_stall_s` is how long a rank may keep the others waiting before it is replaced. All other
+times follow from it (`Times`), so there is no set of timeouts to keep in order by hand. The
+process environment is read here, and by `core.rank_env` inside a rank.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ftkit.core.errors import ProtocolError, UsageError
+from ftkit.detection.config import DetectionConfig
+from ftkit.recovery.budget import BudgetConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Times:
+    """Everything that waits, in seconds, derived from `max_stall_s`. The chain, in order:
+
+    tick <= heartbeat <= halt <= stall <= node, and exit grace apart.
+    """
+
+    heartbeat_s: float
+    """Between two stamps of a rank's heartbeat thread."""
+    tick_s: float
+    """Between two reports of an agent, and two looks of the coordinator."""
+    halt_s: float
+    """A member that was told to stand still and says nothing for this long is replaced."""
+    stall_s: float
+    """`max_stall_s` itself."""
+    node_s: float
+    """A node whose agent cannot be reached for this long is lost."""
+    grace_s: float
+    """From SIGTERM to SIGKILL when the job ends."""
+
+    @classmethod
+    def derive(cls, max_stall_s: float) -> "Times":
+        """The times that belong to `max_stall_s`.
+
+        Raises:
+          UsageError: it is too short for the machine to keep the order of the chain.
+        """
+        try:
+            detection = DetectionConfig(max_stall_s=max_stall_s)
+        except ValueError as error:
+            raise UsageError(f"--max-stall: {error}") from error
+        times = cls(
+            heartbeat_s=detection.heartbeat_interval_s,
+            tick_s=detection.tick_s,
+            halt_s=max_stall_s,
+            stall_s=max_stall_s,
+            node_s=2 * max_stall_s,
+            grace_s=5.0,
+        )
+        chain = [times.tick_s, times.heartbeat_s, times.halt_s, times.node_s]
+        if chain != sorted(chain):
+            raise UsageError(
+                f"--max-stall {max_stall_s} gives tick {times.tick_s:.3f} <= heartbeat "
+                f"{times.heartbeat_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
+                "which is out of order"
+            )
+        return times
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobConfig:
+    """One job. JSON-safe, so that agents and coordinators of any engine can be handed it."""
+
+    job: str
+    command: tuple[str, ...]
+    """What each rank runs: program and arguments."""
+    nodes: int = 1
+    nproc: int = 1
+    """Ranks on each node."""
+    max_stall_s: float = 30.0
+    run_dir: str = ""
+    shm_root: str = "/dev/shm"
+    """Where each node makes its folder of shared memory."""
+    rank_logs: bool = False
+    """Write each rank's output to a file in run_dir/logs instead of passing it through."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Variables added to every rank's environment."""
+    same_place_max: int = 3
+    restarts_max: int = 100
+    master_port: int = 0
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1 or self.nproc < 1:
+            raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
+        if not self.command:
+            raise UsageError("there is no command to run")
+
+    @property
+    def seats(self) -> int:
+        return self.nodes * self.nproc
+
+    @property
+    def times(self) -> Times:
+        return Times.derive(self.max_stall_s)
+
+    @property
+    def budget(self) -> BudgetConfig:
+        return BudgetConfig(same_place_max=self.same_place_max, restarts_max=self.restarts_max)
+
+    def shm_dir(self, node: int) -> Path:
+        """The folder of shared memory of one node."""
+        return Path(self.shm_root) / f"ftkit-{self.job}-n{node}"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "JobConfig":
+        """Read what `to_json` wrote. Raises ProtocolError on anything else."""
+        try:
+            value: dict[str, Any] = json.loads(text)
+            return cls(**{**value, "command": tuple(value["command"])})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProtocolError(f"not a job's configuration: {error}") from error
+
+
+def new_job_id() -> str:
+    """A name for a job: short, unique on a machine, fit for file names."""
+    return secrets.token_hex(4)
+
+
+def new_secret() -> str:
+    """A job's secret, in hexadecimal."""
+    return secrets.token_hex(32)
+
+
+def default_engine(environ: Mapping[str, str] = os.environ) -> str:
+    """Ray where there is a Ray to use, else processes on this machine."""
+    ray_here = environ.get("RAY_ADDRESS") or environ.get("RAY_JOB_ID")
+    return "ray" if ray_here or environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "embedded"

@@ -1,0 +1,271 @@
+"""Coordinator: one loop that turns what agents report into the next plan.
+
+It may die at any moment. Training goes on without it, every agent keeps the newest plan, and
+the next coordinator adopts the newest copy it finds, one term higher. All its judgement is
+elsewhere and pure: `detection.Detector` says who is at fault, `recovery.protocol` what
+follows; this file moves messages.
+"""
+
+import json
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ftkit.core.clock import MonotonicClock
+from ftkit.core.errors import FtkitError, WireError
+from ftkit.core.ids import MemberId, NodeId, Step, Term
+from ftkit.core.trace import Trace
+from ftkit.core.wire import Channel, connect
+from ftkit.launch.config import JobConfig
+from ftkit.launch.watch import Watch
+from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
+from ftkit.recovery.plan import Phase, Plan, Stop, adopt, first_plan
+from ftkit.recovery.protocol import advance
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"
+
+
+class Coordinator:
+    """The job's coordinator. `run` is its life, on the thread that calls it."""
+
+    def __init__(
+        self, config: JobConfig, secret: str, agents: Sequence[tuple[str, int]], *, number: int
+    ) -> None:
+        """Prepare to lead the agents at these addresses, in the order of their nodes.
+
+        Args:
+          config: the job.
+          secret: the job's secret in hexadecimal.
+          agents: each node's (host, port).
+          number: higher than that of any coordinator before; agents drop older ones.
+        """
+        self._config = config
+        self._secret = bytes.fromhex(secret)
+        self._agents = {NodeId(i): address for i, address in enumerate(agents)}
+        self._number = number
+        self._clock = MonotonicClock()
+        self._inbox: queue.SimpleQueue[tuple[str, NodeId | None, Any]] = queue.SimpleQueue()
+        self._lines: dict[NodeId, Channel] = {}
+        self._dialling: set[NodeId] = set()
+        self._silent_since: dict[NodeId, float] = {}
+        self._reports: dict[NodeId, dict[str, Any]] = {}
+        self._members: dict[MemberId, MemberFacts] = {}
+        self._plan: Plan | None = None
+        self._interrupted = ""
+        self._watch = Watch(config)
+        self.trace = Trace(
+            Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
+        )
+
+    def interrupt(self, reason: str) -> None:
+        """End the job in order. From any thread or signal handler."""
+        self._inbox.put(("interrupt", None, reason))
+
+    def run(self) -> Stop:
+        """Lead the job to its end. Blocks; returns why it ended."""
+        tick_s = self._config.times.tick_s
+        started = self._clock.now()
+        self._silent_since = dict.fromkeys(self._agents, started)
+        next_tick = started
+        try:
+            while True:
+                try:
+                    self._handle(*self._inbox.get(timeout=max(0.0, next_tick - self._clock.now())))
+                    while True:  # judge once for everything that has arrived
+                        self._handle(*self._inbox.get_nowait())
+                except queue.Empty:
+                    pass
+                now = self._clock.now()
+                if now >= next_tick:
+                    self._watch.observer_woke(late_by_s=now - next_tick, at=now)
+                    next_tick = now + tick_s
+                    self._dial_missing()
+                self._lead(now)
+                if self._plan is not None and self._is_over(now):
+                    assert self._plan.stop is not None, "an ended plan says why"
+                    return self._plan.stop
+        finally:
+            for line in self._lines.values():
+                line.close()
+            self.trace.close()
+
+    # What comes in.
+
+    def _handle(self, kind: str, node: NodeId | None, value: Any) -> None:
+        match kind:
+            case "line" if node is not None:
+                self._dialling.discard(node)
+                if value is not None:
+                    self._lines[node] = value
+                    self._silent_since.pop(node, None)
+            case "facts" if node is not None:
+                self._take_facts(node, value)
+            case "gone" if node is not None:
+                if self._lines.get(node) is value:
+                    self._lines.pop(node).close()
+                    self._silent_since[node] = self._clock.now()
+            case "interrupt":
+                self._interrupted = value
+
+    def _take_facts(self, node: NodeId, report: dict[str, Any]) -> None:
+        try:
+            members = [MemberFacts.from_json(m) for m in report["members"]]
+        except (FtkitError, KeyError) as error:
+            logger.error("node %s reports nonsense: %s", node, error)
+            return
+        before = self._reports.get(node)
+        if before is not None and before["boot"] != report["boot"]:
+            # Another agent: the ranks of the one before died with it.
+            for known in list(self._members.values()):
+                if known.node == node and known.stage is not Stage.FINISHED:
+                    self._members[known.member] = replace(known, stage=Stage.DEAD)
+        self._reports[node] = report
+        for member in members:
+            self._members[member.member] = member
+        self._watch.take_report(node, report, members, at=self._clock.now())
+
+    def _dial_missing(self) -> None:
+        for node, address in self._agents.items():
+            if node not in self._lines and node not in self._dialling:
+                self._dialling.add(node)
+                threading.Thread(
+                    target=self._dial, args=(node, address), name=f"ftkit-dial-{node}", daemon=True
+                ).start()
+
+    def _dial(self, node: NodeId, address: tuple[str, int]) -> None:
+        """(dialling thread) Connect, then pass on what the agent reports until it hangs up."""
+        hello = {"role": "coordinator", "term": self._number}
+        try:
+            line = connect(address, self._secret, hello=hello, timeout_s=2.0)
+        except WireError as error:
+            logger.debug("node %s cannot be reached: %s", node, error)
+            self._inbox.put(("line", node, None))
+            return
+        self._inbox.put(("line", node, line))
+        try:
+            while True:
+                self._inbox.put(("facts", node, line.receive()))
+        except WireError:
+            self._inbox.put(("gone", node, line))
+
+    # Judging.
+
+    def _lead(self, now: float) -> None:
+        """Judge, and send the plan where it changed."""
+        if self._plan is None:
+            self._plan = self._take_over(now)
+            if self._plan is None:
+                return
+            self._send_plan()
+        facts = self._facts(now)
+        plan, decisions = advance(self._plan, facts, self._config.budget)
+        if not decisions:
+            return
+        halting = plan.phase is Phase.HALTING and self._plan.phase is not Phase.HALTING
+        self._plan = plan
+        self._watch.take_plan(plan, at=now)
+        # First the orders, then the record of them: the job waits for the orders.
+        self._send_plan()
+        for decision in decisions:
+            self.trace.event(
+                "decision", action=decision.action, reason=decision.reason, **decision.fields
+            )
+            if decision.action in ("resume", "form", "grown"):
+                self.trace.event("resume", **{"step": plan.step, **decision.fields})
+        if halting:
+            self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
+
+    def _take_over(self, now: float) -> Plan | None:
+        """The plan to begin with, once every agent has spoken or is taken for lost."""
+        waiting = [
+            n for n in self._agents if n not in self._reports and n not in self._lost_nodes(now)
+        ]
+        if waiting or not self._reports:
+            return None
+        copies = [Plan.from_json(r["plan"]) for r in self._reports.values()]
+        if any(c.term for c in copies):
+            plan = adopt(copies, term=Term(self._number))
+            reason = f"coordinator {self._number} goes on from term {plan.term - 1}"
+        else:
+            plan = first_plan(self._config.nodes, self._config.nproc, term=Term(self._number))
+            reason = "the job begins"
+        self.trace.event("decision", action="lead", reason=reason, term=plan.term)
+        self._watch.take_plan(plan, at=now)
+        return plan
+
+    def _facts(self, now: float) -> JobFacts:
+        assert self._plan is not None, "facts are judged against a plan"
+        verdicts = self._watch.verdicts(self._plan, self._members, now)
+        for verdict in verdicts.fresh:
+            self.trace.event(
+                "verdict",
+                fault=verdict.fault.value,
+                member=verdict.member,
+                seat=verdict.seat,
+                reason=verdict.reason,
+                since_s=verdict.since_s,
+                evidence=dict(verdict.evidence),
+                generation=self._plan.world.generation if self._plan.world else 0,
+            )
+        return JobFacts(
+            members=self._members,
+            snapshots=frozenset(
+                Step(int(step))
+                for report in self._reports.values()
+                for _, step, _ in report["snapshots"]
+            ),
+            evictions=verdicts.evictions,
+            nodes_lost=self._lost_nodes(now),
+            interrupted=self._interrupted,
+        )
+
+    def _lost_nodes(self, now: float) -> frozenset[NodeId]:
+        limit = self._config.times.node_s
+        return frozenset(n for n, since in self._silent_since.items() if now - since > limit)
+
+    def _send_plan(self) -> None:
+        assert self._plan is not None, "there is a plan to send"
+        stores = {str(n): r["store"] for n, r in self._reports.items()}
+        message = {"type": "plan", "plan": self._plan.to_json(), "stores": stores}
+        for node, line in list(self._lines.items()):
+            try:
+                line.send(message)
+            except WireError:
+                logger.debug("node %s hung up; it gets the plan when it is back", node)
+
+    def _is_over(self, now: float) -> bool:
+        """Whether the plan has ended and every agent that can be reached is through."""
+        assert self._plan is not None, "there is a plan"
+        if self._plan.phase is not Phase.ENDED:
+            return False
+        lost = self._lost_nodes(now)
+        through = {n for n, r in self._reports.items() if r.get("ended")}
+        hung_up = {n for n in self._agents if n not in self._lines}
+        if set(self._agents) - through - lost - hung_up:
+            return False
+        assert self._plan.stop is not None, "an ended plan says why"
+        self.trace.event("end", code=self._plan.stop.code, reason=self._plan.stop.reason)
+        write_result(Path(self._config.run_dir), self._plan.stop)
+        return True
+
+
+def write_result(run_dir: Path, stop: Stop) -> None:
+    """Leave the job's end where `ftkit run` finds it, whole or not at all."""
+    part = run_dir / (RESULT + ".part")
+    part.write_text(json.dumps({"code": stop.code, "reason": stop.reason}))
+    part.replace(run_dir / RESULT)
+
+
+def read_result(run_dir: Path) -> Stop | None:
+    """What `write_result` left, or None while the job goes on."""
+    try:
+        value = json.loads((run_dir / RESULT).read_text())
+    except FileNotFoundError:
+        return None
+    return Stop(code=int(value["code"]), reason=str(value["reason"]))

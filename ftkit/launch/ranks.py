@@ -1,0 +1,118 @@
+"""RankProcess: one training process, from spawn to exit, as its agent sees it."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ftkit.core.ids import MemberId, Seat
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+#: Of a rank's log, how much is quoted when it fails.
+TAIL_BYTES = 4096
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends.
+
+    Meant to run in the child between fork and exec; one system call, no allocation.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class RankProcess:
+    """One incarnation of a seat. The agent's main thread owns it."""
+
+    def __init__(
+        self,
+        member: MemberId,
+        seat: Seat,
+        command: tuple[str, ...],
+        env: Mapping[str, str],
+        *,
+        log: Path | None,
+        on_exit: Callable[[MemberId], None],
+    ) -> None:
+        """Start the process, in a process group of its own.
+
+        Args:
+          member: the incarnation.
+          seat: the seat it fills.
+          command: program and arguments.
+          env: its whole environment.
+          log: file for its output, appended to; None passes the output through.
+          on_exit: called on a thread of its own as soon as the process has ended.
+
+        Raises:
+          OSError: the program cannot be started.
+        """
+        self.member = member
+        self.seat = seat
+        self._log = log
+        self._log_start = 0
+        output = None
+        if log is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab")
+            self._log_start = output.tell()
+        try:
+            self._process = subprocess.Popen(
+                command,
+                env=dict(env),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT if output else None,
+                preexec_fn=die_with_parent,
+                start_new_session=True,
+            )
+        finally:
+            if output is not None:
+                output.close()
+        self._exit_code: int | None = None
+        threading.Thread(
+            target=self._wait, args=(on_exit,), name=f"ftkit-wait-{member}", daemon=True
+        ).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """The exit code, or minus the signal; None while it runs."""
+        return self._exit_code
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process and all it started, if it still runs."""
+        if self._exit_code is None:
+            try:
+                os.killpg(self._process.pid, number)
+            except ProcessLookupError:
+                pass  # it ended this instant
+
+    def sweep(self) -> None:
+        """Kill what the process left behind in its group (data loader workers)."""
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass  # nothing was left
+
+    def last_words(self) -> str:
+        """The end of what it wrote, when its output goes to a file."""
+        if self._log is None:
+            return ""
+        with self._log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(self._log_start, size - TAIL_BYTES))
+            return file.read().decode(errors="replace").strip()
+
+    def _wait(self, on_exit: Callable[[MemberId], None]) -> None:
+        code = self._process.wait()
+        self.sweep()
+        self._exit_code = code
+        on_exit(self.member)

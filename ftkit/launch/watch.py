@@ -1,0 +1,119 @@
+"""Watch: puts agents' reports before the detector, and its verdicts before the protocol."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ftkit.core.errors import ProtocolError
+from ftkit.core.ids import MemberId, NodeId, Seat
+from ftkit.core.verdict import Fault, Verdict
+from ftkit.core.world import World
+from ftkit.detection.config import DetectionConfig
+from ftkit.detection.detector import Detector
+from ftkit.detection.observations import (
+    Exited,
+    NodeSilent,
+    ObserverLate,
+    ProcessFacts,
+    RowSeen,
+    WorldChanged,
+)
+from ftkit.detection.row import Row
+from ftkit.launch.config import JobConfig
+from ftkit.recovery.facts import MemberFacts, Stage
+from ftkit.recovery.plan import Phase, Plan
+
+
+@dataclass(slots=True)
+class Findings:
+    """What the watch says at one moment."""
+
+    fresh: list[Verdict] = field(default_factory=list)
+    """Verdicts not said before: for the event stream."""
+    evictions: dict[MemberId, str] = field(default_factory=dict)
+    """Members to remove, with the reason: levels, said again while they hold."""
+
+
+class Watch:
+    """Feeds one detector. Owned by the coordinator's thread."""
+
+    def __init__(self, config: JobConfig) -> None:
+        self._times = config.times
+        self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
+        self._said: set[tuple[MemberId, Fault]] = set()
+        self._world: World | None = None
+        self._halting_since: float | None = None
+        self._evictions: dict[MemberId, str] = {}
+        self._judged_at = float("-inf")
+
+    def observer_woke(self, *, late_by_s: float, at: float) -> None:
+        """The coordinator's own clock tick came late: it may not accuse others of lateness."""
+        if late_by_s > self._times.tick_s:
+            self._detector.ingest(ObserverLate(by_s=late_by_s))
+
+    def node_silent(self, node: NodeId, since: float) -> None:
+        """Nothing is heard of a node."""
+        self._detector.ingest(NodeSilent(node=node, since=since))
+
+    def take_plan(self, plan: Plan, *, at: float) -> None:
+        """A plan was made: the world may have changed, the job may be halting."""
+        if plan.world is not None and plan.world != self._world:
+            self._world = plan.world
+            self._detector.ingest(WorldChanged(world=plan.world, at=at))
+        if plan.phase is not Phase.HALTING:
+            self._halting_since = None
+        elif self._halting_since is None:
+            self._halting_since = at
+
+    def take_report(
+        self, node: NodeId, report: Mapping[str, Any], members: list[MemberFacts], *, at: float
+    ) -> None:
+        """An agent reported its rows and its members' ends."""
+        # Rows carry the agent's clock; on one host the difference is the message's way here.
+        offset_ns = int((at - float(report["at"])) * 1e9) if node else 0
+        pids = {m.seat: m.member for m in members}
+        for item in report["rows"]:
+            try:
+                row = Row.from_json(item["row"]).shifted(offset_ns)
+                facts = ProcessFacts.from_json(item["facts"]) if item["facts"] else None
+            except (ProtocolError, KeyError):
+                continue  # the detector notices the silence
+            seat = Seat(int(item["seat"]))
+            if pids.get(seat) is not None:
+                self._detector.ingest(
+                    RowSeen(member=row.member, seat=seat, row=row, facts=facts, at=at)
+                )
+        for member in members:
+            code = member.exit_code
+            if member.stage is Stage.DEAD:
+                self._detector.ingest(
+                    Exited(
+                        member=member.member,
+                        seat=member.seat,
+                        code=code if code is not None and code >= 0 else None,
+                        signal=-code if code is not None and code < 0 else None,
+                        at=at,
+                    )
+                )
+
+    def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
+        """What is wrong now, and who has to go for it."""
+        findings = Findings()
+        if plan.phase is Phase.ENDED:
+            return findings
+        for verdict in self._detector.tick(now):
+            key = (verdict.member, verdict.fault)
+            if key not in self._said:
+                self._said.add(key)
+                findings.fresh.append(verdict)
+            if verdict.evicts:
+                findings.evictions[verdict.member] = verdict.reason
+        if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
+            # A member that cannot even say where it stands keeps everybody waiting.
+            for member in members.values():
+                if member.stage is Stage.ACTIVE and plan.seat_of(member.member):
+                    findings.evictions.setdefault(
+                        member.member,
+                        f"did not stand still within {self._times.halt_s:g} s of being told to",
+                    )
+        return findings

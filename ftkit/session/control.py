@@ -1,0 +1,103 @@
+"""The connection to this node's agent: plans come in, standing goes out."""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ftkit.core.errors import CapacityError, JobStopped, WireError
+from ftkit.core.rank_env import RankEnv
+from ftkit.core.wire import Channel, connect
+from ftkit.recovery.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+#: Exit code of a rank whose agent is gone: its node counts as lost, so nobody reads it.
+AGENT_GONE = 71
+
+
+class Control:
+    """One rank's line to its agent. Owns the socket and one receiving thread."""
+
+    def __init__(self, env: RankEnv) -> None:
+        """Connect and authenticate. Blocks for at most ten seconds; WireError."""
+        self._channel: Channel = connect(
+            env.agent,
+            bytes.fromhex(env.secret),
+            hello={"role": "rank", "seat": env.seat, "member": env.member, "pid": os.getpid()},
+        )
+        self._closing = False
+        self._stores: Mapping[str, Any] = {}
+        self._answer: dict[str, Any] | None = None
+        self._answered = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def start(self, take_plan: Callable[[Plan], None]) -> None:
+        """Begin to receive; every plan goes to `take_plan`, on the receiving thread."""
+        self._thread = threading.Thread(
+            target=self._receive, args=(take_plan,), name="ftkit-control", daemon=True
+        )
+        self._thread.start()
+
+    def report(self, message: dict[str, object]) -> None:
+        """Send one message. A lost agent is noticed by the receiving thread."""
+        try:
+            self._channel.send(message)
+        except WireError:
+            logger.debug("the agent is gone; the receiving thread will see it too")
+
+    def arena(self, layout: object) -> str:
+        """Have the agent make this seat's arena for `layout`, JSON-safe. Blocks.
+
+        Returns:
+          The path of the arena, owned by the agent and outliving this process.
+
+        Raises:
+          CapacityError: the node's shared memory is too small; says how much is needed.
+          JobStopped: the agent is gone.
+        """
+        with self._answered:
+            self._answer = None
+            self.report({"type": "arena", "layout": layout})
+            while self._answer is None:
+                if self._closing:
+                    raise JobStopped("the agent went away before it made the arena")
+                self._answered.wait()
+            answer = self._answer
+        if error := answer.get("error"):
+            raise CapacityError(str(error))
+        return str(answer["path"])
+
+    @property
+    def stores(self) -> Mapping[str, Any]:
+        """Where each node serves its arenas: node number as text to [host, port]."""
+        return self._stores
+
+    def close(self) -> None:
+        """Hang up. The agent will see this process end, or not, as it pleases."""
+        self._closing = True
+        self._channel.close()
+        if self._thread is not None:
+            self._thread.join(timeout=5)
+
+    def _receive(self, take_plan: Callable[[Plan], None]) -> None:
+        try:
+            while True:
+                message = self._channel.receive()
+                match message.get("type"):
+                    case "plan":
+                        self._stores = message.get("stores", {})
+                        take_plan(Plan.from_json(message["plan"]))
+                    case "arena":
+                        with self._answered:
+                            self._answer = message
+                            self._answered.notify_all()
+                    case other:
+                        logger.warning("the agent sent %r, which this version does not know", other)
+        except WireError as error:
+            if self._closing:
+                return
+            # Without its agent a rank is on its own: nobody would restart it, or end it.
+            logger.error("this rank's agent is gone (%s): exiting", error)
+            os._exit(AGENT_GONE)

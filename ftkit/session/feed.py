@@ -1,0 +1,162 @@
+"""Feed: the batches of a step, slot by slot, the same for whoever asks.
+
+Two kinds of source. A data set with `__len__` and `__getitem__` is read by the cursor: which
+samples a slot holds is a pure function of (seed, step, slot), and only what is asked for is
+read. A DataLoader (or any iterable that can be iterated again) is read in order by every
+rank, one batch a slot; its batches are kept until their step is committed, so that a step
+played again sees the same ones, and a digest of them is compared between ranks by the vote.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import xxhash
+from torch.utils.data import default_collate
+
+from ftkit.core.errors import UsageError
+from ftkit.core.ids import Slot, Step
+from ftkit.recovery.data_cursor import DataCursor, derive
+
+
+class Feed(Protocol):
+    """Where a step's batches come from."""
+
+    def batch(self, step: Step, slot: Slot) -> Any:
+        """The batch of one slot. Asking again gives the same."""
+
+    def digest(self, step: Step) -> int:
+        """64 bits over what every rank read alike at `step`; 0 where each reads its own."""
+
+    def committed(self, step: Step) -> None:
+        """`step` will not be asked for again."""
+
+
+@runtime_checkable
+class MapStyle(Sized, Protocol):
+    """A data set that is read by index."""
+
+    def __getitem__(self, index: int) -> Any: ...
+
+
+def feed_of(
+    source: MapStyle | Iterable[Any],
+    *,
+    slots: int,
+    slot_size: int | None,
+    seed: int,
+    shuffle: bool,
+    collate: Callable[[list[Any]], Any] | None,
+) -> "Feed":
+    """The feed for `source`. Raises UsageError when it is neither kind."""
+    if isinstance(source, MapStyle) and not isinstance(source, dict):
+        if slot_size is None:
+            raise UsageError("a data set needs slot_size=, the samples in one slot")
+        cursor = DataCursor(
+            length=len(source), slots=slots, slot_size=slot_size, seed=seed, shuffle=shuffle
+        )
+        return DatasetFeed(source, cursor, collate or default_collate)
+    if isinstance(source, Iterable) and not isinstance(source, (Iterator, dict)):
+        return LoaderFeed(source, slots=slots, seed=seed)
+    raise UsageError(
+        f"cannot read batches from a {type(source).__name__}: give a data set with __len__ and "
+        "__getitem__, or a DataLoader (an iterator cannot be read again after a failure)"
+    )
+
+
+class DatasetFeed:
+    """Batches of a map-style data set, in the cursor's order."""
+
+    def __init__(
+        self, source: MapStyle, cursor: DataCursor, collate: Callable[[list[Any]], Any]
+    ) -> None:
+        self._source = source
+        self._cursor = cursor
+        self._collate = collate
+
+    def batch(self, step: Step, slot: Slot) -> Any:
+        return self._collate([self._source[i] for i in self._cursor.samples(step, slot)])
+
+    def digest(self, step: Step) -> int:
+        return 0
+
+    def committed(self, step: Step) -> None:
+        return
+
+
+class LoaderFeed:
+    """Batches of a loader, read in order by every rank alike, epoch after epoch.
+
+    Every epoch begins with torch's and Python's generators seeded by (seed, epoch), so that
+    a shuffling loader gives every rank the same order. A newcomer reads from the beginning
+    of its epoch up to the step it joins at.
+    """
+
+    def __init__(self, loader: Iterable[Any], *, slots: int, seed: int) -> None:
+        self._loader = loader
+        self._slots = slots
+        self._seed = seed
+        self._kept: dict[tuple[Step, Slot], Any] = {}
+        self._digests: dict[Step, int] = {}
+        self._batches = self._read()
+        self._read_steps = 0
+
+    def batch(self, step: Step, slot: Slot) -> Any:
+        self._read_to(step)
+        return self._kept[step, slot]
+
+    def digest(self, step: Step) -> int:
+        self._read_to(step)
+        return self._digests[step]
+
+    def committed(self, step: Step) -> None:
+        for slot in range(self._slots):
+            self._kept.pop((step, Slot(slot)), None)
+        self._digests.pop(step, None)
+
+    def _read_to(self, step: Step) -> None:
+        while self._read_steps < step:
+            at = Step(self._read_steps + 1)
+            hasher = xxhash.xxh3_64(seed=derive(self._seed, "loader", at))
+            for slot, batch in enumerate(itertools.islice(self._batches, self._slots)):
+                _update(hasher, batch)
+                if at == step:
+                    self._kept[at, Slot(slot)] = batch
+            self._digests[at] = hasher.intdigest() or 1
+            if at != step:
+                self._digests.pop(at)
+            self._read_steps = at
+
+    def _read(self) -> Iterator[Any]:
+        for epoch in itertools.count():
+            key = derive(self._seed, "epoch", epoch)
+            # Reading must not disturb the slots' own randomness, nor depend on it.
+            state, python_state = torch.get_rng_state(), random.getstate()
+            torch.manual_seed(key >> 1)
+            random.seed(key)
+            batches = iter(self._loader)
+            torch.set_rng_state(state)
+            random.setstate(python_state)
+            count = 0
+            for batch in batches:
+                count += 1
+                yield batch
+            if not count:
+                raise UsageError("the loader is empty: there is nothing to train on")
+
+
+def _update(hasher: xxhash.xxh3_64, value: Any) -> None:
+    """Feed every byte of a batch to `hasher`, tensors by content."""
+    if isinstance(value, torch.Tensor):
+        hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            hasher.update(str(key).encode())
+            _update(hasher, value[key])
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _update(hasher, item)
+    else:
+        hasher.update(repr(value).encode())

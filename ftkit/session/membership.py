@@ -1,0 +1,334 @@
+"""Membership: where this rank stands in the job, shared by its threads under one lock.
+
+The control thread brings plans, the communication thread brings faults, the training thread
+asks what to do next. Whatever must be decided once is decided here, under the lock: above
+all whether a vote passed *before* or *after* this rank said where it stands.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum, auto
+
+from ftkit.core.errors import JobStopped, ProtocolError
+from ftkit.core.ids import Generation, MemberId, Step
+from ftkit.core.trace import Trace
+from ftkit.core.world import World
+from ftkit.recovery.facts import Stage
+from ftkit.recovery.member import Duty, Standing, react
+from ftkit.recovery.plan import Plan
+
+
+class Fate(StrEnum):
+    """What became of a step whose vote was cut in half."""
+
+    FORWARD = auto()
+    """Some rank saw it pass: commit it with the gradients held."""
+    BACK = auto()
+    """No survivor saw it pass: play it again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A world to enter now, and the step to enter it at."""
+
+    world: World
+    step: Step
+    admitted: bool
+    """By a vote of its members (a newcomer), rather than from standing still."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A world whose members to connect to, as a newcomer."""
+
+    world: World
+
+
+class Membership:
+    """One rank's standing. Every method may be called from any thread; none does I/O
+    except through the `report` and `abort` callbacks, which must not block.
+    """
+
+    def __init__(
+        self,
+        member: MemberId,
+        *,
+        report: Callable[[dict[str, object]], None],
+        abort: Callable[[Generation, str], None],
+        trace: Trace,
+    ) -> None:
+        """Start as STARTING, in no world.
+
+        Args:
+          member: this process.
+          report: sends this rank's standing to its agent.
+          abort: ends every collective up to a generation.
+          trace: where halts are recorded.
+        """
+        self._changed = threading.Condition()
+        self._me = Standing(member=member)
+        self._plan = Plan()
+        self._step: Step | None = None
+        self._voted = False
+        self._stepping = False
+        self._admission: Entry | None = None
+        self._prepared: World | None = None
+        self._stopped = ""
+        self._report_to = report
+        self._abort = abort
+        self._trace = trace
+
+    # What other threads bring.
+
+    def take_plan(self, plan: Plan) -> None:
+        """Act on a plan from the coordinator, unless a newer one is known."""
+        with self._changed:
+            if plan.order <= self._plan.order:
+                return
+            self._plan = plan
+            self._heed()
+            self._changed.notify_all()
+
+    def take_fault(self, generation: Generation, lost: frozenset[MemberId], reason: str) -> None:
+        """A collective of `generation` broke, as this rank's data plane saw it."""
+        with self._changed:
+            if self._me.stage is Stage.ACTIVE and generation == self._me.generation:
+                self._halt(generation, reason, lost)
+                self._changed.notify_all()
+
+    def take_admission(self, payload: bytes) -> None:
+        """A member of the world tells this newcomer that it is in.
+
+        Raises:
+          ProtocolError: the payload is not what `admission` makes.
+        """
+        try:
+            message = json.loads(payload)
+            entry = Entry(World.from_json(message["world"]), Step(int(message["step"])), True)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProtocolError(f"not an admission: {payload[:80]!r}") from error
+        with self._changed:
+            known = self._admission.world.generation if self._admission else 0
+            if entry.world.generation > max(known, self._me.generation):
+                self._admission = entry
+                self._changed.notify_all()
+
+    def stop(self, reason: str) -> None:
+        """End this rank's part in the job: the next question raises JobStopped."""
+        with self._changed:
+            self._stopped = self._stopped or reason
+            self._changed.notify_all()
+        self._abort(self.generation, reason)
+
+    # What the training thread asks and says.
+
+    @property
+    def step(self) -> Step | None:
+        """Steps committed; None while this rank holds no state."""
+        return self._step
+
+    @property
+    def generation(self) -> Generation:
+        """The newest generation entered, or known to be over."""
+        return self._me.generation
+
+    @property
+    def active(self) -> bool:
+        """Whether this rank works in a generation that goes on."""
+        return self._me.stage is Stage.ACTIVE
+
+    @property
+    def prepared(self) -> World | None:
+        """The newcomers' world this rank can switch to, if any is on offer."""
+        with self._changed:
+            offered = self._prepared
+            return offered if offered and offered.generation > self._me.generation else None
+
+    def introduce(self) -> Plan:
+        """Say hello, and wait for the first plan. Blocks."""
+        with self._changed:
+            self._say()
+            while not self._plan.version and not self._plan.term and not self._stopped:
+                self._changed.wait()
+            self._raise_if_stopped()
+            return self._plan
+
+    def ready(self, *, stepping: bool) -> None:
+        """Be counted when a world is formed; `stepping` once the step loop has begun."""
+        with self._changed:
+            self._stepping = stepping
+            if self._me.stage is Stage.STARTING:
+                self._me = replace(self._me, stage=Stage.READY)
+                self._heed()
+            self._say()
+
+    def next_task(self) -> Entry | Link | None:
+        """What to do before the next step; None when the world goes on. Blocks.
+
+        Raises:
+          JobStopped: the job is over for this rank.
+        """
+        with self._changed:
+            while True:
+                self._raise_if_stopped()
+                admission, self._admission = self._admission, None
+                if admission and admission.world.generation > self._me.generation:
+                    return admission
+                duty, world = react(self._me, self._plan)
+                if duty is Duty.RESUME and world is not None:
+                    return Entry(world, self._plan.step, False)
+                if duty is Duty.LINK and world is not None:
+                    return Link(world)
+                if self._me.stage is Stage.ACTIVE:
+                    return None
+                self._changed.wait()
+
+    def linked(self, world: World) -> None:
+        """This newcomer is connected to every member of `world`."""
+        with self._changed:
+            if self._me.stage is not Stage.ACTIVE:
+                # Whatever state we held belongs to a world that went on without us.
+                self._step, self._voted = None, False
+                self._me = replace(self._me, stage=Stage.LINKED, linked=world.generation)
+                self._say()
+
+    def entered(self, world: World, step: Step | None) -> None:
+        """This rank is in `world` now, holding the state of `step` (None: not yet)."""
+        with self._changed:
+            self._me = replace(
+                self._me,
+                stage=Stage.ACTIVE,
+                generation=world.generation,
+                linked=Generation(0),
+                prepared=Generation(0),
+            )
+            self._step, self._voted = step, False
+            self._heed()
+            self._say()
+
+    def refused(self, world: World, reason: str) -> None:
+        """This rank could not enter `world`: its links could not be made."""
+        with self._changed:
+            self._halt(world.generation, reason, frozenset())
+
+    def restored(self, generation: Generation, step: Step) -> bool:
+        """The state of `step` is loaded; False when `generation` ended meanwhile."""
+        with self._changed:
+            if self._me.stage is not Stage.ACTIVE or self._me.generation != generation:
+                return False
+            self._step = step
+            self._say()
+            return True
+
+    def vote_cast(self) -> None:
+        """This rank has reduced the next step and is about to vote for it."""
+        with self._changed:
+            self._voted = True
+
+    def vote_failed(self) -> None:
+        """The vote was counted and did not pass."""
+        with self._changed:
+            self._voted = False
+
+    def vote_passed(self, generation: Generation) -> bool:
+        """Commit the step voted on; False when this rank has already said it stands still.
+
+        This is the moment of commitment: what is reported before does not know of it, what
+        is reported after does.
+        """
+        with self._changed:
+            if self._me.stage is not Stage.ACTIVE or self._me.generation != generation:
+                return False
+            assert self._step is not None, "a rank without state does not vote"
+            self._step, self._voted = Step(self._step + 1), False
+            return True
+
+    def fate(self) -> Fate:
+        """What became of the step this rank voted for and saw no result of. Blocks.
+
+        Raises:
+          JobStopped: the job is over for this rank.
+        """
+        with self._changed:
+            while True:
+                self._raise_if_stopped()
+                duty, _ = react(self._me, self._plan)
+                if duty is Duty.RESUME and self._step is not None:
+                    if self._voted and self._plan.step == self._step + 1:
+                        self._step, self._voted = self._plan.step, False
+                        self._say()
+                        return Fate.FORWARD
+                    return Fate.BACK
+                if duty is Duty.LINK:
+                    return Fate.BACK
+                self._changed.wait()
+
+    def done(self) -> None:
+        """The step loop has ended."""
+        with self._changed:
+            self._me = replace(self._me, stage=Stage.DONE)
+            self._say()
+
+    def wait_changed(self, timeout_s: float) -> None:
+        """Wait until anything changes here, or `timeout_s` have passed."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    # Under the lock.
+
+    def _heed(self) -> None:
+        """Do at once what the plan asks and needs no training thread."""
+        while True:
+            duty, world = react(self._me, self._plan)
+            if duty is Duty.HALT:
+                self._halt(self._plan.halted, "the coordinator ended it", frozenset())
+            elif duty is Duty.PREPARE and world is not None:
+                self._prepared = world
+                self._me = replace(self._me, prepared=world.generation)
+            elif duty is Duty.LEAVE:
+                stop = self._plan.stop
+                self._stopped = stop.reason if stop else "another process has this seat now"
+                self._abort(self._plan.halted, self._stopped)
+                return
+            else:
+                return
+
+    def _halt(self, generation: Generation, reason: str, lost: frozenset[MemberId]) -> None:
+        self._abort(generation, reason)
+        if self._me.stage is Stage.ACTIVE:
+            has_state = self._step is not None
+            self._me = replace(self._me, stage=Stage.HALTED if has_state else Stage.READY)
+            self._trace.event(
+                "report",
+                generation=generation,
+                step=self._step,
+                voted=self._voted,
+                lost=sorted(lost),
+                reason=reason,
+            )
+        self._me = replace(self._me, generation=max(generation, self._me.generation))
+        self._say()
+
+    def _say(self) -> None:
+        self._report_to(
+            {
+                "type": "standing",
+                "stage": self._me.stage.value,
+                "generation": self._me.generation,
+                "linked": self._me.linked,
+                "step": self._step,
+                "voted": self._voted,
+                "stepping": self._stepping,
+            }
+        )
+
+    def _raise_if_stopped(self) -> None:
+        if self._stopped:
+            raise JobStopped(self._stopped)
+
+
+def admission(world: World, step: Step) -> bytes:
+    """What members tell a newcomer: the world it is in, and the step they stand at."""
+    return json.dumps({"world": world.to_json(), "step": step}).encode()
