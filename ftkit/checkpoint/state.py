@@ -16,7 +16,6 @@ from ftkit.checkpoint.walk import (
     Live,
     OptimizerWalk,
     check_kind,
-    dtype_name,
     module_tensors,
     unwrap,
 )
@@ -283,6 +282,3 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes."""
     flat = tensor.detach().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())
-
-
-__all__ = ["Picture", "ProtectedState", "Stateful", "dtype_name"]
