@@ -1,0 +1,456 @@
+"""Arena: the shared-memory file in which one seat's snapshots outlive its process.
+
+An agent makes the file (`Arena.ensure`), with all its pages, before training needs it: fresh
+pages are nearly the whole cost of a snapshot on CPU. The seat's process opens it for writing;
+anybody of the same user may map it read-only meanwhile. One writer at a time is the caller's
+duty: generations see to it.
+"""
+
+import errno
+import mmap
+import os
+import re
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ftkit.checkpoint.chunks import CHUNK_BYTES, scatter
+from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.slots import (
+    PAGE,
+    SLOTS,
+    Geometry,
+    Head,
+    Sealed,
+    SlotState,
+    choose_slot,
+)
+from ftkit.core.errors import CapacityError, IntegrityError, UsageError
+from ftkit.core.ids import Generation, JobId, Seat, Step
+
+SHM = Path("/dev/shm")
+
+
+def arena_path(job: JobId, seat: Seat, directory: Path = SHM) -> Path:
+    """Where the arena of a seat lies. UsageError when `job` cannot be part of a file name."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", job):
+        raise UsageError(f"job id {job!r} may have letters, digits, '.', '_' and '-' only")
+    return directory / f"ftkit-{job}-{seat}.arena"
+
+
+class Arena:
+    """An open arena file. Not thread-safe, except that reading never disturbs writing."""
+
+    def __init__(self, path: Path, *, writable: bool) -> None:
+        """Map the file at `path`; prefer `open` and `ensure`."""
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
+        fd = os.open(path, flags)
+        try:
+            status = os.fstat(fd)
+            if not stat.S_ISREG(status.st_mode):
+                raise IntegrityError(f"{path} is not a regular file")
+            self.geometry = Geometry.from_page(os.pread(fd, PAGE, 0))
+            if status.st_size != self.geometry.file_bytes:
+                # Reading past the end of a mapping would be a SIGBUS, not an exception.
+                raise IntegrityError(
+                    f"{path} has {status.st_size} bytes, its first page says "
+                    f"{self.geometry.file_bytes}"
+                )
+            self._map = mmap.mmap(
+                fd,
+                status.st_size,
+                # A writer maps all pages now: a first touch costs as much as copying them.
+                flags=mmap.MAP_SHARED | (mmap.MAP_POPULATE if writable else 0),
+                prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
+            )
+        finally:
+            os.close(fd)
+        self.path = path
+        self.writable = writable
+        self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+
+    @classmethod
+    def open(cls, path: Path, *, writable: bool = False) -> "Arena":
+        """Open an existing arena.
+
+        Raises:
+          OSError: there is no such file, or it may not be opened. A symbolic link is refused.
+          IntegrityError: it is not an arena, or its first page is damaged.
+        """
+        return cls(path, writable=writable)
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        *,
+        data_bytes: int,
+        meta_bytes: int,
+        chunk_bytes: int = CHUNK_BYTES,
+        slots: int = SLOTS,
+        keep: "Arena | None" = None,
+    ) -> "Arena":
+        """Make an arena with all its pages and put it at `path`, replacing what is there.
+
+        Blocks for about a second a gigabyte. The file appears at `path` whole or not at all;
+        it is readable and writable by this user only.
+
+        Args:
+          path: where to; its directory decides the memory (/dev/shm) or disk used.
+          data_bytes: tensor bytes of one snapshot.
+          meta_bytes: bytes of layout and small state of one snapshot.
+          chunk_bytes: bytes under one digest.
+          slots: snapshots held, at least 3.
+          keep: an arena whose good snapshots are carried over where they fit.
+
+        Raises:
+          CapacityError: the file system has not enough room; nothing was written.
+        """
+        geometry = Geometry(
+            data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
+        )
+        _check_room(path.parent, geometry.file_bytes)
+        building = path.with_name(path.name + ".new")
+        # Left by an agent that was killed right here, once.
+        building.unlink(missing_ok=True)
+        fd = os.open(
+            building, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
+        try:
+            try:
+                os.posix_fallocate(fd, 0, geometry.file_bytes)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
+                    raise
+                raise CapacityError(
+                    f"arena {path.name} needs {geometry.file_bytes} bytes and {path.parent} ran "
+                    f"out while they were reserved: {error.strerror}"
+                ) from error
+            finally:
+                os.close(fd)
+            with building.open("r+b") as file:
+                file.write(geometry.to_page())
+            if keep is not None:
+                with cls(building, writable=True) as new:
+                    keep._copy_snapshots(new)
+            building.rename(path)
+        except BaseException:
+            building.unlink(missing_ok=True)
+            raise
+        return cls(path, writable=True)
+
+    @classmethod
+    def ensure(cls, path: Path, layout: StateLayout, *, chunk_bytes: int = CHUNK_BYTES) -> "Arena":
+        """Open the arena at `path` for writing, made or made larger so that `layout` fits.
+
+        Good snapshots of a smaller arena are carried over before it is replaced, so there is
+        no moment without one. A damaged arena is replaced by an empty one. Call between
+        captures: whoever has the old file mapped must open the new one.
+
+        Raises:
+          CapacityError: as `create`; the old arena is untouched.
+        """
+        # Layouts that grow by a name or two should not need a new file.
+        meta_bytes = layout.meta_bytes + len(layout.encoded) // 4
+        need = layout.total_bytes
+        try:
+            old = cls(path, writable=True)
+        except (FileNotFoundError, IntegrityError):
+            return cls.create(path, data_bytes=need, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes)
+        if old.fits(layout):
+            return old
+        with old:
+            return cls.create(
+                path, data_bytes=need, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, keep=old
+            )
+
+    def fits(self, layout: StateLayout) -> bool:
+        """Whether a snapshot of this layout has room in a slot."""
+        return (
+            layout.total_bytes <= self.geometry.data_bytes
+            and layout.meta_bytes <= self.geometry.meta_bytes
+        )
+
+    def slots(self) -> tuple[Sealed | None, ...]:
+        """What each slot's page says, by slot; None for one without a sealed page."""
+        found = list[Sealed | None]()
+        for slot in range(self.geometry.slots):
+            at = self.geometry.slot_at(slot)
+            sealed = Sealed.from_page(self._map[at : at + PAGE])
+            if sealed is not None and not self._holds(sealed):
+                sealed = None
+            found.append(sealed)
+        return tuple(found)
+
+    def snapshots(self) -> tuple[Sealed, ...]:
+        """The sealed snapshots, oldest first. Their data has not been checked."""
+        return tuple(sorted((s for s in self.slots() if s), key=lambda s: s.version))
+
+    def sealed_steps(self) -> tuple[Step, ...]:
+        """The steps of `snapshots`, in the same order."""
+        return tuple(s.step for s in self.snapshots())
+
+    def newest(self) -> Sealed | None:
+        """The newest sealed snapshot, its data not checked."""
+        return max(self.snapshots(), key=lambda s: s.version, default=None)
+
+    def newest_good(self) -> Sealed | None:
+        """The newest snapshot whose every byte matches its digest. Reads all of it."""
+        for sealed in reversed(self.snapshots()):
+            try:
+                self.verify(sealed)
+            except IntegrityError:
+                continue
+            return sealed
+        return None
+
+    def find(self, step: Step, generation: Generation | None = None) -> Sealed:
+        """The snapshot of a step, of its newest generation unless one is named.
+
+        Raises:
+          IntegrityError: it is not here, or no longer.
+        """
+        for sealed in reversed(self.snapshots()):
+            if sealed.step == step and generation in (None, sealed.generation):
+                return sealed
+        named = "" if generation is None else f" of generation {generation}"
+        raise IntegrityError(
+            f"{self.path.name} has no sealed snapshot of step {step}{named}; it has steps "
+            f"{list(self.sealed_steps())}"
+        )
+
+    def head_bytes(self, sealed: Sealed) -> bytes:
+        """The head of a snapshot as `Head.parse` wants it. IntegrityError when overwritten."""
+        at = self.geometry.slot_at(self._slot_of(sealed))
+        table_at = at + self.geometry.table_at
+        meta = sealed.layout_bytes + sealed.small_bytes
+        return (
+            self._map[at : at + PAGE + meta] + self._map[table_at : table_at + sealed.table_bytes]
+        )
+
+    def head(self, sealed: Sealed) -> Head:
+        """Layout, small state and digests of a snapshot. IntegrityError when damaged."""
+        return Head.parse(self.head_bytes(sealed))
+
+    def data(self, sealed: Sealed) -> memoryview:
+        """The snapshot's data, unchecked and read-only; it may change under the reader.
+
+        The view must be released before `close`. IntegrityError when overwritten.
+        """
+        at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
+        return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
+
+    def blocks(self, head: Head) -> Iterator[memoryview]:
+        """The data of a snapshot, a chunk at a time, each checked before it is handed out.
+
+        The views are read-only and valid until `close`.
+
+        Raises:
+          IntegrityError: a chunk fails, or the slot was overwritten meanwhile: what was
+            read before is not to be used either.
+        """
+        data = self.data(head.sealed)
+        size = head.sealed.chunk_bytes
+        for chunk in range(len(head.digests)):
+            block = data[chunk * size : (chunk + 1) * size]
+            head.check(chunk, block)
+            yield block
+        self._slot_of(head.sealed)
+
+    def verify(self, sealed: Sealed) -> None:
+        """Read the whole snapshot; IntegrityError unless every byte is what was captured."""
+        for _ in self.blocks(self.head(sealed)):
+            pass
+
+    def read_into(self, step: Step, views: Sequence[memoryview]) -> Head:
+        """Copy a snapshot's tensors into memory of the caller's, in the order of its layout.
+
+        Args:
+          step: which snapshot.
+          views: one writable buffer of bytes (format "B") per entry, of the entry's size.
+
+        Raises:
+          IntegrityError: it is not here or damaged; the buffers may hold part of it.
+          ValueError: the buffers do not match the layout.
+        """
+        head = self.head(self.find(step))
+        scatter(head.layout, self.blocks(head), views)
+        return head
+
+    def start(
+        self, step: Step, generation: Generation, layout: StateLayout, complete: Step | None = None
+    ) -> "SlotWriter":
+        """Begin to overwrite the slot that can best be spared (`choose_slot`).
+
+        Raises:
+          CapacityError: the layout does not fit; call `ensure` first.
+        """
+        if not self.writable:
+            raise UsageError(f"{self.path.name} was opened read-only")
+        if not self.fits(layout):
+            raise CapacityError(
+                f"a snapshot needs {layout.total_bytes} bytes of data and {layout.meta_bytes} of "
+                f"meta; {self.path.name} has {self.geometry.data_bytes} and "
+                f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
+            )
+        return SlotWriter(
+            self._bytes,
+            self.geometry,
+            choose_slot(self.slots(), complete),
+            step,
+            generation,
+            layout,
+        )
+
+    def close(self) -> None:
+        """Unmap the file. Views handed out keep the memory until they are gone."""
+        self._bytes = np.empty(0, dtype=np.uint8)
+        try:
+            self._map.close()
+        except BufferError:
+            # Someone still holds a view; the mapping goes with the last of them.
+            pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _holds(self, sealed: Sealed) -> bool:
+        geometry = self.geometry
+        return (
+            sealed.data_bytes <= geometry.data_bytes
+            and sealed.layout_bytes + sealed.small_bytes <= geometry.meta_bytes
+            and sealed.table_bytes <= geometry.data_at - geometry.table_at
+        )
+
+    def _slot_of(self, sealed: Sealed) -> int:
+        for slot, held in enumerate(self.slots()):
+            if held == sealed:
+                return slot
+        raise IntegrityError(
+            f"the slot of step {sealed.step} in {self.path.name} was overwritten; it now has "
+            f"steps {list(self.sealed_steps())}"
+        )
+
+    def _copy_snapshots(self, new: "Arena") -> None:
+        for sealed in self.snapshots():
+            try:
+                head = self.head(sealed)
+                if not new.fits(head.layout):
+                    continue
+                writer = new.start(sealed.step, sealed.generation, head.layout)
+                at = 0
+                for chunk, block in enumerate(self.blocks(head)):
+                    writer.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
+                    at += len(block)
+                    if head.sealed.chunk_bytes == new.geometry.chunk_bytes:
+                        writer.table[chunk] = head.digests[chunk]
+                if head.sealed.chunk_bytes != new.geometry.chunk_bytes:
+                    writer.digest(range(len(writer.table)))
+                small_at = PAGE + sealed.layout_bytes
+                writer.seal(self.head_bytes(sealed)[small_at : small_at + sealed.small_bytes])
+            except IntegrityError:
+                # A damaged snapshot is lost already; it must not keep the others back.
+                continue
+
+
+class SlotWriter:
+    """One slot between "writing" and "sealed". Parts may be written by several threads."""
+
+    def __init__(
+        self,
+        file: NDArray[np.uint8],
+        geometry: Geometry,
+        slot: int,
+        step: Step,
+        generation: Generation,
+        layout: StateLayout,
+    ) -> None:
+        """Mark the slot as being written: from here on its old snapshot is gone."""
+        at = geometry.slot_at(slot)
+        self._page = file[at : at + PAGE]
+        self._meta = file[at + PAGE : at + PAGE + geometry.meta_bytes]
+        self._chunk_bytes = geometry.chunk_bytes
+        self._layout = layout
+        self._sealed = Sealed(
+            state=SlotState.WRITING,
+            generation=generation,
+            step=step,
+            data_bytes=layout.total_bytes,
+            chunk_bytes=geometry.chunk_bytes,
+        )
+        self._put_page(self._sealed)
+        self.slot = slot
+        self.step = step
+        self.generation = generation
+        self.data = file[at + geometry.data_at : at + geometry.data_at + layout.total_bytes]
+        """uint8, shape (total bytes,): where the tensors go. Shared memory."""
+        table_at = at + geometry.table_at
+        self.table = file[table_at : table_at + self._sealed.table_bytes].view("<u8")
+        """uint64, shape (chunks,): the digests. Shared memory."""
+
+    def digest(self, chunks: range) -> None:
+        """Enter the digests of these chunks, whose data is complete."""
+        for chunk in chunks:
+            at = chunk * self._chunk_bytes
+            self.table[chunk] = xxhash.xxh3_64_intdigest(
+                self.data[at : at + self._chunk_bytes].data
+            )
+
+    def seal(self, small: bytes) -> Sealed:
+        """Write layout and small state, then declare the snapshot whole: the last store.
+
+        Raises:
+          CapacityError: the small state is larger than the layout allows; not sealed.
+        """
+        if len(small) > self._layout.small_bytes:
+            raise CapacityError(
+                f"small state of step {self._sealed.step} is {len(small)} bytes of JSON, the "
+                f"layout has room for {self._layout.small_bytes}: protect with a larger small_bytes"
+            )
+        meta = self._layout.encoded + small
+        self._meta[: len(meta)] = np.frombuffer(meta, dtype=np.uint8)
+        sealed = Sealed(
+            generation=self._sealed.generation,
+            step=self._sealed.step,
+            layout_bytes=len(self._layout.encoded),
+            small_bytes=len(small),
+            data_bytes=self._sealed.data_bytes,
+            chunk_bytes=self._sealed.chunk_bytes,
+            meta_digest=xxhash.xxh3_64_intdigest(meta),
+            table_digest=xxhash.xxh3_64_intdigest(self.table.data),
+        )
+        self._put_page(sealed)
+        return sealed
+
+    def _put_page(self, sealed: Sealed) -> None:
+        self._page[:] = np.frombuffer(sealed.to_page(), dtype=np.uint8)
+
+
+def _check_room(directory: Path, need: int) -> None:
+    """Refuse before anything is written: a half-made arena would take what others need."""
+    status = os.statvfs(directory)
+    free = status.f_bavail * status.f_frsize
+    if need > free:
+        raise CapacityError(
+            f"an arena of {need} bytes does not fit: {directory} has {free} bytes free "
+            f"({need - free} too few). Give it more room, or protect less state"
+        )
+
+
+if sys.byteorder != "little":
+    raise ImportError("an arena is little-endian and used in place; this machine is big-endian")

@@ -1,0 +1,275 @@
+"""The bytes of an arena: pages that say what they hold and can tell when they are torn (pure).
+
+::
+
+    file page | slot 0                                      | slot 1 | slot 2
+              | page | layout, small | digests | data       |
+
+Every page ends with the xxh3_64 of all that precedes it, the slot's page holds the digests of
+the layout and small state and of the digest table, and the table holds one digest for each
+chunk of data: whoever trusts the page can check the rest. All numbers are little-endian.
+
+Write order: page "writing", meta, data and digests in any order, page "sealed" last. A
+process killed between any two stores leaves "writing" or a page whose own digest fails.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ftkit.checkpoint.chunks import chunk_count
+from ftkit.checkpoint.layout import StateLayout
+from ftkit.core.errors import IntegrityError, ProtocolError
+from ftkit.core.ids import Generation, Step
+
+PAGE = 4096
+SLOTS = 3
+CHUNK_BYTES_MAX = 16 << 20
+_FILE_MAGIC = b"ftarena1"
+_SLOT_MAGIC = b"ftslot_1"
+_FILE = struct.Struct("<8sQQQQ")
+_SLOT = struct.Struct("<8sQqqQQQQQQ")
+_DIGEST = struct.Struct("<Q")
+
+
+class SlotState(IntEnum):
+    """What a slot's page says. A page of zeros is a slot never written."""
+
+    WRITING = 1
+    SEALED = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Geometry:
+    """The sizes of an arena file, in bytes, and where its parts begin."""
+
+    data_bytes: int
+    meta_bytes: int
+    chunk_bytes: int
+    slots: int = SLOTS
+
+    def __post_init__(self) -> None:
+        if self.data_bytes < 0 or self.meta_bytes < 0:
+            raise ValueError(f"sizes may not be negative: {self}")
+        if not 0 < self.chunk_bytes <= CHUNK_BYTES_MAX:
+            raise ValueError(f"chunks are 1 to {CHUNK_BYTES_MAX} bytes, not {self.chunk_bytes}")
+        if self.slots < SLOTS:
+            # Ranks differ by a step when a fault strikes: one slot being written, one sealed,
+            # one that may be the last complete everywhere.
+            raise ValueError(f"an arena has at least {SLOTS} slots, not {self.slots}")
+
+    @property
+    def table_at(self) -> int:
+        """Offset of the digest table in a slot."""
+        return PAGE + _paged(self.meta_bytes)
+
+    @property
+    def data_at(self) -> int:
+        """Offset of the data in a slot."""
+        return self.table_at + _paged(8 * chunk_count(self.data_bytes, self.chunk_bytes))
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.data_at + _paged(self.data_bytes)
+
+    @property
+    def file_bytes(self) -> int:
+        return PAGE + self.slots * self.slot_bytes
+
+    def slot_at(self, slot: int) -> int:
+        """Offset of a slot in the file."""
+        return PAGE + slot * self.slot_bytes
+
+    def to_page(self) -> bytes:
+        return _page(
+            _FILE.pack(_FILE_MAGIC, self.data_bytes, self.meta_bytes, self.chunk_bytes, self.slots)
+        )
+
+    @classmethod
+    def from_page(cls, page: bytes) -> "Geometry":
+        """Read `to_page`. Raises IntegrityError when the page is torn or not an arena's."""
+        if not _whole(page):
+            raise IntegrityError("the first page of the arena does not match its digest")
+        magic, data_bytes, meta_bytes, chunk_bytes, slots = _FILE.unpack_from(page)
+        if magic != _FILE_MAGIC:
+            raise IntegrityError(f"arena begins with {magic!r}, this ftkit reads {_FILE_MAGIC!r}")
+        return cls(
+            data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealed:
+    """What the page of a sealed slot says."""
+
+    state: SlotState = SlotState.SEALED
+    generation: Generation
+    step: Step
+    layout_bytes: int = 0
+    small_bytes: int = 0
+    data_bytes: int = 0
+    chunk_bytes: int = 1
+    meta_digest: int = 0
+    """Of the layout's and the small state's bytes, one after the other."""
+    table_digest: int = 0
+    """Of the digest table."""
+
+    @property
+    def version(self) -> tuple[Generation, Step]:
+        """Its place in the order of snapshots: a newer generation wins over a higher step."""
+        return self.generation, self.step
+
+    @property
+    def table_bytes(self) -> int:
+        return 8 * chunk_count(self.data_bytes, self.chunk_bytes)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a head: page, layout, small state and digest table, without gaps."""
+        return PAGE + self.layout_bytes + self.small_bytes + self.table_bytes
+
+    def to_page(self) -> bytes:
+        return _page(
+            _SLOT.pack(
+                _SLOT_MAGIC,
+                self.state,
+                self.generation,
+                self.step,
+                self.layout_bytes,
+                self.small_bytes,
+                self.data_bytes,
+                self.chunk_bytes,
+                self.meta_digest,
+                self.table_digest,
+            )
+        )
+
+    @classmethod
+    def from_page(cls, page: bytes) -> "Sealed | None":
+        """What a sealed page says; None when it is empty, being written, or torn."""
+        if not _whole(page):
+            return None
+        magic, state, generation, step, layout, small, data, chunk, meta, table = _SLOT.unpack_from(
+            page
+        )
+        if magic != _SLOT_MAGIC or state != SlotState.SEALED or not 0 < chunk <= CHUNK_BYTES_MAX:
+            return None
+        return cls(
+            generation=generation,
+            step=step,
+            layout_bytes=layout,
+            small_bytes=small,
+            data_bytes=data,
+            chunk_bytes=chunk,
+            meta_digest=meta,
+            table_digest=table,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """Everything about a snapshot but its data, checked."""
+
+    sealed: Sealed
+    layout: StateLayout
+    small: dict[str, Any]
+    digests: NDArray[np.uint64]
+    """One per chunk, shape (chunks,)."""
+
+    @classmethod
+    def parse(cls, data: bytes) -> "Head":
+        """Read a head (page, layout, small state, digest table, without gaps).
+
+        Raises:
+          IntegrityError: some digest fails, or the slot was not sealed.
+        """
+        sealed = Sealed.from_page(data[:PAGE])
+        if sealed is None:
+            raise IntegrityError("the snapshot's page is not sealed, or does not match its digest")
+        if len(data) != sealed.head_bytes:
+            raise IntegrityError(
+                f"head of step {sealed.step} has {len(data)} bytes, its page says "
+                f"{sealed.head_bytes}"
+            )
+        table_at = PAGE + sealed.layout_bytes + sealed.small_bytes
+        if xxhash.xxh3_64_intdigest(data[PAGE:table_at]) != sealed.meta_digest:
+            raise IntegrityError(
+                f"layout and small state of step {sealed.step} do not match their digest"
+            )
+        if xxhash.xxh3_64_intdigest(data[table_at:]) != sealed.table_digest:
+            raise IntegrityError(f"digest table of step {sealed.step} does not match its digest")
+        small_at = PAGE + sealed.layout_bytes
+        try:
+            layout = StateLayout.decode(data[PAGE:small_at])
+            small = json.loads(data[small_at:table_at])
+        except (ProtocolError, ValueError) as error:
+            raise IntegrityError(f"step {sealed.step} was sealed with nonsense: {error}") from error
+        if layout.total_bytes != sealed.data_bytes or not isinstance(small, dict):
+            raise IntegrityError(
+                f"step {sealed.step} has {sealed.data_bytes} bytes of data, its layout "
+                f"{layout.total_bytes}"
+            )
+        return cls(
+            sealed=sealed,
+            layout=layout,
+            small=small,
+            digests=np.frombuffer(data, dtype="<u8", offset=table_at),
+        )
+
+    def check(self, chunk: int, data: memoryview) -> None:
+        """Raise IntegrityError unless `data` is what was captured as this chunk."""
+        found = xxhash.xxh3_64_intdigest(data)
+        if found != int(self.digests[chunk]):
+            raise IntegrityError(
+                f"chunk {chunk} of {len(self.digests)} of step {self.sealed.step} has digest "
+                f"{found:016x}, sealed was {int(self.digests[chunk]):016x}"
+            )
+
+
+def choose_slot(slots: Sequence[Sealed | None], complete: Step | None = None) -> int:
+    """The slot to overwrite next.
+
+    Args:
+      slots: what each slot holds; None for one that is empty, torn or half written.
+      complete: the newest step known to be complete on every rank. It is kept, for it may be
+        the one all ranks return to.
+
+    Returns:
+      A slot without a snapshot if there is one, else the oldest that is neither the newest
+      nor `complete`.
+    """
+    held = list[tuple[tuple[Generation, Step], int]]()
+    for slot, sealed in enumerate(slots):
+        if sealed is None:
+            return slot
+        held.append((sealed.version, slot))
+    held.sort()
+    *older, _newest = held
+    for (_, step), slot in older:
+        if step != complete:
+            return slot
+    # Only copies of `complete` itself, from two generations, can be left: keep the newer one.
+    return older[0][1]
+
+
+def _paged(count: int) -> int:
+    return -(-count // PAGE) * PAGE
+
+
+def _page(fields: bytes) -> bytes:
+    body = fields.ljust(PAGE - _DIGEST.size, b"\0")
+    return body + _DIGEST.pack(xxhash.xxh3_64_intdigest(body))
+
+
+def _whole(page: bytes) -> bool:
+    if len(page) != PAGE:
+        return False
+    (digest,) = _DIGEST.unpack_from(page, PAGE - _DIGEST.size)
+    return bool(digest == xxhash.xxh3_64_intdigest(page[: PAGE - _DIGEST.size]))
