@@ -141,7 +141,9 @@ def _take(incident: Incident, event: Event) -> None:
         case "halt":
             incident.halt_reason = incident.halt_reason or event.get("reason")
         case "report" if incident.resumed_generation is None:
-            incident.standings.append({k: event.get(k) for k in ("seat", "step", "phase")})
+            incident.standings.append(
+                {k: event[k] for k in ("seat", "step", "phase") if k in event}
+            )
         case "decision":
             told = {k: event.get(k) for k in ("action", "reason", "generation", "step", "members")}
             if told not in incident.decisions:
@@ -229,7 +231,8 @@ def _paragraph(incident: Incident) -> str:
         seats = ", ".join(str(seat) for seat in incident.spawned)
         told.append(f"A new process was started for seat {seats}.")
     told.append(_end(incident))
-    return " ".join(told)
+    text = " ".join(told)
+    return text[0].upper() + text[1:]
 
 
 def _about(culprit: Culprit) -> str:

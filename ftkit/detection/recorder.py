@@ -40,6 +40,7 @@ class Recorder:
         self._entered: dict[int, int] = {}
         self._codes: dict[str, int] = {}
         self._stepped = False
+        self._closed = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         with self._lock:
@@ -54,6 +55,8 @@ class Recorder:
     def adopt(self, generation: Generation) -> None:
         """Join a generation: collectives count anew, and what was pending has failed."""
         with self._lock:
+            if self._closed:
+                return
             writer, now = self._writer, self._now_ns()
             for ticket, _, _ in self._pending.values():
                 writer.record_leave(ticket, t_ns=now, ok=False)
@@ -67,12 +70,16 @@ class Recorder:
     def phase(self, phase: Phase) -> None:
         """The training thread goes over to `phase`."""
         with self._lock:
+            if self._closed:
+                return
             self._writer.phase = phase
             self._writer.publish(self._now_ns())
 
     def step(self, step: Step) -> None:
         """The training thread begins to play `step`; call it again when it plays it again."""
         with self._lock:
+            if self._closed:
+                return
             writer = self._writer
             if self._stepped and step > writer.step:
                 writer.flags |= WARM
@@ -83,6 +90,8 @@ class Recorder:
     def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
         """Collective `seq` of `group` begins; the seqs of a group rise by one."""
         with self._lock:
+            if self._closed:
+                return
             writer, now = self._writer, self._now_ns()
             code = self._codes.get(op)
             if code is None:
@@ -100,6 +109,8 @@ class Recorder:
         Without `group`, the oldest pending collective with that seq is meant.
         """
         with self._lock:
+            if self._closed:
+                return
             if group is None:
                 group = next((g for g, s in self._pending if s == seq), None)
             if group is None or (entry := self._pending.pop((group, seq), None)) is None:
@@ -119,10 +130,18 @@ class Recorder:
             raise ValueError(f"an allowance is a number of seconds, 0 or more, not {seconds}")
         until = self._now_ns() + int(seconds * 1e9) if seconds else 0
         with self._lock:
+            if self._closed:
+                return
             self._writer.allow(until)
 
     def close(self) -> None:
-        """End the heartbeat thread. The row stays as it is. May be called twice."""
+        """End the heartbeat thread and record nothing more. May be called twice.
+
+        The row stays as it is. A communication thread that reports later is passed over, so that
+        the board may be closed once this returns.
+        """
+        with self._lock:
+            self._closed = True
         self._stop.set()
         thread, self._thread = self._thread, None
         if thread is not None:

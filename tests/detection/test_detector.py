@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from ftkit.core.ids import MemberId, NodeId, Seat
-from ftkit.core.verdict import Fault
+from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.detector import Detector
 from ftkit.detection.observations import (
     Exited,
@@ -22,7 +22,7 @@ LIMIT = CONFIG.max_stall_s
 TICKS = 2 * CONFIG.tick_s
 
 
-def said(verdicts):
+def said(verdicts: list[Verdict]) -> list[tuple[Seat, Fault]]:
     return [(v.seat, v.fault) for v in verdicts]
 
 

@@ -148,8 +148,8 @@ def test_a_real_rank_is_named_with_its_kind(tmp_path, how, fault) -> None:
         watcher.watch(culprit.pid)
 
         def stands() -> bool:
-            rows = [board.read(seat) for seat in range(2)]
-            return all(r is not None and r.step == 3 for r in rows) and rows[0].entered == 3
+            first, second = board.read(0), board.read(1)
+            return bool(first and second and first.entered == 3 and second.step == 3)
 
         eventually(stands, "both ranks reach step 3")
         if how in ("stop", "kill"):

@@ -141,6 +141,22 @@ def test_the_heartbeat_beats_alone_and_ends_with_close(board) -> None:
         Recorder(board.attach(0, MemberId(1)), MonotonicClock(), heartbeat_interval_s=0)
 
 
+def test_a_late_report_after_close_changes_nothing_and_does_not_raise(tmp_path) -> None:
+    board = StatusBoard.create(tmp_path / "late", seats=1)
+    recorder = Recorder(board.attach(0, MemberId(1)), MonotonicClock())
+    recorder.enter(0, 1, "all_reduce", 1)
+    recorder.close()
+    before = board.read(0)
+    recorder.leave(1, False)
+    assert board.read(0) == before
+    board.close()
+    recorder.adopt(Generation(2))
+    recorder.phase(Phase.DONE)
+    recorder.step(Step(2))
+    recorder.enter(0, 2, "all_reduce", 1)
+    recorder.allow(5)
+
+
 def test_many_threads_leave_one_whole_row(board) -> None:
     recorder = Recorder(board.attach(0, MemberId(1)), MonotonicClock())
 

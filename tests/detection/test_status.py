@@ -1,16 +1,16 @@
 """Rows and rings: what is written is read, whole, whatever happens to the writer."""
 
+import errno
 import itertools
 import multiprocessing as mp
 import os
-import resource
 import time
 from pathlib import Path
 
 import pytest
 
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError
-from ftkit.core.ids import MemberId
+from ftkit.core.ids import Generation, MemberId
 from ftkit.detection.observations import ProcessFacts
 from ftkit.detection.row import ROW_BYTES, OpRecord, Phase, Row
 from ftkit.detection.status import RING_RECORDS, SeatWriter, StatusBoard
@@ -126,14 +126,13 @@ def test_a_board_is_opened_only_when_it_is_one(tmp_path, board) -> None:
             StatusBoard.open(bad)
 
 
-def test_no_room_is_said_at_creation(tmp_path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
-    try:
-        with pytest.raises((OSError, CapacityError)):
-            StatusBoard.create(tmp_path / "board", seats=3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def test_no_room_is_said_at_creation_and_leaves_nothing(tmp_path, monkeypatch) -> None:
+    def full(fd: int, offset: int, length: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CapacityError, match="61952 bytes"):
+        StatusBoard.create(tmp_path / "board", seats=3)
     assert not (tmp_path / "board").exists()
 
 
@@ -161,7 +160,7 @@ def test_the_ring_keeps_the_last_256(board) -> None:
     assert [r.seq for r in records] == list(range(44, RING_RECORDS + 44))
     assert records[6] == OpRecord(
         member=MemberId(1),
-        generation=0,
+        generation=Generation(0),
         group=1,
         seq=50,
         op="all_gather_into_tensor",
@@ -217,7 +216,7 @@ def test_a_hammering_writer_never_shows_a_torn_row(board) -> None:
         deadline = time.monotonic() + 30
         while board.read(0) is None:
             assert time.monotonic() < deadline, "the writer never attached"
-        seen, last = set(), 0
+        seen, last = set[int](), 0
         while len(seen) < 5000:
             assert time.monotonic() < deadline, f"only {len(seen)} different rows in 30 s"
             n = check(board.read(0)) if last else int(board.read(0).step)
