@@ -18,7 +18,7 @@ from typing import Any
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Channel, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 class Agent:
     """The agent of one node. `run` is its life, on the thread that calls it."""
 
-    def __init__(self, config: JobConfig, node: NodeId, secret: str, *, host: str, port: int = 0):
+    def __init__(
+        self, config: JobConfig, node: NodeId, secret: str, *, host: str, port: int = 0
+    ) -> None:
         """Make the node's shared memory and listen; start nothing yet.
 
         Args:
@@ -59,7 +61,9 @@ class Agent:
         self._listener = listen(host, port)
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
-        self._store = ArenaServer(self._arenas.directory, self._secret, host=host)
+        self._store = ArenaServer(
+            self._arenas.directory, JobId(config.job), self._secret, host=host
+        )
         self._plan = Plan()
         self._stores: dict[str, Any] = {}
         self._ranks: dict[MemberId, RankProcess] = {}
@@ -346,20 +350,27 @@ class Agent:
         if self._coordinator is None:
             return
         host, port = self._store.address
+        rows = self._arenas.rows(self._facts.values())
+        steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
             {
                 "type": "facts",
                 "node": self._node,
                 "boot": os.getpid(),
-                "members": [f.to_json() for f in self._facts.values()],
+                "members": [
+                    f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
+                    for f in self._facts.values()
+                ],
                 "snapshots": self._arenas.sealed_steps(),
-                "rows": self._arenas.rows(self._facts.values()),
+                "rows": rows,
                 "store": [host, port],
                 "plan": self._plan.to_json(),
                 "ended": self._stopped
-                or (self._ending_since is not None
-                and all(r.exit_code is not None for r in self._ranks.values())),
+                or (
+                    self._ending_since is not None
+                    and all(r.exit_code is not None for r in self._ranks.values())
+                ),
                 "at": self._clock.now(),
             },
         )

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -53,19 +54,18 @@ class Arenas:
 
     def sealed_steps(self) -> list[list[int]]:
         """[seat, step, generation] of every sealed snapshot on this node."""
-        found = []
+        found: list[list[int]] = []
         for path in sorted(self.directory.glob("*.arena")):
             try:
                 with Arena.open(path) as arena:
-                    for sealed in arena.snapshots():
-                        found.append([seat_of(path), sealed.step, sealed.generation])
+                    found += [[seat_of(path), s.step, s.generation] for s in arena.snapshots()]
             except (FtkitError, OSError):
                 continue  # being made, or damaged: it holds nothing that counts
         return found
 
-    def rows(self, members: Iterable[MemberFacts]) -> list[dict[str, object]]:
+    def rows(self, members: Iterable[MemberFacts]) -> list[dict[str, Any]]:
         """The status rows of the members that run, with what /proc says of them."""
-        found: list[dict[str, object]] = []
+        found: list[dict[str, Any]] = []
         for member in members:
             if member.stage not in ALIVE:
                 continue

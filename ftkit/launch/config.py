@@ -20,7 +20,9 @@ from ftkit.recovery.budget import BudgetConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """Everything that waits, in seconds, derived from `max_stall_s`. The chain, in order:
+    """Everything that waits, in seconds, derived from `max_stall_s`.
+
+    The chain, in order::
 
     tick <= heartbeat <= halt <= stall <= node, and exit grace apart.
     """

@@ -67,7 +67,7 @@ class RankProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509  # one system call, no lock
                 start_new_session=True,
             )
         finally:

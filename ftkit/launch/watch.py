@@ -42,9 +42,8 @@ class Watch:
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
         self._said: set[tuple[MemberId, Fault]] = set()
         self._world: World | None = None
+        self._world_at = 0.0
         self._halting_since: float | None = None
-        self._evictions: dict[MemberId, str] = {}
-        self._judged_at = float("-inf")
 
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
@@ -58,7 +57,7 @@ class Watch:
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
-            self._world = plan.world
+            self._world, self._world_at = plan.world, at
             self._detector.ingest(WorldChanged(world=plan.world, at=at))
         if plan.phase is not Phase.HALTING:
             self._halting_since = None
@@ -100,7 +99,19 @@ class Watch:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
         if plan.phase is Phase.ENDED:
-            return findings
+            entering = plan.world is not None and plan.resumed == plan.world.generation
+        late = now - self._world_at > self._detector.limit_s
+        if plan.phase is Phase.RUNNING and plan.world is not None and entering and late:
+            # Its control thread answers, its training thread does not come.
+            for known in plan.world.members:
+                member = members.get(known.member)
+                if member is not None and member.generation < plan.world.generation:
+                    findings.evictions.setdefault(
+                        known.member,
+                        f"did not enter generation {plan.world.generation} within "
+                        f"{self._detector.limit_s:g} s of the others",
+                    )
+        return findings
         for verdict in self._detector.tick(now):
             key = (verdict.member, verdict.fault)
             if key not in self._said:
@@ -115,5 +126,17 @@ class Watch:
                     findings.evictions.setdefault(
                         member.member,
                         f"did not stand still within {self._times.halt_s:g} s of being told to",
+                    )
+        entering = plan.world is not None and plan.resumed == plan.world.generation
+        late = now - self._world_at > self._detector.limit_s
+        if plan.phase is Phase.RUNNING and plan.world is not None and entering and late:
+            # Its control thread answers, its training thread does not come.
+            for known in plan.world.members:
+                member = members.get(known.member)
+                if member is not None and member.generation < plan.world.generation:
+                    findings.evictions.setdefault(
+                        known.member,
+                        f"did not enter generation {plan.world.generation} within "
+                        f"{self._detector.limit_s:g} s of the others",
                     )
         return findings

@@ -8,6 +8,7 @@ succeeds 5.5 % of the time); and a job may replace `restarts_max` processes in a
 import signal
 from dataclasses import dataclass, replace
 
+from ftkit.core import exit_codes
 from ftkit.core.ids import MemberId, Step
 from ftkit.recovery.facts import MemberFacts
 from ftkit.recovery.plan import Assignment, Stop
@@ -48,6 +49,12 @@ def respawn(
       member: the number the next incarnation will have.
       config: the limits.
     """
+    if dead.exit_code == exit_codes.USAGE:
+        return Stop(
+            code=exit_codes.USAGE,
+            reason=f"rank in seat {seat.seat} refused to go on, as any other would"
+            + _quoted(dead.error),
+        )
     made_progress = step - seat.joined_step >= config.progress_steps
     failures = 1 if made_progress else seat.failures + 1
     if failures >= config.same_place_max:

@@ -55,6 +55,8 @@ class MemberFacts:
     """The world whose members it, as a newcomer, is connected to."""
     step: Step | None = None
     """Steps committed by this member: its vote for the last of them passed. None: no state."""
+    at_step: Step = Step(0)
+    """The step its status row shows it playing: telemetry, for counting and for messages."""
     voted: bool = False
     """HALTED: it holds the reduced gradients of step + 1 and has voted for them."""
     stepping: bool = False
@@ -83,6 +85,7 @@ class MemberFacts:
                 generation=Generation(int(value["generation"])),
                 linked=Generation(int(value["linked"])),
                 step=None if step is None else Step(int(step)),
+                at_step=Step(int(value["at_step"])),
                 voted=bool(value["voted"]),
                 stepping=bool(value["stepping"]),
                 host=str(value["host"]),

@@ -33,6 +33,7 @@ Invariants (tests/recovery and the simulator check them on every state they reac
 
 from dataclasses import dataclass, field, replace
 
+from ftkit.core import exit_codes
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import Member, World
 from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
@@ -42,9 +43,6 @@ from ftkit.recovery.plan import Phase, Plan, Stop
 #: Why innocent members are replaced: they had not begun to step, so their work is not a
 #: transaction that could be played again.
 RESTART = "the job starts over: a member was lost before the first step"
-
-#: Exit code of `ftkit run` when no process could be told to be at fault.
-UNRECOVERABLE = 70
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +85,7 @@ Move = tuple[Plan, Decision]
 
 def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     if facts.interrupted:
-        return _end(plan, Stop(code=130, reason=facts.interrupted))
+        return _end(plan, Stop(code=exit_codes.INTERRUPTED, reason=facts.interrupted))
     return (
         _evict(plan, facts)
         or _replace_dead(plan, facts, budget)
@@ -138,7 +136,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
                 ),
             )
         blameless = plan.evicted.get(seat.member) == RESTART
-        step = max((f.step or Step(0) for f in facts.members.values()), default=Step(0))
+        step = max((max(f.step or 0, f.at_step) for f in facts.members.values()), default=0)
         next_seat = respawn(
             replace(seat, failures=seat.failures - 1) if blameless else seat,
             dead,

@@ -6,15 +6,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ftkit.core import exit_codes
 from ftkit.core.errors import CapacityError, JobStopped, WireError
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.wire import Channel, connect
 from ftkit.recovery.plan import Plan
 
 logger = logging.getLogger(__name__)
-
-#: Exit code of a rank whose agent is gone: its node counts as lost, so nobody reads it.
-AGENT_GONE = 71
 
 
 class Control:
@@ -100,4 +98,4 @@ class Control:
                 return
             # Without its agent a rank is on its own: nobody would restart it, or end it.
             logger.error("this rank's agent is gone (%s): exiting", error)
-            os._exit(AGENT_GONE)
+            os._exit(exit_codes.AGENT_GONE)

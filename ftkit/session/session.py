@@ -6,13 +6,18 @@ The training thread does everything that may block; nothing here runs on the hap
 one exchange of ballots a step.
 """
 
+import atexit
 import contextlib
 import os
 import random
+import sys
+import tempfile
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,8 +29,10 @@ from ftkit.collectives.gradients import GradientReducer
 from ftkit.collectives.group import Group
 from ftkit.collectives.slots import assign
 from ftkit.core.errors import (
+    CapacityError,
     GenerationAborted,
     JobFault,
+    JobStopped,
     NotDeterministic,
     OutsideStep,
     StateChanged,
@@ -38,12 +45,15 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
+from ftkit.detection.config import DetectionConfig
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.row import Phase
+from ftkit.detection.status import StatusBoard
 from ftkit.recovery.data_cursor import derive
 from ftkit.recovery.vote import Ballot, Tally, tally
 from ftkit.session.control import Control
 from ftkit.session.feed import Feed, MapStyle, feed_of
+from ftkit.session.inject import Injector
 from ftkit.session.membership import Entry, Fate, Link, Membership, admission
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.step import Step, is_aborted
@@ -58,6 +68,7 @@ class Session:
     def __init__(self, env: RankEnv | None) -> None:
         """Join the job described by `env`, or be a world of one."""
         self._env = env
+        self._cleanup = contextlib.ExitStack()
         self._control = Control(env) if env else None
         seat = Seat(env.seat if env else 0)
         self.seat = seat
@@ -66,7 +77,9 @@ class Session:
         self._member = member
         self.trace = _trace(env)
         """This rank's event stream; `trace.event(kind, ...)` adds to it."""
-        self._recorder = _recorder(env)
+        self._injector = Injector(from_environ(os.environ, member=member), self.trace)
+        self._board = StatusBoard.open(Path(env.shm_dir) / "board") if env else None
+        self._recorder = self._make_recorder()
         self._membership = Membership(
             member,
             report=self._control.report if self._control else _ignore,
@@ -92,7 +105,10 @@ class Session:
         self._current: Step | None = None
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._failed_votes = 0
-        self._cleanup = contextlib.ExitStack()
+        self._switching: World | None = None
+        self._digest = 0
+        self._bucket = 0
+        self._after_slot_0: list[torch.Tensor] = []
         self._closed = False
 
     # What the user asks.
@@ -257,7 +273,23 @@ class Session:
         if self._control is not None:
             self._control.close()
         self._recorder.close()
+        if self._board is not None:
+            self._board.close()
         self.trace.close()
+
+    def _make_recorder(self) -> Recorder:
+        """The recorder on this node's status board, or on one of its own when alone."""
+        clock = MonotonicClock()
+        if self._env is None or self._board is None:
+            folder = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
+            self._board = StatusBoard.create(folder / "board", seats=1)
+            return Recorder(self._board.attach(0, self._member), clock)
+        config = DetectionConfig(max_stall_s=self._env.max_stall_s)
+        return Recorder(
+            self._board.attach(self._env.local_seat, self._member),
+            clock,
+            heartbeat_interval_s=config.heartbeat_interval_s,
+        )
 
     # Joining and entering worlds.
 
@@ -294,6 +326,8 @@ class Session:
         """Edit the group into `entry.world` and hold the state of `entry.step`."""
         world, step = entry.world, entry.step
         had = self._membership.step
+        if world.generation > 1 and self._reducer is not None and not entry.admitted:
+            self._injector.at(Point.RECOVERY, step + 1)
         try:
             self._group.edit(world, timeout_s=self._limit_s)
         except (WireError, GenerationAborted, TimeoutError) as error:
@@ -388,6 +422,7 @@ class Session:
         self._check(step)
         self._recorder.phase(Phase.DATA)
         number = StepNumber(step.index)
+        self._injector.at(Point.DATA, number)
         key = derive(self._seed, "slot", number, slot) >> 1
         torch.manual_seed(key)
         random.seed(key)
@@ -398,6 +433,8 @@ class Session:
         batch = self._feed.batch(number, slot)
         self._reducer.start_slot(slot, last=slot == self._slots(step)[-1])
         self._recorder.phase(Phase.FORWARD)
+        self._injector.at(Point.FORWARD, number)
+        self._bucket = 0
         return batch
 
     def _end_slot(self, step: Step, slot: Slot) -> None:
@@ -410,8 +447,12 @@ class Session:
     def _reduce_bucket(self, nodes: Any, out: torch.Tensor, scale: float) -> Any:
         step = self._current
         assert step is not None, "buckets are reduced inside a step"
+        self._injector.at(Point.BACKWARD, step.index, bucket=self._bucket)
         self._check(step)
-        return self._group.reduce_slots(nodes, out, slots=self._slot_count, scale=scale)
+        handle = self._group.reduce_slots(nodes, out, slots=self._slot_count, scale=scale)
+        self._injector.at(Point.ALL_REDUCE, step.index, bucket=self._bucket)
+        self._bucket += 1
+        return handle
 
     def _reduce(self, step: Step) -> None:
         assert self._reducer is not None, "steps() made the reducer"
@@ -446,6 +487,8 @@ class Session:
         self._recorder.phase(Phase.CAPTURE)
         self._snapshots.gate()
         self._recorder.phase(Phase.OPTIMIZER)
+        self._injector.at(Point.COMMIT, step.index)
+        self._injector.at(Point.OPTIMIZER, step.index)
 
     def _vote(self, step: Step) -> None:
         """Agree that `step` counts. Returns when it does; blocks through a repair.
@@ -475,7 +518,9 @@ class Session:
         self.trace.event("vote", step=number, generation=step.generation, slots=held)
         self._membership.vote_cast()
         try:
-            result = tally([Ballot.unpack(b) for b in self._group.exchange(ballot.pack()).wait()])
+            cast = self._group.exchange(ballot.pack())
+            self._injector.at(Point.VOTE, number)
+            result = tally([Ballot.unpack(b) for b in cast.wait()])
         except GenerationAborted:
             result = None
         if result is not None and not result.passed:
@@ -484,7 +529,7 @@ class Session:
             self._failed_votes = 0
             step.committed, step.loss = True, result.loss
             if prepared and result.switch == prepared.generation:
-                self._switching: World | None = prepared
+                self._switching = prepared
             return
         if self._membership.fate() is Fate.BACK:
             raise StepRolledBack(f"step {number} was cut short and is played again")
@@ -520,12 +565,10 @@ class Session:
         )
         self._feed.committed(number)
         self._snapshots.begin(number, step.generation)
+        self._injector.at(Point.CAPTURE, number)
         switching, self._switching = self._switching, None
         if switching is not None and self._membership.active:
             self._switch(switching, number)
-
-    _switching: World | None = None
-    _digest = 0
 
     def _roll_back(self, step: Step, error: BaseException) -> None:
         """Undo what the attempt changed: nothing but gradients and buffers."""
@@ -596,11 +639,28 @@ def init() -> Session:
             world_size=session.world_size,
         )
         session._recorder.phase(Phase.SETUP)
-        import atexit
-
         atexit.register(session.close)
+        sys.excepthook = _say_whose_fault
         _session = session
         return session
+
+
+def _say_whose_fault(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """(sys.excepthook) Tell the agent by the exit code what a retry could not mend."""
+    if isinstance(error, JobStopped):
+        print(f"ftkit: this rank leaves: {error}", file=sys.stderr)
+        code = exit_codes.STOPPED
+    elif isinstance(error, (UsageError, CapacityError)):
+        traceback.print_exception(kind, error, trace)
+        code = exit_codes.USAGE
+    else:
+        traceback.print_exception(kind, error, trace)
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _alone() -> Member:
@@ -612,10 +672,6 @@ def _trace(env: RankEnv | None) -> Trace:
         return Trace(Path(os.devnull))
     path = Path(env.run_dir) / "events" / f"seat-{env.seat}-member-{env.member}.jsonl"
     return Trace(path, seat=env.seat, member=env.member)
-
-
-def _recorder(env: RankEnv | None) -> Recorder:
-    raise NotImplementedError
 
 
 def _ignore(message: dict[str, object]) -> None:

@@ -1,0 +1,84 @@
+"""FaultPlan: faults on purpose, as data. What a drill injects, and where in a step.
+
+A rank finds its faults in the environment and injects them into itself, so that "in the
+optimizer of step 7" means exactly that; faults of other processes are injected by the drill.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+from ftkit.core.errors import UsageError
+
+VARIABLE = "FTKIT_DRILL"
+
+
+class Kind(StrEnum):
+    """What happens."""
+
+    KILL = "kill"
+    """SIGKILL."""
+    STOP = "stop"
+    """SIGSTOP: the process is there and does nothing."""
+    RAISE = "raise"
+    """An exception in the user's code."""
+    HANG = "hang"
+    """The training thread sleeps for ever; the other threads, the heartbeat's too, live."""
+
+
+class Point(StrEnum):
+    """Where in a step it happens."""
+
+    DATA = "data"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    """As bucket `bucket` becomes ready, before its reduction is issued."""
+    ALL_REDUCE = "all-reduce"
+    """While the reduction of bucket `bucket` is under way."""
+    VOTE = "vote"
+    """The ballot is on its way; the result is not known to this rank."""
+    COMMIT = "commit"
+    """The vote has passed; nothing has changed yet."""
+    OPTIMIZER = "optimizer"
+    """While the optimizer changes parameters."""
+    CAPTURE = "capture"
+    """While the snapshot of the step is being made."""
+    RECOVERY = "recovery"
+    """While this rank enters a new world after another's fault; `step` counts from that."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedFault:
+    """One fault of one rank."""
+
+    kind: Kind
+    point: Point
+    seat: int
+    member: int
+    """The incarnation meant, so that the process that replaces it is spared."""
+    step: int
+    """It strikes at this step, or at the first one after it."""
+    bucket: int = 0
+    delay_s: float = 0.0
+    """For points that last: how far into it."""
+
+
+def to_environ(faults: list[PlannedFault]) -> dict[str, str]:
+    """The variable that tells ranks of their faults."""
+    return {VARIABLE: json.dumps([asdict(f) for f in faults])} if faults else {}
+
+
+def from_environ(environ: Mapping[str, str], *, member: int) -> list[PlannedFault]:
+    """The faults planned for `member`. Raises UsageError when they cannot be read."""
+    text = environ.get(VARIABLE)
+    if not text:
+        return []
+    try:
+        faults = [
+            PlannedFault(**{**f, "kind": Kind(f["kind"]), "point": Point(f["point"])})
+            for f in json.loads(text)
+        ]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"{VARIABLE} holds no faults: {error}") from error
+    return [f for f in faults if f.member == member]
