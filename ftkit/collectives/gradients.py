@@ -188,7 +188,8 @@ class GradientReducer:
 
     def _complete(self, bucket: _Bucket) -> None:
         leaf, bucket.leaf = bucket.leaf, None
-        assert leaf is not None and self._slot is not None, "a leaf is completed once"
+        assert leaf is not None, "a leaf is completed once"
+        assert self._slot is not None, "a leaf belongs to a slot"
         for i, fired in enumerate(bucket.fired):
             if not fired:
                 start = bucket.offsets[i]

@@ -4,12 +4,21 @@ The agent sets these beside torchrun's variables; `ftkit.init` reads them. A pro
 them is alone: a world of one that needs nobody.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ftkit.core.errors import UsageError
 
 _PREFIX = "FTKIT_"
+_CONVERT: Mapping[str, Callable[[str], Any]] = {
+    "seat": int,
+    "member": int,
+    "node": int,
+    "seats": int,
+    "local_seat": int,
+    "max_stall_s": float,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,13 +60,8 @@ class RankEnv:
             return None
         if missing := [_PREFIX + name.upper() for name, value in found.items() if value is None]:
             raise UsageError(f"the environment lacks {missing}; start this with `ftkit run`")
-        numbers = {"seat": int, "member": int, "node": int, "seats": int, "local_seat": int}
+        values = {name: value for name, value in found.items() if value is not None}
         try:
-            return cls(
-                **{  # type: ignore[arg-type]  # each value is converted by its field's type
-                    name: numbers.get(name, float if name == "max_stall_s" else str)(value)
-                    for name, value in found.items()
-                }
-            )
+            return cls(**{name: _CONVERT.get(name, str)(value) for name, value in values.items()})
         except ValueError as error:
             raise UsageError(f"the environment of this rank is malformed: {error}") from error

@@ -24,7 +24,7 @@ class Trace:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._context = dict(context)
 
-    def event(self, kind: str, **fields: object) -> None:
+    def event(self, kind: str, /, **fields: object) -> None:
         """Write one event. Values must be JSON-safe; never raises for a full disk."""
         line = {
             "t": round(time.time(), 6),

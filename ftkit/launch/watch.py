@@ -99,19 +99,7 @@ class Watch:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
         if plan.phase is Phase.ENDED:
-            entering = plan.world is not None and plan.resumed == plan.world.generation
-        late = now - self._world_at > self._detector.limit_s
-        if plan.phase is Phase.RUNNING and plan.world is not None and entering and late:
-            # Its control thread answers, its training thread does not come.
-            for known in plan.world.members:
-                member = members.get(known.member)
-                if member is not None and member.generation < plan.world.generation:
-                    findings.evictions.setdefault(
-                        known.member,
-                        f"did not enter generation {plan.world.generation} within "
-                        f"{self._detector.limit_s:g} s of the others",
-                    )
-        return findings
+            return findings
         for verdict in self._detector.tick(now):
             key = (verdict.member, verdict.fault)
             if key not in self._said:

@@ -2,17 +2,21 @@
 
 import logging
 import os
+import queue
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftkit.core import exit_codes
-from ftkit.core.errors import CapacityError, JobStopped, WireError
+from ftkit.core.errors import CapacityError, WireError
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.wire import Channel, connect
 from ftkit.recovery.plan import Plan
 
 logger = logging.getLogger(__name__)
+
+#: Allocating shared memory runs at about 1 GB/s: an arena of 500 GB still gets its time.
+ARENA_S = 600.0
 
 
 class Control:
@@ -27,8 +31,7 @@ class Control:
         )
         self._closing = False
         self._stores: Mapping[str, Any] = {}
-        self._answer: dict[str, Any] | None = None
-        self._answered = threading.Condition()
+        self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, take_plan: Callable[[Plan], None]) -> None:
@@ -53,16 +56,15 @@ class Control:
 
         Raises:
           CapacityError: the node's shared memory is too small; says how much is needed.
-          JobStopped: the agent is gone.
         """
-        with self._answered:
-            self._answer = None
-            self.report({"type": "arena", "layout": layout})
-            while self._answer is None:
-                if self._closing:
-                    raise JobStopped("the agent went away before it made the arena")
-                self._answered.wait()
-            answer = self._answer
+        self.report({"type": "arena", "layout": layout})
+        try:
+            answer = self._answers.get(timeout=ARENA_S)
+        except queue.Empty:
+            raise CapacityError(
+                f"the agent did not make the arena within {ARENA_S:g} s; is the machine "
+                "swapping, or the agent stopped?"
+            ) from None
         if error := answer.get("error"):
             raise CapacityError(str(error))
         return str(answer["path"])
@@ -88,9 +90,7 @@ class Control:
                         self._stores = message.get("stores", {})
                         take_plan(Plan.from_json(message["plan"]))
                     case "arena":
-                        with self._answered:
-                            self._answer = message
-                            self._answered.notify_all()
+                        self._answers.put(message)
                     case other:
                         logger.warning("the agent sent %r, which this version does not know", other)
         except WireError as error:

@@ -51,14 +51,14 @@ def feed_of(
     collate: Callable[[list[Any]], Any] | None,
 ) -> "Feed":
     """The feed for `source`. Raises UsageError when it is neither kind."""
-    if isinstance(source, MapStyle) and not isinstance(source, dict):
+    if isinstance(source, MapStyle):
         if slot_size is None:
             raise UsageError("a data set needs slot_size=, the samples in one slot")
         cursor = DataCursor(
             length=len(source), slots=slots, slot_size=slot_size, seed=seed, shuffle=shuffle
         )
         return DatasetFeed(source, cursor, collate or default_collate)
-    if isinstance(source, Iterable) and not isinstance(source, (Iterator, dict)):
+    if isinstance(source, Iterable) and not isinstance(source, Iterator):
         return LoaderFeed(source, slots=slots, seed=seed)
     raise UsageError(
         f"cannot read batches from a {type(source).__name__}: give a data set with __len__ and "
@@ -150,7 +150,7 @@ class LoaderFeed:
 def _update(hasher: xxhash.xxh3_64, value: Any) -> None:
     """Feed every byte of a batch to `hasher`, tensors by content."""
     if isinstance(value, torch.Tensor):
-        hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     elif isinstance(value, dict):
         for key in sorted(value, key=str):
             hasher.update(str(key).encode())

@@ -47,8 +47,10 @@ class Link:
 
 
 class Membership:
-    """One rank's standing. Every method may be called from any thread; none does I/O
-    except through the `report` and `abort` callbacks, which must not block.
+    """One rank's standing.
+
+    Every method may be called from any thread. None does I/O except through the `report` and
+    `abort` callbacks, which must not block.
     """
 
     def __init__(

@@ -28,6 +28,8 @@ from ftkit.collectives import process_group
 from ftkit.collectives.gradients import GradientReducer
 from ftkit.collectives.group import Group
 from ftkit.collectives.slots import assign
+from ftkit.core import exit_codes
+from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import (
     CapacityError,
     GenerationAborted,
@@ -40,6 +42,7 @@ from ftkit.core.errors import (
     UsageError,
     WireError,
 )
+from ftkit.core.fault_plan import Point, from_environ
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.rank_env import RankEnv
@@ -418,7 +421,8 @@ class Session:
         return [Slot(s) for s in assign(self._slot_count, self.world_size)[self.rank]]
 
     def _start_slot(self, step: Step, slot: Slot) -> Any:
-        assert self._reducer is not None and self._feed is not None, "steps() made both"
+        assert self._reducer is not None, "steps() made the reducer"
+        assert self._feed is not None, "steps() made the feed"
         self._check(step)
         self._recorder.phase(Phase.DATA)
         number = StepNumber(step.index)
@@ -554,7 +558,8 @@ class Session:
 
     def _end(self, step: Step) -> None:
         """`step` is committed and the optimizers have stepped."""
-        assert self._feed is not None and self._snapshots is not None, "inside a step"
+        assert self._feed is not None, "inside a step"
+        assert self._snapshots is not None, "inside a step"
         number = StepNumber(step.index)
         self._current = None
         self.trace.event(

@@ -160,7 +160,8 @@ class Snapshots:
         return Inventory(copies=tuple(copies))
 
     def _servers(self) -> dict[NodeId, tuple[str, int]]:
-        assert self._env is not None and self._control is not None, "asked by restore"
+        assert self._env is not None, "asked by restore"
+        assert self._control is not None, "asked by restore"
         return {
             NodeId(int(node)): (str(address[0]), int(address[1]))
             for node, address in self._control.stores.items()

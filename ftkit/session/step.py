@@ -13,7 +13,7 @@ A fault of the job inside the body is swallowed here, the user's own exceptions 
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -47,7 +47,7 @@ class Step:
         """The number of this step, counted from 1."""
         return self._number
 
-    def __enter__(self) -> "Step":
+    def __enter__(self) -> Self:
         self.entered = True
         self._session._begin(self)
         return self
@@ -76,8 +76,9 @@ class Step:
         self._reduced = True
 
     def record(self, loss: torch.Tensor | float) -> None:
-        """Note the loss of the current slot, for `step.loss`. Costs no synchronization
-        on the CPU; called between a batch and the next.
+        """Note the loss of the current slot, for `step.loss`.
+
+        Called between a batch and the next. On a GPU it waits for the loss to be there.
         """
         if self._slot is None:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")

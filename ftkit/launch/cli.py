@@ -1,0 +1,220 @@
+"""ftkit: the command line. One function a command; the work is done elsewhere."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ftkit.core import exit_codes
+from ftkit.core.errors import FtkitError, UsageError
+
+logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
+
+RUNS = Path("runs")
+
+
+class Guarded(click.Group):
+    """Shows our own errors as one message and an exit code, never as a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            click.echo(f"ftkit: {error}", err=True)
+            sys.exit(exit_codes.USAGE)
+        except FtkitError as error:
+            click.echo(f"ftkit: {error}", err=True)
+            sys.exit(exit_codes.UNRECOVERABLE)
+
+
+@click.group(cls=Guarded, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ftkit")
+def main() -> None:
+    """Fault tolerance for distributed PyTorch training."""
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--nproc", "--nproc-per-node", default=1, show_default=True, help="Ranks on a node.")
+@click.option("--nodes", "--nnodes", default=1, show_default=True, help="Nodes.")
+@click.option(
+    "--engine", type=click.Choice(["embedded", "ray"]), help="Default: Ray if there is one."
+)
+@click.option(
+    "--max-stall",
+    "max_stall_s",
+    default=30.0,
+    show_default=True,
+    help="Seconds a rank may keep the others waiting; all other times follow from it.",
+)
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
+@click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
+@click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(
+    nproc: int,
+    nodes: int,
+    engine: str | None,
+    max_stall_s: float,
+    run_dir: Path | None,
+    shm_root: str,
+    max_restarts: int,
+    quiet: bool,
+    as_json: bool,
+    script: str,
+    arguments: tuple[str, ...],
+) -> None:
+    """Run SCRIPT with ARGUMENTS on every rank, as torchrun does, and keep it alive.
+
+    The exit code is 0 when every rank finished, the script's own when it failed, 64 when
+    something was asked that cannot work, 130 or 143 after SIGINT or SIGTERM.
+    """
+    from ftkit.launch.config import JobConfig, default_engine, new_job_id
+    from ftkit.launch.job import python_command, run_job
+
+    job = new_job_id()
+    folder = (run_dir or RUNS / job).resolve()
+    config = JobConfig(
+        job=job,
+        command=python_command(script, arguments),
+        nodes=nodes,
+        nproc=nproc,
+        max_stall_s=max_stall_s,
+        run_dir=str(folder),
+        shm_root=shm_root,
+        restarts_max=max_restarts,
+    )
+    assert config.times, "an inconsistent set of times is refused here, before anything starts"
+    stop = run_job(config, engine=engine or default_engine())
+    if as_json:
+        click.echo(json.dumps({"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}))
+    elif stop.code and not quiet:
+        click.echo(f"ftkit: {stop.reason} (events in {folder})", err=True)
+    sys.exit(stop.code)
+
+
+@main.group()
+def drill() -> None:
+    """Break a real run on purpose, and check what comes of it."""
+
+
+@drill.command("list")
+@click.option("--json", "as_json", is_flag=True)
+def drill_list(as_json: bool) -> None:
+    """The faults there are, and where in a step they can strike."""
+    from ftkit.launch.drills import CATALOGUE, Point
+
+    if as_json:
+        faults = [{"fault": name, "what": what} for name, what in CATALOGUE.items()]
+        click.echo(json.dumps({"faults": faults, "phases": [p.value for p in Point]}))
+        return
+    for name, what in CATALOGUE.items():
+        click.echo(f"{name:17} {what}")
+    click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
+
+
+def drill_options(command: Any) -> Any:
+    """The options that every drill takes."""
+    for option in reversed(
+        [
+            click.option("--nproc", default=3, show_default=True, help="Ranks."),
+            click.option("--nodes", default=1, show_default=True, help="Nodes."),
+            click.option("--seed", default=0, show_default=True, help="Decides what is not given."),
+            click.option("--steps", default=60, show_default=True, help="Steps of the job."),
+            click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
+            click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
+            click.option("--script", help="Your own script in place of the bundled job."),
+            click.option("--run-dir", type=click.Path(path_type=Path)),
+            click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+@drill.command("run")
+@click.argument("fault")
+@click.option("--at", "at", help="The phase of the step, by default one the seed picks.")
+@click.option("--count", default=1, show_default=True, help="Drills, for the fault `all`.")
+@drill_options
+def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: Any) -> None:
+    """Run the drill FAULT (see `ftkit drill list`; `all` picks faults by the seed).
+
+    Exits with 0 when every drill passed, 1 when one failed, 2 when one could not be judged.
+    """
+    from ftkit.launch.drill_command import run_drills
+
+    sys.exit(run_drills(fault, at=at, count=count, as_json=as_json, **options))
+
+
+@drill.command("demo")
+@click.option("--data", type=click.Path(path_type=Path), help="Text to train on.")
+@click.option("--report", type=click.Path(path_type=Path), default=Path("report.html"))
+@drill_options
+def drill_demo(data: Path | None, report: Path, **options: Any) -> None:
+    """The main job: train, lose a rank in the middle of a step, and end with the same bits."""
+    from ftkit.launch.drill_command import run_demo
+
+    sys.exit(run_demo(data=data, report=report, **options))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True, help="The state now, as one JSON object.")
+@click.option("--once", is_flag=True, help="Show the state now and end.")
+def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
+    """Watch a running job (the newest one, or that of RUN_DIR)."""
+    from ftkit.launch.live import follow
+
+    sys.exit(follow(newest_run(run_dir), once=once, as_json=as_json))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.option("--json", "as_json", is_flag=True)
+def explain(run_dir: Path | None, as_json: bool) -> None:
+    """Say in a paragraph what happened in a run, and why."""
+    from ftkit.core.trace import read_run
+    from ftkit.detection.incident import explain as explain_events
+    from ftkit.detection.incident import incidents
+
+    events = read_run(newest_run(run_dir))
+    if as_json:
+        click.echo(json.dumps({"incidents": [i.to_json() for i in incidents(events)]}))
+    else:
+        click.echo(explain_events(events))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.option("--reference", type=click.Path(path_type=Path), help="An undisturbed run.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"))
+@click.option("--json", "as_json", is_flag=True)
+def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: bool) -> None:
+    """Write a page with the loss and the timeline of a run."""
+    from ftkit.core.trace import read_run
+    from ftkit.launch.report import write_report
+
+    write_report(out, read_run(newest_run(run_dir)), read_run(reference) if reference else [])
+    click.echo(json.dumps({"report": str(out)}) if as_json else f"wrote {out}")
+
+
+def newest_run(run_dir: Path | None) -> Path:
+    """The run meant: the one given, else the newest under runs/."""
+    if run_dir is not None:
+        if not (run_dir / "events").is_dir():
+            raise UsageError(f"{run_dir} is not a run's folder: it has no events/")
+        return run_dir
+    found = [p for p in RUNS.glob("*") if (p / "events").is_dir()]
+    if not found:
+        raise UsageError("no run was found under runs/; give the folder of one")
+    return max(found, key=lambda p: p.stat().st_mtime)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""Job: one job from start to end, whichever engine carries it, with Ctrl-C answered."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from ftkit.core.errors import UsageError
+from ftkit.launch.config import JobConfig, new_secret
+from ftkit.launch.engine import Engine
+from ftkit.recovery.plan import Stop
+
+#: Between two looks at the engine and the events: an update a person perceives as live.
+POLL_S = 0.05
+
+
+def make_engine(kind: str, config: JobConfig, secret: str) -> Engine:
+    """An engine of this kind for a job, not started.
+
+    Raises:
+      UsageError: there is no such engine.
+    """
+    match kind:
+        case "embedded":
+            from ftkit.launch.embedded import EmbeddedEngine
+
+            return EmbeddedEngine(config, secret)
+        case "ray":
+            from ftkit.launch.ray_engine import RayEngine
+
+            return RayEngine(config, secret)
+        case _:
+            raise UsageError(f"there is no engine {kind!r}; use embedded or ray")
+
+
+def python_command(script: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
+    """How each rank runs `script`: a file, or with a leading "-m" a module.
+
+    Raises:
+      UsageError: there is no such file.
+    """
+    if script == "-m":
+        if not arguments:
+            raise UsageError("-m needs the name of a module")
+        return (sys.executable, "-u", "-m", *arguments)
+    if not Path(script).is_file():
+        raise UsageError(
+            f"there is no script {script!r} in {os.getcwd()}; give the path of a Python file, "
+            "or -m and the name of a module"
+        )
+    return (sys.executable, "-u", script, *arguments)
+
+
+def run_job(
+    config: JobConfig,
+    *,
+    engine: str = "embedded",
+    on_poll: Callable[[Engine], None] | None = None,
+) -> Stop:
+    """Run one job to its end. Blocks; nothing is left behind however it ends.
+
+    Args:
+      config: the job; its run_dir is made.
+      engine: embedded or ray.
+      on_poll: called about twenty times a second while the job runs (live view, drills).
+
+    Returns:
+      Why the job ended; its code is the exit code.
+    """
+    (Path(config.run_dir) / "events").mkdir(parents=True, exist_ok=True)
+    running = make_engine(engine, with_master_port(config), new_secret())
+    woken = threading.Event()
+    try:
+        with end_signals(running, woken) as received:
+            running.start()
+            while (stop := running.poll()) is None:
+                if on_poll is not None:
+                    on_poll(running)
+                woken.wait(POLL_S)
+            if on_poll is not None:
+                on_poll(running)
+            if received:
+                return Stop(code=128 + received[0], reason=f"ended by {received[0].name}")
+            return stop
+    finally:
+        running.close()
+
+
+@contextmanager
+def end_signals(engine: Engine, woken: threading.Event) -> Iterator[list[signal.Signals]]:
+    """Answer SIGINT and SIGTERM by an orderly end; a second one by an end at once."""
+    received: list[signal.Signals] = []
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number))
+        if len(received) > 1:
+            raise KeyboardInterrupt
+        engine.interrupt()
+        woken.set()
+        woken.clear()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {n: signal.signal(n, answer) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def with_master_port(config: JobConfig) -> JobConfig:
+    """The job with a free port for scripts that make their own TCPStore on rank 0."""
+    if config.master_port:
+        return config
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return replace(config, master_port=probe.getsockname()[1])
