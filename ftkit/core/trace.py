@@ -21,9 +21,7 @@ class Trace:
     def __init__(self, path: Path, **context: object) -> None:
         """Open `path` for appending; `context` is added to every line."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600
-        )
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._context = dict(context)
 
     def event(self, kind: str, **fields: object) -> None:

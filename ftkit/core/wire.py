@@ -66,9 +66,7 @@ def authenticate(
         if other == nonce:
             raise AuthenticationError("peer reflected our own challenge")
         sock.sendall(_proof(secret, mine, nonce, other))
-        if not hmac.compare_digest(
-            _read(sock, PROOF_BYTES), _proof(secret, theirs, other, nonce)
-        ):
+        if not hmac.compare_digest(_read(sock, PROOF_BYTES), _proof(secret, theirs, other, nonce)):
             raise AuthenticationError("peer does not hold this job's secret")
         send_message(sock, dict(hello or {}))
         return receive_message(sock, bytes_max=HELLO_BYTES_MAX)
@@ -92,9 +90,7 @@ def send_message(sock: socket.socket, message: Mapping[str, object]) -> None:
     sock.sendall(_LENGTH.pack(len(data)) + data)
 
 
-def receive_message(
-    sock: socket.socket, *, bytes_max: int = MESSAGE_BYTES_MAX
-) -> dict[str, Any]:
+def receive_message(sock: socket.socket, *, bytes_max: int = MESSAGE_BYTES_MAX) -> dict[str, Any]:
     """Receive one message, blocking. Raises WireError at the end of the stream."""
     (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
     if length > bytes_max:

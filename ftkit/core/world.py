@@ -62,9 +62,7 @@ class World:
     @classmethod
     def of(cls, generation: Generation, members: Iterable[Member]) -> "World":
         """A world of these members, put in order."""
-        return cls(
-            generation=generation, members=tuple(sorted(members, key=lambda m: m.seat))
-        )
+        return cls(generation=generation, members=tuple(sorted(members, key=lambda m: m.seat)))
 
     @property
     def size(self) -> int:

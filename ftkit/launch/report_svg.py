@@ -111,7 +111,7 @@ def timeline_plot(timeline: Timeline) -> str:
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
     """About `about` round numbers that cover low..high, at least two, rising."""
     if high - low < 1e-9 * max(1.0, abs(low)):
-        high = low + (abs(low) or 1.0)  # too flat for round numbers to tell apart
+        high = low + max(abs(low), 1e-6)  # too flat for round numbers to tell apart
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     width = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * 0.999)
