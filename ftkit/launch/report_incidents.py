@@ -1,0 +1,136 @@
+"""What each injected fault did to a run: seen when, repaired when, the seat back when."""
+
+from dataclasses import dataclass
+
+from ftkit.launch.report_history import History, Injection
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Incident:
+    """One injection and what followed. Times are seconds after it; None: it did not happen."""
+
+    fault: str
+    phase: str
+    at: float
+    """Monotonic time of the injection."""
+    seat: int | None
+    member: int | None
+    """The victim; None when the fault was aimed at no rank."""
+    detect_s: float | None
+    """To the first verdict against the victim, or the first halt."""
+    repair_s: float | None
+    """To the moment when the last of the survivors had committed its next step."""
+    back_at_step: int | None
+    """The first step that the victim's seat committed under a new member."""
+    unknown: tuple[str, ...]
+    """What could not be found."""
+    undone: tuple[str, ...]
+    """What should have followed and did not."""
+
+
+def targets_of(history: History) -> frozenset[int]:
+    """The members that faults were aimed at."""
+    return frozenset(m for i in history.injections if (m := victim_of(history, i)) is not None)
+
+
+def victim_of(history: History, injection: Injection) -> int | None:
+    """The member aimed at. A victim told by its seat is who sat there at the time."""
+    if injection.member is not None or injection.seat is None:
+        return injection.member
+    sitting = [
+        a.member for a in history.acts if a.seat == injection.seat and a.mono <= injection.mono
+    ]
+    return max(sitting, default=None)  # member ids rise with every incarnation
+
+
+def read_incidents(history: History, *, evicts: bool) -> list[Incident]:
+    """Follow every injection of a run, in order of time.
+
+    Args:
+      history: of the disturbed run.
+      evicts: whether the faults take ranks away. Then only commits of a generation that is
+        newer than the fault show that the world was repaired: a vote that was already
+        passing may still end in a commit of the old one.
+    """
+    targets = targets_of(history)
+    return [_follow(history, injection, targets, evicts) for injection in history.injections]
+
+
+def _follow(
+    history: History, injection: Injection, targets: frozenset[int], evicts: bool
+) -> Incident:
+    unknown: list[str] = []
+    undone: list[str] = []
+    name = f"{injection.fault} at {injection.phase}"
+    victim = victim_of(history, injection)
+    if evicts and victim is None:
+        unknown.append(f"{name}: the drill event names no member that was training")
+
+    detect_s = _detected(history, injection, victim)
+    if evicts and detect_s is None:
+        unknown.append(f"{name}: no verdict against its target and no halt after it")
+
+    repair_s = None
+    generation, survivors = _before(history, injection, targets)
+    if not survivors:
+        unknown.append(f"{name}: no survivor was training before it")
+    else:
+        again = {
+            member: _next_commit(history, member, injection.mono, generation if evicts else -1)
+            for member in sorted(survivors)
+        }
+        moments = [at for at in again.values() if at is not None]
+        if len(moments) == len(survivors):
+            repair_s = round(max(moments) - injection.mono, 6)
+        for member in (m for m, at in again.items() if at is None):
+            newer = f" in a generation above {generation}" if evicts else ""
+            undone.append(f"{name}: member {member} committed nothing after it{newer}")
+
+    back = None if victim is None else _returned(history, injection, victim)
+    if evicts and victim is not None and back is None:
+        undone.append(f"{name}: the seat of member {victim} committed no step after it was lost")
+    return Incident(
+        fault=injection.fault,
+        phase=injection.phase,
+        at=injection.mono,
+        seat=injection.seat if victim is None else history.seat_of.get(victim, injection.seat),
+        member=victim,
+        detect_s=detect_s,
+        repair_s=repair_s,
+        back_at_step=back,
+        unknown=tuple(unknown),
+        undone=tuple(undone),
+    )
+
+
+def _detected(history: History, injection: Injection, victim: int | None) -> float | None:
+    said = [a.mono for a in history.accusations if a.member == victim]
+    seen = [at for at in (*said, *history.halts) if at >= injection.mono]
+    return round(min(seen) - injection.mono, 6) if seen else None
+
+
+def _before(
+    history: History, injection: Injection, targets: frozenset[int]
+) -> tuple[int, set[int]]:
+    """The generation at the fault, and who was training then and was never a target."""
+    acts = [a for a in history.acts if a.mono <= injection.mono]
+    gone = {e.member for e in history.exits if e.mono <= injection.mono}
+    survivors = {a.member for a in acts} - targets - gone
+    return max((a.generation for a in acts), default=0), survivors
+
+
+def _next_commit(history: History, member: int, after: float, above: int) -> float | None:
+    moments = [
+        c.mono
+        for c in history.commits
+        if c.member == member and c.mono > after and c.generation > above
+    ]
+    return min(moments, default=None)
+
+
+def _returned(history: History, injection: Injection, victim: int) -> int | None:
+    seat = history.seat_of.get(victim, injection.seat)
+    for commit in history.commits:
+        if commit.seat == seat and commit.member > victim and commit.mono > injection.mono:
+            return commit.step
+    return None

@@ -1,0 +1,162 @@
+"""The training job itself: an ordinary DDP script over ftkit's public API.
+
+Run by `ftkit run` or `ftkit drill`, or alone as a world of one::
+
+    python -m ftkit.launch.workload.train --steps 100
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import ftkit
+from ftkit.core.errors import UsageError
+from ftkit.launch.workload.gpt import GPT, PRESETS, GPTConfig, next_byte_loss, parameters_digest
+from ftkit.launch.workload.text import ByteWindows, load_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Everything the job's outcome depends on, apart from the machine's arithmetic."""
+
+    model: GPTConfig
+    steps: int
+    slots: int
+    slot_size: int
+    seed: int
+    learning_rate: float
+    data: Path | None
+    data_bytes_max: int
+    threads: int
+    """Threads of torch in each rank. Part of the outcome: kernels sum by thread."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a rank holds at the end."""
+
+    steps: int
+    """Steps this rank committed or was restored past: the index of its last one."""
+    loss: float | None
+    """Loss of the last step, the mean over its slots; None when this rank played none."""
+    params: str
+    """`parameters_digest` of the model."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Join the job, train, tell the result. Returns the process's exit code."""
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    # The text is read before joining: a wrong path ends the job before the others wait for us.
+    try:
+        dataset = ByteWindows(
+            load_text(options.data, bytes_max=options.data_bytes_max),
+            context=options.model.context,
+            origin=str(options.data or "the standard library's text"),
+        )
+    except UsageError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    session = ftkit.init()
+    result = train(session, dataset, options)
+    session.trace.event("final", params=result.params, loss=result.loss, step=result.steps)
+    if session.rank == 0:
+        line = {"steps": result.steps, "loss": result.loss, "params": result.params}
+        print(json.dumps(line), flush=True)
+    return 0
+
+
+def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
+    """Train until step `options.steps`; what a user's script would say, and nothing else.
+
+    Args:
+      session: what `ftkit.init()` returned; its process group is torch's default one.
+      dataset: read by index, from this thread.
+      options: the same on every rank.
+    """
+    model = DistributedDataParallel(GPT(options.model, seed=options.seed))
+    # Neither fused nor foreach: the fused CPU kernel's vector tail depends on how the
+    # parameters are cut, which would cost the equality of bits between world sizes.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=options.learning_rate, foreach=False, fused=False
+    )
+    session.protect(model=model, optimizer=optimizer)
+
+    done, loss_value = 0, None
+    for step in session.steps(
+        dataset,
+        slots=options.slots,
+        slot_size=options.slot_size,
+        until=options.steps,
+        seed=options.seed,
+    ):
+        with step:
+            for x, y in step.batches():
+                loss = next_byte_loss(model(x), y)
+                loss.backward()  # type: ignore[no-untyped-call]
+                step.record(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        if step.committed:
+            done, loss_value = int(step.index), float(step.loss)
+            if session.rank == 0 and done % 100 == 0:
+                print(f"step {done}: loss {loss_value:.4f}", flush=True)
+    return Result(steps=done, loss=loss_value, params=parameters_digest(model.module))
+
+
+def parse(argv: Sequence[str] | None = None) -> Options:
+    """Read the command line. SystemExit(2) with a message when it makes no sense."""
+    parser = argparse.ArgumentParser(prog="train", description="Train a byte-level GPT on text.")
+    parser.add_argument("--steps", type=int, default=100, help="optimizer steps in all")
+    parser.add_argument("--params", choices=sorted(PRESETS), help="a model of a known size")
+    parser.add_argument("--width", type=int, help="features of a position")
+    parser.add_argument("--depth", type=int, help="transformer blocks")
+    parser.add_argument("--heads", type=int, help="attention heads of a block")
+    parser.add_argument("--context", type=int, help="bytes of a window")
+    parser.add_argument("--dropout", type=float, help="0 by default")
+    parser.add_argument("--slots", type=int, default=8, help="slots of the global batch")
+    parser.add_argument("--slot-size", type=int, default=4, help="samples of a slot")
+    parser.add_argument("--seed", type=int, default=0, help="decides parameters and samples")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate")
+    parser.add_argument("--data", type=Path, help="text file or folder; else Python's library")
+    parser.add_argument("--data-bytes", type=int, default=4 << 20, help="most bytes of text read")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads in each rank")
+    given = parser.parse_args(argv)
+
+    for name in ("steps", "slots", "slot_size", "data_bytes", "threads"):
+        if getattr(given, name) < 1:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} must be at least 1, got {getattr(given, name)}")
+    if not given.lr > 0:
+        parser.error(f"--lr must be above 0, got {given.lr}")
+    shape = {
+        name: value
+        for name in ("width", "depth", "heads", "context", "dropout")
+        if (value := getattr(given, name)) is not None
+    }
+    try:
+        model = replace(PRESETS[given.params] if given.params else GPTConfig(), **shape)
+    except ValueError as error:
+        parser.error(str(error))
+    return Options(
+        model=model,
+        steps=given.steps,
+        slots=given.slots,
+        slot_size=given.slot_size,
+        seed=given.seed,
+        learning_rate=given.lr,
+        data=given.data,
+        data_bytes_max=given.data_bytes,
+        threads=given.threads,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,172 @@
+"""The report's pictures and page, from the literal histories."""
+
+import itertools
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftkit.launch.checker import Expectation, check
+from ftkit.launch.report import render, write_report
+from ftkit.launch.report_svg import loss_plot, nice_ticks, timeline_plot
+from ftkit.launch.report_timeline import Doing, read_timeline
+from tests.launch.histories import Event, disturbed, event, undisturbed
+
+KILL = Expectation(
+    fault="kill", phase="backward", seed=7, world_size=3, steps=6, slots=8, slot_size=4
+)
+OUTCOME = check(disturbed(), undisturbed(), KILL)
+
+
+def page(events: list[Event], reference: list[Event] | None) -> str:
+    return render(events, reference, check(events, reference, KILL))
+
+
+# ---- the timeline
+
+
+def test_the_killed_seat_is_lost_then_joining_then_training() -> None:
+    spans = [s for s in read_timeline(disturbed()).spans if s.seat == 1]
+    assert [s.doing for s in spans] == [
+        Doing.TRAINING, Doing.LOST, Doing.JOINING, Doing.TRAINING,
+    ]  # fmt: skip
+    assert [s.start for s in spans][1:] == pytest.approx([10.312, 10.35, 10.7])
+
+
+def test_a_survivor_repairs_from_the_halt_to_its_next_commit() -> None:
+    (repair,) = [
+        s for s in read_timeline(disturbed()).spans if s.seat == 2 and s.doing is Doing.REPAIRING
+    ]
+    assert (repair.start, repair.end) == (10.340, 10.492)
+
+
+def test_the_spans_of_a_seat_neither_overlap_nor_leave_the_window() -> None:
+    timeline = read_timeline(disturbed())
+    for seat in timeline.seats:
+        spans = [s for s in timeline.spans if s.seat == seat]
+        assert all(a.end <= b.start for a, b in itertools.pairwise(spans))
+        assert spans[0].start >= timeline.start
+        assert spans[-1].end <= timeline.end
+
+
+def test_a_stopped_rank_is_lost_from_the_moment_it_was_stopped() -> None:
+    # Its process exits much later, when it is fenced: that is not when it was lost.
+    events = [e | {"mono": 10.45} if e["kind"] == "exit" and e["member"] == 1 else e
+              for e in disturbed()]  # fmt: skip
+    (lost,) = [s for s in read_timeline(events).spans if s.doing is Doing.LOST]
+    assert lost.start == pytest.approx(10.312)
+
+
+def test_a_long_run_is_cut_to_its_incident() -> None:
+    quiet = [
+        event(20 + i / 10, "commit", seat=0, member=0, step=7 + i, generation=3, loss=1.0)
+        for i in range(500)
+    ]
+    timeline = read_timeline(disturbed() + quiet)
+    assert timeline.end < 22
+    assert any(f.text == "kill at backward" for f in timeline.faults)
+
+
+# ---- the pictures
+
+
+def test_both_curves_are_drawn_with_every_step() -> None:
+    svg = ElementTree.fromstring(loss_plot({1: 5.0, 2: 4.0}, {1: 5.0, 2: 4.0, 3: 3.0}, []))
+    lines = {e.get("class"): e.get("points", "") for e in svg.iter("polyline")}
+    assert len(lines["disturbed"].split()) == 2
+    assert len(lines["undisturbed"].split()) == 3
+    assert lines["undisturbed"].startswith(lines["disturbed"])
+
+
+@pytest.mark.parametrize(
+    "losses", [{1: 3.0}, {1: 0.0, 2: 0.0}, {1: float("nan"), 2: 1.0}, {1: -1e9, 900: 1e9}]
+)
+def test_odd_losses_still_make_a_picture(losses: dict[int, float]) -> None:
+    assert "nan" not in loss_plot(losses, {}, [(1, "kill")])
+    ElementTree.fromstring(loss_plot(losses, {}, [(1, "a < b & c")]))
+
+
+def test_no_loss_makes_a_sentence() -> None:
+    assert "No step told a loss" in loss_plot({}, {}, [])
+
+
+def test_the_timeline_is_a_row_for_each_rank_with_its_commits() -> None:
+    svg = ElementTree.fromstring(timeline_plot(read_timeline(disturbed())))
+    words = [e.text for e in svg.iter("text")]
+    assert {"rank 0", "rank 1", "rank 2"} <= set(words)
+    titles = [e.text for e in svg.iter("title")]
+    assert "rank 1 committed step 5" in titles
+    assert "rank 1 lost for 38 ms" in titles
+
+
+def test_an_empty_timeline_makes_a_sentence() -> None:
+    assert "No rank committed a step" in timeline_plot(read_timeline([]))
+
+
+@given(
+    st.floats(-1e6, 1e6, allow_nan=False),
+    st.floats(0, 1e6, allow_nan=False),
+    st.integers(2, 12),
+)
+def test_ticks_cover_the_range_and_rise(low: float, length: float, about: int) -> None:
+    ticks = nice_ticks(low, low + length, about)
+    assert 2 <= len(ticks) <= 2 * about + 3
+    assert all(a < b for a, b in itertools.pairwise(ticks))
+    assert ticks[0] <= low + 1e-6 * abs(low)
+    assert ticks[-1] >= low + length - 1e-6 * abs(low + length)
+
+
+# ---- the page
+
+
+def test_the_page_needs_nothing_from_outside() -> None:
+    html = page(disturbed(), undisturbed())
+    for outside in ("<script", "src=", "href=", "http", "@import", "url("):
+        assert outside not in html
+
+
+def test_the_page_tells_the_answer_the_story_and_the_equality() -> None:
+    html = page(disturbed(), undisturbed())
+    assert '<span class="pass">pass</span>' in html
+    assert "rank 1 killed by SIGKILL in backward of step 3 → seen after 24 ms" in html
+    assert "yes, bit for bit" in html
+    assert "equal to the undisturbed run&#x27;s in all 6 steps" in html
+    assert html.count("<svg") == 2
+
+
+def test_a_failed_drill_says_what_was_broken_and_a_different_loss_is_named() -> None:
+    off = [e | {"params": "bb", "loss": 9.0} if e["kind"] in ("final", "commit") else e
+           for e in disturbed()]  # fmt: skip
+    html = page(off, undisturbed())
+    assert '<span class="fail">fail</span>' in html
+    assert "the final parameters are not the undisturbed run&#x27;s" in html
+    assert "differs from the undisturbed run&#x27;s at 6 steps, first at step 1" in html
+
+
+def test_what_the_job_wrote_cannot_become_markup() -> None:
+    evil = event(10.9, "verdict", fault="stopped", member=0, seat=0, reason="<b>x</b>")
+    assert "<b>x</b>" not in page([*disturbed(), evil], undisturbed())
+
+
+def test_a_run_without_events_still_has_a_page() -> None:
+    html = page([], None)
+    assert '<span class="unknown">unknown</span>' in html
+    assert "Nothing went wrong" in html
+
+
+def test_the_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "report.html"
+    write_report(path, disturbed(), undisturbed(), OUTCOME)
+    before = path.read_text(encoding="utf-8")
+    assert before == render(disturbed(), undisturbed(), OUTCOME)
+
+    def disk_full(self: Path, target: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", disk_full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report(path, [], None, OUTCOME)
+    assert path.read_text(encoding="utf-8") == before
+    assert list(tmp_path.iterdir()) == [path]
