@@ -1,0 +1,134 @@
+"""What `ftkit drill run` and `ftkit drill demo` do: series of drills, shown and summed up."""
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ftkit.core.errors import FtkitError
+from ftkit.core.fault_plan import Kind, Point
+from ftkit.launch.checker import Answer, Outcome
+from ftkit.launch.config import new_job_id
+from ftkit.launch.drills import Drill, Job, choose, run_drill
+from ftkit.launch.live import summary, watch
+from ftkit.launch.report import write_report
+
+#: Exit codes by the worst answer of a series.
+CODES = {Answer.PASS: 0, Answer.FAIL: 1, Answer.UNKNOWN: 2}
+
+#: The demo's job: steps of about 50 ms, and enough of them for a lost rank to come back.
+DEMO_STEPS = 240
+
+
+def run_drills(
+    fault: str,
+    *,
+    at: str | None,
+    count: int,
+    seed: int,
+    as_json: bool,
+    run_dir: Path | None,
+    **job_options: Any,
+) -> int:
+    """Run `count` drills, with the seeds from `seed` on. Returns the exit code."""
+    job = _job(job_options)
+    drills = [
+        choose(fault, at, seed=seed + i, nproc=job.nproc, steps=job.steps) for i in range(count)
+    ]
+    root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
+    console = Console(stderr=as_json)
+    with _shown(root / "reference", console, job.steps, "undisturbed run", quiet=as_json):
+        stop, reference = job.run(root / "reference")
+    if stop.code:
+        raise FtkitError(f"the undisturbed run failed: {stop.reason}")
+    answers: Counter[Answer] = Counter()
+    results = []
+    for drill in drills:
+        folder = root / f"{drill.fault}-{drill.seed}"
+        title = f"{drill.fault} at {drill.where}"
+        with _shown(folder, console, job.steps, title, quiet=as_json or count > 1):
+            outcome, _ = run_drill(drill, job, reference, folder)
+        answers[outcome.outcome] += 1
+        results.append(outcome.to_json())
+        if count > 1:
+            console.print(_line(outcome, drill))
+        elif not as_json:
+            console.print(summary(outcome))
+    if as_json:
+        both = {"drills": results, **{a.value: answers[a] for a in Answer}}
+        print(json.dumps(results[0] if count == 1 else both), flush=True)
+    elif count > 1:
+        console.print(", ".join(f"{n} {a}" for a, n in answers.items()) + f"; runs in {root}")
+    return max(CODES[a] for a in answers)
+
+
+def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **given: Any) -> int:
+    """The main job: lose one rank in the middle of a step, and show that nothing was lost."""
+    run_dir = given.pop("run_dir")
+    job = _job(given | {"steps": max(given["steps"], DEMO_STEPS), "data": data})
+    root = (run_dir or Path("runs") / f"demo-{new_job_id()}").resolve()
+    console = Console(stderr=as_json)
+    with _shown(root / "reference", console, job.steps, "undisturbed run", quiet=as_json):
+        stop, reference = job.run(root / "reference")
+    if stop.code:
+        raise FtkitError(f"the undisturbed run failed: {stop.reason}")
+    drill = Drill(
+        fault=Kind.KILL.value,
+        phase=Point.ALL_REDUCE,
+        seat=1 % job.nproc,
+        step=30,
+        bucket=0,
+        delay_s=0.001,
+        seed=seed,
+    )
+    title = f"the same, with rank {drill.seat} killed in step {drill.step}"
+    with _shown(root / "disturbed", console, job.steps, title, quiet=as_json):
+        outcome, events = run_drill(drill, job, reference, root / "disturbed")
+    write_report(report, events, reference, outcome)
+    if as_json:
+        print(json.dumps(outcome.to_json() | {"report": str(report)}), flush=True)
+    else:
+        console.print(summary(outcome))
+        console.print(f"report: {report}    events: {root}", highlight=False)
+    return CODES[outcome.outcome]
+
+
+def _job(options: dict[str, Any]) -> Job:
+    return Job(**options)
+
+
+def _line(outcome: Outcome, drill: Drill) -> str:
+    repair = "     -" if outcome.repair_s is None else f"{outcome.repair_s * 1e3:6.0f}"
+    line = f"{outcome.outcome:8} seed {drill.seed:<5} {drill.fault:16} {drill.where:13} {repair} ms"
+    broken = outcome.evidence.get("problems") or outcome.evidence.get("missing")
+    return f"{line}  {broken}" if outcome.outcome is not Answer.PASS else line
+
+
+@contextmanager
+def _shown(
+    run_dir: Path, console: Console, steps: int, title: str, *, quiet: bool
+) -> Iterator[None]:
+    """Show a run live while the body runs it."""
+    if quiet:
+        yield
+        return
+    (run_dir / "events").mkdir(parents=True, exist_ok=True)
+    stop = threading.Event()
+    viewer = threading.Thread(
+        target=watch,
+        args=(run_dir,),
+        kwargs={"stop": stop, "steps": steps, "title": title, "console": console},
+        name="ftkit-live",
+        daemon=True,
+    )
+    viewer.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        viewer.join()

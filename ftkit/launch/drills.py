@@ -1,0 +1,240 @@
+"""Drills: which faults there are, how a seed chooses among them, and one drill from start to end.
+
+A drill is four parts: the fault (data), the schedule (pure, from the seed), the history (the
+run's event stream) and the checker (pure, `checker`). The disturbed run is compared with an
+undisturbed one of the same job, which is run once and used by all drills of a series.
+"""
+
+import os
+import random
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.core.errors import UsageError
+from ftkit.core.fault_plan import Kind, PlannedFault, Point, to_environ
+from ftkit.core.trace import Trace, read_run
+from ftkit.launch.checker import Expectation, Outcome, check
+from ftkit.launch.config import JobConfig, new_job_id
+from ftkit.launch.engine import Engine
+from ftkit.launch.job import python_command, run_job
+from ftkit.recovery.plan import Stop
+
+KILL_COORDINATOR = "kill-coordinator"
+
+CATALOGUE: dict[str, str] = {
+    Kind.KILL: "SIGKILL to one rank",
+    Kind.STOP: "SIGSTOP to one rank: it is there and does nothing",
+    Kind.RAISE: "an exception in one rank's code",
+    Kind.HANG: "one rank's training thread sleeps for ever, its heartbeat goes on",
+    KILL_COORDINATOR: "SIGKILL to the coordinator while the ranks train",
+}
+
+#: Buckets of gradients that a drill may aim at; a job with fewer is hit at its last one.
+BUCKETS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drill:
+    """One drill, fully decided: running it again does the same."""
+
+    fault: str
+    phase: Point | None
+    """None for faults that are outside the ranks."""
+    seat: int
+    step: int
+    bucket: int
+    delay_s: float
+    seed: int
+    second_seat: int | None = None
+    """Who is hit in recovery, when `phase` is that; `seat` is then killed first, in forward."""
+
+    @property
+    def where(self) -> str:
+        """The phase as a person writes it."""
+        if self.phase is None:
+            return "any"
+        lasting = self.phase in (Point.BACKWARD, Point.ALL_REDUCE)
+        return f"{self.phase}:{self.bucket}" if lasting else self.phase.value
+
+    def faults(self) -> list[PlannedFault]:
+        """What the ranks are told to do to themselves."""
+        if self.phase is None:
+            return []
+        kind = Kind(self.fault)
+        if self.phase is Point.RECOVERY:
+            assert self.second_seat is not None, "two ranks are hit"
+            first = self._fault(Kind.KILL, Point.FORWARD, self.seat)
+            return [first, self._fault(kind, Point.RECOVERY, self.second_seat)]
+        return [self._fault(kind, self.phase, self.seat)]
+
+    def _fault(self, kind: Kind, point: Point, seat: int) -> PlannedFault:
+        # The first member of a seat has its number.
+        return PlannedFault(
+            kind=kind,
+            point=point,
+            seat=seat,
+            member=seat,
+            step=self.step,
+            bucket=self.bucket if point in (Point.BACKWARD, Point.ALL_REDUCE) else 0,
+            delay_s=self.delay_s,
+        )
+
+
+def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> Drill:
+    """The drill that `seed` makes of what was asked; pure.
+
+    Args:
+      fault: a name of the catalogue, or "all" to let the seed pick.
+      at: a phase, perhaps with a bucket ("backward:1"); None lets the seed pick.
+      seed: decides the rest.
+      nproc: ranks of the job.
+      steps: steps of the job; the fault strikes in their first third, so that the rank that
+        was lost can come back and train.
+
+    Raises:
+      UsageError: there is no such fault or phase, or the job is too small for it.
+    """
+    rng = random.Random(f"{fault} {at} {seed}")
+    name = rng.choice(list(CATALOGUE)) if fault == "all" else fault
+    if name not in CATALOGUE:
+        raise UsageError(f"there is no drill {name!r}; choose among {', '.join(CATALOGUE)}, all")
+    point, bucket = _point(at, rng)
+    if name == KILL_COORDINATOR:
+        point = None
+    if point is Point.RECOVERY and nproc < 3:
+        if at is not None:
+            raise UsageError("a fault in recovery hits a second rank: it needs --nproc 3 or more")
+        point = Point.FORWARD
+    if name == Kind.RAISE and point is Point.RECOVERY:
+        point = Point.FORWARD  # no user code runs in recovery
+    first, second = rng.sample(range(nproc), 2) if nproc > 1 else (0, None)
+    return Drill(
+        fault=str(name),
+        phase=point,
+        seat=first,
+        second_seat=second if point is Point.RECOVERY else None,
+        step=rng.randint(3, max(3, steps // 5)),
+        bucket=bucket,
+        delay_s=rng.uniform(0, 0.004),
+        seed=seed,
+    )
+
+
+def _point(at: str | None, rng: random.Random) -> tuple[Point | None, int]:
+    bucket = rng.randrange(BUCKETS)
+    if at is None:
+        return rng.choice(list(Point)), bucket
+    match = re.fullmatch(r"([a-z-]+)(?::(\d+))?", at)
+    if match is None or match[1] not in set(Point):
+        raise UsageError(f"there is no phase {at!r}; choose among {', '.join(Point)}")
+    return Point(match[1]), int(match[2]) if match[2] else bucket
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What drills are done to: the bundled training job, or a script of the user's."""
+
+    nproc: int = 3
+    nodes: int = 1
+    steps: int = 150
+    slots: int = 6
+    slot_size: int = 2
+    data: Path | None = None
+    script: str | None = None
+    engine: str = "embedded"
+    max_stall_s: float = 30.0
+    workload: tuple[str, ...] = ()
+    """Further arguments of the bundled job."""
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        if self.script is not None:
+            return python_command(self.script, self.workload)
+        data = ("--data", str(self.data)) if self.data else ()
+        sizes = [("--steps", self.steps), ("--slots", self.slots), ("--slot-size", self.slot_size)]
+        return (
+            sys.executable,
+            "-m",
+            "ftkit.launch.workload.train",
+            *(str(word) for pair in sizes for word in pair),
+            *data,
+            *self.workload,
+        )
+
+    def run(
+        self,
+        run_dir: Path,
+        *,
+        faults: list[PlannedFault] = [],  # noqa: B006  # never changed
+        on_poll: Callable[[Engine], None] | None = None,
+    ) -> tuple[Stop, list[dict[str, Any]]]:
+        """Run the job once. Returns its end and its events. Blocks."""
+        config = JobConfig(
+            job=new_job_id(),
+            command=self.command,
+            nodes=self.nodes,
+            nproc=self.nproc // self.nodes,
+            max_stall_s=self.max_stall_s,
+            run_dir=str(run_dir),
+            rank_logs=True,
+            env=to_environ(faults),
+        )
+        stop = run_job(config, engine=self.engine, on_poll=on_poll)
+        return stop, read_run(run_dir)
+
+
+def run_drill(
+    drill: Drill,
+    job: Job,
+    reference: list[dict[str, Any]] | None,
+    run_dir: Path,
+    *,
+    on_poll: Callable[[Engine], None] | None = None,
+) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
+    killer = CoordinatorKiller(drill, run_dir) if drill.fault == KILL_COORDINATOR else None
+
+    def poll(engine: Engine) -> None:
+        if killer is not None:
+            killer.poll(engine)
+        if on_poll is not None:
+            on_poll(engine)
+
+    _, events = job.run(run_dir, faults=drill.faults(), on_poll=poll)
+    expectation = Expectation(
+        fault=drill.fault,
+        phase=drill.where,
+        seed=drill.seed,
+        world_size=job.nproc,
+        steps=job.steps,
+        slots=job.slots,
+        slot_size=job.slot_size,
+        evicts=killer is None,
+    )
+    return check(events, reference, expectation), events
+
+
+class CoordinatorKiller:
+    """Kills the coordinator once the job has committed the drill's step."""
+
+    def __init__(self, drill: Drill, run_dir: Path) -> None:
+        self._step = drill.step
+        self._run_dir = run_dir
+        self._done = False
+
+    def poll(self, engine: Engine) -> None:
+        """Strike when it is time. Called while the job runs."""
+        if self._done:
+            return
+        reached = any(
+            e["kind"] == "commit" and e["step"] >= self._step for e in read_run(self._run_dir)
+        )
+        if reached:
+            self._done = True
+            with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
+                trace.event("drill", fault=KILL_COORDINATOR, phase="any", step=self._step)
+            engine.kill_coordinator()
