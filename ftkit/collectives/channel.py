@@ -1,0 +1,158 @@
+"""Channel: an ordered set of members that issue operations together.
+
+Channel 0 is the world and follows it through every edit. Another one is a fixed set of
+members: it works in each generation that still has all of them, and its operations fail in
+one that has not. Collectives run in the order of issue, one at a time; send and receive run
+beside them.
+"""
+
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from ftkit.collectives.frames import P2P
+from ftkit.collectives.handle import Handle, failed
+from ftkit.collectives.op import Op, Program
+from ftkit.core.errors import GenerationAborted
+from ftkit.core.ids import Generation, MemberId
+from ftkit.core.world import World
+
+if TYPE_CHECKING:
+    from ftkit.collectives.engine import Engine
+
+
+class Channel:
+    """See the module. `issue` may be called from any thread."""
+
+    def __init__(self, engine: "Engine", id_: int, fixed: tuple[MemberId, ...] | None) -> None:
+        self.id = id_
+        self._engine = engine
+        self._fixed = fixed
+        self._lock = threading.Lock()
+        self._generation = Generation(0)
+        self._members: tuple[MemberId, ...] = ()
+        self._rank = -1
+        self._missing: frozenset[MemberId] = frozenset()
+        self._seq = 0
+        self._p2p: dict[tuple[str, int, int], int] = {}
+        #: owned by the communication thread
+        self.queue: deque[Op] = deque()
+        self.running: Op | None = None
+
+    def enter(self, world: World, me: MemberId) -> None:
+        """Begin a generation: membership as of `world`, every count from 0."""
+        with self._lock:
+            self._generation = world.generation
+            order = self._fixed or tuple(m.member for m in world.members)
+            self._missing = frozenset(order) - world.member_ids
+            self._members = order
+            self._rank = order.index(me)
+            self._seq = 0
+            self._p2p.clear()
+
+    @property
+    def members(self) -> tuple[MemberId, ...]:
+        return self._members
+
+    @property
+    def rank(self) -> int:
+        """Our place among the members."""
+        return self._rank
+
+    @property
+    def size(self) -> int:
+        return len(self._members)
+
+    def issue(
+        self, name: str, program: Program, *, nbytes: int, timeout_s: float | None = None
+    ) -> Handle[Any]:
+        """Start a collective. Does not block; failures, too, come through the handle.
+
+        Args:
+          name: what the recorder and messages call it.
+          program: runs on the communication thread.
+          nbytes: this rank's payload, for the recorder.
+          timeout_s: after it the generation is aborted; None waits for ever.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            refusal = self._refusal()
+            if refusal is not None:
+                return failed(refusal)
+            op = self._op(name, program, self._seq, 0, 0, deadline_s)
+            self._seq += 1
+            # Queued under the lock: the order of numbers is the order of execution.
+            self._engine.recorder.enter(self.id, op.seq, name, nbytes)
+            self._engine.submit(op)
+        return op.handle
+
+    def issue_p2p(
+        self,
+        direction: str,
+        peer: int,
+        tag: int,
+        program: Program,
+        *,
+        nbytes: int,
+        timeout_s: float | None = None,
+    ) -> Handle[Any]:
+        """Start a send to, or a receive from, rank `peer`; -1 receives from anybody.
+
+        The n-th send with a tag meets the n-th receive with it.
+        """
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        with self._lock:
+            refusal = self._refusal()
+            if refusal is not None:
+                return failed(refusal)
+            seq = 0
+            if peer >= 0:
+                seq = self._p2p.get((direction, peer, tag), 0)
+                self._p2p[direction, peer, tag] = seq + 1
+            op = self._op(direction, program, seq, P2P, tag, deadline_s)
+            self._engine.recorder.enter(self.id, seq, direction, nbytes)
+            self._engine.submit(op)
+        return op.handle
+
+    def next_from(self, peer: int, tag: int) -> int:
+        """The number of the next receive from rank `peer`."""
+        with self._lock:
+            return self._p2p.get(("recv", peer, tag), 0)
+
+    def took_from(self, peer: int, tag: int, seq: int) -> None:
+        """A receive from anybody took message `seq` of rank `peer`."""
+        with self._lock:
+            self._p2p["recv", peer, tag] = seq + 1
+
+    def _refusal(self) -> GenerationAborted | None:
+        reason = self._engine.stopped(self._generation)
+        if reason is None and self._missing:
+            reason = (
+                f"members {sorted(self._missing)} of this group are not in generation "
+                f"{self._generation}; make a new group of the members that are"
+            )
+        return None if reason is None else GenerationAborted(reason)
+
+    def _op(
+        self,
+        name: str,
+        program: Program,
+        seq: int,
+        flags: int,
+        tag: int,
+        deadline_s: float | None,
+    ) -> Op:
+        return Op(
+            self._engine,
+            self,
+            name,
+            program,
+            generation=self._generation,
+            members=self._members,
+            rank=self._rank,
+            seq=seq,
+            flags=flags,
+            tag=tag,
+            deadline_s=deadline_s,
+        )

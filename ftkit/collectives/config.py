@@ -1,0 +1,61 @@
+"""CollectivesConfig: the numbers of the data plane. The same on every member of a job."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ftkit.collectives.frames import SEGMENT_BYTES_MAX
+
+
+class Transport(StrEnum):
+    """How payloads travel between two processes of one host."""
+
+    AUTO = "auto"
+    """By memory reads where a probe at link-up succeeds, by TCP elsewhere."""
+    TCP = "tcp"
+    """Always by TCP."""
+    CMA = "cma"
+    """By memory reads; a pair that cannot is refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectivesConfig:
+    """Sizes in bytes, times in seconds. Peers compare `wire` when they meet."""
+
+    transport: Transport = Transport.AUTO
+    segment_bytes: int = 1 << 20
+    """Frame and fold unit. An abort waits for one segment; larger ones cost fewer calls."""
+    exchange_bytes_max: int = 64 << 10
+    """Reductions up to this size go to everyone in one round."""
+    cma_bytes_min: int = 32 << 10
+    """Below it a message is cheaper through the socket than as an offer and an ack."""
+    early_bytes_max: int = 8 << 20
+    """Per link: what may arrive before its operation is posted. Beyond it we stop reading
+    the link until a receive is posted on it, so memory stays bounded and nothing locks."""
+    greeting_timeout_s: float = 5.0
+    """How long a stranger may take to prove that it holds the secret."""
+    close_timeout_s: float = 2.0
+    """How long `close` waits for peers to take what is queued for them."""
+
+    def __post_init__(self) -> None:
+        if not 4096 <= self.segment_bytes <= SEGMENT_BYTES_MAX or self.segment_bytes % 64:
+            raise ValueError(
+                f"segment_bytes must be a multiple of 64 in 4096..{SEGMENT_BYTES_MAX}, "
+                f"got {self.segment_bytes}"
+            )
+        if self.early_bytes_max < self.segment_bytes:
+            raise ValueError(
+                f"early_bytes_max ({self.early_bytes_max}) must hold at least one segment "
+                f"({self.segment_bytes})"
+            )
+        if min(self.greeting_timeout_s, self.close_timeout_s) <= 0:
+            raise ValueError("timeouts must be positive")
+
+    @property
+    def wire(self) -> dict[str, object]:
+        """What two members must agree on to cut messages the same way."""
+        return {
+            "transport": self.transport.value,
+            "segment_bytes": self.segment_bytes,
+            "exchange_bytes_max": self.exchange_bytes_max,
+            "cma_bytes_min": self.cma_bytes_min,
+        }

@@ -1,0 +1,346 @@
+"""Group: one process's membership in the world, edited in place from one world to the next.
+
+Who is a member is decided elsewhere; a group is told. It starts as generation 0, a world of
+itself alone, in which every operation is local. Operations never raise at the call: what
+goes wrong comes through the handle, as `GenerationAborted` once the generation is over.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+
+from ftkit.collectives import canonical, moves, reductions
+from ftkit.collectives.arithmetic import Bytes, as_bytes, check
+from ftkit.collectives.channel import Channel
+from ftkit.collectives.cma import ValidWord
+from ftkit.collectives.config import CollectivesConfig
+from ftkit.collectives.engine import Engine, FaultCallback, TellCallback
+from ftkit.collectives.frames import CONTROL_BYTES_MAX
+from ftkit.collectives.handle import Handle
+from ftkit.collectives.mesh import Mesh
+from ftkit.collectives.ports import NullRecorder, OpRecorder
+from ftkit.collectives.slot_tree import SlotNode
+from ftkit.collectives.slots import assign, nodes_of
+from ftkit.core.errors import GenerationAborted, WireError
+from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
+from ftkit.core.world import Member, World
+
+WORLD_CHANNEL = 0
+
+
+class Group:
+    """See the module. Thread-safe, except that only one thread may `edit` or `connect`."""
+
+    def __init__(
+        self,
+        *,
+        member: MemberId,
+        secret: bytes,
+        host: str = "127.0.0.1",
+        config: CollectivesConfig | None = None,
+        on_fault: FaultCallback,
+        on_tell: TellCallback | None = None,
+        recorder: OpRecorder | None = None,
+    ) -> None:
+        """Listen on `host` and start the communication thread.
+
+        Args:
+          member: who we are; never reused in the life of the job.
+          secret: the job's secret, at least 16 bytes.
+          host: address to bind and be reached at.
+          config: the same on every member.
+          on_fault: called once for a generation that ends by a fault, from the communication
+            thread, with the members known to be lost (may be empty) and the reason. Must
+            not block. Also called for an abort of our own.
+          on_tell: receives what peers `tell` us, from the communication thread.
+          recorder: told of every operation.
+
+        Raises:
+          OSError: nothing can listen on `host`.
+          ValueError: the secret is too short to be one.
+        """
+        if len(secret) < 16:
+            raise ValueError(f"the secret has {len(secret)} bytes; at least 16 are needed")
+        self.member = member
+        self.config = config or CollectivesConfig()
+        word = ValidWord()
+        alone = Member(member=member, seat=Seat(0), node=NodeId(0), host=host, port=0)
+        self._engine = Engine(
+            member,
+            self.config,
+            word,
+            World(generation=Generation(0), members=(alone,)),
+            recorder=recorder or NullRecorder(),
+            on_fault=on_fault,
+            on_tell=on_tell or _ignore,
+        )
+        try:
+            self._mesh = Mesh(member, secret, host, self.config, word, self._engine.add_link)
+        except OSError:
+            self._engine.close()
+            raise
+        self.address = self._mesh.address
+        self._editing = threading.Lock()
+        self._listeners: list[Callable[[World], None]] = []
+        self.channel: Channel = self._engine.channel(WORLD_CHANNEL, None).wait()
+
+    # -- membership -----------------------------------------------------------------------
+
+    @property
+    def world(self) -> World:
+        """The world of the current generation."""
+        return self._engine.world
+
+    @property
+    def rank(self) -> Rank:
+        """Our rank in the current world."""
+        rank = self.world.rank_of(self.member)
+        assert rank is not None, "we are in our own world"
+        return rank
+
+    @property
+    def size(self) -> int:
+        return self.world.size
+
+    @property
+    def aborted(self) -> bool:
+        """Whether the current generation is over and waits to be replaced by an edit."""
+        return self._engine.stopped(self.world.generation) is not None
+
+    def connect(self, members: Sequence[Member], *, timeout_s: float) -> None:
+        """Dial those of `members` with a lower id than ours. For a newcomer; blocks.
+
+        They may be training meanwhile, and learn nothing but that a link exists.
+
+        Raises:
+          WireError: one of them cannot be reached, or does not let us in.
+        """
+        deadline = time.monotonic() + timeout_s
+        for member in sorted(members, key=lambda m: m.member):
+            if member.member < self.member and member.member not in self._engine.links:
+                self._dial(member, deadline)
+
+    def edit(self, world: World, *, timeout_s: float) -> None:
+        """Move to `world`: blocks until its links are up and its generation has begun.
+
+        The current generation ends at once; what is pending fails. Links between members of
+        both worlds stay; those to former members are closed, and they cannot come back under
+        the same id. Sequence numbers begin again at 0.
+
+        Raises:
+          ValueError: the generation is not newer than ours, or we are not in this world.
+          GenerationAborted: somebody aborted that generation before it began here.
+          WireError: a member cannot be reached, or did not connect in `timeout_s`. We are
+            then in no living generation; edit to a later world to go on.
+        """
+        if world.generation <= self.world.generation:
+            raise ValueError(
+                f"cannot edit to generation {world.generation}: this is already "
+                f"{self.world.generation}"
+            )
+        if world.rank_of(self.member) is None:
+            raise ValueError(
+                f"member {self.member} is not in the world of generation {world.generation}"
+            )
+        deadline = time.monotonic() + timeout_s
+        with self._editing:
+            self._engine.suspend(
+                f"generation {self.world.generation} is replaced by {world.generation}"
+            )
+            while missing := self._engine.enter(world).wait():
+                self._bring_up(world, missing, deadline)
+        for listener in list(self._listeners):
+            listener(world)
+
+    def abort(self, generation: Generation, reason: str) -> None:
+        """End a generation everywhere. Any thread; idempotent; does not block.
+
+        One that is older than ours is over anyway; one that has not begun here is
+        remembered, and an `edit` that waits for it ends.
+        """
+        self._engine.abort(generation, reason)
+
+    def add_edit_listener(self, listener: Callable[[World], None]) -> None:
+        """Call `listener(world)` after each edit, on the thread that edits."""
+        self._listeners.append(listener)
+
+    def remove_edit_listener(self, listener: Callable[[World], None]) -> None:
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+
+    def tell(self, member: MemberId, payload: bytes) -> None:
+        """Send `payload` outside any operation and generation; does not block.
+
+        Delivered once and in order if the link lives; there is no answer.
+
+        Raises:
+          WireError: we have no link to that member.
+          ValueError: over 1 MiB.
+        """
+        if len(payload) > CONTROL_BYTES_MAX:
+            raise ValueError(f"{len(payload)} bytes are too many to tell")
+        if member not in self._engine.links:
+            raise WireError(f"there is no link to member {member}")
+        self._engine.tell(member, bytes(payload))
+
+    def subset(self, id_: int, members: tuple[MemberId, ...]) -> Channel:
+        """A channel of these members, in this order; all must pass the same `id_` (not 0)."""
+        if not 0 < id_ < 1 << 32:
+            raise ValueError(f"a channel's id must be in 1..2**32-1, got {id_}")
+        if self.member not in members:
+            raise ValueError(f"member {self.member} is not among {members}")
+        return self._engine.channel(id_, members).wait()
+
+    def release(self, channel: Channel) -> None:
+        """Forget a channel made by `subset`."""
+        self._engine.release_channel(channel.id)
+
+    def close(self) -> None:
+        """Say goodbye and release everything: threads joined, sockets closed. Twice is fine.
+
+        Blocks for at most about `close_timeout_s` per member that does not listen.
+        """
+        self._mesh.close()
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- operations on the world --------------------------------------------------------------
+
+    def all_reduce(self, flat: torch.Tensor, op: str = "sum") -> Handle[None]:
+        """Reduce a contiguous CPU tensor in place: sum, avg, product, min, max, band, ...
+
+        Same bits on every rank. After a failure its content is undefined.
+        """
+        check(flat.dtype, op)
+        data = as_bytes(flat)
+        return self.channel.issue(
+            "all_reduce", reductions.all_reduce(data, flat.dtype, op), nbytes=data.size
+        )
+
+    def reduce_scatter(
+        self, out: torch.Tensor, ins: Sequence[torch.Tensor], op: str = "sum"
+    ) -> Handle[None]:
+        """The reduction of all ranks' `ins[r]` into the `out` of rank r."""
+        check(out.dtype, op)
+        parts = [as_bytes(t) for t in ins]
+        return self.channel.issue(
+            "reduce_scatter",
+            reductions.reduce_scatter(as_bytes(out), parts, out.dtype, op),
+            nbytes=sum(p.size for p in parts),
+        )
+
+    def all_gather(self, outs: Sequence[torch.Tensor], mine: torch.Tensor) -> Handle[None]:
+        """Rank r's tensor into `outs[r]` everywhere."""
+        data = as_bytes(mine)
+        return self.channel.issue(
+            "all_gather", moves.all_gather([as_bytes(t) for t in outs], data), nbytes=data.size
+        )
+
+    def broadcast(self, tensor: torch.Tensor, root_rank: int) -> Handle[None]:
+        """The root's tensor to all, in place."""
+        data = as_bytes(tensor)
+        return self.channel.issue("broadcast", moves.broadcast(data, root_rank), nbytes=data.size)
+
+    def exchange(self, payload: bytes) -> Handle[list[bytes]]:
+        """Everybody's bytes in rank order, in one round. For small things: at most 1 MiB.
+
+        It completes only when every member has issued it, so it is a barrier, and a vote.
+        """
+        if len(payload) > CONTROL_BYTES_MAX:
+            raise ValueError(f"{len(payload)} bytes are too many to exchange")
+        data: Bytes = np.frombuffer(payload, dtype=np.uint8)
+        return self.channel.issue("exchange", moves.exchange(data), nbytes=len(payload))
+
+    def barrier(self) -> Handle[list[bytes]]:
+        """Completes when every member has issued it."""
+        return self.exchange(b"")
+
+    def reduce_slots(
+        self,
+        nodes: Sequence[SlotNode],
+        out: torch.Tensor,
+        *,
+        slots: int,
+        scale: float | None = None,
+    ) -> Handle[None]:
+        """The canonical sum over all slots into `out`: bits independent of the world size.
+
+        Args:
+          nodes: this rank's nodes, as `SlotTree.nodes` gives them after pushing the slots
+            `assign(slots, size)[rank]`. Flat, contiguous, floating; read until the handle
+            completes, and not changed, except that `out` may be one of them.
+          out: flat, same length and dtype.
+          slots: slots of the global batch, at least the world size.
+          scale: multiplied in once, at the end; 1 / slots for a mean.
+
+        Raises:
+          ValueError: the nodes are not the ones this rank must bring.
+        """
+        expected = nodes_of(assign(slots, self.size)[self.rank], slots)
+        if [n.node for n in nodes] != expected:
+            raise ValueError(
+                f"rank {self.rank} of {self.size} must bring the nodes {expected} of {slots} "
+                f"slots, not {[n.node for n in nodes]}"
+            )
+        if not out.dtype.is_floating_point or any(
+            n.value.dtype != out.dtype or n.value.shape != out.shape for n in nodes
+        ):
+            raise ValueError("nodes and out must be floating and alike in dtype and shape")
+        check(out.dtype, "sum")
+        data = as_bytes(out)
+        program = canonical.reduce_slots(
+            [as_bytes(n.value) for n in nodes], data, out.dtype, slots, scale
+        )
+        return self.channel.issue("reduce_slots", program, nbytes=data.size * len(nodes))
+
+    # -- helpers --------------------------------------------------------------------------
+
+    def _bring_up(self, world: World, missing: Sequence[MemberId], deadline: float) -> None:
+        by_id = {m.member: m for m in world.members}
+        dialled = [by_id[m] for m in missing if m < self.member]
+        for member in dialled:
+            self._check_not_aborted(world)
+            self._dial(member, deadline)
+        if dialled:
+            return
+        engine = self._engine
+        with engine.link_news:
+            while any(m not in engine.links or engine.links[m].said_bye for m in missing):
+                self._check_not_aborted(world)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    silent = [m for m in missing if m not in engine.links]
+                    raise WireError(
+                        f"members {silent or list(missing)} did not connect in time for "
+                        f"generation {world.generation}; they dial {self.address}"
+                    )
+                engine.link_news.wait(left)
+
+    def _dial(self, member: Member, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise WireError(f"no time left to reach member {member.member}")
+        self._engine.add_link(
+            self._mesh.dial(member.member, (member.host, member.port), timeout_s=left)
+        )
+        # The link is installed by the communication thread; a member that is retired, or
+        # gone again, shows as missing in the next round.
+        self._engine.barrier()
+
+    def _check_not_aborted(self, world: World) -> None:
+        reason = self._engine.stop_reason(world.generation) or self._engine.closing
+        if reason is not None:
+            raise GenerationAborted(reason)
+
+
+def _ignore(member: MemberId, payload: bytes) -> None:
+    """Nobody listens to what is told."""

@@ -1,0 +1,226 @@
+"""Mesh: finds peers and proves them, and hands over one good connection per pair.
+
+The member with the higher id dials the lower one: a newcomer, whose id is the highest,
+reaches everybody while they train. Both ends authenticate, compare the settings that cut
+messages, and probe whether they can read each other's memory. A stranger that is silent,
+speaks something else or holds another secret costs one thread until its deadline and never
+delays anybody else.
+"""
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ftkit.collectives.cma import CmaPeer, ValidWord
+from ftkit.collectives.config import CollectivesConfig, Transport
+from ftkit.core.errors import AuthenticationError, WireError
+from ftkit.core.ids import MemberId
+from ftkit.core.wire import authenticate, listen, receive_message, send_message
+
+logger = logging.getLogger(__name__)
+
+_GREETINGS_MAX = 64
+_ALL_INTERFACES = ("", "0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True)
+class Greeted:
+    """A connection that passed the greeting. Owned by whoever receives it."""
+
+    sock: socket.socket
+    peer: MemberId
+    cma: CmaPeer | None
+    can_offer: bool
+
+
+class Mesh:
+    """The listener of one member. Thread-safe; `close` ends every thread it started."""
+
+    def __init__(
+        self,
+        member: MemberId,
+        secret: bytes,
+        host: str,
+        config: CollectivesConfig,
+        word: ValidWord,
+        on_link: Callable[[Greeted], None],
+    ) -> None:
+        """Listen on a free port of `host`.
+
+        Args:
+          member: who we are.
+          secret: the job's secret.
+          host: address to bind; peers dial it.
+          config: must agree with the peers' in `wire`.
+          word: our published words, for the peers' probes.
+          on_link: receives each accepted connection, on a greeting thread.
+        """
+        self.member = member
+        self._secret = secret
+        self._config = config
+        self._word = word
+        self._on_link = on_link
+        self._listener = listen(host)
+        name = self._listener.getsockname()
+        self.address: tuple[str, int] = (
+            socket.gethostname() if host in _ALL_INTERFACES else host,
+            int(name[1]),
+        )
+        self._listener.setblocking(False)
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._lock = threading.Lock()
+        self._greetings: dict[socket.socket, tuple[float, threading.Thread]] = {}
+        self._closed = False
+        self._thread = threading.Thread(target=self._accept, name="ftkit-accept", daemon=True)
+        self._thread.start()
+
+    def dial(self, peer: MemberId, address: tuple[str, int], *, timeout_s: float) -> Greeted:
+        """Connect to `peer`, blocking for at most about `timeout_s`.
+
+        Raises:
+          WireError: nobody answers there, the greeting failed, or somebody else lives there.
+        """
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        sock = socket.socket(family)
+        try:
+            _tune(sock)
+            sock.settimeout(timeout_s)
+            sock.connect(address)
+            greeted = self._greet(
+                sock, server=False, timeout_s=min(timeout_s, self._config.greeting_timeout_s)
+            )
+        except OSError as error:
+            sock.close()
+            raise WireError(f"cannot reach member {peer} at {address}: {error}") from error
+        except WireError:
+            sock.close()
+            raise
+        if greeted.peer != peer:
+            sock.close()
+            raise WireError(f"at {address} lives member {greeted.peer}, not {peer}")
+        return greeted
+
+    def close(self) -> None:
+        """Stop listening, cut greetings short, join all threads. Twice is fine."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        with self._lock:
+            greetings = dict(self._greetings)
+        for sock, (_, thread) in greetings.items():
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            thread.join()
+        self._listener.close()
+        os.close(self._wake)
+
+    def _accept(self) -> None:
+        poll = select.poll()
+        poll.register(self._listener, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while not self._closed:
+            poll.poll(1000 if self._greetings else None)
+            self._cut_overdue()
+            try:
+                sock, address = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                continue
+            except OSError as error:
+                # Out of descriptors, most likely: the backlog keeps the peers waiting.
+                logger.warning("cannot accept a connection: %s", error)
+                if select.select([self._wake], [], [], 0.2)[0]:
+                    return
+                continue
+            with self._lock:
+                if len(self._greetings) >= _GREETINGS_MAX:
+                    logger.warning("%s refused: %s greetings are pending", address, _GREETINGS_MAX)
+                    sock.close()
+                    continue
+                thread = threading.Thread(
+                    target=self._receive, args=(sock, address), name="ftkit-greet", daemon=True
+                )
+                deadline = time.monotonic() + 2 * self._config.greeting_timeout_s
+                self._greetings[sock] = (deadline, thread)
+            thread.start()
+
+    def _cut_overdue(self) -> None:
+        # The greeting's own timeout is for each read; who sends a byte now and then would
+        # outlast it.
+        now = time.monotonic()
+        with self._lock:
+            overdue = [s for s, (deadline, _) in self._greetings.items() if deadline < now]
+        for sock in overdue:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+    def _receive(self, sock: socket.socket, address: object) -> None:
+        try:
+            sock.setblocking(True)
+            _tune(sock)
+            greeted = self._greet(sock, server=True, timeout_s=self._config.greeting_timeout_s)
+        except AuthenticationError as error:
+            logger.warning("refused a connection from %s: %s", address, error)
+            sock.close()
+        except (WireError, OSError) as error:
+            logger.info("dropped a connection from %s: %s", address, error)
+            sock.close()
+        else:
+            self._on_link(greeted)
+        finally:
+            with self._lock:
+                self._greetings.pop(sock, None)
+
+    def _greet(self, sock: socket.socket, *, server: bool, timeout_s: float) -> Greeted:
+        hello = {"member": self.member, "config": self._config.wire, "memory": self._word.hello()}
+        theirs = authenticate(sock, self._secret, server=server, hello=hello, timeout_s=timeout_s)
+        peer = _member_of(theirs)
+        if peer == self.member:
+            raise WireError(f"a peer claims to be us, member {peer}")
+        if theirs.get("config") != self._config.wire:
+            raise WireError(
+                f"member {peer} is configured with {theirs.get('config')}, we with "
+                f"{self._config.wire}; give every member the same CollectivesConfig"
+            )
+        cma = None
+        if self._config.transport is not Transport.TCP:
+            cma = CmaPeer.probe(theirs.get("memory"))
+        # The answer to a question asked of a stranger's memory is told to both: each pair
+        # and direction agrees on its transport before the first byte.
+        sock.settimeout(timeout_s)
+        try:
+            send_message(sock, {"reads_you": cma is not None})
+            can_offer = receive_message(sock, bytes_max=256).get("reads_you") is True
+        finally:
+            sock.settimeout(None)
+        if self._config.transport is Transport.CMA and not (cma and can_offer):
+            raise WireError(
+                f"transport 'cma' was demanded, but members {self.member} and {peer} cannot "
+                "read each other's memory (another host, or ptrace is not permitted)"
+            )
+        return Greeted(sock, peer, cma, can_offer)
+
+
+def _member_of(hello: Mapping[str, Any]) -> MemberId:
+    member = hello.get("member")
+    if not isinstance(member, int) or isinstance(member, bool) or not 0 <= member < 1 << 32:
+        raise WireError(f"a member's number is expected in a hello, not {member!r}")
+    return MemberId(member)
+
+
+def _tune(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # bbr paces, which on loopback and in a rack costs half of the bandwidth. A kernel
+    # without cubic keeps its own choice. Buffers are left to the kernel's tuning, which may
+    # go beyond what an ordinary user may set.
+    with contextlib.suppress(OSError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"cubic")

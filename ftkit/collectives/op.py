@@ -1,0 +1,152 @@
+"""Op: one operation, written as a generator that yields the transfers it waits for.
+
+A program is a function `(op) -> Generator[Wait, None, T]`. It runs on the communication
+thread, asks for transfers with `send`, `recv` and `offered`, and yields a ticket, several
+tickets, or None ("let others run, then go on"). What it returns becomes the handle's value.
+"""
+
+from collections.abc import Callable, Generator, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from ftkit.collectives.arithmetic import Bytes
+from ftkit.collectives.handle import Handle
+from ftkit.collectives.link import Ticket
+from ftkit.core.ids import Generation, MemberId
+
+if TYPE_CHECKING:
+    from ftkit.collectives.channel import Channel
+    from ftkit.collectives.engine import Engine
+
+Wait: TypeAlias = Ticket | Iterable[Ticket] | None
+Program: TypeAlias = Callable[["Op"], Generator[Wait, None, Any]]
+
+
+class Key(NamedTuple):
+    """Names a message within a generation, the same at both ends; `peer` is the other end."""
+
+    generation: int
+    peer: int
+    group: int
+    seq: int
+    tag: int
+    part: int
+    flags: int
+
+
+class Op:
+    """One operation in flight. Everything but the constructor is the communication thread's."""
+
+    __slots__ = (
+        "channel",
+        "deadline_s",
+        "ended",
+        "engine",
+        "flags",
+        "generation",
+        "generator",
+        "handle",
+        "members",
+        "name",
+        "program",
+        "rank",
+        "seq",
+        "tag",
+        "waiting",
+    )
+
+    def __init__(
+        self,
+        engine: "Engine",
+        channel: "Channel",
+        name: str,
+        program: Program,
+        *,
+        generation: Generation,
+        members: tuple[MemberId, ...],
+        rank: int,
+        seq: int,
+        flags: int,
+        tag: int,
+        deadline_s: float | None,
+    ) -> None:
+        self.engine = engine
+        self.channel = channel
+        self.name = name
+        self.program = program
+        self.generation = generation
+        self.members = members
+        self.rank = rank
+        self.seq = seq
+        self.flags = flags
+        self.tag = tag
+        self.deadline_s = deadline_s
+        self.handle: Handle[Any] = Handle()
+        self.generator: Generator[Wait, None, Any] | None = None
+        self.waiting = 0
+        self.ended = False
+
+    @property
+    def size(self) -> int:
+        return len(self.members)
+
+    @property
+    def segment(self) -> int:
+        """Bytes of a fold segment."""
+        return self.engine.config.segment_bytes
+
+    def others(self) -> list[int]:
+        """The other ranks, beginning with the one after us, so that not all talk to rank 0."""
+        return [(self.rank + i) % self.size for i in range(1, self.size)]
+
+    def key(self, rank: int, tag: int, part: int) -> Key:
+        return Key(
+            self.generation, self.members[rank], self.channel.id, self.seq, tag, part, self.flags
+        )
+
+    def pulls(self, source: int, nbytes: int) -> bool:
+        """Whether a message of `nbytes` from `source` comes as an offer that we fetch."""
+        return self.engine.pulls(self.members[source], nbytes)
+
+    def pushes(self, target: int, nbytes: int) -> bool:
+        """Whether a message of `nbytes` to `target` goes through the socket."""
+        return not self.engine.offers(self.members[target], nbytes)
+
+    def send(self, target: int, data: Bytes, *, tag: int = 0, part: int = 0) -> Ticket:
+        """Send `data`; it must stay untouched until the ticket is done."""
+        return self.engine.send(self.key(target, tag, part), data)
+
+    def recv(self, source: int, into: Bytes | None, *, tag: int = 0, part: int = 0) -> Ticket:
+        """Receive into `into`, or, when None, into new memory (`ticket.data`, a Bytes)."""
+        return self.engine.post(self.key(source, tag, part), into, raw=False)
+
+    def offered(self, source: int, *, tag: int = 0) -> Ticket:
+        """Wait for an offer without fetching it: `ticket.data` is (address, length)."""
+        return self.engine.post(self.key(source, tag, 0), None, raw=True)
+
+    def fetch(self, source: int, address: int, into: Bytes) -> None:
+        """Read a piece of what `source` offered."""
+        self.engine.fetch(self.members[source], address, into)
+
+    def fetched(self, sources: Iterable[int], *, tags: Iterable[int] = (0,)) -> None:
+        """Make sure that all that was fetched still held, then release the offers."""
+        self.engine.acknowledge([self.key(s, t, 0) for s in sources for t in tags])
+
+    def scratch(self) -> Bytes:
+        """A segment of scratch memory; give it back with `release`."""
+        return self.engine.take_scratch()
+
+    def release(self, *buffers: Bytes) -> None:
+        self.engine.give_scratch(*buffers)
+
+    def ticket_done(self) -> None:
+        """One awaited transfer is done; with the last one the program goes on."""
+        self.waiting -= 1
+        if self.waiting == 0:
+            self.engine.ready(self)
+
+
+def empty(nbytes: int) -> Bytes:
+    """New memory, not zeroed."""
+    return np.empty(nbytes, dtype=np.uint8)

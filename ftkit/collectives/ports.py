@@ -1,0 +1,23 @@
+"""What the data plane needs from outside."""
+
+from typing import Protocol
+
+
+class OpRecorder(Protocol):
+    """Told of every operation. Called on the hot path: must be cheap and never raise."""
+
+    def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
+        """Operation `seq` of `group` was issued; `nbytes` is this rank's payload."""
+
+    def leave(self, seq: int, ok: bool) -> None:
+        """Operation `seq` completed (`ok`) or failed. Comes from the communication thread."""
+
+
+class NullRecorder:
+    """Records nothing."""
+
+    def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
+        pass
+
+    def leave(self, seq: int, ok: bool) -> None:
+        pass

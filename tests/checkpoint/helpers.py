@@ -1,0 +1,83 @@
+"""A model with everything that makes state hard, and a training step that is a pure function."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ftkit.checkpoint.arena import Arena
+from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.state import ProtectedState
+from ftkit.core.ids import Generation, Step
+
+
+class Training:
+    """BatchNorm, a strided (channels-last) weight, a hidden buffer, AdamW and a schedule."""
+
+    def __init__(self, *, seed: int = 0, width: int = 8) -> None:
+        generator = torch.random.fork_rng()
+        with generator:
+            torch.manual_seed(seed)
+            self.model = nn.Sequential(
+                nn.Conv2d(3, width, 3),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(width * 36, 5),
+            ).to(memory_format=torch.channels_last)
+        self.model.register_buffer("hidden", torch.zeros(3), persistent=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], gamma=0.5)
+        self.state = ProtectedState(
+            model=self.model, optimizer=self.optimizer, scheduler=self.scheduler
+        )
+
+    def forward_backward(self, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(4, 3, 8, 8, generator=generator)
+        self.model(x).square().mean().backward()
+        self.model.get_buffer("hidden").add_(1)
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+
+    def train(self, step: int) -> None:
+        self.forward_backward(step)
+        self.update()
+
+
+def contents(state: ProtectedState) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    picture = state.picture()
+    return {item.name: item.tensor.detach().clone() for item in picture.live}, state.small()
+
+
+def assert_same(left: ProtectedState, right: ProtectedState) -> None:
+    (tensors, small), (others, other_small) = contents(left), contents(right)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == others[name].dtype, name
+        assert torch.equal(tensor, others[name]), name
+    assert small == other_small
+
+
+def make_arena(path: Path, layout: StateLayout, *, chunk_bytes: int = 1024) -> Arena:
+    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes)
+
+
+def pattern(step: int, count: int) -> bytes:
+    """The reference: what the data of a snapshot of `step` must be."""
+    return bytes((step * 31 + i * 7) % 251 for i in range(251)) * (count // 251 + 1)
+
+
+def write_pattern(arena: Arena, layout: StateLayout, step: int, generation: int = 1) -> None:
+    import numpy as np
+
+    writer = arena.start(Step(step), Generation(generation), layout)
+    writer.data[:] = np.frombuffer(
+        pattern(step, layout.total_bytes)[: layout.total_bytes], dtype=np.uint8
+    )
+    writer.digest(range(len(writer.table)))
+    writer.seal(b'{"step":%d}' % step)

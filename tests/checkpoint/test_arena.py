@@ -1,0 +1,349 @@
+import errno
+import os
+import random
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.slots import Geometry, Sealed, SlotState, choose_slot
+from ftkit.core.errors import CapacityError, IntegrityError, UsageError
+from ftkit.core.ids import Generation, JobId, Seat, Step
+
+from .helpers import make_arena, pattern, write_pattern
+
+LAYOUT = StateLayout.of(
+    [("a", "float32", (100, 7)), ("b", "uint8", (3,)), ("c", "float64", (500,))], small_bytes=200
+)
+
+
+def data_of(arena: Arena, step: int) -> bytes:
+    head = arena.head(arena.find(Step(step)))
+    return b"".join(bytes(block) for block in arena.blocks(head))
+
+
+def expected(step: int) -> bytes:
+    return pattern(step, LAYOUT.total_bytes)[: LAYOUT.total_bytes]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return arena_path(JobId("t"), Seat(0), tmp_path)
+
+
+def test_round_trip_while_another_maps_it_read_only(path):
+    with make_arena(path, LAYOUT) as arena:
+        write_pattern(arena, LAYOUT, 1)
+        with Arena.open(path) as reader:
+            assert data_of(reader, 1) == expected(1)
+            arena.start(Step(2), Generation(1), LAYOUT)  # being written
+            assert reader.sealed_steps() == (1,)
+            write_pattern(arena, LAYOUT, 2)
+            assert reader.sealed_steps() == (1, 2)
+            assert reader.head(reader.find(Step(2))).small == {"step": 2}
+            with pytest.raises(UsageError):
+                reader.start(Step(3), Generation(1), LAYOUT)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert path.stat().st_blocks * 512 >= path.stat().st_size, "its pages must exist"
+
+
+def test_read_into_fills_the_callers_buffers(path):
+    with make_arena(path, LAYOUT) as arena:
+        write_pattern(arena, LAYOUT, 5)
+        views = [memoryview(bytearray(e.bytes)) for e in LAYOUT.entries]
+        arena.read_into(Step(5), views)
+        for view, entry in zip(views, LAYOUT.entries, strict=True):
+            assert bytes(view) == expected(5)[entry.at : entry.at + entry.bytes]
+        with pytest.raises(IntegrityError, match=r"step 4.*\[5\]"):
+            arena.read_into(Step(4), views)
+
+
+def test_three_slots_keep_the_newest_and_the_last_complete(path):
+    with make_arena(path, LAYOUT) as arena:
+        for step in range(1, 6):
+            write_pattern(arena, LAYOUT, step)
+        assert arena.sealed_steps() == (3, 4, 5)
+        arena.start(Step(6), Generation(1), LAYOUT, complete=Step(3))
+        assert arena.sealed_steps() == (3, 5), "3 is complete everywhere, 5 is the newest"
+
+
+sealed = st.builds(
+    lambda g, s: Sealed(generation=Generation(g), step=Step(s)),
+    st.integers(0, 3),
+    st.integers(0, 4),
+)
+
+
+@given(st.lists(st.none() | sealed, min_size=3, max_size=3), st.none() | st.integers(0, 4))
+def test_choose_slot_never_takes_what_may_be_needed(slots, complete):
+    chosen = choose_slot(slots, complete)
+    held = [s for s in slots if s is not None]
+    if len(held) < 3:
+        assert slots[chosen] is None
+        return
+    taken = slots[chosen]
+    newest = max(s.version for s in held)
+    others = [s for i, s in enumerate(slots) if i != chosen]
+    assert newest in [s.version for s in others]
+    if any(s.step == complete for s in held):
+        assert any(s.step == complete for s in others)
+    if all(s.step != complete for s in held):
+        assert taken.version == min(s.version for s in held)
+
+
+def test_a_newer_generation_wins_over_a_higher_step(path):
+    with make_arena(path, LAYOUT) as arena:
+        write_pattern(arena, LAYOUT, 7, generation=1)
+        write_pattern(arena, LAYOUT, 6, generation=2)
+        newest = arena.newest()
+        assert newest is not None
+        assert newest.step == 6
+
+
+def test_growth_carries_good_snapshots_over(path):
+    with make_arena(path, LAYOUT) as arena:
+        write_pattern(arena, LAYOUT, 1)
+        write_pattern(arena, LAYOUT, 2)
+        at = arena.geometry.slot_at(1) + arena.geometry.data_at
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(b"\xaa\xbb")
+    big = StateLayout.of([("a", "float32", (9000,))])
+    with make_arena(path, big) as arena:
+        assert arena.fits(big)
+        assert arena.sealed_steps() == (1,), "2 was damaged"
+        assert data_of(arena, 1) == expected(1)
+        inode = path.stat().st_ino
+    with make_arena(path, LAYOUT):
+        assert path.stat().st_ino == inode, "large enough already"
+    with Arena.ensure(path, StateLayout.of([("a", "uint8", (99999,))]), chunk_bytes=777) as arena:
+        assert data_of(arena, 1) == expected(1), "other chunks, same bytes"
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_killed_creation_leaves_nothing_in_the_way(path):
+    path.with_name(path.name + ".new").write_bytes(b"half")
+    with make_arena(path, LAYOUT) as arena:
+        assert arena.newest() is None
+    path.write_bytes(b"rubbish" * 1000)
+    with make_arena(path, LAYOUT) as arena:
+        assert arena.newest() is None
+
+
+def test_no_room_is_refused_before_anything_is_written(path, monkeypatch):
+    real = os.statvfs
+
+    def tiny(where):
+        found = list(real(where)[:10])
+        found[4] = 1  # f_bavail
+        return os.statvfs_result(found)
+
+    monkeypatch.setattr(os, "statvfs", tiny)
+    with pytest.raises(CapacityError, match=r"needs|does not fit.* bytes free"):
+        make_arena(path, LAYOUT)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_room_that_vanishes_meanwhile_leaves_the_old_arena(path, monkeypatch):
+    with make_arena(path, LAYOUT) as arena:
+        write_pattern(arena, LAYOUT, 1)
+
+    def full(fd, at, count):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CapacityError, match="No space"):
+        make_arena(path, StateLayout.of([("a", "uint8", (99999,))]))
+    with Arena.open(path) as arena:
+        assert data_of(arena, 1) == expected(1)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_a_full_tmpfs_is_refused(tmp_path):
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)],
+        capture_output=True,
+        check=False,
+        timeout=20,
+    )
+    if mounted.returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        with pytest.raises(CapacityError, match="bytes free"):
+            make_arena(arena_path(JobId("t"), Seat(0), tmp_path), LAYOUT)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True, timeout=20)
+
+
+def test_a_snapshot_that_does_not_fit_is_refused(path):
+    big = StateLayout.of([("a", "float32", (9000,))], small_bytes=200)
+    with make_arena(path, LAYOUT) as arena:
+        write_pattern(arena, LAYOUT, 1)
+        with pytest.raises(CapacityError, match="36032"):
+            arena.start(Step(2), Generation(1), big)
+        writer = arena.start(Step(2), Generation(1), LAYOUT)
+        with pytest.raises(CapacityError, match="201 bytes"):
+            writer.seal(b"x" * 201)
+        assert arena.sealed_steps() == (1,)
+
+
+def test_a_flipped_bit_anywhere_is_harmless_or_found(path):
+    """Every snapshot that reads as good after the flip is exactly what was written."""
+    with make_arena(path, LAYOUT) as arena:
+        for step in (1, 2, 3):
+            write_pattern(arena, LAYOUT, step)
+        geometry = arena.geometry
+    size = path.stat().st_size
+    used = [
+        *range(0, 48),
+        *range(4088, 4096),
+        *(
+            geometry.slot_at(slot) + at
+            for slot in range(3)
+            for start, count in (
+                (0, 100),
+                (4088, 8 + len(LAYOUT.encoded) + 10),
+                (geometry.table_at, 48),
+                (geometry.data_at, LAYOUT.total_bytes),
+            )
+            for at in range(start, start + count)
+        ),
+    ]
+    chance = random.Random(7)
+    places = chance.sample(used, 500) + [chance.randrange(size) for _ in range(200)]
+    found = 0
+    for place in places:
+        bit = 1 << chance.randrange(8)
+        _flip(path, place, bit)
+        try:
+            with Arena.open(path) as arena:
+                whole = arena.newest_good()
+                assert whole is not None
+                assert data_of(arena, whole.step) == expected(whole.step)
+                assert arena.head(whole).small == {"step": whole.step}
+                good = [s for s in arena.snapshots() if _is_good(arena, s)]
+                found += len(good) < 3
+                for item in good:
+                    assert data_of(arena, item.step) == expected(item.step)
+        except IntegrityError as error:
+            assert place < 4096, error
+            found += 1
+        _flip(path, place, bit)
+    assert found >= 500, "every flip in a used byte is noticed"
+
+
+def _is_good(arena: Arena, item: Sealed) -> bool:
+    try:
+        arena.verify(item)
+    except IntegrityError:
+        return False
+    return True
+
+
+def _flip(path: Path, place: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ bit]))
+
+
+def test_an_overwritten_slot_is_noticed_by_its_reader(path):
+    with make_arena(path, LAYOUT) as arena, Arena.open(path) as reader:
+        write_pattern(arena, LAYOUT, 1)
+        head = reader.head(reader.find(Step(1)))
+        blocks = reader.blocks(head)
+        next(blocks)
+        for step in (2, 3, 4):
+            write_pattern(arena, LAYOUT, step)
+        with pytest.raises(IntegrityError):
+            list(blocks)
+
+
+def test_links_truncated_files_and_odd_names_are_refused(path, tmp_path):
+    with make_arena(path, LAYOUT):
+        pass
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    with pytest.raises(OSError, match="symbolic links"):
+        Arena.open(link)
+    os.truncate(path, path.stat().st_size - 4096)
+    with pytest.raises(IntegrityError, match="first page says"):
+        Arena.open(path)
+    with pytest.raises(UsageError):
+        arena_path(JobId("../x"), Seat(0))
+    with pytest.raises(ValueError, match="at least 3"):
+        Geometry(data_bytes=1, meta_bytes=1, chunk_bytes=1, slots=2)
+    writing = Sealed(state=SlotState.WRITING, generation=Generation(1), step=Step(1))
+    assert Sealed.from_page(writing.to_page()) is None
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from ftkit.checkpoint.arena import Arena
+from ftkit.checkpoint.layout import StateLayout
+from tests.checkpoint.helpers import write_pattern
+layout = StateLayout.of([("a", "uint8", (int(sys.argv[2]),))], small_bytes=200)
+arena = Arena.open(Path(sys.argv[1]), writable=True)
+step = int(sys.argv[3])
+print("ready", flush=True)
+while True:
+    step += 1
+    write_pattern(arena, layout, step)
+"""
+
+
+@pytest.mark.multiproc
+def test_kill_9_at_any_moment_leaves_whole_snapshots(path, tmp_path):
+    size = 300_000
+    layout = StateLayout.of([("a", "uint8", (size,))], small_bytes=200)
+    make_arena(path, layout, chunk_bytes=64 << 10).close()
+    chance = random.Random(11)
+    step, half_written = 0, 0
+    for _ in range(60):
+        if half_written >= 3 and step > 100:
+            break
+        half_written += _kill_a_writer(path, size, step, chance.uniform(0, 0.05))
+        with Arena.open(path) as arena:
+            newest = arena.newest_good()
+            assert newest is not None
+            assert newest == arena.newest(), "what is sealed is whole"
+            assert newest.step > step, "progress before the kill survives it"
+            step = newest.step
+            reference = pattern(step, layout.total_bytes)[: layout.total_bytes]
+            assert data_of(arena, step) == reference
+            assert arena.head(newest).small == {"step": step}
+    assert half_written, "no kill ever hit a slot between writing and sealed"
+
+
+def _kill_a_writer(path: Path, size: int, step: int, after_s: float) -> bool:
+    """Kill a writer `after_s` past its first new snapshot; whether a slot was left torn."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path), str(size), str(step)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        with Arena.open(path) as arena:
+            while (newest := arena.newest()) is None or newest.step <= step:
+                assert process.poll() is None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(after_s)
+    finally:
+        process.kill()
+        process.wait(20)
+        if process.stdout is not None:
+            process.stdout.close()
+    with Arena.open(path) as arena:
+        return None in arena.slots()

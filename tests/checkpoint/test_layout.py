@@ -1,0 +1,138 @@
+import json
+from copy import deepcopy
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftkit.checkpoint.chunks import PADDING, scatter, units
+from ftkit.checkpoint.layout import ALIGN, ITEM_BYTES, Entry, StateLayout
+from ftkit.core.errors import IntegrityError, ProtocolError
+
+shapes = st.lists(st.integers(0, 9), max_size=3).map(tuple)
+tensors = st.lists(st.tuples(st.sampled_from(sorted(ITEM_BYTES)), shapes), max_size=12)
+
+
+def layout_of(found: list[tuple[str, tuple[int, ...]]]) -> StateLayout:
+    return StateLayout.of([(f"t{i}", d, s) for i, (d, s) in enumerate(found)])
+
+
+@given(tensors)
+def test_round_trip_and_digest(found):
+    layout = layout_of(found)
+    again = StateLayout.decode(layout.encoded)
+    assert again == layout
+    assert again.digest == layout.digest
+    assert all(e.at % ALIGN == 0 for e in layout.entries)
+    assert layout.total_bytes % ALIGN == 0
+
+
+def test_digest_tells_layouts_apart():
+    base = StateLayout.of([("a", "float32", (2, 3))])
+    for other in (
+        StateLayout.of([("b", "float32", (2, 3))]),
+        StateLayout.of([("a", "int32", (2, 3))]),
+        StateLayout.of([("a", "float32", (3, 2))]),
+        StateLayout.of([("a", "float32", (2, 3))], small_bytes=100),
+    ):
+        assert other.digest != base.digest
+
+
+GOOD = StateLayout.of([("a", "float32", (2,)), ("b", "int64", ())]).to_json()
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("version",), 2),
+        (("entries",), "no"),
+        (("entries", 0), ["a"]),
+        (("entries", 0, 0), 7),
+        (("entries", 0, 1), "float31"),
+        (("entries", 0, 2), [-2]),
+        (("entries", 0, 2), [3]),  # a box outside its tensor
+        (("entries", 0, 2), "2"),
+        (("entries", 0, 3), [2, 2]),
+        (("entries", 0, 5), True),
+        (("entries", 1, 5), 32),  # not aligned
+        (("entries", 1, 5), 0),  # over its neighbour
+        (("entries", 1, 0), "a"),  # twice
+        (("small_bytes",), -1),
+    ],
+)
+def test_nonsense_is_refused(path, value):
+    data = deepcopy(GOOD)
+    at = data
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    with pytest.raises(ProtocolError):
+        StateLayout.from_json(data)
+
+
+def test_a_changed_field_that_still_makes_sense_fails_the_digest():
+    data = json.loads(json.dumps(GOOD))
+    data["entries"][0][0] = "c"
+    with pytest.raises(IntegrityError, match="digest"):
+        StateLayout.from_json(data)
+    with pytest.raises(ProtocolError):
+        StateLayout.decode(b"\xff")
+
+
+def test_differences_name_what_changed():
+    left = StateLayout.of([("a", "float32", (2,)), ("b", "float32", (1,))])
+    right = StateLayout.of([("a", "float32", (3,)), ("c", "float32", (1,))])
+    words = " ".join(left.differences(right))
+    assert "a: float32[2] became float32[3]" in words
+    assert "b: float32[1] became nothing" in words
+    assert left.differences(left) == []
+    assert left.differences(right, limit=1)[-1] == "and 2 more"
+
+
+@given(tensors, st.sampled_from([1, 5, 64, 100, 4096]), st.sets(st.integers(0, 11)))
+def test_units_write_every_byte_once_and_digest_every_chunk_once(found, chunk, whole):
+    layout = layout_of(found)
+    cut = units(layout, chunk, whole)
+    seen = bytearray(layout.total_bytes)
+    chunks = list[int]()
+    for unit in cut:
+        chunks += unit.chunks
+        low, high = unit.chunks[0] * chunk, (unit.chunks[-1] + 1) * chunk
+        for piece in unit.pieces:
+            assert low <= piece.at
+            assert piece.at + piece.count <= high
+            for at in range(piece.at, piece.at + piece.count):
+                seen[at] += 1
+            if piece.entry != PADDING:
+                assert piece.at == layout.entries[piece.entry].at + piece.offset
+            if piece.entry in whole:
+                assert piece.count == layout.entries[piece.entry].bytes
+    assert set(seen) <= {1}
+    assert chunks == list(range(-(-layout.total_bytes // chunk)))
+
+
+@given(tensors, st.integers(1, 200))
+def test_scatter_undoes_any_cut(found, block):
+    layout = layout_of(found)
+    data = bytes(i % 251 for i in range(layout.total_bytes))
+    targets = [memoryview(bytearray(e.bytes)) for e in layout.entries]
+    scatter(layout, [data[i : i + block] for i in range(0, len(data), block)], targets)
+    for entry, target in zip(layout.entries, targets, strict=True):
+        assert bytes(target) == data[entry.at : entry.at + entry.bytes]
+
+
+def test_scatter_refuses_too_little_and_too_much():
+    layout = StateLayout.of([("a", "uint8", (64,))])
+    target = [memoryview(bytearray(64))]
+    for count in (63, 65):
+        with pytest.raises(IntegrityError, match=str(count)):
+            scatter(layout, [bytes(count)], target)
+    with pytest.raises(ValueError, match="targets"):
+        scatter(layout, [bytes(64)], [])
+
+
+def test_a_box_must_lie_in_its_tensor():
+    box = {"name": "a", "dtype": "uint8", "shape": (2,), "global_shape": (4,), "at": 0}
+    assert StateLayout((Entry(**box, offsets=(2,)),)).total_bytes == 64
+    with pytest.raises(ValueError, match="not inside"):
+        StateLayout((Entry(**box, offsets=(3,)),))
