@@ -26,8 +26,9 @@ from typing import Any, Self
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.slots import Head, Sealed
 from ftkit.core.errors import IntegrityError, ProtocolError, WireError
-from ftkit.core.ids import Generation, JobId, Seat, Step
-from ftkit.core.wire import authenticate, listen, receive_message, send_message
+from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
+from ftkit.core.inventory import Copy
+from ftkit.core.wire import authenticate, connect, listen, receive_message, send_message
 
 logger = logging.getLogger(__name__)
 
@@ -316,6 +317,40 @@ def fetch(
     except BaseException:
         sock.close()
         raise
+
+
+def list_copies(
+    address: tuple[str, int], secret: bytes, node: NodeId, *, timeout_s: float = 10.0
+) -> list[Copy]:
+    """The sealed snapshots that a byte server has. Blocks.
+
+    Args:
+      address: of an `ArenaServer`.
+      secret: the job's.
+      node: the node it runs on, for the copies returned.
+      timeout_s: the longest silence of the server.
+
+    Raises:
+      WireError: it cannot be reached, or answers something else.
+    """
+    line = connect(address, secret, hello={}, timeout_s=timeout_s)
+    try:
+        line.send({"op": "list"})
+        answer = line.receive()
+        return [
+            Copy(
+                seat=Seat(int(found["seat"])),
+                node=node,
+                path=str(found["arena"]),
+                step=Step(int(found["step"])),
+                generation=Generation(int(found["generation"])),
+            )
+            for found in answer["copies"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"byte server at {address} sent no list of copies") from error
+    finally:
+        line.close()
 
 
 def _natural(request: dict[str, Any], key: str) -> int:

@@ -89,7 +89,7 @@ def run(
         shm_root=shm_root,
         restarts_max=max_restarts,
     )
-    assert config.times, "an inconsistent set of times is refused here, before anything starts"
+    _ = config.times  # an inconsistent set of times is refused before anything starts
     stop = run_job(config, engine=engine or default_engine())
     if as_json:
         click.echo(json.dumps({"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}))

@@ -120,8 +120,8 @@ class Watch:
         if plan.phase is Phase.RUNNING and plan.world is not None and entering and late:
             # Its control thread answers, its training thread does not come.
             for known in plan.world.members:
-                member = members.get(known.member)
-                if member is not None and member.generation < plan.world.generation:
+                facts = members.get(known.member)
+                if facts is not None and facts.generation < plan.world.generation:
                     findings.evictions.setdefault(
                         known.member,
                         f"did not enter generation {plan.world.generation} within "

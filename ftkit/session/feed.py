@@ -58,7 +58,7 @@ def feed_of(
             length=len(source), slots=slots, slot_size=slot_size, seed=seed, shuffle=shuffle
         )
         return DatasetFeed(source, cursor, collate or default_collate)
-    if isinstance(source, Iterable) and not isinstance(source, Iterator):
+    if not isinstance(source, Iterator):
         return LoaderFeed(source, slots=slots, seed=seed)
     raise UsageError(
         f"cannot read batches from a {type(source).__name__}: give a data set with __len__ and "
