@@ -73,7 +73,13 @@ def run_job(
     Returns:
       Why the job ended; its code is the exit code.
     """
-    (Path(config.run_dir) / "events").mkdir(parents=True, exist_ok=True)
+    events = Path(config.run_dir) / "events"
+    try:
+        events.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to the run directory: {error}") from error
+    if any(events.iterdir()):
+        raise UsageError(f"{config.run_dir} holds another run; give --run-dir a new folder")
     running = make_engine(engine, with_master_port(config), new_secret())
     woken = threading.Event()
     try:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ftkit.collectives import process_group
+from ftkit.collectives import backend
 from ftkit.collectives.gradients import GradientReducer
 from ftkit.collectives.group import Group
 from ftkit.collectives.slots import assign
@@ -635,8 +635,8 @@ def init() -> Session:
             )
         session = Session(env)
         session._join()
-        process_group.register()
-        process_group.bind(session._group)
+        backend.register()
+        backend.bind(session._group)
         dist.init_process_group(
             "ftkit",
             store=dist.HashStore(),
