@@ -250,8 +250,10 @@ class Coordinator:
         if set(self._agents) - through - lost - hung_up:
             return False
         assert self._plan.stop is not None, "an ended plan says why"
-        self.trace.event("end", code=self._plan.stop.code, reason=self._plan.stop.reason)
-        write_result(Path(self._config.run_dir), self._plan.stop)
+        stop = self._plan.stop
+        outcome = "completed" if stop.code == 0 else "failed"
+        self.trace.event("end", outcome=outcome, code=stop.code, reason=stop.reason)
+        write_result(Path(self._config.run_dir), stop)
         return True
 
 
