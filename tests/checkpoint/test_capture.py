@@ -1,5 +1,7 @@
 import random
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +22,14 @@ G = Generation(1)
 class Rig:
     """A training after its first step, its arena, and a capture."""
 
-    def __init__(self, tmp_path, **options):
-        self.events = []
+    def __init__(self, tmp_path: Path, **options: Any) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
         self.training = Training(seed=1)
         self.training.train(1)
         self.arena = make_arena(tmp_path / "arena", self.training.state.layout())
         self.capture = Capture(self.arena, self.training.state, self.note, **options)
 
-    def note(self, kind, /, **fields):
+    def note(self, kind: str, /, **fields: object) -> None:
         self.events.append((kind, fields))
 
     def load(self, step):
@@ -36,7 +38,7 @@ class Rig:
         other.state.load(head.layout, self.arena.blocks(head), head.small)
         return other
 
-    def close(self):
+    def close(self) -> None:
         self.capture.abandon()
         self.capture.close()
         self.arena.close()
@@ -49,7 +51,7 @@ def rig(tmp_path):
     made.close()
 
 
-def hold_thread(monkeypatch):
+def hold_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the capture thread from working, so that the training thread must."""
     real, main = Capture._work, threading.current_thread()
     monkeypatch.setattr(
@@ -178,13 +180,14 @@ def test_moved_parameters_are_noticed_at_begin(rig):
     rig.capture.begin(Step(1), G)
     rig.training.model.double()
     rig.capture.abandon()
-    with pytest.raises(StateChanged, match="float32.*float64"):
+    with pytest.raises(StateChanged, match=r"float32.*float64"):
         rig.capture.begin(Step(2), G)
 
 
 def test_small_state_that_outgrows_its_room_fails_that_snapshot(tmp_path):
     class Log:
-        lines = [""]
+        def __init__(self) -> None:
+            self.lines = [""]
 
         def state_dict(self):
             return {"lines": self.lines}
@@ -246,7 +249,7 @@ def test_cuda_tensors_go_through_pinned_memory(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     state = ProtectedState(model=model, optimizer=optimizer)
 
-    def forward_backward():
+    def forward_backward() -> None:
         model(torch.randn(64, 512, device="cuda")).square().mean().backward()
 
     forward_backward()

@@ -2,6 +2,8 @@ import json
 import os
 import socket
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +33,15 @@ SECRET = b"secret"
 G = Generation(1)
 
 
-def copy_of(seat, step, *, node=0, generation=1, path="", tier=Tier.ARENA):
+def copy_of(
+    seat: int,
+    step: int,
+    *,
+    node: int = 0,
+    generation: int = 1,
+    path: object = "",
+    tier: Tier = Tier.ARENA,
+) -> Copy:
     return Copy(
         seat=Seat(seat),
         node=NodeId(node),
@@ -124,7 +134,7 @@ def test_plan_prefers_own_then_near_then_far():
 class Job:
     """Three seats with equal state at step 3, seat 2 on another node behind a server."""
 
-    def __init__(self, tmp_path, chunk_bytes=1024):
+    def __init__(self, tmp_path: Path, chunk_bytes: int = 1024) -> None:
         self.training = Training(seed=1)
         for step in range(1, 4):
             self.training.train(step)
@@ -158,7 +168,7 @@ def job(tmp_path):
     made.server.close()
 
 
-def spoil(path):
+def spoil(path: Path) -> None:
     with Arena.open(path) as arena:
         geometry = arena.geometry
     with path.open("r+b") as file:
@@ -205,7 +215,7 @@ def test_without_a_server_the_remote_source_fails_alone(job):
 # --------------------------------------------------------------------------- byte server
 
 
-def ask(server, **request):
+def ask(server: ArenaServer, **request: object) -> dict[str, Any]:
     sock = socket.create_connection(server.address, timeout=10)
     try:
         authenticate(sock, SECRET, server=False)
