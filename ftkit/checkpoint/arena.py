@@ -45,6 +45,26 @@ def arena_path(job: JobId, seat: Seat, directory: Path = SHM) -> Path:
     return directory / f"ftkit-{job}-{seat}.arena"
 
 
+def remove_arenas(job: JobId, directory: Path = SHM) -> int:
+    """Unlink every arena of a job, and half-made ones; returns how many bytes that gives back.
+
+    For an agent whose job is over. Memory that some process still has mapped stays until it
+    ends.
+    """
+    stem = arena_path(job, Seat(0), directory).name.removesuffix("0.arena")
+    name = re.compile(re.escape(stem) + r"\d+\.arena(\.new)?")
+    freed = 0
+    for path in directory.iterdir():
+        if name.fullmatch(path.name):
+            try:
+                size = path.lstat().st_size
+                path.unlink()
+            except FileNotFoundError:
+                continue  # an agent beside us was faster
+            freed += size
+    return freed
+
+
 class Arena:
     """An open arena file. Not thread-safe, except that reading never disturbs writing."""
 

@@ -118,8 +118,9 @@ class Capture:
           arena: writable; stays the caller's, and must outlive this object.
           state: what to capture.
           trace: told of each snapshot ("snapshot") and each failure ("snapshot-failed").
-          validate: compare every snapshot with a copy made at once. Costs two more copies of
-            the state and the time to make them: for finding out, not for production.
+          validate: compare every snapshot, and the live CPU tensors, with a copy made at once.
+            Costs two more copies of the state and the time to make them: for finding out, not
+            for production. CUDA tensors are compared as they arrived on the host.
         """
         if not arena.writable:
             raise UsageError(f"{arena.path.name} was opened read-only; capture writes to it")

@@ -1,4 +1,6 @@
 import random
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -238,6 +240,63 @@ def test_an_empty_state_still_seals(tmp_path):
         capture.begin(Step(1), G)
         capture.gate()
         assert arena.sealed_steps() == (1,)
+
+
+TRAINER = """
+import sys
+from pathlib import Path
+from ftkit.checkpoint.arena import Arena
+from ftkit.checkpoint.capture import Capture
+from tests.checkpoint.helpers import Training
+training = Training(seed=1)
+arena = Arena.open(Path(sys.argv[1]), writable=True)
+capture = Capture(arena, training.state)
+newest = arena.newest_good()
+if newest is not None:
+    head = arena.head(newest)
+    training.state.load(head.layout, arena.blocks(head), head.small)
+step = 0 if newest is None else newest.step
+while True:
+    step += 1
+    training.forward_backward(step)
+    capture.gate()
+    training.update()
+    capture.begin(step, 1)
+"""
+
+
+@pytest.mark.multiproc
+def test_a_trainer_killed_again_and_again_goes_on_from_whole_snapshots(tmp_path):
+    training = Training(seed=1)
+    training.train(1)
+    path = tmp_path / "arena"
+    make_arena(path, training.state.layout()).close()
+    training = Training(seed=1)
+    root, chance, done = Path(__file__).parents[2], random.Random(3), 0
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", TRAINER, str(path)], cwd=root)
+        try:
+            with Arena.open(path) as arena:
+                while (newest := arena.newest()) is None or newest.step < done + 5:
+                    assert process.poll() is None
+                    # Leave the core to the trainer; the loop is bounded by the test's timeout.
+                    threading.Event().wait(0.005)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0, 0.03))
+        finally:
+            process.kill()
+            process.wait(20)
+        with Arena.open(path) as arena:
+            newest = arena.newest_good()
+            assert newest is not None
+            assert newest == arena.newest(), "what is sealed is whole"
+            for step in range(done + 1, newest.step + 1):
+                training.train(step)
+            done = newest.step
+            head = arena.head(newest)
+            other = Training(seed=2)
+            other.state.load(head.layout, arena.blocks(head), head.small)
+        assert_same(other.state, training.state)
 
 
 @pytest.mark.gpu
