@@ -26,12 +26,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ftkit.checkpoint.arena import Arena, SlotWriter
+from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.chunks import Unit, units
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.memory import Sources, fill
 from ftkit.checkpoint.ports import TraceHook
 from ftkit.checkpoint.state import Picture, ProtectedState
+from ftkit.checkpoint.writer import SlotWriter
 from ftkit.core.errors import StateChanged, UsageError
 from ftkit.core.ids import Generation, Step
 

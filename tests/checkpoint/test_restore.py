@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.restore import execute, plan
-from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer, fetch
+from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer
 from ftkit.checkpoint.slots import Head
 from ftkit.core.errors import (
     AuthenticationError,
@@ -275,7 +276,7 @@ def test_a_wrong_secret_gets_nothing(job):
 
 
 def test_several_ranges_and_odd_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("ftkit.checkpoint.serve.RANGE_BYTES_MAX", 5000)
+    monkeypatch.setattr("ftkit.checkpoint.fetch.RANGE_BYTES_MAX", 5000)
     job = Job(tmp_path, chunk_bytes=1234)
     try:
         with Arena.open(job.paths[2]) as arena:
