@@ -279,6 +279,14 @@ def test_an_overwritten_slot_is_noticed_by_its_reader(path):
             write_pattern(arena, LAYOUT, step)
         with pytest.raises(IntegrityError):
             list(blocks)
+        head = reader.head(reader.find(Step(4)))
+        blocks = reader.blocks(head)
+        for _ in head.digests:
+            next(blocks)
+        for step in (5, 6, 7):
+            write_pattern(arena, LAYOUT, step)
+        with pytest.raises(IntegrityError, match="overwritten"):
+            next(blocks)
 
 
 def test_links_truncated_files_and_odd_names_are_refused(path, tmp_path):

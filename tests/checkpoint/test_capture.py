@@ -63,7 +63,10 @@ def hold_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_every_step_is_captured_as_it_was_committed(rig):
+@pytest.mark.parametrize("starved", [False, True])
+def test_every_step_is_captured_as_it_was_committed(rig, monkeypatch, starved):
+    if starved:  # all copying happens after forward has changed what it may change
+        hold_thread(monkeypatch)
     references = {1: Training(seed=1)}
     references[1].train(1)
     for step in range(1, 7):
