@@ -26,12 +26,13 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ftkit.checkpoint.arena import Arena, SlotWriter
+from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.chunks import Unit, units
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.memory import Sources, fill
 from ftkit.checkpoint.ports import TraceHook
 from ftkit.checkpoint.state import Picture, ProtectedState
+from ftkit.checkpoint.writer import SlotWriter
 from ftkit.core.errors import StateChanged, UsageError
 from ftkit.core.ids import Generation, Step
 
@@ -118,8 +119,9 @@ class Capture:
           arena: writable; stays the caller's, and must outlive this object.
           state: what to capture.
           trace: told of each snapshot ("snapshot") and each failure ("snapshot-failed").
-          validate: compare every snapshot with a copy made at once. Costs two more copies of
-            the state and the time to make them: for finding out, not for production.
+          validate: compare every snapshot, and the live CPU tensors, with a copy made at once.
+            Costs two more copies of the state and the time to make them: for finding out, not
+            for production. CUDA tensors are compared as they arrived on the host.
         """
         if not arena.writable:
             raise UsageError(f"{arena.path.name} was opened read-only; capture writes to it")

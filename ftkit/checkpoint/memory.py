@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ftkit.checkpoint.arena import SlotWriter
 from ftkit.checkpoint.chunks import PADDING, Unit
 from ftkit.checkpoint.walk import Live
+from ftkit.checkpoint.writer import SlotWriter
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.serve import fetch
+from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, WireError
 from ftkit.core.ids import Generation, NodeId, Seat, Step

@@ -100,9 +100,12 @@ class Geometry:
         magic, data_bytes, meta_bytes, chunk_bytes, slots = _FILE.unpack_from(page)
         if magic != _FILE_MAGIC:
             raise IntegrityError(f"arena begins with {magic!r}, this ftkit reads {_FILE_MAGIC!r}")
-        return cls(
-            data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
-        )
+        try:
+            return cls(
+                data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
+            )
+        except ValueError as error:
+            raise IntegrityError(f"the first page of the arena is nonsense: {error}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

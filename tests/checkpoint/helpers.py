@@ -25,7 +25,8 @@ class Training:
                 nn.ReLU(),
                 nn.Flatten(),
                 nn.Linear(width * 36, 5),
-            ).to(memory_format=torch.channels_last)
+            )
+        self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.model.register_buffer("hidden", torch.zeros(3), persistent=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, [2, 4], gamma=0.5)

@@ -1,5 +1,9 @@
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +24,14 @@ G = Generation(1)
 class Rig:
     """A training after its first step, its arena, and a capture."""
 
-    def __init__(self, tmp_path, **options):
-        self.events = []
+    def __init__(self, tmp_path: Path, **options: Any) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
         self.training = Training(seed=1)
         self.training.train(1)
         self.arena = make_arena(tmp_path / "arena", self.training.state.layout())
         self.capture = Capture(self.arena, self.training.state, self.note, **options)
 
-    def note(self, kind, /, **fields):
+    def note(self, kind: str, /, **fields: object) -> None:
         self.events.append((kind, fields))
 
     def load(self, step):
@@ -36,7 +40,7 @@ class Rig:
         other.state.load(head.layout, self.arena.blocks(head), head.small)
         return other
 
-    def close(self):
+    def close(self) -> None:
         self.capture.abandon()
         self.capture.close()
         self.arena.close()
@@ -49,7 +53,7 @@ def rig(tmp_path):
     made.close()
 
 
-def hold_thread(monkeypatch):
+def hold_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the capture thread from working, so that the training thread must."""
     real, main = Capture._work, threading.current_thread()
     monkeypatch.setattr(
@@ -59,7 +63,10 @@ def hold_thread(monkeypatch):
     )
 
 
-def test_every_step_is_captured_as_it_was_committed(rig):
+@pytest.mark.parametrize("starved", [False, True])
+def test_every_step_is_captured_as_it_was_committed(rig, monkeypatch, starved):
+    if starved:  # all copying happens after forward has changed what it may change
+        hold_thread(monkeypatch)
     references = {1: Training(seed=1)}
     references[1].train(1)
     for step in range(1, 7):
@@ -178,13 +185,14 @@ def test_moved_parameters_are_noticed_at_begin(rig):
     rig.capture.begin(Step(1), G)
     rig.training.model.double()
     rig.capture.abandon()
-    with pytest.raises(StateChanged, match="float32.*float64"):
+    with pytest.raises(StateChanged, match=r"float32.*float64"):
         rig.capture.begin(Step(2), G)
 
 
 def test_small_state_that_outgrows_its_room_fails_that_snapshot(tmp_path):
     class Log:
-        lines = [""]
+        def __init__(self) -> None:
+            self.lines = [""]
 
         def state_dict(self):
             return {"lines": self.lines}
@@ -237,6 +245,63 @@ def test_an_empty_state_still_seals(tmp_path):
         assert arena.sealed_steps() == (1,)
 
 
+TRAINER = """
+import sys
+from pathlib import Path
+from ftkit.checkpoint.arena import Arena
+from ftkit.checkpoint.capture import Capture
+from tests.checkpoint.helpers import Training
+training = Training(seed=1)
+arena = Arena.open(Path(sys.argv[1]), writable=True)
+capture = Capture(arena, training.state)
+newest = arena.newest_good()
+if newest is not None:
+    head = arena.head(newest)
+    training.state.load(head.layout, arena.blocks(head), head.small)
+step = 0 if newest is None else newest.step
+while True:
+    step += 1
+    training.forward_backward(step)
+    capture.gate()
+    training.update()
+    capture.begin(step, 1)
+"""
+
+
+@pytest.mark.multiproc
+def test_a_trainer_killed_again_and_again_goes_on_from_whole_snapshots(tmp_path):
+    training = Training(seed=1)
+    training.train(1)
+    path = tmp_path / "arena"
+    make_arena(path, training.state.layout()).close()
+    training = Training(seed=1)
+    root, chance, done = Path(__file__).parents[2], random.Random(3), 0
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", TRAINER, str(path)], cwd=root)
+        try:
+            with Arena.open(path) as arena:
+                while (newest := arena.newest()) is None or newest.step < done + 5:
+                    assert process.poll() is None
+                    # Leave the core to the trainer; the loop is bounded by the test's timeout.
+                    threading.Event().wait(0.005)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(chance.uniform(0, 0.03))
+        finally:
+            process.kill()
+            process.wait(20)
+        with Arena.open(path) as arena:
+            newest = arena.newest_good()
+            assert newest is not None
+            assert newest == arena.newest(), "what is sealed is whole"
+            for step in range(done + 1, newest.step + 1):
+                training.train(step)
+            done = newest.step
+            head = arena.head(newest)
+            other = Training(seed=2)
+            other.state.load(head.layout, arena.blocks(head), head.small)
+        assert_same(other.state, training.state)
+
+
 @pytest.mark.gpu
 def test_cuda_tensors_go_through_pinned_memory(tmp_path):
     if not torch.cuda.is_available():
@@ -246,7 +311,7 @@ def test_cuda_tensors_go_through_pinned_memory(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     state = ProtectedState(model=model, optimizer=optimizer)
 
-    def forward_backward():
+    def forward_backward() -> None:
         model(torch.randn(64, 512, device="cuda")).square().mean().backward()
 
     forward_backward()

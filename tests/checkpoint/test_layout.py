@@ -1,5 +1,7 @@
 import json
 from copy import deepcopy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -62,7 +64,7 @@ GOOD = StateLayout.of([("a", "float32", (2,)), ("b", "int64", ())]).to_json()
 )
 def test_nonsense_is_refused(path, value):
     data = deepcopy(GOOD)
-    at = data
+    at: Any = data
     for key in path[:-1]:
         at = at[key]
     at[path[-1]] = value
@@ -132,7 +134,7 @@ def test_scatter_refuses_too_little_and_too_much():
 
 
 def test_a_box_must_lie_in_its_tensor():
-    box = {"name": "a", "dtype": "uint8", "shape": (2,), "global_shape": (4,), "at": 0}
-    assert StateLayout((Entry(**box, offsets=(2,)),)).total_bytes == 64
+    box = Entry(name="a", dtype="uint8", shape=(2,), global_shape=(4,), offsets=(2,), at=0)
+    assert StateLayout((box,)).total_bytes == 64
     with pytest.raises(ValueError, match="not inside"):
-        StateLayout((Entry(**box, offsets=(3,)),))
+        StateLayout((replace(box, offsets=(3,)),))

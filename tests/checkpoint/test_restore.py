@@ -2,6 +2,8 @@ import json
 import os
 import socket
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.restore import execute, plan
-from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer, fetch
+from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer
 from ftkit.checkpoint.slots import Head
 from ftkit.core.errors import (
     AuthenticationError,
@@ -31,7 +34,15 @@ SECRET = b"secret"
 G = Generation(1)
 
 
-def copy_of(seat, step, *, node=0, generation=1, path="", tier=Tier.ARENA):
+def copy_of(
+    seat: int,
+    step: int,
+    *,
+    node: int = 0,
+    generation: int = 1,
+    path: object = "",
+    tier: Tier = Tier.ARENA,
+) -> Copy:
     return Copy(
         seat=Seat(seat),
         node=NodeId(node),
@@ -124,7 +135,7 @@ def test_plan_prefers_own_then_near_then_far():
 class Job:
     """Three seats with equal state at step 3, seat 2 on another node behind a server."""
 
-    def __init__(self, tmp_path, chunk_bytes=1024):
+    def __init__(self, tmp_path: Path, chunk_bytes: int = 1024) -> None:
         self.training = Training(seed=1)
         for step in range(1, 4):
             self.training.train(step)
@@ -158,7 +169,7 @@ def job(tmp_path):
     made.server.close()
 
 
-def spoil(path):
+def spoil(path: Path) -> None:
     with Arena.open(path) as arena:
         geometry = arena.geometry
     with path.open("r+b") as file:
@@ -205,7 +216,7 @@ def test_without_a_server_the_remote_source_fails_alone(job):
 # --------------------------------------------------------------------------- byte server
 
 
-def ask(server, **request):
+def ask(server: ArenaServer, **request: object) -> dict[str, Any]:
     sock = socket.create_connection(server.address, timeout=10)
     try:
         authenticate(sock, SECRET, server=False)
@@ -265,7 +276,7 @@ def test_a_wrong_secret_gets_nothing(job):
 
 
 def test_several_ranges_and_odd_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("ftkit.checkpoint.serve.RANGE_BYTES_MAX", 5000)
+    monkeypatch.setattr("ftkit.checkpoint.fetch.RANGE_BYTES_MAX", 5000)
     job = Job(tmp_path, chunk_bytes=1234)
     try:
         with Arena.open(job.paths[2]) as arena:
