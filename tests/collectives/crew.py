@@ -12,7 +12,13 @@ import traceback
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-CONTEXT = mp.get_context("spawn")
+# A fork server imports torch once; members start in milliseconds from a process that never
+# ran an operation, and so holds no thread that a fork could lose.
+CONTEXT = mp.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
+    ["torch", "torch.distributed.fsdp", "torch.distributed.device_mesh",
+     "torch.distributed._functional_collectives", "ftkit.collectives.backend"]
+)
 
 
 class Talk:
