@@ -16,8 +16,13 @@ from typing import Any
 # ran an operation, and so holds no thread that a fork could lose.
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["torch", "torch.distributed.fsdp", "torch.distributed.device_mesh",
-     "torch.distributed._functional_collectives", "ftkit.collectives.backend"]
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed.device_mesh",
+        "torch.distributed._functional_collectives",
+        "ftkit.collectives.backend",
+    ]
 )
 
 

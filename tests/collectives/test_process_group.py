@@ -12,8 +12,15 @@ from .crew import Crew
 pytestmark = pytest.mark.multiproc
 
 DTYPES = [
-    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.uint8, torch.int8,
-    torch.int32, torch.int64, torch.bool,
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.uint8,
+    torch.int8,
+    torch.int32,
+    torch.int64,
+    torch.bool,
 ]
 R = dist.ReduceOp
 
@@ -52,32 +59,41 @@ def both(make, run, gloo, name):
 def same_as_gloo(rank, size, talk, path):
     gloo = start(rank, size, path)
     for dtype in DTYPES:
-        v = lambda shape, salt=0, d=dtype: values(d, shape, rank, salt)  # noqa: E731
+        v = lambda shape, salt=0, d=dtype: values(d, shape, rank, salt)
         for shape in [(), (7,), (3, 5), (40_000,)]:
             for op in [R.SUM, R.PRODUCT, R.MIN, R.MAX]:
                 both(
                     lambda shape=shape: v(shape),
                     lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                    gloo, f"all_reduce {op} {dtype} {shape}",
+                    gloo,
+                    f"all_reduce {op} {dtype} {shape}",
                 )
         if not dtype.is_floating_point:
             for op in [R.BAND, R.BOR, R.BXOR]:
                 both(
-                    lambda: v((33,)), lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                    gloo, f"all_reduce {op} {dtype}",
+                    lambda: v((33,)),
+                    lambda t, g, op=op: dist.all_reduce(t, op, group=g),
+                    gloo,
+                    f"all_reduce {op} {dtype}",
                 )
         for root in range(size):
-            both(lambda: v((9,)), lambda t, g, r=root: dist.broadcast(t, r, group=g), gloo,
-                 "broadcast")
+            both(
+                lambda: v((9,)),
+                lambda t, g, r=root: dist.broadcast(t, r, group=g),
+                gloo,
+                "broadcast",
+            )
             both(
                 lambda: (v((9,)), [torch.zeros(9, dtype=dtype) for _ in range(size)]),
                 lambda t, g, r=root: dist.gather(t[0], t[1] if rank == r else None, r, group=g),
-                gloo, "gather",
+                gloo,
+                "gather",
             )
             both(
                 lambda: (torch.zeros(9, dtype=dtype), [v((9,), i) for i in range(size)]),
                 lambda t, g, r=root: dist.scatter(t[0], t[1] if rank == r else None, r, group=g),
-                gloo, "scatter",
+                gloo,
+                "scatter",
             )
             # The roots agree; gloo leaves partial sums at the others, we leave them alone.
             a, b = v((9,)), v((9,))
@@ -86,24 +102,34 @@ def same_as_gloo(rank, size, talk, path):
             assert torch.equal(a, b if rank == root else v((9,)))
         both(
             lambda: (v((4, 3)), [torch.zeros((4, 3), dtype=dtype) for _ in range(size)]),
-            lambda t, g: dist.all_gather(t[1], t[0], group=g), gloo, "all_gather",
+            lambda t, g: dist.all_gather(t[1], t[0], group=g),
+            gloo,
+            "all_gather",
         )
         both(
             lambda: (v((4, 3)), torch.zeros((4 * size, 3), dtype=dtype)),
-            lambda t, g: dist.all_gather_into_tensor(t[1], t[0], group=g), gloo, "gather_into",
+            lambda t, g: dist.all_gather_into_tensor(t[1], t[0], group=g),
+            gloo,
+            "gather_into",
         )
         both(
             lambda: (v((size, 6)), torch.zeros((size, 6), dtype=dtype)),
-            lambda t, g: dist.all_to_all_single(t[1], t[0], group=g), gloo, "all_to_all_single",
+            lambda t, g: dist.all_to_all_single(t[1], t[0], group=g),
+            gloo,
+            "all_to_all_single",
         )
         if dtype != torch.bool:
             both(
                 lambda: (torch.zeros(5, dtype=dtype), v((5 * size,))),
-                lambda t, g: dist.reduce_scatter_tensor(t[0], t[1], group=g), gloo, "rs_tensor",
+                lambda t, g: dist.reduce_scatter_tensor(t[0], t[1], group=g),
+                gloo,
+                "rs_tensor",
             )
             both(
                 lambda: (torch.zeros(5, dtype=dtype), [v((5,), i) for i in range(size)]),
-                lambda t, g: dist.reduce_scatter(t[0], t[1], group=g), gloo, "reduce_scatter",
+                lambda t, g: dist.reduce_scatter(t[0], t[1], group=g),
+                gloo,
+                "reduce_scatter",
             )
     # uneven splits
     splits = [[(r + c) % 3 for c in range(size)] for r in range(size)]
@@ -111,7 +137,8 @@ def same_as_gloo(rank, size, talk, path):
     both(
         lambda: (values(torch.float32, (sum(splits[rank]), 2), rank), torch.zeros(sum(takes), 2)),
         lambda t, g: dist.all_to_all_single(t[1], t[0], takes, splits[rank], group=g),
-        gloo, "uneven all_to_all_single",
+        gloo,
+        "uneven all_to_all_single",
     )
     # AVG, which gloo lacks
     t = torch.full((5,), float(rank))
@@ -165,15 +192,17 @@ def objects_and_friends(rank, size, talk, path):
     assert mine == [f"to {rank}"]
 
     total = float(sum(range(size)))
-    assert fc.all_reduce(torch.full((3,), float(rank)), "sum", dist.group.WORLD).tolist() == [
-        total
-    ] * 3
+    assert (
+        fc.all_reduce(torch.full((3,), float(rank)), "sum", dist.group.WORLD).tolist()
+        == [total] * 3
+    )
     whole = fc.all_gather_tensor(torch.full((2,), float(rank)), 0, dist.group.WORLD)
     assert whole.tolist() == [float(r) for r in range(size) for _ in range(2)]
     part = fc.reduce_scatter_tensor(torch.arange(2.0 * size), "sum", 0, dist.group.WORLD)
     assert part.tolist() == [size * 2.0 * rank, size * (2.0 * rank + 1)]
-    swapped = fc.all_to_all_single(torch.arange(float(size)) + 10 * rank, None, None,
-                                   dist.group.WORLD)
+    swapped = fc.all_to_all_single(
+        torch.arange(float(size)) + 10 * rank, None, None, dist.group.WORLD
+    )
     assert swapped.tolist() == [10.0 * r + rank for r in range(size)]
 
     # both sides receive first, then send: nothing may wait for the other's order
@@ -260,7 +289,9 @@ def train_three_steps(rank, size, talk, path):
     opt = torch.optim.SGD(alone.parameters(), 0.1)
     for step in range(3):
         opt.zero_grad()
-        torch.stack([alone(batch(step, r, size)).pow(2).mean() for r in range(size)]).mean().backward()
+        torch.stack(
+            [alone(batch(step, r, size)).pow(2).mean() for r in range(size)]
+        ).mean().backward()
         opt.step()
     ddp = torch.nn.parallel.DistributedDataParallel(net())
     opt = torch.optim.SGD(ddp.parameters(), 0.1)
