@@ -37,11 +37,12 @@ def train(model, optimizer, step):
     optimizer.step()
 
 
-def ddp_through_an_abort(rank, size, talk):
+def ddp_through_an_abort(rank, size, talk, good_steps):
     group, faults, addresses = begin(rank, size, talk)
     model = torch.nn.parallel.DistributedDataParallel(net(), bucket_cap_mb=0.02)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    train(model, optimizer, 0)
+    for step in range(good_steps):
+        train(model, optimizer, step)
     saved = [p.detach().clone() for p in model.parameters()]
     raised = 0
     for generation in (2, 3):
@@ -49,7 +50,7 @@ def ddp_through_an_abort(rank, size, talk):
             # Its peers wait in backward for a rank that never comes.
             time.sleep(0.3)
             group.abort(Generation(generation - 1), "drill")
-        with pytest.raises(RuntimeError, match="drill"):
+        with pytest.raises((RuntimeError, GenerationAborted), match="drill"):
             train(model, optimizer, 1)
         raised += 1
         group.edit(world(generation, addresses), timeout_s=20)
@@ -68,8 +69,11 @@ def ddp_through_an_abort(rank, size, talk):
     return raised, len(faults)
 
 
-def test_ddp_raises_on_an_abort_and_trains_on_in_the_next_generation():
-    with Crew(ddp_through_an_abort, 3) as crew:
+# In its second forward DDP rebuilds its buckets, with collectives of its own; from the third
+# on, the abort strikes in backward, where the error passes through C++.
+@pytest.mark.parametrize("good_steps", [1, 2])
+def test_ddp_raises_on_an_abort_and_trains_on_in_the_next_generation(good_steps):
+    with Crew(ddp_through_an_abort, 3, good_steps) as crew:
         assert crew.results() == [(2, 2)] * 3
 
 
