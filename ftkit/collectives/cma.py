@@ -24,7 +24,7 @@ _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
-class ProcessGone(WireError):
+class ProcessGoneError(WireError):
     """The process whose memory was asked for has ended."""
 
 
@@ -66,7 +66,7 @@ def read(pid: int, local: int, remote: int, length: int) -> None:
     """Copy `length` bytes from `remote` in process `pid` to `local` here. GIL released.
 
     Raises:
-      ProcessGone: the process has ended.
+      ProcessGoneError: the process has ended.
       WireError: the range is not mapped there, or reading is not allowed.
     """
     if not callable(_readv):
@@ -80,7 +80,7 @@ def read(pid: int, local: int, remote: int, length: int) -> None:
         count = _readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
         if count <= 0:
             code = ctypes.get_errno()
-            kind = ProcessGone if count < 0 and code == errno.ESRCH else WireError
+            kind = ProcessGoneError if count < 0 and code == errno.ESRCH else WireError
             raise kind(
                 f"cannot read {length} bytes of process {pid} (after {done}): "
                 f"{os.strerror(code) if count < 0 else 'nothing left'}"

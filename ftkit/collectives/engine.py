@@ -27,7 +27,7 @@ import numpy as np
 from ftkit.collectives import frames
 from ftkit.collectives.arithmetic import Bytes, copy, view_of
 from ftkit.collectives.channel import Channel
-from ftkit.collectives.cma import CmaPeer, ProcessGone, ValidWord
+from ftkit.collectives.cma import CmaPeer, ProcessGoneError, ValidWord
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.frames import P2P, Header, Kind
 from ftkit.collectives.handle import COMM_THREADS, Handle
@@ -319,7 +319,7 @@ class Engine:
         cma = self._reader(peer)
         try:
             cma.read(into.ctypes.data, address, into.size)
-        except ProcessGone as error:
+        except ProcessGoneError as error:
             raise _FaultError(f"member {peer} is gone: {error}", frozenset({peer})) from error
         except WireError as error:
             raise _DoubtError(f"member {peer} unmapped what it offered: {error}") from error
@@ -743,7 +743,7 @@ class Engine:
     def _check_held(self, peer: MemberId) -> None:
         try:
             held = self._reader(peer).holds(self.world.generation)
-        except ProcessGone as error:
+        except ProcessGoneError as error:
             raise _FaultError(f"member {peer} is gone: {error}", frozenset({peer})) from error
         except WireError as error:
             raise _DoubtError(f"member {peer} can no longer be read: {error}") from error

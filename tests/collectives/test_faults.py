@@ -35,7 +35,7 @@ def failed_quickly(group, n=BIG):
 
 
 def survive(rank, size, talk, transport):
-    group, faults, addresses = join(rank, talk, transport)
+    group, faults, _ = join(rank, talk, transport)
     t = torch.ones(BIG)
     group.all_reduce(t).wait(20)
     talk.say("training")
@@ -275,8 +275,8 @@ def test_a_goodbye_is_a_fault_only_for_those_who_need_the_one_who_left():
 
 def disagree(rank, size, talk):
     group, faults, _ = join(rank, talk, "tcp")
+    group.broadcast(torch.zeros(100 + rank), 0)
     with pytest.raises(GenerationAborted) as error:
-        group.broadcast(torch.zeros(100 + rank), 0).wait(10)
         group.barrier().wait(10)
     faults.wait()
     group.close()
@@ -289,7 +289,7 @@ def test_ranks_that_disagree_about_a_shape_are_told_so():
 
 
 def aborts_of_the_future(rank, size, talk):
-    group, faults, addresses = join(rank, talk, "auto")
+    group, _, addresses = join(rank, talk, "auto")
     if rank == 0:
         group.abort(Generation(2), "member 1 will not come")
         with pytest.raises(ValueError, match="already"):

@@ -142,14 +142,18 @@ def test_messages_of_any_size_arrive_whole(sizes):
     in_.close()
 
 
+def read_to_the_end(link):
+    for _ in range(5):
+        link.receive(Inbox())
+
+
 @given(st.binary(min_size=1, max_size=300))
 def test_a_link_fed_with_garbage_fails_cleanly(data):
     out, in_, _ = make_pair()
     out.sock.sendall(data)
     out.close()
     with pytest.raises((ProtocolError, WireError)):
-        for _ in range(5):
-            in_.receive(Inbox())
+        read_to_the_end(in_)
     in_.close()
 
 

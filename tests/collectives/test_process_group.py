@@ -56,81 +56,87 @@ def both(make, run, gloo, name):
         assert torch.equal(a, b), f"{name}: {a} is not {b}"
 
 
+def compare_dtype(dtype, rank, size, gloo):
+    def v(shape, salt=0):
+        return values(dtype, shape, rank, salt)
+
+    for shape in [(), (7,), (3, 5), (40_000,)]:
+        for op in [R.SUM, R.PRODUCT, R.MIN, R.MAX]:
+            both(
+                lambda shape=shape: v(shape),
+                lambda t, g, op=op: dist.all_reduce(t, op, group=g),
+                gloo,
+                f"all_reduce {op} {dtype} {shape}",
+            )
+    if not dtype.is_floating_point:
+        for op in [R.BAND, R.BOR, R.BXOR]:
+            both(
+                lambda: v((33,)),
+                lambda t, g, op=op: dist.all_reduce(t, op, group=g),
+                gloo,
+                f"all_reduce {op} {dtype}",
+            )
+    for root in range(size):
+        both(
+            lambda: v((9,)),
+            lambda t, g, r=root: dist.broadcast(t, r, group=g),
+            gloo,
+            "broadcast",
+        )
+        both(
+            lambda: (v((9,)), [torch.zeros(9, dtype=dtype) for _ in range(size)]),
+            lambda t, g, r=root: dist.gather(t[0], t[1] if rank == r else None, r, group=g),
+            gloo,
+            "gather",
+        )
+        both(
+            lambda: (torch.zeros(9, dtype=dtype), [v((9,), i) for i in range(size)]),
+            lambda t, g, r=root: dist.scatter(t[0], t[1] if rank == r else None, r, group=g),
+            gloo,
+            "scatter",
+        )
+        # The roots agree; gloo leaves partial sums at the others, we leave them alone.
+        a, b = v((9,)), v((9,))
+        dist.reduce(a, root)
+        dist.reduce(b, root, group=gloo)
+        assert torch.equal(a, b if rank == root else v((9,)))
+    both(
+        lambda: (v((4, 3)), [torch.zeros((4, 3), dtype=dtype) for _ in range(size)]),
+        lambda t, g: dist.all_gather(t[1], t[0], group=g),
+        gloo,
+        "all_gather",
+    )
+    both(
+        lambda: (v((4, 3)), torch.zeros((4 * size, 3), dtype=dtype)),
+        lambda t, g: dist.all_gather_into_tensor(t[1], t[0], group=g),
+        gloo,
+        "gather_into",
+    )
+    both(
+        lambda: (v((size, 6)), torch.zeros((size, 6), dtype=dtype)),
+        lambda t, g: dist.all_to_all_single(t[1], t[0], group=g),
+        gloo,
+        "all_to_all_single",
+    )
+    if dtype != torch.bool:
+        both(
+            lambda: (torch.zeros(5, dtype=dtype), v((5 * size,))),
+            lambda t, g: dist.reduce_scatter_tensor(t[0], t[1], group=g),
+            gloo,
+            "rs_tensor",
+        )
+        both(
+            lambda: (torch.zeros(5, dtype=dtype), [v((5,), i) for i in range(size)]),
+            lambda t, g: dist.reduce_scatter(t[0], t[1], group=g),
+            gloo,
+            "reduce_scatter",
+        )
+
+
 def same_as_gloo(rank, size, talk, path):
     gloo = start(rank, size, path)
     for dtype in DTYPES:
-        v = lambda shape, salt=0, d=dtype: values(d, shape, rank, salt)
-        for shape in [(), (7,), (3, 5), (40_000,)]:
-            for op in [R.SUM, R.PRODUCT, R.MIN, R.MAX]:
-                both(
-                    lambda shape=shape: v(shape),
-                    lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                    gloo,
-                    f"all_reduce {op} {dtype} {shape}",
-                )
-        if not dtype.is_floating_point:
-            for op in [R.BAND, R.BOR, R.BXOR]:
-                both(
-                    lambda: v((33,)),
-                    lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                    gloo,
-                    f"all_reduce {op} {dtype}",
-                )
-        for root in range(size):
-            both(
-                lambda: v((9,)),
-                lambda t, g, r=root: dist.broadcast(t, r, group=g),
-                gloo,
-                "broadcast",
-            )
-            both(
-                lambda: (v((9,)), [torch.zeros(9, dtype=dtype) for _ in range(size)]),
-                lambda t, g, r=root: dist.gather(t[0], t[1] if rank == r else None, r, group=g),
-                gloo,
-                "gather",
-            )
-            both(
-                lambda: (torch.zeros(9, dtype=dtype), [v((9,), i) for i in range(size)]),
-                lambda t, g, r=root: dist.scatter(t[0], t[1] if rank == r else None, r, group=g),
-                gloo,
-                "scatter",
-            )
-            # The roots agree; gloo leaves partial sums at the others, we leave them alone.
-            a, b = v((9,)), v((9,))
-            dist.reduce(a, root)
-            dist.reduce(b, root, group=gloo)
-            assert torch.equal(a, b if rank == root else v((9,)))
-        both(
-            lambda: (v((4, 3)), [torch.zeros((4, 3), dtype=dtype) for _ in range(size)]),
-            lambda t, g: dist.all_gather(t[1], t[0], group=g),
-            gloo,
-            "all_gather",
-        )
-        both(
-            lambda: (v((4, 3)), torch.zeros((4 * size, 3), dtype=dtype)),
-            lambda t, g: dist.all_gather_into_tensor(t[1], t[0], group=g),
-            gloo,
-            "gather_into",
-        )
-        both(
-            lambda: (v((size, 6)), torch.zeros((size, 6), dtype=dtype)),
-            lambda t, g: dist.all_to_all_single(t[1], t[0], group=g),
-            gloo,
-            "all_to_all_single",
-        )
-        if dtype != torch.bool:
-            both(
-                lambda: (torch.zeros(5, dtype=dtype), v((5 * size,))),
-                lambda t, g: dist.reduce_scatter_tensor(t[0], t[1], group=g),
-                gloo,
-                "rs_tensor",
-            )
-            both(
-                lambda: (torch.zeros(5, dtype=dtype), [v((5,), i) for i in range(size)]),
-                lambda t, g: dist.reduce_scatter(t[0], t[1], group=g),
-                gloo,
-                "reduce_scatter",
-            )
+        compare_dtype(dtype, rank, size, gloo)
     # uneven splits
     splits = [[(r + c) % 3 for c in range(size)] for r in range(size)]
     takes = [splits[r][rank] for r in range(size)]

@@ -1,5 +1,7 @@
 """The canonical tree: one expression, whoever holds which slots."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,7 +49,7 @@ def test_every_world_size_adds_up_the_same_expression(slots):
 def test_any_contiguous_division_adds_up_the_same_expression(slots, data):
     cuts = data.draw(st.lists(st.integers(0, slots), max_size=6))
     limits = [0, *sorted(cuts), slots]
-    held = [nodes_of(range(a, b), slots) for a, b in zip(limits, limits[1:], strict=False)]
+    held = [nodes_of(range(a, b), slots) for a, b in pairwise(limits)]
     assert run(plan_of(held, slots), lambda t: of_node(t.node, slots)) == expression(0, slots)
 
 

@@ -78,7 +78,7 @@ def test_ddp_raises_on_an_abort_and_trains_on_in_the_next_generation(good_steps)
 
 
 def a_smaller_world(rank, size, talk):
-    group, faults, addresses = begin(rank, size, talk)
+    group, _, addresses = begin(rank, size, talk)
     pair = dist.new_group([0, 2])
     trio = dist.new_group([0, 1, 2])
     dist.barrier()
