@@ -9,6 +9,7 @@ reader that finds the word unchanged *after* its bulk reads knows that they came
 """
 
 import ctypes
+import errno
 import os
 import secrets
 from collections.abc import Mapping
@@ -21,6 +22,10 @@ _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class ProcessGoneError(WireError):
+    """The process whose memory was asked for has ended."""
 
 
 class _IoVec(ctypes.Structure):
@@ -61,7 +66,8 @@ def read(pid: int, local: int, remote: int, length: int) -> None:
     """Copy `length` bytes from `remote` in process `pid` to `local` here. GIL released.
 
     Raises:
-      WireError: the process is gone, the range is not mapped there, or it is not allowed.
+      ProcessGoneError: the process has ended.
+      WireError: the range is not mapped there, or reading is not allowed.
     """
     if not callable(_readv):
         raise WireError("process_vm_readv is not available in this C library")
@@ -74,7 +80,8 @@ def read(pid: int, local: int, remote: int, length: int) -> None:
         count = _readv(pid, ctypes.byref(here), 1, ctypes.byref(there), 1, 0)
         if count <= 0:
             code = ctypes.get_errno()
-            raise WireError(
+            kind = ProcessGoneError if count < 0 and code == errno.ESRCH else WireError
+            raise kind(
                 f"cannot read {length} bytes of process {pid} (after {done}): "
                 f"{os.strerror(code) if count < 0 else 'nothing left'}"
             )

@@ -27,7 +27,7 @@ import numpy as np
 from ftkit.collectives import frames
 from ftkit.collectives.arithmetic import Bytes, copy, view_of
 from ftkit.collectives.channel import Channel
-from ftkit.collectives.cma import CmaPeer, ValidWord
+from ftkit.collectives.cma import CmaPeer, ProcessGoneError, ValidWord
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.frames import P2P, Header, Kind
 from ftkit.collectives.handle import COMM_THREADS, Handle
@@ -47,6 +47,7 @@ TellCallback = Callable[[MemberId, bytes], None]
 
 _LAST_WORDS_MAX = 64 << 20
 _LAST_READS = 64
+_DOUBT_S = 2.0
 
 
 class _FaultError(Exception):
@@ -56,6 +57,10 @@ class _FaultError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.lost = lost
+
+
+class _DoubtError(Exception):
+    """A peer withdrew its memory. Why is on its way: its abort, or the end of its link."""
 
 
 class _Pull(NamedTuple):
@@ -101,6 +106,7 @@ class Engine:
         self._active: set[Op] = set()
         self._ready: deque[Op] = deque()
         self._scratch: list[Bytes] = []
+        self._doubt: tuple[float, str] | None = None
         self._void = np.empty(config.segment_bytes, dtype=np.uint8)
         self._early_aborts: dict[int, tuple[frozenset[MemberId], str]] = {}
         # Shared with other threads, under the lock.
@@ -313,8 +319,10 @@ class Engine:
         cma = self._reader(peer)
         try:
             cma.read(into.ctypes.data, address, into.size)
+        except ProcessGoneError as error:
+            raise _FaultError(f"member {peer} is gone: {error}", frozenset({peer})) from error
         except WireError as error:
-            raise _FaultError(str(error)) from error
+            raise _DoubtError(f"member {peer} unmapped what it offered: {error}") from error
 
     def acknowledge(self, keys: Sequence[Key]) -> None:
         """Check that what was fetched still held, then let the offerers go on."""
@@ -400,6 +408,8 @@ class Engine:
         if self._ready or self._pulls or self._dirty or self._commands:
             return 0.0
         deadlines = [op.deadline_s for op in self._active if op.deadline_s is not None]
+        if self._doubt is not None:
+            deadlines.append(self._doubt[0])
         if not deadlines:
             return None
         return min(max(min(deadlines) - time.monotonic(), 0.001), 60.0)
@@ -418,9 +428,17 @@ class Engine:
             action()
         except _FaultError as fault:
             self._abort(self.world.generation, fault.lost, fault.reason)
+        except _DoubtError as doubt:
+            # The operation stays as it is. The peer told everybody why before it let go of
+            # its memory; that message names the lost, which we cannot.
+            if self._doubt is None:
+                self._doubt = (time.monotonic() + _DOUBT_S, str(doubt))
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if self._doubt is not None and self._doubt[0] <= now:
+            self._abort(self.world.generation, frozenset(), self._doubt[1])
+            return
         for op in self._active:
             if op.deadline_s is not None and op.deadline_s <= now:
                 silent = sorted({k.peer for k in self._mail.posted if k.seq == op.seq})
@@ -725,10 +743,12 @@ class Engine:
     def _check_held(self, peer: MemberId) -> None:
         try:
             held = self._reader(peer).holds(self.world.generation)
+        except ProcessGoneError as error:
+            raise _FaultError(f"member {peer} is gone: {error}", frozenset({peer})) from error
         except WireError as error:
-            raise _FaultError(str(error)) from error
+            raise _DoubtError(f"member {peer} can no longer be read: {error}") from error
         if not held:
-            raise _FaultError(f"member {peer} withdrew its memory: its generation is over")
+            raise _DoubtError(f"member {peer} withdrew its memory: its generation is over")
 
     # -- stepping operations ----------------------------------------------------------------
 
@@ -762,12 +782,10 @@ class Engine:
             except StopIteration as end:
                 self._finish(op, end.value, None)
                 return
-            except (_FaultError, FtkitError) as error:
-                raise (
-                    error
-                    if isinstance(error, _FaultError)
-                    else _FaultError(f"{op.name} failed at member {self.member}: {error}")
-                ) from error
+            except (_FaultError, _DoubtError):
+                raise
+            except FtkitError as error:
+                raise _FaultError(f"{op.name} failed at member {self.member}: {error}") from error
             except Exception as error:
                 # Ours or numpy's: the peers would wait for us, so all are told.
                 logger.exception("%s (operation %s) failed", op.name, op.seq)
@@ -847,6 +865,7 @@ class Engine:
                 self._stopped = (generation, reason)
             reason = self._stopped[1]
         self._word.withdraw()
+        self._doubt = None
         self._pulls.clear()
         self._offers.clear()
         self._anybody.clear()
