@@ -55,7 +55,8 @@ def test_the_plain_script_runs_as_it_is() -> None:
     done = subprocess.run(
         [sys.executable, str(PLAIN)],
         env=os.environ
-        | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"},
+        | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        | {"OMP_NUM_THREADS": "1"},  # as torchrun sets it
         capture_output=True,
         text=True,
         timeout=100,
