@@ -116,7 +116,7 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     width = next(m * power for m in (1.0, 2.0, 2.5, 5.0, 10.0) if m * power >= rough * 0.999)
     first, last = math.floor(low / width), math.ceil(high / width)
-    return [round(i * width, 12) for i in range(first, last + 1)]
+    return [float(f"{i * width:.12g}") for i in range(first, last + 1)]
 
 
 def _open(height: int, label: str) -> str:

@@ -1,13 +1,12 @@
 """The bundled training job: its model, its text, and the script against a session of one."""
 
 import json
-import random
 import sys
 import sysconfig
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from ftkit.core.errors import UsageError
 from ftkit.launch.workload import text, train
 from ftkit.launch.workload.gpt import GPT, PRESETS, GPTConfig, next_byte_loss, parameters_digest
 from ftkit.launch.workload.text import ByteWindows, load_text
+from tests.launch.session_of_one import SessionOfOne
 
 SMALL = GPTConfig(width=16, depth=1, heads=2, context=8)
 
@@ -151,56 +151,6 @@ def test_missing_empty_and_short_texts_are_named(
 
 
 # ---- the script
-
-
-class SessionOfOne:
-    """What `train` needs of a session, for one rank: canonical mean over slots, no faults."""
-
-    rank, world_size = 0, 1
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, dict[str, object]]] = []
-        self.trace = self
-        self.protected: dict[str, object] = {}
-
-    def event(self, kind: str, **fields: object) -> None:
-        self.events.append((kind, fields))
-
-    def protect(self, **state: object) -> None:
-        self.protected = state
-
-    def steps(
-        self, dataset: ByteWindows, *, slots: int, slot_size: int, until: int, seed: int
-    ) -> Iterator["StepOfOne"]:
-        for index in range(1, until + 1):
-            order = random.Random(f"{seed} {index}")
-            chosen = [
-                [order.randrange(len(dataset)) for _ in range(slot_size)] for _ in range(slots)
-            ]
-            yield StepOfOne(index, dataset, chosen)
-
-
-class StepOfOne:
-    def __init__(self, index: int, dataset: ByteWindows, chosen: list[list[int]]) -> None:
-        self.index, self.committed, self._losses = index, False, list[float]()
-        self._dataset, self._chosen = dataset, chosen
-
-    @property
-    def loss(self) -> float:
-        return sum(self._losses) / len(self._losses)
-
-    def batches(self) -> Iterator[object]:
-        for slot in self._chosen:
-            yield default_collate([self._dataset[i] for i in slot])
-
-    def record(self, loss: torch.Tensor) -> None:
-        self._losses.append(loss.item())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.committed = error[0] is None
 
 
 @pytest.fixture

@@ -1,0 +1,84 @@
+"""The examples: the plain one runs, the other one differs little and learns the same thing."""
+
+import difflib
+import logging
+import os
+import re
+import runpy
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from tests.launch.session_of_one import SessionOfOne
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PLAIN, MINIMAL = EXAMPLES / "ddp_plain.py", EXAMPLES / "ddp_minimal.py"
+
+
+def changed_lines(before: list[str], after: list[str]) -> int:
+    """Lines to type or delete: a hunk that turns n lines into m counts as the larger."""
+    hunks = difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    return sum(max(b - a, d - c) for kind, a, b, c, d in hunks if kind != "equal")
+
+
+def accuracy(output: str) -> float:
+    found = re.search(r"accuracy (\d\.\d+)", output)
+    assert found, output
+    return float(found[1])
+
+
+def test_a_plain_script_needs_at_most_eight_changed_lines() -> None:
+    plain, minimal = (p.read_text().splitlines() for p in (PLAIN, MINIMAL))
+    assert plain != minimal
+    assert 0 < changed_lines(plain, minimal) <= 8
+
+
+def test_the_readme_shows_the_diff_as_it_is() -> None:
+    plain, minimal = (p.read_text().splitlines() for p in (PLAIN, MINIMAL))
+    changes = [
+        line for line in difflib.unified_diff(plain, minimal, lineterm="", n=0)
+        if line[0] in "+-" and line[:3] not in ("+++", "---")
+    ]  # fmt: skip
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    shown = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)
+    assert shown, "README.md has no diff"
+    assert [line for line in shown[1].splitlines() if line[:1] in ("+", "-")] == changes
+
+
+@pytest.mark.multiproc
+def test_the_plain_script_runs_as_it_is() -> None:
+    done = subprocess.run(
+        [sys.executable, str(PLAIN)],
+        env=os.environ
+        | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        | {"OMP_NUM_THREADS": "1"},  # as torchrun sets it
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert accuracy(done.stderr) > 0.9
+
+
+def test_the_script_with_ftkit_learns_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = types.ModuleType("ftkit.session")
+    session = SessionOfOne()
+    module.init = lambda: session  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ftkit.session", module)
+    monkeypatch.setenv("RANK", "0")
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        with caplog.at_level(logging.INFO, logger="example"):
+            runpy.run_path(str(MINIMAL), run_name="__main__")
+    finally:
+        dist.destroy_process_group()
+    assert accuracy(caplog.text) > 0.9
+    assert set(session.protected) == {"model", "optimizer"}
