@@ -49,7 +49,13 @@ class SimAgent:
         self.plan: Plan | None = disk.plan
         self._facts: dict[MemberId, MemberFacts] = {}
         self._dirty = False
-        sim.after(0.0, self._beat)
+        sim.after(0.0, self._start)
+
+    def _start(self) -> None:
+        # The plan its predecessor left is carried out before a newer one is heard of: the
+        # newest may be this one, and nobody would send it again.
+        self._carry_out()
+        self._beat()
 
     def _beat(self) -> None:
         if self.alive:
@@ -94,7 +100,7 @@ class SimAgent:
             self._carry_out()
 
     def _carry_out(self) -> None:
-        if self.plan is None or self.plan.phase is Phase.ENDED:
+        if not self.alive or self.plan is None or self.plan.phase is Phase.ENDED:
             return
         for rank in list(self.ranks.values()):
             if rank.member in self.plan.evicted or self.plan.seat_of(rank.member) is None:
