@@ -220,6 +220,8 @@ class SimCoordinator:
         for node, agent in self.sim.agents.items():
             if node not in self._reports and agent.alive:
                 return False
+        if not self._reports:
+            return False
         copies = [r.plan for r in self._reports.values() if r.plan is not None]
         if copies:
             self.plan = adopt(copies, term=self.term)

@@ -451,3 +451,8 @@ class SimRank:
         if self.stage is Stage.ACTIVE and peer in self._peers():
             self.halt(self.generation, f"lost member {peer}")
             self.heed()
+        elif self.stage is Stage.LINKED:
+            # It cannot be let in without this link, so it connects anew.
+            self.stage, self.linked = Stage.READY, Generation(0)
+            self._say()
+            self.heed()

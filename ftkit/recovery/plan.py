@@ -142,22 +142,27 @@ class Plan:
             raise ProtocolError(f"not a plan: {value!r}") from error
 
 
-def first_plan(nodes: int, seats_per_node: int, *, term: Term = Term(1)) -> Plan:
-    """The plan of a job that has not begun: every seat gets its first member."""
-    total = nodes * seats_per_node
-    return Plan(
-        term=term,
-        seats=tuple(
-            Assignment(seat=Seat(s), node=NodeId(s // seats_per_node), member=MemberId(s))
-            for s in range(total)
-        ),
-        next_member=MemberId(total),
-    )
-
-
 #: Numbers a term may issue. Every term counts from a multiple of it, so that what one
 #: coordinator issued last, and nobody who is left has seen, is never issued again.
 NUMBERS_PER_TERM = 1_000_000
+
+
+def first_plan(nodes: int, seats_per_node: int, *, term: Term = Term(1)) -> Plan:
+    """The plan of a job that has not begun: every seat gets its first member.
+
+    A later coordinator that finds no copy anywhere begins anew with it, in a higher term.
+    """
+    total = nodes * seats_per_node
+    first = term * NUMBERS_PER_TERM if term > 1 else 0
+    return Plan(
+        term=term,
+        seats=tuple(
+            Assignment(seat=Seat(s), node=NodeId(s // seats_per_node), member=MemberId(first + s))
+            for s in range(total)
+        ),
+        next_generation=Generation(first + 1),
+        next_member=MemberId(first + total),
+    )
 
 
 def adopt(copies: list[Plan], *, term: Term) -> Plan:

@@ -257,12 +257,13 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
 
     if broken := [m for m in world.member_ids if gone(plan, facts, m)]:
         return _halt(plan, f"members {sorted(broken)} are gone")
-    # A member that stands still in an older generation is on its way in.
-    # Those that had no state yet say READY instead.
+    # A member whose generation is older than the last world entered from standing still is on
+    # its way in. Later ones come only from having entered: that member's world broke, even
+    # when the world has grown since. Those that had no state yet say READY instead.
     if halted := [
         f.member
         for f in here
-        if f.stage in (Stage.HALTED, Stage.READY, Stage.LINKED) and f.generation >= world.generation
+        if f.stage in (Stage.HALTED, Stage.READY, Stage.LINKED) and f.generation >= plan.resumed
     ]:
         return _halt(plan, f"members {sorted(halted)} report a broken generation")
     known = {world.generation, *([plan.joining.generation] if plan.joining else [])}
@@ -294,7 +295,11 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         and not gone(plan, facts, f.member)
     ]
     offered = plan.joining.member_ids - world.member_ids if plan.joining else frozenset()
-    withdraw = any(gone(plan, facts, m) for m in offered)
+    # One that lost a link while it waited is READY again, until it has connected anew.
+    withdraw = any(
+        gone(plan, facts, m) or (m in facts.members and facts.members[m].stage is Stage.READY)
+        for m in offered
+    )
     if newcomers and (withdraw or not offered):
         joining = World.of(
             plan.next_generation, [*world.members, *(_address(f) for f in newcomers)]
@@ -308,7 +313,7 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         )
     if withdraw:
         return plan.revised(joining=None), Decision(
-            action="withdraw", reason="a newcomer died before it was let in"
+            action="withdraw", reason="a newcomer was lost, or lost a link, before it was let in"
         )
     return None
 
