@@ -227,7 +227,9 @@ class SimRank:
         if world.generation in self._aborted:
             self.halt(world.generation, "it was aborted before")
             self.heed()
-        elif not self.stepping:
+            return
+        self.heed()  # the next newcomers may be waiting already
+        if not self.stepping:
             self._train(self.sim.rng.uniform(0.02, 0.3), self._set_up, step)
         elif self._state is None:
             self._restore(step, None)
@@ -259,6 +261,7 @@ class SimRank:
             self.halt(world.generation, "refused: a link is down")
             self.heed()
             return
+        self.heed()
         # The step was committed by the world this newcomer had linked to.
         self._restore(step, attempt)
 
