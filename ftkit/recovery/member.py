@@ -47,7 +47,7 @@ def react(me: Standing, plan: Plan) -> tuple[Duty, World | None]:
     """The next duty, and the world it speaks of."""
     if plan.stop is not None or me.member in plan.evicted:
         return Duty.LEAVE, None
-    if plan.version and plan.seat_of(me.member) is None:
+    if plan.seats and plan.seat_of(me.member) is None:
         # Another process has the seat: we were taken for dead, and woke too late.
         return Duty.LEAVE, None
     running = me.stage is Stage.ACTIVE and me.generation == plan.halted

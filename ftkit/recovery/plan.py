@@ -67,7 +67,8 @@ class Plan:
     step: Step = Step(0)
     """The step all members stand at when they enter generation `resumed`."""
     joining: World | None = None
-    """The world that members switch to, by vote, at the end of a step."""
+    """The world that members switch to, by vote, at the end of a step. It stays here while
+    HALTING: some may have switched already."""
     halted: Generation = Generation(0)
     """Every generation up to this one is over."""
     evicted: Mapping[MemberId, str] = field(default_factory=dict)
@@ -141,20 +142,43 @@ class Plan:
             raise ProtocolError(f"not a plan: {value!r}") from error
 
 
+#: Numbers a term may issue. Every term counts from a multiple of it, so that what one
+#: coordinator issued last, and nobody who is left has seen, is never issued again.
+NUMBERS_PER_TERM = 1_000_000
+
+
 def first_plan(nodes: int, seats_per_node: int, *, term: Term = Term(1)) -> Plan:
-    """The plan of a job that has not begun: every seat gets its first member."""
+    """The plan of a job that has not begun: every seat gets its first member.
+
+    A later coordinator that finds no copy anywhere begins anew with it, in a higher term.
+    """
     total = nodes * seats_per_node
+    first = term * NUMBERS_PER_TERM if term > 1 else 0
     return Plan(
         term=term,
         seats=tuple(
-            Assignment(seat=Seat(s), node=NodeId(s // seats_per_node), member=MemberId(s))
+            Assignment(seat=Seat(s), node=NodeId(s // seats_per_node), member=MemberId(first + s))
             for s in range(total)
         ),
-        next_member=MemberId(total),
+        next_generation=Generation(first + 1),
+        next_member=MemberId(first + total),
     )
 
 
 def adopt(copies: list[Plan], *, term: Term) -> Plan:
-    """The plan a new coordinator goes on with: the newest copy, one term higher."""
+    """The plan a new coordinator goes on with: the newest copy, one term higher.
+
+    Generations and members are numbered anew from the term on. The copies must be those of
+    every node whose agent lives: an agent left out might hold a newer one, and its ranks
+    have acted on it.
+    """
     newest = max(copies, key=lambda p: p.order)
-    return replace(newest, term=Term(max(term, newest.term + 1)), version=0)
+    new_term = Term(max(term, newest.term + 1))
+    first = new_term * NUMBERS_PER_TERM
+    return replace(
+        newest,
+        term=new_term,
+        version=0,
+        next_generation=Generation(max(newest.next_generation, first)),
+        next_member=MemberId(max(newest.next_member, first)),
+    )

@@ -74,10 +74,11 @@ def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, li
 
 def gone(plan: Plan, facts: JobFacts, member: MemberId) -> bool:
     """Whether `member` can be in no world any more (I4)."""
+    seat = plan.seat_of(member)
+    if seat is None or member in plan.evicted or seat.node in facts.nodes_lost:
+        return True
     known = facts.members.get(member)
-    return member in plan.evicted or (
-        known is not None and (known.stage is Stage.DEAD or known.node in facts.nodes_lost)
-    )
+    return known is not None and known.stage is Stage.DEAD
 
 
 Move = tuple[Plan, Decision]
@@ -87,9 +88,10 @@ def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     if facts.interrupted:
         return _end(plan, Stop(code=exit_codes.INTERRUPTED, reason=facts.interrupted))
     return (
-        _evict(plan, facts)
+        _finish(plan, facts)
+        or _evict(plan, facts)
         or _replace_dead(plan, facts, budget)
-        or _finish(plan, facts)
+        or _overtake(plan, facts)
         or {
             Phase.FORMING: _form,
             Phase.RUNNING: _run,
@@ -124,9 +126,13 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
     """
     for seat in plan.seats:
         dead = facts.members.get(seat.member)
-        if dead is None or dead.stage is not Stage.DEAD:
+        if dead is None or not (
+            dead.stage is Stage.DEAD
+            or (dead.stage is Stage.FINISHED and seat.member in plan.evicted)
+        ):
             continue
-        if plan.world is None and not dead.port:
+        outside_cause = dead.exit_code is None or seat.member in plan.evicted
+        if plan.world is None and not dead.port and not outside_cause:
             return _end(
                 plan,
                 Stop(
@@ -154,7 +160,6 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
         return plan.revised(
             phase=phase,
             halted=halted,
-            joining=None if phase is Phase.HALTING else plan.joining,
             seats=tuple(next_seat if s.seat == seat.seat else s for s in plan.seats),
             evicted={m: r for m, r in plan.evicted.items() if m != seat.member},
             next_member=MemberId(plan.next_member + 1),
@@ -175,11 +180,54 @@ def _finish(plan: Plan, facts: JobFacts) -> Move | None:
     stages = [facts.members[m].stage if m in facts.members else None for m in expected]
     if any(stage is not Stage.FINISHED for stage in stages):
         return None
+    if any(m in plan.evicted for m in expected):
+        # Told to leave, it left; a process that exits with 0 then has not finished its work.
+        return None
     return _end(plan, Stop(code=0, reason="every rank finished"))
 
 
+def _overtake(plan: Plan, facts: JobFacts) -> Move | None:
+    """End generations that this plan does not know of, while the job should stand still.
+
+    A coordinator that took over from an older copy of the plan may find members at work in
+    a world that its predecessor issued last.
+    """
+    if plan.phase is Phase.RUNNING:
+        return None
+    ahead = [
+        f
+        for s in plan.seats
+        if (f := facts.members.get(s.member)) is not None
+        and f.stage is Stage.ACTIVE
+        and f.generation > plan.halted
+    ]
+    if not ahead:
+        return None
+    newest = max(_issued(plan), *(f.generation for f in ahead))
+    return plan.revised(
+        halted=Generation(newest), next_generation=Generation(newest + 1)
+    ), Decision(
+        action="overtake",
+        reason=f"members {sorted(f.member for f in ahead)} work in a world nobody here issued",
+        fields={"generation": newest},
+    )
+
+
 def _form(plan: Plan, facts: JobFacts) -> Move | None:
-    """Enter the first world, or one after everybody died, once every seat is ready."""
+    """Enter the first world, or one after everybody died, once every seat is ready.
+
+    A member with state may come back meanwhile, its node having been out of reach: then the
+    job goes on from it, if it was in the last world, and without it otherwise.
+    """
+    halted = [f for f in _standing(plan, facts) if f.stage is Stage.HALTED]
+    if halted and all(f.generation >= plan.halted for f in halted):
+        if any(_has_state(plan, f) for f in halted):
+            return _resume(plan, facts)
+        evicted = {**plan.evicted, **{f.member: RESTART for f in halted}}
+        return plan.revised(evicted=evicted), Decision(
+            action="restart",
+            reason=f"members {sorted(f.member for f in halted)} hold the state of an older world",
+        )
     ready: list[MemberFacts] = []
     for seat in plan.seats:
         known = facts.members.get(seat.member)
@@ -207,13 +255,21 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
 
     if broken := [m for m in world.member_ids if gone(plan, facts, m)]:
         return _halt(plan, f"members {sorted(broken)} are gone")
-    # A member still HALTED in an older generation is on its way in.
+    # A member whose generation is older than the last world entered from standing still is on
+    # its way in. Later ones come only from having entered: that member's world broke, even
+    # when the world has grown since. Those that had no state yet say READY instead.
     if halted := [
-        f.member for f in here if f.stage is Stage.HALTED and f.generation >= world.generation
+        f.member
+        for f in here
+        if f.stage in (Stage.HALTED, Stage.READY, Stage.LINKED) and f.generation >= plan.resumed
     ]:
         return _halt(plan, f"members {sorted(halted)} report a broken generation")
     known = {world.generation, *([plan.joining.generation] if plan.joining else [])}
-    if strays := [f.member for f in here if f.stage is Stage.ACTIVE and f.generation > max(known)]:
+    if strays := [
+        f.member
+        for f in here
+        if f.stage is Stage.ACTIVE and f.generation > world.generation and f.generation not in known
+    ]:
         return _halt(plan, f"members {sorted(strays)} switched to a withdrawn world")
 
     if plan.joining and any(
@@ -237,7 +293,11 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         and not gone(plan, facts, f.member)
     ]
     offered = plan.joining.member_ids - world.member_ids if plan.joining else frozenset()
-    withdraw = any(gone(plan, facts, m) for m in offered)
+    # One that lost a link while it waited is READY again, until it has connected anew.
+    withdraw = any(
+        gone(plan, facts, m) or (m in facts.members and facts.members[m].stage is Stage.READY)
+        for m in offered
+    )
     if newcomers and (withdraw or not offered):
         joining = World.of(
             plan.next_generation, [*world.members, *(_address(f) for f in newcomers)]
@@ -251,42 +311,46 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         )
     if withdraw:
         return plan.revised(joining=None), Decision(
-            action="withdraw", reason="a newcomer died before it was let in"
+            action="withdraw", reason="a newcomer was lost, or lost a link, before it was let in"
         )
     return None
 
 
 def _halt(plan: Plan, reason: str) -> Move:
-    return plan.revised(phase=Phase.HALTING, halted=_issued(plan), joining=None), Decision(
+    return plan.revised(phase=Phase.HALTING, halted=_issued(plan)), Decision(
         action="halt", reason=reason, fields={"generation": _issued(plan)}
     )
 
 
 def _resume(plan: Plan, facts: JobFacts) -> Move | None:
     """Go on with those left, once each of them stands still and has said where (I3)."""
-    alive = [
-        f
-        for s in plan.seats
-        if (f := facts.members.get(s.member)) is not None
-        and f.stage in ALIVE
-        and not gone(plan, facts, f.member)
-    ]
-    alive = [f for f in alive if f.stage not in (Stage.STARTING, Stage.DONE)]
+    world = plan.world
+    assert world is not None, "what was halted was a world"
+    if any(m not in facts.members and not gone(plan, facts, m) for m in world.member_ids):
+        return None  # its agent has not spoken to this coordinator yet
+    alive = _standing(plan, facts)
     if any(f.stage is Stage.ACTIVE or f.generation < plan.halted for f in alive):
         return None
     halted = [f for f in alive if f.stage is Stage.HALTED]
-    if unborn := [f.member for f in halted if not f.stepping]:
+    in_setup = [f for f in alive if f.stage is Stage.READY and f.member in world.member_ids]
+    if unborn := [f.member for f in (*halted, *in_setup) if not f.stepping]:
         evicted = {**plan.evicted, **{f.member: RESTART for f in alive}}
-        return plan.revised(phase=Phase.FORMING, evicted=evicted), Decision(
+        return plan.revised(phase=Phase.FORMING, evicted=evicted, joining=None), Decision(
             action="restart",
             reason=f"members {sorted(unborn)} were still setting up",
         )
-    survivors = [f for f in halted if f.step is not None]
+    survivors = [f for f in halted if _has_state(plan, f)]
     if not survivors:
-        return plan.revised(phase=Phase.FORMING), Decision(
+        return plan.revised(phase=Phase.FORMING, joining=None), Decision(
             action="reform", reason="no member with state is left; starting from snapshots"
         )
-    step = max(f.step for f in survivors if f.step is not None)
+    # Those that are through with training saw the last vote pass, and count as witnesses.
+    through = [
+        f
+        for m in world.member_ids
+        if (f := facts.members.get(m)) is not None and f.stage in (Stage.DONE, Stage.FINISHED)
+    ]
+    step = max(f.step for f in (*survivors, *through) if f.step is not None)
     forward = [f.seat for f in survivors if f.step == step - 1 and f.voted]
     reason = f"all survivors stand still; play step {step + 1} again"
     if forward:
@@ -312,6 +376,28 @@ def _enter(plan: Plan, members: list[MemberFacts], step: Step, *, action: str, r
             "members": [m.seat for m in world.members],
         },
     )
+
+
+def _standing(plan: Plan, facts: JobFacts) -> list[MemberFacts]:
+    """The seated members that live, have said hello, and are not through with training."""
+    return [
+        f
+        for s in plan.seats
+        if (f := facts.members.get(s.member)) is not None
+        and f.stage in ALIVE
+        and f.stage not in (Stage.STARTING, Stage.DONE)
+        and not gone(plan, facts, f.member)
+    ]
+
+
+def _has_state(plan: Plan, member: MemberFacts) -> bool:
+    """Whether `member` holds the job's state: that of the last world, or of its growth.
+
+    A member whose node was out of reach while others went on may hold a step that was
+    played again without it; the same number, and perhaps not the same state.
+    """
+    worlds = [w for w in (plan.world, plan.joining) if w is not None]
+    return member.step is not None and any(w.rank_of(member.member) is not None for w in worlds)
 
 
 def _issued(plan: Plan) -> Generation:

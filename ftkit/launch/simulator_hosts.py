@@ -1,0 +1,261 @@
+"""SimAgent and SimCoordinator: the drivers around the pure protocol, as the simulator has them.
+
+What survives an agent is in its `Disk`: which members were ever spawned there, the newest
+plan, and the seats' arenas.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.launch.simulator_checks import TrainingState
+from ftkit.launch.simulator_rank import SimRank
+from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
+from ftkit.recovery.plan import Phase, Plan, adopt, first_plan
+from ftkit.recovery.protocol import advance
+
+if TYPE_CHECKING:
+    from ftkit.launch.simulator import Simulation
+
+HEARTBEAT_S = 0.5
+NODE_LIMIT_S = 2.0
+SNAPSHOTS_KEPT = 2
+
+
+@dataclass(slots=True)
+class Disk:
+    """What a node keeps when its agent dies. Owned by the node's agent and ranks."""
+
+    spawned: set[MemberId] = field(default_factory=set)
+    plan: Plan | None = None
+    arenas: dict[Seat, list[TrainingState]] = field(default_factory=dict)
+
+
+class Detector(Protocol):
+    """What the coordinator asks of detection."""
+
+    def evictions(self, now_s: float) -> Mapping[MemberId, str]:
+        """Members to remove now, with the reason; said again while it holds."""
+
+
+class SimAgent:
+    """The agent of one node: spawns and kills, relays standings up and plans down."""
+
+    def __init__(self, sim: "Simulation", node: NodeId, disk: Disk) -> None:
+        self.sim, self.node, self.disk = sim, node, disk
+        self.alive = True
+        self.ranks: dict[Seat, SimRank] = {}
+        self.plan: Plan | None = disk.plan
+        self._facts: dict[MemberId, MemberFacts] = {}
+        self._dirty = False
+        sim.after(0.0, self._start)
+
+    def _start(self) -> None:
+        # The plan its predecessor left is carried out before a newer one is heard of: the
+        # newest may be this one, and nobody would send it again.
+        self._carry_out()
+        self._beat()
+
+    def _beat(self) -> None:
+        if self.alive:
+            self._flush(True)
+            self.sim.after(HEARTBEAT_S, self._beat)
+
+    def told(self, facts: MemberFacts) -> None:
+        """A rank says where it stands."""
+        self.sim.after(0.001, self._take, facts)
+
+    def _take(self, facts: MemberFacts) -> None:
+        known = self._facts.get(facts.member)
+        if known is None or known.stage not in (Stage.DEAD, Stage.FINISHED):
+            self._facts[facts.member] = facts
+            self._changed()
+
+    def greeted(self, rank: SimRank) -> None:
+        """A rank says hello: it gets the plan."""
+        if self.plan is not None:
+            self.sim.after(0.001, rank.do, rank.take_plan, self.plan)
+
+    def saw_exit(self, rank: SimRank, code: int | None) -> None:
+        """A rank's process is gone."""
+        if not self.alive:
+            return
+        told = self._facts.get(rank.member, rank.facts())
+        stage = Stage.FINISHED if code == 0 else Stage.DEAD
+        self._facts[rank.member] = _ended(told, stage, code)
+        if self.ranks.get(rank.seat) is rank:
+            del self.ranks[rank.seat]
+        self._carry_out()
+        self._changed()
+
+    def take_plan(self, plan: Plan) -> None:
+        """A plan arrives from a coordinator; an older one is ignored."""
+        if not self.alive or self.sim.is_deaf(self.node):
+            return
+        if self.plan is None or plan.order > self.plan.order:
+            self.plan = self.disk.plan = plan
+            for rank in list(self.ranks.values()):
+                self.sim.after(0.001, rank.do, rank.take_plan, plan)
+            self._carry_out()
+
+    def _carry_out(self) -> None:
+        if not self.alive or self.plan is None or self.plan.phase is Phase.ENDED:
+            return
+        for rank in list(self.ranks.values()):
+            if rank.member in self.plan.evicted or self.plan.seat_of(rank.member) is None:
+                # Those that can leave by themselves get a moment for it.
+                self.sim.after(0.1, self.sim.kill, rank)
+        for seat in self.plan.seats:
+            if seat.node != self.node or seat.seat in self.ranks:
+                continue
+            if seat.member in self.disk.spawned:
+                # Spawned by an agent that died since, and all its ranks with it.
+                lost = MemberFacts(
+                    member=seat.member, seat=seat.seat, node=self.node, stage=Stage.DEAD
+                )
+                self._facts.setdefault(seat.member, lost)
+                continue
+            self.disk.spawned.add(seat.member)
+            rank = self.ranks[seat.seat] = self.sim.spawn(seat.member, seat.seat, self.node)
+            self._facts[seat.member] = rank.facts()
+            self.sim.point("spawned", rank)
+        if self.sim.forgetful:
+            # Nobody promised to remember members that have no seat any more.
+            for member in [m for m in self._facts if self.plan.seat_of(m) is None]:
+                if all(r.member != member for r in self.ranks.values()):
+                    del self._facts[member]
+        self._changed()
+
+    def _changed(self) -> None:
+        if not self._dirty:
+            self._dirty = True
+            self.sim.after(0.002, self._flush, False)
+
+    def _flush(self, beat: bool) -> None:
+        if not beat:
+            self._dirty = False
+        if self.alive and not self.sim.is_deaf(self.node):
+            self.sim.to_coordinator(self, False)
+
+    def report(self) -> "Report":
+        """Everything this agent knows, at this moment."""
+        # A torn answer to "where do you stand" would be a lie; what a rank says of itself is
+        # whole, so the agent relays it untouched.
+        return Report(
+            members=dict(self._facts),
+            snapshots=frozenset(s.step for arena in self.disk.arenas.values() for s in arena),
+            plan=self.plan,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One node's facts."""
+
+    members: Mapping[MemberId, MemberFacts]
+    snapshots: frozenset[Step]
+    plan: Plan | None
+
+
+class SimCoordinator:
+    """One coordinator: waits for every living agent, adopts, then advances the plan."""
+
+    def __init__(self, sim: "Simulation", detector: Detector, term: Term) -> None:
+        self.sim, self.detector, self.term = sim, detector, term
+        self.alive = True
+        self.plan: Plan | None = None
+        self._reports: dict[NodeId, Report] = {}
+        self._heard: dict[NodeId, float] = {}
+        self._born_s = sim.now
+
+    def start(self) -> None:
+        """Ask every agent for its report, and begin to tick."""
+        self._tick()
+
+    def _tick(self) -> None:
+        if not self.alive:
+            return
+        if self.plan is None:
+            # A hello may be lost to a deaf node, so it is asked for until it comes.
+            for agent in self.sim.agents.values():
+                if agent.node not in self._reports:
+                    self.sim.to_coordinator(agent, True)
+        self._advance()
+        self.sim.after(0.25, self._tick)
+
+    def hear(self, agent: SimAgent, report: Report) -> None:
+        """An agent's report arrives."""
+        if not self.alive:
+            return
+        self._reports[agent.node] = report
+        self._heard[agent.node] = self.sim.now
+        self._advance()
+        order = report.plan.order if report.plan else (-1, -1)
+        if self.plan is not None and order < self.plan.order:
+            self.sim.to_agent(agent.node, self.plan)
+
+    def _advance(self) -> None:
+        if self.plan is None and not self._take_over():
+            return
+        assert self.plan is not None, "taken over"
+        before = self.plan
+        if before.phase is Phase.ENDED:
+            return
+        facts = self._facts()
+        after = before
+        after, decisions = advance(before, facts, self.sim.budget)
+        if after is before:
+            return
+        for decision in decisions:
+            self.sim.note(decision.action, None, f"{decision.reason} {decision.fields}")
+        self.sim.checker.revised(before, after, facts, self.sim.ranks)
+        self.plan = after
+        for node in self.sim.agents:
+            self.sim.to_agent(node, after)
+        if after.stop is not None:
+            self.sim.ended = after.stop
+
+    def _take_over(self) -> bool:
+        for node, agent in self.sim.agents.items():
+            if node not in self._reports and agent.alive:
+                return False
+        if not self._reports:
+            return False
+        copies = [r.plan for r in self._reports.values() if r.plan is not None]
+        if copies:
+            self.plan = adopt(copies, term=self.term)
+        else:
+            self.plan = first_plan(self.sim.nodes, self.sim.seats_per_node, term=self.term)
+        self.sim.note("adopt", None, f"{len(copies)} copies, now {self.plan.order}")
+        for node in self.sim.agents:
+            self.sim.to_agent(node, self.plan)
+        return True
+
+    def _facts(self) -> JobFacts:
+        now = self.sim.now
+        members = {m: f for r in self._reports.values() for m, f in r.members.items()}
+        lost = frozenset(
+            n for n in self.sim.agents if now - self._heard.get(n, self._born_s) > NODE_LIMIT_S
+        )
+        reachable = [r for n, r in self._reports.items() if n not in lost]
+        return JobFacts(
+            members=members,
+            snapshots=frozenset(s for r in reachable for s in r.snapshots),
+            evictions=self.detector.evictions(now),
+            nodes_lost=lost,
+        )
+
+
+def _ended(told: MemberFacts, stage: Stage, code: int | None) -> MemberFacts:
+    return MemberFacts(
+        member=told.member,
+        seat=told.seat,
+        node=told.node,
+        stage=stage,
+        generation=Generation(told.generation),
+        step=told.step,
+        stepping=told.stepping,
+        port=told.port,
+        exit_code=code,
+    )

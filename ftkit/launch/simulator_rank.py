@@ -1,0 +1,461 @@
+"""SimRank: a rank process of the simulator, with the real `react` and `tally` inside.
+
+It plays the part of a session: trains, votes, halts by itself when a link breaks, and does
+what the plan asks. Everything it does later it schedules on the simulation's clock; what a
+halt interrupts carries `epoch` and comes to nothing.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.core.world import World
+from ftkit.launch.simulator_checks import TrainingState, slots_of
+from ftkit.recovery.facts import MemberFacts, Stage
+from ftkit.recovery.member import Duty, Standing, react
+from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.vote import Ballot, tally
+
+if TYPE_CHECKING:
+    from ftkit.launch.simulator import Simulation
+
+
+class SimRank:
+    """One incarnation of a seat."""
+
+    def __init__(self, sim: "Simulation", member: MemberId, seat: Seat, node: NodeId) -> None:
+        self.sim = sim
+        self.member, self.seat, self.node = member, seat, node
+        self.alive = True
+        self.stopped_since: float | None = None
+        self.backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self.plan: Plan | None = None
+        self.stage = Stage.STARTING
+        self.generation = Generation(0)
+        self.linked = Generation(0)
+        self.prepared = Generation(0)
+        self.voted = False
+        self.stepping = False
+        self.broken_setup = False
+        self.refuses = False
+        self.world: World | None = None
+        self._offer: World | None = None
+        self._state: TrainingState | None = None
+        self._held = Generation(0)
+        self._greeted = self._begun = self._busy = self._leaving = False
+        self._epoch = 0
+        self._sequence = 0
+        self._doing = ""
+        self._aborted: set[Generation] = set()
+        self._shares: dict[tuple[Generation, int], dict[MemberId, range]] = {}
+        self._ballots: dict[tuple[Generation, int], dict[MemberId, Ballot]] = {}
+        self._unsealed: TrainingState | None = None
+        self._later(sim.rng.uniform(0.01, 0.4), self._hello)
+
+    @property
+    def step(self) -> Step | None:
+        """Steps committed; None without state."""
+        return self._state.step if self._state else None
+
+    def facts(self) -> MemberFacts:
+        """What its agent knows of it once told."""
+        return MemberFacts(
+            member=self.member,
+            seat=self.seat,
+            node=self.node,
+            stage=self.stage,
+            generation=self.generation,
+            linked=self.linked,
+            step=self.step,
+            voted=self.voted,
+            stepping=self.stepping,
+            port=1 if self._greeted else 0,
+        )
+
+    def do(self, action: Callable[..., None], *args: Any) -> None:
+        """Run `action` in this process: now, after SIGCONT, or never."""
+        if not self.alive:
+            return
+        if self.stopped_since is not None:
+            self.backlog.append((action, args))
+            return
+        action(*args)
+
+    def wake(self) -> None:
+        """SIGCONT: everything that waited happens at once, in order."""
+        self.stopped_since = None
+        backlog, self.backlog = self.backlog, []
+        for action, args in backlog:
+            self.do(action, *args)
+
+    def _later(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
+        self.sim.after(delay_s, self.do, action, *args)
+
+    def _train(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
+        """Go on with `action`, unless a halt comes first."""
+        self._later(delay_s, self._unless_halted, self._epoch, action, *args)
+
+    def _unless_halted(self, epoch: int, action: Callable[..., None], *args: Any) -> None:
+        if epoch == self._epoch and self.stage is Stage.ACTIVE:
+            action(*args)
+
+    def _point(self, name: str) -> bool:
+        """Pass a point at which a fault may strike; False when it killed this process."""
+        self.sim.point(name, self)
+        return self.alive
+
+    def _say(self) -> None:
+        self.sim.agents[self.node].told(self.facts())
+
+    # What the plan asks.
+
+    def _hello(self) -> None:
+        self._greeted = True
+        self._say()
+        if self._point("hello"):
+            self.sim.agents[self.node].greeted(self)
+
+    def take_plan(self, plan: Plan) -> None:
+        """A plan arrives from the agent."""
+        if not self._greeted or (self.plan is not None and plan.order <= self.plan.order):
+            return
+        self.plan = plan
+        if not self._begun:
+            self._begun = True
+            if plan.world is None or plan.phase is Phase.FORMING:
+                # Its script sets up inside a world, with collectives.
+                self._ready(False)
+            else:
+                self._later(self.sim.rng.uniform(0.02, 0.3), self._ready, True)
+        self.heed()
+
+    def _ready(self, stepping: bool) -> None:
+        self.stepping = stepping
+        self.stage = Stage.READY
+        self.heed()
+        self._say()
+
+    def _duty(self) -> tuple[Duty, World | None]:
+        assert self.plan is not None, "only a plan has duties"
+        standing = Standing(
+            member=self.member,
+            stage=self.stage,
+            generation=self.generation,
+            linked=self.linked,
+            prepared=self.prepared,
+        )
+        return react(standing, self.plan)
+
+    def heed(self) -> None:
+        """Do what the plan asks, as far as it goes at once."""
+        while self.alive and self.plan is not None and not self._leaving:
+            duty, world = self._duty()
+            if duty is Duty.HALT:
+                self.halt(self.plan.halted, "the plan says so")
+            elif duty is Duty.LEAVE:
+                self._leaving = True
+                self._abort()
+                self._later(0.02, self.sim.exits, self, 1)
+            elif duty is Duty.PREPARE and world is not None:
+                if not all(self.sim.linked(self.member, m.member) for m in world.members):
+                    self._later(0.05, self.heed)
+                    return
+                self._offer, self.prepared = world, world.generation
+                if not self._point("prepared"):
+                    return
+            else:
+                if duty in (Duty.RESUME, Duty.LINK) and not self._busy:
+                    self._busy = True
+                    self._later(self.sim.delay_s(), self._task)
+                return
+
+    def _task(self) -> None:
+        """The training thread looks what there is to do while it stands still."""
+        self._busy = False
+        if self._leaving or self.plan is None:
+            return
+        duty, world = self._duty()
+        if duty is Duty.RESUME and world is not None:
+            self._resume(world, self.plan.step)
+        elif duty is Duty.LINK and world is not None:
+            self._busy = True
+            if self.stepping:
+                self._later(self.sim.delay_s() * 3, self._link, world)
+            else:
+                # It waited for a world to set up in; now it sets up alone, as a newcomer.
+                self._later(0.1, self._set_up_alone)
+        else:
+            self.heed()
+
+    def _set_up_alone(self) -> None:
+        self._busy = False
+        self.stepping = True
+        self._say()
+        self.heed()
+
+    def _link(self, world: World) -> None:
+        self._busy = False
+        if self.stage is Stage.ACTIVE or self._leaving:
+            return
+        if not all(self.sim.connect(self, m.member) for m in world.members):
+            self._later(0.1, self.heed)
+            return
+        self._state, self.voted = None, False
+        self.stage, self.linked = Stage.LINKED, world.generation
+        self._say()
+        if self._point("linked"):
+            self.heed()
+
+    # Entering.
+
+    def _resume(self, world: World, step: Step) -> None:
+        self.sim.checker.resumes(self, step)
+        if not all(self.sim.connect(self, m.member) for m in world.members):
+            self.halt(world.generation, "a member cannot be reached")
+            self.heed()
+            return
+        forward = self._state is not None and step == self._state.step + 1
+        self._enter(world)
+        if forward:
+            self._commit(self._held)
+            if not self.alive:
+                return
+        self.voted = False
+        self._say()
+        if not self._point("entered"):
+            return
+        if world.generation in self._aborted:
+            self.halt(world.generation, "it was aborted before")
+            self.heed()
+            return
+        self.heed()  # the next newcomers may be waiting already
+        if not self.stepping:
+            self._train(self.sim.rng.uniform(0.02, 0.3), self._set_up, step)
+        elif self._state is None:
+            self._restore(step, None)
+        else:
+            self._train(0.001, self._begin)
+
+    def _enter(self, world: World) -> None:
+        self.sim.checker.entered(self, world)
+        self.stage, self.world = Stage.ACTIVE, world
+        self.generation = world.generation
+        self.linked = self.prepared = Generation(0)
+        self._sequence = 0
+        self._doing = ""
+        for inbox in (self._shares, self._ballots):
+            for key in [k for k in inbox if k[0] < self.generation]:
+                del inbox[key]
+        self.sim.note("enter", self, f"generation {world.generation} step {self.step}")
+
+    def admit(self, world: World, step: Step) -> None:
+        """A member says that this newcomer is in `world`, which stands at `step`."""
+        if world.generation <= self.generation or self.stage is not Stage.LINKED:
+            return
+        attempt = self.linked
+        self._enter(world)
+        self._say()
+        if not self._point("admitted"):
+            return
+        if not self._all_linked(world) or world.generation in self._aborted:
+            self.halt(world.generation, "refused: a link is down")
+            self.heed()
+            return
+        self.heed()
+        # The step was committed by the world this newcomer had linked to.
+        self._restore(step, attempt)
+
+    def _set_up(self, step: Step) -> None:
+        self.stepping = True
+        self._say()
+        self._restore(step, None)
+
+    def _restore(self, step: Step, attempt: Generation | None) -> None:
+        found = self.sim.snapshot(step, attempt)
+        if found is None:
+            self._train(0.05, self._restore, step, attempt)
+        else:
+            self._train(self.sim.rng.uniform(0.005, 0.1), self._restored, found)
+
+    def _restored(self, found: TrainingState) -> None:
+        self._state = found
+        self.sim.checker.restored(self, found)
+        self.sim.forget_newer(self.seat, found)
+        self._say()
+        if self._point("restored"):
+            self._begin()
+
+    # Playing a step.
+
+    def _begin(self) -> None:
+        assert self._state is not None, "a rank without state does not train"
+        if self._state.step >= self.sim.until:
+            self._abandon()
+            self.stage = Stage.DONE
+            self._say()
+            if self._point("done"):
+                self._later(self.sim.rng.uniform(0.01, 0.3), self.sim.exits, self, 0)
+            return
+        self._sequence += 1
+        self.sim.checker.attempted(self, self._state)
+        self._train(self.sim.compute_s(), self._reduce)
+
+    def _key(self) -> tuple[Generation, int]:
+        return (self.generation, self._sequence)
+
+    def _peers(self) -> list[MemberId]:
+        assert self.world is not None, "an active rank has a world"
+        return [m.member for m in self.world.members if m.member != self.member]
+
+    def _reduce(self) -> None:
+        assert self.world is not None, "an active rank has a world"
+        rank = self.world.rank_of(self.member)
+        assert rank is not None, "a rank is in its own world"
+        share = slots_of(rank, self.world.size, self.sim.slots)
+        self._doing = "reduce"
+        for peer in self._peers():
+            self.sim.send(self, peer, SimRank.take_share, self.member, self._key(), share)
+        self.take_share(self.member, self._key(), share)
+
+    def take_share(self, source: MemberId, key: tuple[Generation, int], share: range) -> None:
+        """A peer's part of a reduction; of an older generation it is refused."""
+        if key[0] < self.generation:
+            return
+        shares = self._shares.setdefault(key, {})
+        shares[source] = share
+        if self._doing == "reduce" and key == self._key() and self._complete(shares):
+            self.sim.checker.reduced(self, list(shares.values()))
+            del self._shares[key]
+            self._vote()
+
+    def _complete(self, got: dict[MemberId, Any]) -> bool:
+        assert self.world is not None, "an active rank has a world"
+        return len(got) == self.world.size
+
+    def _vote(self) -> None:
+        assert self._state is not None, "a rank without state does not vote"
+        self._doing = "vote"
+        self.voted, self._held = not self.refuses, self.generation
+        if not self._point("reduced") or self.stage is not Stage.ACTIVE:
+            return
+        ballot = Ballot(
+            generation=self.generation,
+            step=Step(self._state.step + 1),
+            ok=not self.refuses,
+            prepared=self.prepared,
+        )
+        self.refuses = False
+        for i, peer in enumerate(self._peers()):
+            # One after another, so that a fault can come between.
+            self._train(0.0002 * i, self._cast, peer, self._key(), ballot)
+        self.take_ballot(self.member, self._key(), ballot)
+
+    def _cast(self, peer: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
+        if self._point("ballot"):
+            self.sim.send(self, peer, SimRank.take_ballot, self.member, key, ballot)
+
+    def take_ballot(self, source: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
+        """A peer's ballot; of an older generation it is refused."""
+        if key[0] < self.generation:
+            return
+        ballots = self._ballots.setdefault(key, {})
+        ballots[source] = ballot
+        if self._doing != "vote" or key != self._key() or not self._complete(ballots):
+            return
+        assert self.world is not None, "an active rank has a world"
+        result = tally([ballots[m.member] for m in self.world.members])
+        del self._ballots[key]
+        self._doing = ""
+        if not result.passed:
+            self.voted = False
+            self._train(0.001, self._begin)
+            return
+        self._commit(self.generation)
+        if not self.alive or self.stage is not Stage.ACTIVE:
+            return
+        if result.switch is not None:
+            self._switch(result.switch)
+        self._train(0.005, self._begin)
+
+    def _commit(self, attempt: Generation) -> None:
+        before = self._state
+        assert before is not None, "a rank without state does not commit"
+        self._seal()  # a capture must be done before the state changes again
+        self._state = self._unsealed = before.after(attempt)
+        self.voted = False
+        self.sim.checker.committed(self, before, self._state)
+        self.sim.note("commit", self, f"step {self.step} of generation {attempt}")
+        self._later(self.sim.rng.uniform(0.01, 0.2), self._seal_this, self._state)
+        self._point("committed")
+
+    def _seal_this(self, state: TrainingState) -> None:
+        if self._unsealed is state:
+            self._seal()
+
+    def _seal(self) -> None:
+        if self._unsealed is not None:
+            self.sim.seal(self.node, self.seat, self._unsealed)
+            self._unsealed = None
+
+    def _switch(self, generation: Generation) -> None:
+        old, new = self.world, self._offer
+        assert old is not None, "an active rank has a world"
+        assert new is not None, "a vote switches to a world all have prepared"
+        assert new.generation == generation, "a vote switches to the world all have prepared"
+        step = self.step
+        self._enter(new)
+        self._say()
+        for newcomer in new.members:
+            if newcomer.member not in old.member_ids:
+                self.sim.send(self, newcomer.member, SimRank.admit, new, step)
+        if not self._point("switched"):
+            return
+        if not self._all_linked(new) or generation in self._aborted:
+            self.halt(generation, "a link is down")
+        self.heed()
+
+    def _all_linked(self, world: World) -> bool:
+        return all(self.sim.linked(self.member, m.member) for m in world.members)
+
+    # Halting.
+
+    def halt(self, generation: Generation, reason: str) -> None:
+        """Stand still: every generation up to `generation` is over for this rank."""
+        if self.stage is Stage.ACTIVE:
+            self._abort()
+            self.broken_setup = not self.stepping
+            unborn = not self.stepping and self.sim.unborn_say_halted
+            self.stage = Stage.HALTED if self._state is not None or unborn else Stage.READY
+            self.sim.note("halt", self, f"{reason}; step {self.step} voted {self.voted}")
+        self.generation = max(generation, self.generation)
+        self._say()
+        self._point("halted")
+
+    def _abort(self) -> None:
+        self._abandon()
+        if self.stage is Stage.ACTIVE:
+            for peer in self._peers():
+                self.sim.send(self, peer, SimRank.take_abort, self.generation)
+
+    def _abandon(self) -> None:
+        self._epoch += 1
+        self._doing = ""
+
+    def take_abort(self, generation: Generation) -> None:
+        """A peer says that `generation` is broken."""
+        if generation > self.generation:
+            self._aborted.add(generation)
+        elif generation == self.generation and self.stage is Stage.ACTIVE:
+            self.halt(generation, "a peer aborted it")
+            self.heed()
+
+    def link_broke(self, peer: MemberId) -> None:
+        """The connection to `peer` is gone."""
+        if self.stage is Stage.ACTIVE and peer in self._peers():
+            self.halt(self.generation, f"lost member {peer}")
+            self.heed()
+        elif self.stage is Stage.LINKED:
+            # It cannot be let in without this link, so it connects anew.
+            self.stage, self.linked = Stage.READY, Generation(0)
+            self._say()
+            self.heed()

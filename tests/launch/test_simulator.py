@@ -1,0 +1,96 @@
+"""The whole job, simulated: whatever breaks, nothing wrong is committed, and it recovers."""
+
+import pytest
+
+from ftkit.core.ids import Generation
+from ftkit.launch import simulator_rank
+from ftkit.launch.simulator import Simulation, SimulationFailure, main
+from ftkit.launch.simulator_checks import Checker, TrainingState, slots_of
+from ftkit.launch.simulator_faults import Fault, Kind
+from ftkit.recovery import protocol
+from ftkit.recovery.vote import Tally
+
+
+def test_a_thousand_seeds_hold() -> None:
+    ended = [Simulation(seed).run() for seed in range(1000)]
+    assert sum(o.faults > 0 for o in ended) > 800, "most of these jobs were disturbed"
+    assert sum(o.restarts for o in ended) > 500
+    assert sum(o.stop.code == 0 for o in ended) > 900, "and nearly all got to their end"
+
+
+def test_the_same_seed_is_the_same_job() -> None:
+    assert Simulation(7).run() == Simulation(7).run()
+
+
+def test_an_undisturbed_job_replaces_nobody() -> None:
+    for seed in range(20):
+        outcome = Simulation(seed, faults=[]).run()
+        assert (outcome.stop.code, outcome.restarts, outcome.faults) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_fault_alone_at_every_ballot(kind: Kind) -> None:
+    struck = 0
+    for nth in range(1, 13):
+        for target in (0, 1):
+            fault = Fault(kind=kind, target=target, duration_s=2.0, point="ballot", nth=nth)
+            struck += Simulation(nth, faults=[fault]).run().faults
+    assert struck
+
+
+def test_a_vote_that_passes_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With roll forward taken away, a step that some committed is played again by others."""
+    real = protocol._enter
+
+    def lowest(plan, members, step, **words):
+        return real(plan, members, min(f.step or 0 for f in members), **words)
+
+    monkeypatch.setattr(protocol, "_enter", lowest)
+    with pytest.raises(SimulationFailure, match="I3"):
+        for seed in range(200):
+            Simulation(seed).run()
+
+
+def test_a_rank_that_skips_the_vote_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator_rank, "tally", lambda ballots: Tally(passed=True))
+    monkeypatch.setattr(simulator_rank.SimRank, "_complete", lambda self, got: True)
+    with pytest.raises(SimulationFailure, match="reduced slots"):
+        for seed in range(20):
+            Simulation(seed).run()
+
+
+def test_a_failure_says_how_to_replay_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (_nothing(), None))
+    with pytest.raises(SimulationFailure) as caught:
+        Simulation(3).run()
+    words = str(caught.value)
+    assert "--seed 3 -v" in words
+    assert "seed 3 at" in words
+    assert "no end within" in words
+
+
+def _nothing():
+    return simulator_rank.Duty.NOTHING
+
+
+def test_the_command_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--seed", "5", "-v"]) == 0
+    assert "commit" in capsys.readouterr().out
+    monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (_nothing(), None))
+    assert main(["--seed", "5"]) == 1
+    assert "replay" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+@pytest.mark.parametrize("slots", range(1, 9))
+def test_slots_are_shared_out_exactly_once(size: int, slots: int) -> None:
+    shares = [slot for rank in range(size) for slot in slots_of(rank, size, slots)]
+    assert shares == list(range(slots))
+
+
+def test_lineage_tells_attempts_apart_and_state_does_not() -> None:
+    one, other = (TrainingState().after(Generation(g)) for g in (1, 2))
+    assert one.state == other.state == Checker(1).reference(one.step)
+    assert one.lineage != other.lineage
