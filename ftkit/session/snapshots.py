@@ -12,8 +12,8 @@ import torch
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.capture import Capture
-from ftkit.checkpoint.restore import execute, plan
 from ftkit.checkpoint.fetch import list_copies
+from ftkit.checkpoint.restore import execute, plan
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import GenerationAborted, IntegrityError, WireError
 from ftkit.core.ids import Generation, NodeId, Seat, Step
