@@ -107,7 +107,8 @@ def drill() -> None:
 @click.option("--json", "as_json", is_flag=True)
 def drill_list(as_json: bool) -> None:
     """The faults there are, and where in a step they can strike."""
-    from ftkit.launch.drills import CATALOGUE, Point
+    from ftkit.core.fault_plan import Point
+    from ftkit.launch.drills import CATALOGUE
 
     if as_json:
         faults = [{"fault": name, "what": what} for name, what in CATALOGUE.items()]

@@ -639,7 +639,7 @@ def init() -> Session:
         backend.bind(session._group)
         dist.init_process_group(
             "ftkit",
-            store=dist.HashStore(),
+            store=dist.HashStore(),  # type: ignore[attr-defined]  # public, not listed
             rank=session.rank,
             world_size=session.world_size,
         )
