@@ -82,7 +82,7 @@ class GradientReducer:
         self._buckets = _cut([p for p in params if p.requires_grad], slots, bucket_bytes)
         self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.params)}
         self._hooks = [
-            p.register_post_accumulate_grad_hook(self._take)
+            p.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
             for b in self._buckets
             for p in b.params
         ]
@@ -151,7 +151,7 @@ class GradientReducer:
         for bucket in self._buckets:
             assert bucket.handle is not None, "every bucket was launched"
             bucket.handle.wait()
-            digest.update(bucket.out.view(torch.uint8).numpy())
+            digest.update(bucket.out.view(torch.uint8).numpy().data)
             used = bucket.out[-len(bucket.params) :].tolist()
             for param, view, flag in zip(bucket.params, bucket.views, used, strict=True):
                 param.grad = view if flag > 0 else None

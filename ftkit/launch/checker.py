@@ -115,6 +115,25 @@ class _Findings:
     missing: list[str] = field(default_factory=list)
 
 
+def expectation_of(events: Iterable[Event]) -> Expectation:
+    """What can be read from a run's own events about what it was to be: for its report.
+
+    The size of a slot is not among it, so samples are counted in slots.
+    """
+    history = read_history(events)
+    faults = history.injections
+    return Expectation(
+        fault=faults[0].fault if faults else "run",
+        phase=faults[0].phase if faults else "none",
+        seed=0,
+        world_size=max(1, len({a.seat for a in history.acts})),
+        steps=max((c.step for c in history.commits), default=1),
+        slots=max((s + 1 for v in history.votes for s in v.slots), default=1),
+        slot_size=1,
+        evicts=any(f.seat is not None for f in faults),
+    )
+
+
 def check(
     events: Iterable[Event], reference_events: Iterable[Event] | None, expectation: Expectation
 ) -> Outcome:

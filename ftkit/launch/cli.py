@@ -199,9 +199,13 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
 def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: bool) -> None:
     """Write a page with the loss and the timeline of a run."""
     from ftkit.core.trace import read_run
+    from ftkit.launch.checker import check, expectation_of
     from ftkit.launch.report import write_report
 
-    write_report(out, read_run(newest_run(run_dir)), read_run(reference) if reference else [])
+    events = read_run(newest_run(run_dir))
+    undisturbed = read_run(reference) if reference else None
+    outcome = check(events, undisturbed, expectation_of(events))
+    write_report(out, events, undisturbed, outcome)
     click.echo(json.dumps({"report": str(out)}) if as_json else f"wrote {out}")
 
 

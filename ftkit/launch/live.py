@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from ftkit.core.trace import read_run
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.report_view import RunView, Story, duration
 
@@ -95,6 +96,31 @@ def watch(
             if view.ended or last:
                 return view
             stop.wait(interval_s)
+
+
+def follow(run_dir: Path, *, once: bool, as_json: bool) -> int:
+    """`ftkit status`: show a run until it ends, or once. Returns the exit code."""
+    if not (once or as_json):
+        watch(run_dir, stop=threading.Event(), title=run_dir.name)
+        return 0
+    view = RunView()
+    for event in read_run(run_dir):
+        view.feed(event)
+    state = {
+        "run_dir": str(run_dir),
+        "step": view.step,
+        "loss": view.loss,
+        "world_size": view.world_size,
+        "generation": view.generation,
+        "ended": view.ended,
+        "incidents": [story.sentence() for story in view.stories],
+    }
+    if as_json:
+        print(json.dumps(state))
+    else:
+        for name, value in state.items():
+            print(f"{name:12} {value}")
+    return 0
 
 
 def summary(outcome: Outcome) -> RenderableType:

@@ -9,6 +9,7 @@ which newcomers' world each rank is ready to switch to.
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum, auto
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
@@ -64,17 +65,35 @@ class Ballot:
         )
 
 
+class Refusal(StrEnum):
+    """Why a vote did not pass."""
+
+    OUT_OF_STEP = auto()
+    """Ranks voted on different steps or generations."""
+    UNSOUND = auto()
+    """A rank said that it cannot commit."""
+    DATA = auto()
+    """Ranks read different data where all should read the same."""
+    GRADIENTS = auto()
+    """Ranks hold different reduced gradients: corruption."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
     """The result of a vote, the same on every rank that counted it."""
 
-    passed: bool
+    refusal: Refusal | None = None
+    """Why it did not pass; None when it did."""
     reason: str = ""
-    """Why it did not pass, naming the ranks that differ."""
+    """The same for people, naming the ranks that differ."""
     switch: Generation | None = None
     """The newcomers' generation that all members enter after this step."""
     loss: float | None = None
     """Mean over the slots, summed in the order of slots; None when nobody recorded any."""
+
+    @property
+    def passed(self) -> bool:
+        return self.refusal is None
 
 
 def tally(ballots: Sequence[Ballot]) -> Tally:
@@ -82,24 +101,28 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
     first = ballots[0]
     if any((b.generation, b.step) != (first.generation, first.step) for b in ballots):
         seen = [(b.generation, b.step) for b in ballots]
-        return Tally(passed=False, reason=f"ranks vote on different (generation, step): {seen}")
+        return Tally(
+            refusal=Refusal.OUT_OF_STEP,
+            reason=f"ranks vote on different (generation, step): {seen}",
+        )
     if refused := [rank for rank, b in enumerate(ballots) if not b.ok]:
-        return Tally(passed=False, reason=f"ranks {refused} cannot commit step {first.step}")
+        return Tally(
+            refusal=Refusal.UNSOUND, reason=f"ranks {refused} cannot commit step {first.step}"
+        )
     if odd := minority([b.data_digest for b in ballots]):
         return Tally(
-            passed=False,
+            refusal=Refusal.DATA,
             reason=f"ranks {odd} read other data than the rest at step {first.step}",
         )
     if odd := minority([b.digest for b in ballots]):
         return Tally(
-            passed=False,
+            refusal=Refusal.GRADIENTS,
             reason=f"ranks {odd} hold other reduced gradients than the rest at step {first.step}",
         )
     losses = {slot: value for b in ballots for slot, value in b.losses.items()}
     prepared = {b.prepared for b in ballots}
     switch = prepared.pop() if len(prepared) == 1 else Generation(0)
     return Tally(
-        passed=True,
         switch=switch if switch > first.generation else None,
         loss=sum(losses[s] for s in sorted(losses)) / len(losses) if losses else None,
     )

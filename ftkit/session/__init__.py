@@ -1,12 +1,13 @@
 """Session: what runs inside a rank, and joins the rooms for the training loop.
 
-* `session`: `init`, `Session`, the step loop
-* `step`: the transaction a user writes as ``with step:``
-* `feed`: batches of a data set or a loader, slot by slot
-* `membership`: where this rank stands in the job, under one lock
-* `control`: the connection to this node's agent
+* `start`: `init`, how a process becomes a rank
+* `session`: `Session`, what the user holds; `loop` and `step`: the step loop and its transaction
+* `worlds`: how a rank gets into a world; `membership`: where it stands, under one lock
+* `feed`: batches slot by slot; `buffers`: what forward passes change; `snapshots`: state kept
+* `parts`, `control`: the connections to the rest of the job; `inject`: drills; `warm_up`
 """
 
-from ftkit.session.session import Session, init
+from ftkit.session.session import Session
+from ftkit.session.start import init
 
 __all__ = ["Session", "init"]

@@ -18,11 +18,9 @@ from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import GenerationAborted, IntegrityError, WireError
 from ftkit.core.ids import Generation, NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Inventory
-from ftkit.core.rank_env import RankEnv
-from ftkit.core.trace import Trace
 from ftkit.core.world import World
-from ftkit.session.control import Control
 from ftkit.session.membership import Membership
+from ftkit.session.parts import Parts
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +38,7 @@ class Snapshots:
         optimizer: Sequence[torch.optim.Optimizer],
         scheduler: object | None,
         extra: Mapping[str, object],
-        env: RankEnv | None,
-        control: Control | None,
-        trace: Trace,
+        parts: Parts,
     ) -> None:
         """Take note of what is protected; nothing is captured before the first commit."""
         more = {f"model{i}": m for i, m in enumerate(model[1:], start=1)}
@@ -52,9 +48,9 @@ class Snapshots:
             scheduler=() if scheduler is None else scheduler,  # type: ignore[arg-type]  # checked there
             **{**more, **extra},  # type: ignore[arg-type]  # checked there
         )
-        self._env = env
-        self._control = control
-        self._trace = trace
+        self._env = parts.env
+        self._control = parts.control
+        self._trace = parts.trace
         self._capture: Capture | None = None
         self._arena: Arena | None = None
 
@@ -77,10 +73,6 @@ class Snapshots:
         """Wait for what is left of the capture under way: the state is about to change."""
         if self._capture is not None:
             self._capture.gate()
-
-    def finish(self) -> None:
-        """Complete the snapshot under way."""
-        self.gate()
 
     def restore(self, step: Step, world: World, membership: Membership) -> None:
         """Load the state of `step` from the nearest arena that holds it.

@@ -11,31 +11,57 @@ changes anything, and the step commits or is played again::
 A fault of the job inside the body is swallowed here, the user's own exceptions go through.
 """
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+import numpy
 import torch
 
-from ftkit.core.errors import GenerationAborted, JobFault, StepRolledBack, UsageError
+from ftkit.collectives.gradients import Waitable
+from ftkit.collectives.slot_tree import SlotNode
+from ftkit.collectives.slots import assign
+from ftkit.core.errors import (
+    GenerationAborted,
+    JobFault,
+    NotDeterministic,
+    StepRolledBack,
+    UsageError,
+)
+from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Generation, Slot
-
-if TYPE_CHECKING:
-    from ftkit.session.session import Session
-
 from ftkit.core.ids import Step as StepNumber
+from ftkit.core.world import World
+from ftkit.detection.row import Phase
+from ftkit.recovery.data_cursor import derive
+from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
+from ftkit.session.buffers import StepBuffers
+from ftkit.session.loop import Loop
+from ftkit.session.membership import Fate
+
+#: Votes that do not pass, one after another, after which the step is given up.
+VOTES_MAX = 3
 
 
 class Step:
     """One attempt at one optimizer step. Used once, by the training thread."""
 
-    def __init__(self, session: "Session", number: StepNumber, generation: Generation) -> None:
-        self._session = session
+    def __init__(self, loop: Loop, number: StepNumber) -> None:
+        """The next attempt of `loop`, in the world as it stands."""
+        self._loop = loop
+        self._parts = loop.parts
         self._number = number
-        self.generation = generation
-        self._losses: dict[Slot, float] = {}
+        self._generation: Generation = self._parts.group.world.generation
+        self._held = [Slot(s) for s in assign(loop.slots, loop.parts.group.size)[self._rank]]
+        self._buffers: StepBuffers | None = None
         self._slot: Slot | None = None
-        self._reduced = False
+        self._losses: dict[Slot, float] = {}
+        self._bucket = 0
+        self._digest: int | None = None
+        """Of the reduced gradients, once they are."""
+        self._newcomers: World | None = None
+        """The world to switch to once this step is over."""
         self.entered = False
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
@@ -48,8 +74,14 @@ class Step:
         return self._number
 
     def __enter__(self) -> Self:
+        if self._loop.current is not None:
+            raise UsageError("a step is open already: do not nest `with step:`")
+        self._loop.check_parameters()
         self.entered = True
-        self._session._begin(self)
+        self._loop.current = self
+        self._parts.recorder.step(self._number)
+        self._loop.reducer.begin()
+        self._buffers = StepBuffers(self._loop.modules)
         return self
 
     def batches(self) -> Iterator[Any]:
@@ -64,16 +96,12 @@ class Step:
           UsageError: called outside `with step:`, or twice.
           JobFault: the job failed; leave it to `with step:`.
         """
-        if self._session._current is not self:
-            raise UsageError("call step.batches() inside `with step:`")
-        if self._reduced or self._slot is not None:
-            raise UsageError("step.batches() may be used once in a step")
-        for slot in self._session._slots(self):
-            self._slot = slot
-            yield self._session._start_slot(self, slot)
-            self._session._end_slot(self, slot)
-        self._session._reduce(self)
-        self._reduced = True
+        if self._loop.current is not self or self._slot is not None or self._digest is not None:
+            raise UsageError("use step.batches() inside `with step:`, once in a step")
+        for slot in self._held:
+            yield self._begin_slot(slot)
+            self._end_slot(slot)
+        self._reduce()
 
     def record(self, loss: torch.Tensor | float) -> None:
         """Note the loss of the current slot, for `step.loss`.
@@ -85,43 +113,188 @@ class Step:
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
         self._losses[self._slot] = float(value)
 
-    @property
-    def losses(self) -> dict[Slot, float]:
-        """What was recorded on this rank so far."""
-        return dict(self._losses)
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        session = self._session
         if error is None and not self.committed:
             # No optimizer stepped (a GradScaler may skip it): the step still has to count.
             try:
-                session._vote(self)
+                self._vote()
             except JobFault as fault:
                 error = fault
+        self._loop.current = None
         if error is None:
-            session._end(self)
+            self._commit()
             return False
-        if self.committed or not session._is_job_fault(self, error):
-            session._current = None
+        if self.committed or not self._is_job_fault(error):
             return False
-        session._roll_back(self, error)
+        self._roll_back(error)
         return True
 
+    def before_optimizer(self) -> None:
+        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+        if not self.committed:
+            self._vote()
+        self._parts.recorder.phase(Phase.CAPTURE)
+        self._loop.snapshots.gate()
+        self._parts.recorder.phase(Phase.OPTIMIZER)
+        self._parts.injector.at(Point.COMMIT, self._number)
+        self._parts.injector.at(Point.OPTIMIZER, self._number)
 
-def is_aborted(error: BaseException) -> bool:
-    """Whether `error` is a job fault, or torch's account of one.
+    def reduce_bucket(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
+        """(reducer) Start the canonical reduction of one bucket."""
+        self._parts.injector.at(Point.BACKWARD, self._number, bucket=self._bucket)
+        self._check()
+        handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
+        self._parts.injector.at(Point.ALL_REDUCE, self._number, bucket=self._bucket)
+        self._bucket += 1
+        return handle
 
-    An error that passes through a torch Future or the autograd engine may come out as a
-    RuntimeError with the original's text, so the text is looked at too.
+    @property
+    def _rank(self) -> int:
+        return self._parts.group.rank
+
+    def _begin_slot(self, slot: Slot) -> Any:
+        self._check()
+        assert self._buffers is not None, "batches() runs inside the step"
+        self._parts.recorder.phase(Phase.DATA)
+        self._parts.injector.at(Point.DATA, self._number)
+        self._slot = slot
+        key = derive(self._loop.seed, "slot", self._number, slot) >> 1
+        torch.manual_seed(key)
+        random.seed(key)
+        numpy.random.seed(key & 0xFFFFFFFF)
+        self._buffers.rewind()
+        batch = self._loop.feed.batch(self._number, slot)
+        self._loop.reducer.start_slot(slot, last=slot == self._held[-1])
+        self._parts.recorder.phase(Phase.FORWARD)
+        self._parts.injector.at(Point.FORWARD, self._number)
+        return batch
+
+    def _end_slot(self, slot: Slot) -> None:
+        self._check()
+        assert self._buffers is not None, "batches() runs inside the step"
+        self._loop.reducer.end_slot()
+        if slot == 0:
+            self._buffers.keep()
+
+    def _reduce(self) -> None:
+        self._check()
+        assert self._buffers is not None, "batches() runs inside the step"
+        self._parts.recorder.phase(Phase.REDUCE)
+        digest = self._loop.reducer.finish(held=len(self._held))
+        # Slot 0 is always rank 0's.
+        self._buffers.share(lambda buffer: self._parts.group.broadcast(buffer, 0).wait())
+        self._digest = digest
+        self._slot = None
+        self._parts.recorder.phase(Phase.FORWARD)
+
+    def _vote(self) -> None:
+        """Agree that this step counts. Returns when it does; blocks through a repair.
+
+        Raises:
+          StepRolledBack: it does not.
+        """
+        if self._digest is None:
+            raise UsageError(
+                "the step has no gradients: loop over step.batches() to its end before the "
+                "optimizer steps"
+            )
+        self._check()
+        parts, number = self._parts, self._number
+        parts.recorder.phase(Phase.VOTE)
+        newcomers = parts.membership.prepared
+        ballot = Ballot(
+            generation=self._generation,
+            step=number,
+            digest=self._digest,
+            data_digest=self._loop.feed.digest(number),
+            prepared=newcomers.generation if newcomers else Generation(0),
+            losses=self._losses,
+        )
+        parts.trace.event("vote", step=number, generation=self._generation, slots=self._held)
+        parts.membership.vote_cast()
+        result: Tally | None = None
+        try:
+            cast = parts.group.exchange(ballot.pack())
+            parts.injector.at(Point.VOTE, number)
+            result = tally([Ballot.unpack(b) for b in cast.wait()])
+        except GenerationAborted:
+            pass  # cut in half: what became of it is decided below, with the others
+        if result is not None:
+            if not result.passed:
+                self._refused(result)
+            self.loss = result.loss
+        if result is not None and parts.membership.vote_passed(self._generation):
+            if newcomers and result.switch == newcomers.generation:
+                self._newcomers = newcomers
+        elif parts.membership.fate() is Fate.BACK:
+            raise StepRolledBack(f"step {number} was cut short and is played again")
+        else:
+            parts.trace.event("forward", step=number, generation=self._generation)
+        self._loop.refusals = 0
+        self.committed = True
+
+    def _refused(self, result: Tally) -> None:
+        """A vote that did not pass is the job's fault; too many in a row are the script's."""
+        self._parts.membership.vote_failed()
+        self._parts.trace.event("refused", step=self._number, reason=result.reason)
+        if result.refusal is Refusal.DATA:
+            raise NotDeterministic(
+                f"{result.reason}. Every rank must read the same batches in the same order: "
+                "give the loader no rank-dependent sampler and no unseeded shuffling, or pass "
+                "the data set itself"
+            )
+        self._loop.refusals += 1
+        if self._loop.refusals >= VOTES_MAX:
+            raise UsageError(f"{result.reason}, {self._loop.refusals} times in a row")
+        raise StepRolledBack(result.reason)
+
+    def _commit(self) -> None:
+        """The step counts and the optimizers have stepped."""
+        parts = self._parts
+        parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
+        self._loop.feed.committed(self._number)
+        self._loop.snapshots.begin(self._number, self._generation)
+        parts.injector.at(Point.CAPTURE, self._number)
+        if self._newcomers is not None and parts.membership.active:
+            self._loop.worlds.switch(self._newcomers, self._number)
+        parts.recorder.phase(Phase.BETWEEN)
+
+    def _roll_back(self, error: BaseException) -> None:
+        """Undo what the attempt changed: nothing but gradients and buffers."""
+        if self._buffers is not None:
+            self._buffers.rewind()
+        self._parts.trace.event(
+            "rollback", step=self._number, generation=self._generation, reason=str(error)[:300]
+        )
+
+    def _check(self) -> None:
+        """Raise when the attempt's generation is over, before anything enters the next."""
+        world = self._parts.group.world
+        if world.generation != self._generation or not self._parts.membership.active:
+            raise StepRolledBack(f"generation {self._generation} is over")
+
+    def _is_job_fault(self, error: BaseException) -> bool:
+        if isinstance(error, JobFault):
+            return True
+        group = self._parts.group
+        over = group.aborted or group.world.generation != self._generation
+        return over and _tells_of_abort(error)
+
+
+def _tells_of_abort(error: BaseException) -> bool:
+    """Whether `error` is torch's account of an aborted collective.
+
+    One that passes through a torch Future or the autograd engine may come out as a
+    RuntimeError with the original's text.
     """
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, (GenerationAborted, StepRolledBack)):
+        if isinstance(seen, JobFault):
             return True
         if isinstance(seen, RuntimeError) and GenerationAborted.__name__ in str(seen):
             return True

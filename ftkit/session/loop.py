@@ -1,0 +1,58 @@
+"""Loop: what every step of one step loop shares."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from ftkit.collectives.gradients import GradientReducer, Waitable
+from ftkit.collectives.slot_tree import SlotNode
+from ftkit.core.errors import StateChanged, UsageError
+from ftkit.session.feed import Feed
+from ftkit.session.parts import Parts
+from ftkit.session.snapshots import Snapshots
+from ftkit.session.worlds import Worlds
+
+if TYPE_CHECKING:
+    from ftkit.session.step import Step
+
+
+@dataclass(slots=True, kw_only=True)
+class Loop:
+    """Made by `Session.steps`, used by its steps, one after another."""
+
+    parts: Parts
+    worlds: Worlds
+    modules: Sequence[torch.nn.Module]
+    snapshots: Snapshots
+    feed: Feed
+    slots: int
+    """Slots of the global batch."""
+    seed: int
+    reducer: GradientReducer = field(init=False)
+    current: "Step | None" = None
+    """The step whose `with` is open."""
+    refusals: int = 0
+    """Votes in a row that did not pass."""
+
+    def __post_init__(self) -> None:
+        self.reducer = GradientReducer(
+            [p for m in self.modules for p in m.parameters()],
+            slots=self.slots,
+            reduce=self._reduce,
+        )
+
+    def check_parameters(self) -> None:
+        """Raise StateChanged when parameters came or went since the loop began."""
+        count = sum(p.requires_grad for m in self.modules for p in m.parameters())
+        if count != self.reducer.params:
+            raise StateChanged(
+                f"the model has {count} parameters that require gradients, it had "
+                f"{self.reducer.params} when the step loop began; add parameters before that"
+            )
+
+    def _reduce(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
+        if self.current is None:
+            raise UsageError("gradients are reduced inside `with step:` only")
+        return self.current.reduce_bucket(nodes, out, scale)

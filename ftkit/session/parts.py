@@ -1,0 +1,120 @@
+"""Parts: what a rank is made of, put together once by `assemble`."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ftkit.collectives.group import Group
+from ftkit.core.clock import MonotonicClock
+from ftkit.core.fault_plan import from_environ
+from ftkit.core.ids import Generation, MemberId, Seat
+from ftkit.core.rank_env import RankEnv
+from ftkit.core.trace import Trace
+from ftkit.detection.config import DetectionConfig
+from ftkit.detection.recorder import Recorder
+from ftkit.detection.status import StatusBoard
+from ftkit.session.control import Control
+from ftkit.session.inject import Injector
+from ftkit.session.membership import Membership
+
+#: How long links may take to come up for a rank that is alone: it has none.
+ALONE_STALL_S = 30.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Parts:
+    """One rank's connections to the rest of the job. The session closes them."""
+
+    env: RankEnv | None
+    """None for a process that is alone."""
+    seat: Seat
+    member: MemberId
+    control: Control | None
+    trace: Trace
+    recorder: Recorder
+    membership: Membership
+    group: Group
+    injector: Injector
+    stall_s: float
+    _last: contextlib.ExitStack = field(repr=False)
+
+    def close(self) -> None:
+        """Say goodbye to peers and agent, and let go of everything."""
+        self.group.close()
+        if self.control is not None:
+            self.control.close()
+        self.recorder.close()
+        self._last.close()
+        self.trace.close()
+
+
+def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
+    """Make the parts of a rank of the job `env`, or of a process that is alone.
+
+    Raises:
+      WireError: the agent cannot be reached.
+      OSError: nothing can listen on the rank's address.
+    """
+    last = contextlib.ExitStack()
+    seat = Seat(env.seat if env else 0)
+    member = MemberId(env.member if env else 0)
+    control = Control(env) if env else None
+    trace = Trace(Path(os.devnull))
+    if env is not None:
+        name = f"seat-{seat}-member-{member}.jsonl"
+        trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
+    recorder = _recorder(env, member, last)
+
+    def abort(generation: Generation, reason: str) -> None:
+        group.abort(generation, reason)
+
+    membership = Membership(
+        member,
+        report=control.report if control else _say_nothing,
+        abort=abort,
+        trace=trace,
+    )
+    group = Group(
+        member=member,
+        secret=bytes.fromhex(env.secret) if env else os.urandom(32),
+        host=env.host if env else "127.0.0.1",
+        on_fault=membership.take_fault,
+        on_tell=lambda _, payload: membership.take_admission(payload),
+        recorder=recorder,
+    )
+    return Parts(
+        env=env,
+        seat=seat,
+        member=member,
+        control=control,
+        trace=trace,
+        recorder=recorder,
+        membership=membership,
+        group=group,
+        injector=Injector(from_environ(environ, member=member), trace),
+        stall_s=env.max_stall_s if env else ALONE_STALL_S,
+        _last=last,
+    )
+
+
+def _recorder(env: RankEnv | None, member: MemberId, last: contextlib.ExitStack) -> Recorder:
+    """The recorder on the node's status board, or on one of its own when alone."""
+    if env is None:
+        folder = Path(last.enter_context(tempfile.TemporaryDirectory()))
+        board = StatusBoard.create(folder / "board", seats=1)
+        last.callback(board.close)
+        return Recorder(board.attach(0, member), MonotonicClock())
+    board = StatusBoard.open(Path(env.shm_dir) / "board")
+    last.callback(board.close)
+    return Recorder(
+        board.attach(env.local_seat, member),
+        MonotonicClock(),
+        heartbeat_interval_s=DetectionConfig(max_stall_s=env.max_stall_s).heartbeat_interval_s,
+    )
+
+
+def _say_nothing(message: dict[str, object]) -> None:
+    """There is no agent to tell."""

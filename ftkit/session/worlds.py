@@ -1,0 +1,111 @@
+"""Worlds: how this rank gets into a world, holding the state all its members stand at.
+
+Three ways in: the first world, formed when every seat is ready; a repaired one, entered from
+standing still; and a grown one, into which the members vote a newcomer between two steps.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ftkit.core.errors import GenerationAborted, WireError
+from ftkit.core.fault_plan import Point
+from ftkit.core.ids import Step
+from ftkit.core.world import World
+from ftkit.detection.row import Phase
+from ftkit.session.membership import Entry, Link, admission
+from ftkit.session.parts import Parts
+from ftkit.session.snapshots import Snapshots
+
+
+class Worlds:
+    """Moves one rank from world to world. Used by the training thread."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._modules: Sequence[torch.nn.Module] = ()
+        self._snapshots: Snapshots | None = None
+
+    def begin_stepping(self, modules: Sequence[torch.nn.Module], snapshots: Snapshots) -> None:
+        """From here on entering a world means to hold its state.
+
+        A rank that is in the first world already agrees with the others on the initial state.
+        """
+        self._modules, self._snapshots = modules, snapshots
+        membership = self._parts.membership
+        membership.ready(stepping=True)
+        if membership.active and membership.step == 0:
+            try:
+                self._share_initial_state()
+            except GenerationAborted:
+                return  # the next world shares it again
+
+    def settle(self) -> None:
+        """Return once this rank is in a world that goes on. Blocks.
+
+        Raises:
+          JobStopped: the job is over for this rank.
+        """
+        parts = self._parts
+        while (task := parts.membership.next_task()) is not None:
+            parts.recorder.phase(Phase.RECOVERY)
+            match task:
+                case Link(world):
+                    try:
+                        parts.group.connect(world.members, timeout_s=parts.stall_s)
+                    except WireError:
+                        # Somebody there is being replaced: the next world will do.
+                        parts.membership.wait_changed(parts.stall_s)
+                    else:
+                        parts.membership.linked(world)
+                case Entry():
+                    self._enter(task)
+
+    def switch(self, world: World, step: Step) -> None:
+        """Enter the newcomers' world with all other members, at the end of `step`."""
+        group = self._parts.group
+        for member in world.members:
+            if member.member not in group.world.member_ids:
+                try:
+                    group.tell(member.member, admission(world, step))
+                except WireError:
+                    continue  # it died this instant; entering will notice
+        self._enter(Entry(world, step, True))
+
+    def _enter(self, entry: Entry) -> None:
+        parts, world, step = self._parts, entry.world, entry.step
+        stepping = self._snapshots is not None
+        if stepping and world.generation > 1 and not entry.admitted:
+            parts.injector.at(Point.RECOVERY, step + 1)
+        held = parts.membership.step
+        try:
+            parts.group.edit(world, timeout_s=parts.stall_s)
+        except (WireError, GenerationAborted, TimeoutError) as error:
+            parts.group.abort(world.generation, str(error))
+            parts.membership.refused(world, str(error))
+            return
+        parts.recorder.adopt(world.generation)
+        # Before the step loop only the initial state counts as held: there is nothing else.
+        has_it = held == step and step > 0 if stepping else step == 0
+        parts.membership.entered(world, step if has_it else None)
+        if has_it or not stepping:
+            return
+        try:
+            if step == 0:
+                self._share_initial_state()
+            else:
+                assert self._snapshots is not None, "stepping"
+                self._snapshots.restore(step, world, parts.membership)
+        except GenerationAborted:
+            return
+        if parts.membership.restored(world.generation, step):
+            parts.trace.event("admit", step=step, generation=world.generation)
+
+    def _share_initial_state(self) -> None:
+        """Everybody starts from rank 0's parameters and buffers."""
+        group = self._parts.group
+        if group.world.size == 1:
+            return
+        for module in self._modules:
+            for tensor in [*module.parameters(), *module.buffers()]:
+                group.broadcast(tensor.detach(), 0).wait()
