@@ -323,7 +323,7 @@ def fast_sender(rank, size, talk):
             h.wait(20)
     else:
         time.sleep(0.5)
-        link = group._engine.links[0]
+        link = group._engine.net.links[0]
         early = link.early_bytes
         assert early <= 4 << 20 or link.parked
         for i in range(8):
