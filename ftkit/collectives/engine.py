@@ -228,8 +228,7 @@ class Engine:
             while self._closing is None:
                 self._turn()
             self._end_generation("the group was closed")
-            bye = Header(Kind.BYE, 0, 0, self.world.generation, 0, 0, 0, self.member, 0, 0, 0)
-            self.net.farewell(bye, self.config.close_timeout_s)
+            self.net.farewell(self._bye(), self.config.close_timeout_s)
         except Exception as error:
             # A bug here must not leave anybody waiting for ever.
             logger.exception("the communication thread failed")
@@ -500,6 +499,9 @@ class Engine:
         for op in list(self._active):
             self._finish(op, None, GenerationAborted(reason))
 
+    def _bye(self) -> Header:
+        return Header(Kind.BYE, 0, 0, self.world.generation, 0, 0, 0, self.member, 0, 0, 0)
+
     def _enter(self, world: World, handle: Handle[list[MemberId]]) -> None:
         if self._closing is not None:
             handle.fail(GenerationAborted(self._closing))
@@ -516,7 +518,7 @@ class Engine:
         for peer in gone:
             link = self.net.links.get(peer)
             if link is not None:
-                self.net.drop(link)
+                self.net.dismiss(link, self._bye())
         self.transfers.purge(world.generation - 1)
         self.transfers.generation = world.generation
         with self._lock:

@@ -3,6 +3,7 @@
 Owned by the communication thread. Other threads may look up `links`, and wait for `news`.
 """
 
+import contextlib
 import logging
 import select
 import socket
@@ -111,6 +112,13 @@ class LinkSet:
             if self.links.get(link.peer) is link:
                 del self.links[link.peer]
             self.news.notify_all()
+
+    def dismiss(self, link: Link, goodbye: Header) -> None:
+        """Drop a link with a goodbye, if it still takes one: its peer is no longer with us."""
+        link.queue(goodbye, memoryview(b""), None, urgent=False)
+        with contextlib.suppress(OSError):
+            link.flush()
+        self.drop(link)
 
     def serve(self, link: Link, event: int) -> None:
         """React to what epoll said of `link`. FaultError when that ends the generation."""
