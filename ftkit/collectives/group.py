@@ -121,7 +121,7 @@ class Group:
         """
         deadline = time.monotonic() + timeout_s
         for member in sorted(members, key=lambda m: m.member):
-            if member.member < self.member and member.member not in self._engine.links:
+            if member.member < self.member and member.member not in self._engine.net.links:
                 self._dial(member, deadline)
 
     def edit(self, world: World, *, timeout_s: float) -> None:
@@ -183,7 +183,7 @@ class Group:
         """
         if len(payload) > CONTROL_BYTES_MAX:
             raise ValueError(f"{len(payload)} bytes are too many to tell")
-        if member not in self._engine.links:
+        if member not in self._engine.net.links:
             raise WireError(f"there is no link to member {member}")
         self._engine.tell(member, bytes(payload))
 
@@ -310,20 +310,23 @@ class Group:
         for member in dialled:
             self._check_not_aborted(world)
             self._dial(member, deadline)
-        if dialled:
-            return
         engine = self._engine
-        with engine.link_news:
-            while any(m not in engine.links or engine.links[m].said_bye for m in missing):
+        if dialled:
+            if engine.net.missing(frozenset(m.member for m in dialled)):
+                # Let in and dropped again: the peer has not learned yet that we may come.
+                with engine.net.news:
+                    engine.net.news.wait(0.05)
+            return
+        with engine.net.news:
+            while silent := engine.net.missing(frozenset(missing)):
                 self._check_not_aborted(world)
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    silent = [m for m in missing if m not in engine.links]
                     raise WireError(
-                        f"members {silent or list(missing)} did not connect in time for "
+                        f"members {silent} did not connect in time for "
                         f"generation {world.generation}; they dial {self.address}"
                     )
-                engine.link_news.wait(left)
+                engine.net.news.wait(left)
 
     def _dial(self, member: Member, deadline: float) -> None:
         left = deadline - time.monotonic()

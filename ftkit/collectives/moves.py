@@ -125,7 +125,7 @@ def recv(into: Bytes, source: int) -> Program:
     def program(op: Op) -> Generator[Wait, None, int]:
         rank = source
         if rank < 0:
-            yield op.engine.from_anybody(op)
+            yield op.engine.transfers.from_anybody(op)
             assert op.handle.source is not None, "a claimed message has a source"
             rank = op.handle.source
         op.handle.source = rank

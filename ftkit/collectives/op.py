@@ -107,38 +107,38 @@ class Op:
 
     def pulls(self, source: int, nbytes: int) -> bool:
         """Whether a message of `nbytes` from `source` comes as an offer that we fetch."""
-        return self.engine.pulls(self.members[source], nbytes)
+        return self.engine.transfers.pulls(self.members[source], nbytes)
 
     def pushes(self, target: int, nbytes: int) -> bool:
         """Whether a message of `nbytes` to `target` goes through the socket."""
-        return not self.engine.offers(self.members[target], nbytes)
+        return not self.engine.transfers.offers(self.members[target], nbytes)
 
     def send(self, target: int, data: Bytes, *, tag: int = 0, part: int = 0) -> Ticket:
         """Send `data`; it must stay untouched until the ticket is done."""
-        return self.engine.send(self.key(target, tag, part), data)
+        return self.engine.transfers.send(self.key(target, tag, part), data)
 
     def recv(self, source: int, into: Bytes | None, *, tag: int = 0, part: int = 0) -> Ticket:
         """Receive into `into`, or, when None, into new memory (`ticket.data`, a Bytes)."""
-        return self.engine.post(self.key(source, tag, part), into, raw=False)
+        return self.engine.transfers.post(self.key(source, tag, part), into, raw=False)
 
     def offered(self, source: int, *, tag: int = 0) -> Ticket:
         """Wait for an offer without fetching it: `ticket.data` is (address, length)."""
-        return self.engine.post(self.key(source, tag, 0), None, raw=True)
+        return self.engine.transfers.post(self.key(source, tag, 0), None, raw=True)
 
     def fetch(self, source: int, address: int, into: Bytes) -> None:
         """Read a piece of what `source` offered."""
-        self.engine.fetch(self.members[source], address, into)
+        self.engine.transfers.fetch(self.members[source], address, into)
 
     def fetched(self, sources: Iterable[int], *, tags: Iterable[int] = (0,)) -> None:
         """Make sure that all that was fetched still held, then release the offers."""
-        self.engine.acknowledge([self.key(s, t, 0) for s in sources for t in tags])
+        self.engine.transfers.acknowledge([self.key(s, t, 0) for s in sources for t in tags])
 
     def scratch(self) -> Bytes:
         """A segment of scratch memory; give it back with `release`."""
-        return self.engine.take_scratch()
+        return self.engine.transfers.take_scratch()
 
     def release(self, *buffers: Bytes) -> None:
-        self.engine.give_scratch(*buffers)
+        self.engine.transfers.give_scratch(*buffers)
 
     def ticket_done(self) -> None:
         """One awaited transfer is done; with the last one the program goes on."""

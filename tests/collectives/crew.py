@@ -5,6 +5,8 @@ A scenario is a module-level function `(rank, size, talk)`; `talk` is its line t
 test alone. Nothing but pipes is shared, so a killed member harms nobody else's line.
 """
 
+# mypy: allow-untyped-calls
+
 import multiprocessing as mp
 import os
 import signal
@@ -38,7 +40,8 @@ class Talk:
 
     def everyone(self, value: Any) -> list[Any]:
         self._pipe.send(("everyone", value))
-        return self._pipe.recv()
+        values: list[Any] = self._pipe.recv()
+        return values
 
 
 def _body(function, rank, size, pipe, args):
@@ -88,7 +91,8 @@ class Crew:
     def _receive(self, rank: int) -> tuple[str, Any]:
         if not self.pipes[rank].poll(self.timeout_s):
             raise AssertionError(f"member {rank} said nothing for {self.timeout_s} s")
-        return self.pipes[rank].recv()
+        message: tuple[str, Any] = self.pipes[rank].recv()
+        return message
 
     def say(self, rank: int, value: Any) -> None:
         self.pipes[rank].send(value)

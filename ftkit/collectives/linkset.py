@@ -1,0 +1,235 @@
+"""LinkSet: all links of this process, their readiness, and their ends.
+
+Owned by the communication thread. Other threads may look up `links`, and wait for `news`.
+"""
+
+import contextlib
+import logging
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from ftkit.collectives.arithmetic import view_of
+from ftkit.collectives.faults import FaultError
+from ftkit.collectives.frames import Header
+from ftkit.collectives.link import Link, Router, Ticket
+from ftkit.collectives.mesh import Greeted
+from ftkit.core.errors import ProtocolError, WireError
+from ftkit.core.ids import MemberId
+
+logger = logging.getLogger(__name__)
+
+#: A message that a peer left unfinished in the kernel cannot be longer than its buffers.
+_LAST_WORDS_MAX = 64 << 20
+_LAST_READS = 64
+
+
+class LinkSet:
+    """See the module."""
+
+    def __init__(
+        self,
+        segment_bytes: int,
+        later: Callable[[Callable[[], None]], None],
+        on_lost: Callable[[Link, str], None],
+    ) -> None:
+        """Start without links.
+
+        Args:
+          segment_bytes: payload of a frame.
+          later: runs a command in this turn of the loop or the next.
+          on_lost: told, after the fact, of a link that ended; may raise FaultError.
+        """
+        self.links: dict[MemberId, Link] = {}
+        self.news = threading.Condition()
+        """Notified whenever the set of links, or a reason to stop waiting, changes."""
+        self.router: Router | None = None
+        """Where incoming frames go; set once by the engine, before the first link."""
+        self.dirty: set[Link] = set()
+        self._segment = segment_bytes
+        self._later = later
+        self._on_lost = on_lost
+        self._by_fd: dict[int, Link] = {}
+        self._epoll = select.epoll()
+
+    def watch(self, fd: int) -> None:
+        """Report `fd`, too, from `poll` when it is readable."""
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def poll(self, patience_s: float | None) -> list[tuple[int, int]]:
+        """(descriptor, events) of what is ready; waits for at most `patience_s`."""
+        try:
+            return self._epoll.poll(patience_s)
+        except InterruptedError:
+            return []
+
+    def by_fd(self, fd: int) -> Link | None:
+        return self._by_fd.get(fd)
+
+    def living(self, peer: MemberId) -> Link:
+        """The link to `peer`. FaultError when it is gone, or has said goodbye."""
+        link = self.links.get(peer)
+        if link is None or link.said_bye:
+            raise FaultError(f"member {peer} left before this operation", frozenset({peer}))
+        return link
+
+    def missing(self, members: frozenset[MemberId]) -> list[MemberId]:
+        """Those of `members` to whom no living link exists."""
+        return sorted(m for m in members if (link := self.links.get(m)) is None or link.said_bye)
+
+    def tell_news(self) -> None:
+        with self.news:
+            self.news.notify_all()
+
+    def add(self, greeted: Greeted) -> None:
+        """Take over a connection; there is none to this peer."""
+        link = Link(
+            greeted.sock,
+            greeted.peer,
+            cma=greeted.cma,
+            can_offer=greeted.can_offer,
+            segment_bytes=self._segment,
+        )
+        self._by_fd[link.fd] = link
+        link.events = select.EPOLLIN
+        self._epoll.register(link.fd, link.events)
+        with self.news:
+            self.links[link.peer] = link
+            self.news.notify_all()
+
+    def drop(self, link: Link) -> None:
+        """Close a link without a word."""
+        if self._by_fd.pop(link.fd, None) is None:
+            return
+        self.dirty.discard(link)
+        self._epoll.unregister(link.fd)
+        link.close()
+        with self.news:
+            if self.links.get(link.peer) is link:
+                del self.links[link.peer]
+            self.news.notify_all()
+
+    def dismiss(self, link: Link, goodbye: Header) -> None:
+        """Drop a link with a goodbye, if it still takes one: its peer is no longer with us."""
+        link.queue(goodbye, memoryview(b""), None, urgent=False)
+        with contextlib.suppress(OSError):
+            link.flush()
+        self.drop(link)
+
+    def serve(self, link: Link, event: int) -> None:
+        """React to what epoll said of `link`. FaultError when that ends the generation."""
+        if link.fd not in self._by_fd:
+            return
+        try:
+            if event & select.EPOLLOUT:
+                self.dirty.add(link)
+            if link.parked and event & (select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR):
+                # It has closed its side; what it sent before is in the kernel and no more.
+                if link.parked_bytes > _LAST_WORDS_MAX or event & select.EPOLLERR:
+                    raise WireError(f"member {link.peer} closed its connection in mid-message")
+                link.force = True
+                event |= select.EPOLLIN
+            if event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                link.receive(self._routes())
+            self._arm(link)
+        except ProtocolError as error:
+            logger.warning("closing the link to member %s: %s", link.peer, error)
+            self._lost(link, f"member {link.peer} broke the protocol: {error}")
+        except (WireError, OSError) as error:
+            self._lost(link, f"member {link.peer} is gone: {error}")
+
+    def _lost(self, link: Link, reason: str) -> None:
+        self.drop(link)
+        self._on_lost(link, reason)
+
+    def _routes(self) -> Router:
+        assert self.router is not None, "the engine sets the router before the first link"
+        return self.router
+
+    def unpark(self, link: Link) -> None:
+        """Go on reading a link that was parked."""
+        if link.parked:
+            # Not here: we may be in the middle of reading that very link.
+            self._later(lambda: self.serve(link, select.EPOLLIN))
+
+    def flush(self, link: Link) -> None:
+        """Send what the kernel takes. FaultError when the peer is gone and was needed."""
+        self.dirty.discard(link)
+        try:
+            link.flush()
+        except OSError as error:
+            # What it said last may still be in the kernel: the reading side finds the end.
+            logger.debug("cannot send to member %s: %s", link.peer, error)
+            try:
+                for _ in range(_LAST_READS):
+                    link.receive(self._routes())
+            except (WireError, OSError):
+                pass
+            self._lost(link, f"member {link.peer} is gone: {error}")
+            return
+        self._arm(link)
+
+    def _arm(self, link: Link) -> None:
+        if link.fd not in self._by_fd:
+            return
+        events = select.EPOLLRDHUP if link.parked else select.EPOLLIN
+        if link.has_output:
+            events |= select.EPOLLOUT
+        if events != link.events:
+            self._epoll.modify(link.fd, events)
+            link.events = events
+
+    def queue(
+        self,
+        link: Link,
+        header: Header,
+        payload: memoryview,
+        ticket: Ticket | None = None,
+        *,
+        urgent: bool = True,
+    ) -> None:
+        """Append a message to what `link` has to send in this turn."""
+        link.queue(header, payload, ticket, urgent=urgent)
+        self.dirty.add(link)
+
+    def close(self) -> None:
+        """Drop every link."""
+        for link in list(self._by_fd.values()):
+            self.drop(link)
+        self._epoll.close()
+
+    def farewell(self, header: Header, timeout_s: float) -> None:
+        """BYE to all, then wait, briefly, until what is queued was taken and they closed."""
+        links = list(self.links.values())
+        for link in links:
+            link.queue(header, memoryview(b""), None, urgent=False)
+        deadline = time.monotonic() + timeout_s
+        poll = select.poll()
+        open_links = {link.fd: link for link in links}
+        shut: set[int] = set()
+        for fd in open_links:
+            poll.register(fd, select.POLLIN | select.POLLOUT)
+        void_view = view_of(np.empty(self._segment, dtype=np.uint8))
+        while open_links and (left := deadline - time.monotonic()) > 0:
+            for fd, event in poll.poll(left * 1000):
+                link = open_links[fd]
+                try:
+                    if fd not in shut:
+                        link.flush()
+                        if not link.has_output:
+                            # Half closed: a full close with unread bytes would reset the
+                            # connection and destroy what the peer has not read yet.
+                            link.sock.shutdown(socket.SHUT_WR)
+                            shut.add(fd)
+                            poll.modify(fd, select.POLLIN)
+                    if event & ~select.POLLOUT and not link.sock.recv_into(void_view):
+                        raise WireError("end of stream")
+                except (BlockingIOError, InterruptedError):
+                    continue
+                except (WireError, OSError):
+                    poll.unregister(fd)
+                    del open_links[fd]
