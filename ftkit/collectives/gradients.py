@@ -21,7 +21,7 @@ from ftkit.core.errors import StateChanged, UsageError
 
 #: Bytes of gradients in one bucket: large enough that the rounds of a reduction are cheap
 #: beside its bytes, small enough that the first bucket is on its way early in backward.
-BUCKET_BYTES = 8 << 20
+BUCKET_BYTES = 4 << 20
 
 
 class Waitable(Protocol):
@@ -95,6 +95,11 @@ class GradientReducer:
     def params(self) -> int:
         """How many parameters are reduced."""
         return len(self._where)
+
+    @property
+    def buckets(self) -> int:
+        """How many reductions a step takes."""
+        return len(self._buckets)
 
     def begin(self) -> None:
         """A new attempt: forget whatever an earlier one left, clean `.grad`."""

@@ -30,6 +30,9 @@ from ftkit.recovery.plan import Assignment, Phase, Plan
 
 logger = logging.getLogger(__name__)
 
+#: The longest a replacement is held back in favour of the survivors' repair.
+SPAWN_LATEST_S = 0.5
+
 
 class Agent:
     """The agent of one node. `run` is its life, on the thread that calls it."""
@@ -72,6 +75,7 @@ class Agent:
         self._coordinator: Channel | None = None
         self._coordinator_number = 0
         self._ending_since: float | None = None
+        self._missing_since: float | None = None
         self._stopped = False
 
     @property
@@ -97,6 +101,7 @@ class Agent:
                 except queue.Empty:
                     next_tick = self._clock.now() + tick_s
                     self._end_if_due()
+                    self._spawn_missing()
                     self._tell_coordinator()
         finally:
             self.close()
@@ -261,6 +266,7 @@ class Agent:
                         voted=bool(message["voted"]),
                         stepping=bool(message["stepping"]),
                     )
+                    self._spawn_missing()
                 case "arena":
                     self._make_arena(member, facts.seat, message["layout"])
                 case other:
@@ -316,12 +322,7 @@ class Agent:
             if rank is not None and rank.exit_code is None:
                 self.trace.event("kill", seat=rank.seat, member=member, reason=reason)
                 rank.signal(signal.SIGKILL)
-        for seat in self._plan.seats:
-            if seat.node != self._node or seat.member in self._ranks or self._plan.stop:
-                continue
-            before = [r for r in self._ranks.values() if r.seat == seat.seat]
-            if all(r.exit_code is not None for r in before):
-                self._spawn(seat)
+        self._spawn_missing()
         if self._plan.phase is Phase.ENDED and self._ending_since is None:
             self._ending_since = self._clock.now()
             for rank in self._ranks.values():
@@ -329,6 +330,42 @@ class Agent:
                 rank.signal(signal.SIGTERM)
                 rank.signal(signal.SIGCONT)
         self._tell_coordinator()
+
+    def _spawn_missing(self) -> None:
+        """Start the members the plan wants here and that never ran.
+
+        A replacement waits until the survivors on this node are in their new world, or for
+        `SPAWN_LATEST_S`: starting Python takes a core for seconds, and they need it now.
+        """
+        missing = [
+            s for s in self._plan.seats if s.node == self._node and s.member not in self._ranks
+        ]
+        if not missing or self._plan.stop:
+            self._missing_since = None
+            return
+        if self._missing_since is None:
+            self._missing_since = self._clock.now()
+        late = self._clock.now() - self._missing_since > SPAWN_LATEST_S
+        if self._repairing() and not late:
+            return
+        for seat in missing:
+            before = [r for r in self._ranks.values() if r.seat == seat.seat]
+            if all(r.exit_code is not None for r in before):
+                self._spawn(seat)
+
+    def _repairing(self) -> bool:
+        """Whether members on this node are on their way into the world of the plan."""
+        world = self._plan.world
+        if world is None or self._plan.phase is Phase.FORMING:
+            return False
+        here = [
+            f
+            for f in self._facts.values()
+            if f.member in world.member_ids and f.stage in (Stage.ACTIVE, Stage.HALTED)
+        ]
+        if self._plan.phase is Phase.HALTING:
+            return bool(here)
+        return any(f.generation < world.generation for f in here)
 
     def _end_if_due(self) -> None:
         """Once the job has ended: wait for the ranks, then do not."""

@@ -25,8 +25,8 @@ class Injector:
         self._faults = list(faults)
         self._trace = trace
 
-    def at(self, point: Point, step: int, *, bucket: int = 0) -> None:
-        """The training thread is at `point` of `step`.
+    def at(self, point: Point, step: int, *, bucket: int = 0, last: bool = False) -> None:
+        """The training thread is at `point` of `step`, perhaps with the `last` bucket.
 
         Raises:
           DrillError: that is what was planned.
@@ -34,7 +34,8 @@ class Injector:
         if not self._faults:
             return
         for fault in self._faults:
-            if fault.point is point and step >= fault.step and bucket >= fault.bucket:
+            there = last or bucket >= fault.bucket
+            if fault.point is point and step >= fault.step and there:
                 self._faults.remove(fault)
                 self._strike(fault, step)
                 return

@@ -146,10 +146,11 @@ class Step:
 
     def reduce_bucket(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
         """(reducer) Start the canonical reduction of one bucket."""
-        self._parts.injector.at(Point.BACKWARD, self._number, bucket=self._bucket)
+        inject, last = self._parts.injector.at, self._bucket + 1 == self._loop.reducer.buckets
+        inject(Point.BACKWARD, self._number, bucket=self._bucket, last=last)
         self._check()
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
-        self._parts.injector.at(Point.ALL_REDUCE, self._number, bucket=self._bucket)
+        inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
         return handle
 
