@@ -120,6 +120,8 @@ class SimAgent:
             rank = self.ranks[seat.seat] = self.sim.spawn(seat.member, seat.seat, self.node)
             self._facts[seat.member] = rank.facts()
             self.sim.point("spawned", rank)
+            if not self.alive:
+                return
         if self.sim.forgetful:
             # Nobody promised to remember members that have no seat any more.
             for member in [m for m in self._facts if self.plan.seat_of(m) is None]:

@@ -18,15 +18,11 @@ def test_permutations_differ_by_key() -> None:
     assert len(orders) == 40
 
 
-@given(
-    st.integers(1, 60), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9), st.booleans()
-)
+@given(st.integers(1, 60), st.integers(1, 6), st.integers(1, 5), st.integers(0, 9), st.booleans())
 def test_every_epoch_holds_every_sample_once(
     length: int, slots: int, slot_size: int, seed: int, shuffle: bool
 ) -> None:
-    cursor = DataCursor(
-        length=length, slots=slots, slot_size=slot_size, seed=seed, shuffle=shuffle
-    )
+    cursor = DataCursor(length=length, slots=slots, slot_size=slot_size, seed=seed, shuffle=shuffle)
     batch = slots * slot_size
     count = 3 * length // batch + 1
     stream = [

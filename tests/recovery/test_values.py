@@ -22,9 +22,7 @@ members_ids = numbers.map(MemberId)
 seats = numbers.map(Seat)
 nodes = numbers.map(NodeId)
 members = st.builds(Member, member=members_ids, seat=seats, node=nodes, host=words, port=numbers)
-worlds = st.builds(
-    World.of, generations, st.lists(members, max_size=4, unique_by=lambda m: m.seat)
-)
+worlds = st.builds(World.of, generations, st.lists(members, max_size=4, unique_by=lambda m: m.seat))
 plans = st.builds(
     Plan,
     term=numbers.map(Term),
