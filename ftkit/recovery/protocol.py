@@ -266,6 +266,11 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         if f.stage in (Stage.HALTED, Stage.READY, Stage.LINKED) and f.generation >= plan.resumed
     ]:
         return _halt(plan, f"members {sorted(halted)} report a broken generation")
+    # A grown world is entered from LINKED: a newcomer that is READY again missed its admission.
+    if plan.resumed < world.generation and (
+        fallen := [f.member for f in here if f.stage is Stage.READY]
+    ):
+        return _halt(plan, f"members {sorted(fallen)} lost a link as they were let in")
     known = {world.generation, *([plan.joining.generation] if plan.joining else [])}
     if strays := [
         f.member

@@ -39,12 +39,12 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
 def test_threads_do_not_mix_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with Trace(path) as trace:
-        threads = [
-            threading.Thread(
-                target=lambda n=n: [trace.event("x" * 300, n=n, i=i) for i in range(200)]
-            )
-            for n in range(4)
-        ]
+
+        def write(n: int) -> None:
+            for i in range(200):
+                trace.event("x" * 300, n=n, i=i)
+
+        threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:

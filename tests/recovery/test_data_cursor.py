@@ -59,7 +59,8 @@ def test_there_is_no_slot_outside_the_batch_and_no_step_0(step: int, slot: int) 
         DataCursor(length=10, slots=4, slot_size=1).samples(Step(step), Slot(slot))
 
 
-@pytest.mark.parametrize("wrong", [{"length": 0}, {"slots": 0}, {"slot_size": 0}])
-def test_an_empty_stream_is_refused(wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("wrong", [(0, 2, 1), (4, 0, 1), (4, 2, 0)])
+def test_an_empty_stream_is_refused(wrong: tuple[int, int, int]) -> None:
+    length, slots, slot_size = wrong
     with pytest.raises(ValueError, match=r"empty|count from 1"):
-        DataCursor(**({"length": 4, "slots": 2, "slot_size": 1} | wrong))
+        DataCursor(length=length, slots=slots, slot_size=slot_size)

@@ -11,10 +11,15 @@ from ftkit.recovery.plan import Plan, Stop, adopt
 from tests.recovery.stories import newcomer, training
 
 
-def standing(member: int, stage: Stage, **changes: int) -> Standing:
-    return replace(
-        Standing(member=MemberId(member), stage=stage),
-        **{name: Generation(value) for name, value in changes.items()},
+def standing(
+    member: int, stage: Stage, *, generation: int = 0, linked: int = 0, prepared: int = 0
+) -> Standing:
+    return Standing(
+        member=MemberId(member),
+        stage=stage,
+        generation=Generation(generation),
+        linked=Generation(linked),
+        prepared=Generation(prepared),
     )
 
 

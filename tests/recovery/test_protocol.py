@@ -173,6 +173,16 @@ def test_a_member_left_behind_in_the_older_world_breaks_one_that_grew() -> None:
     assert story.moves() == ["halt"]
 
 
+def test_a_newcomer_that_missed_its_admission_breaks_the_grown_world() -> None:
+    story = newcomer()
+    story.moves()
+    story.says(1, Stage.ACTIVE, generation=Generation(3), step=Step(6))
+    assert story.moves() == ["grown"]
+    assert story.moves() == [], "it is LINKED still: its admission may be on the way"
+    story.says(3, Stage.READY, linked=Generation(0))
+    assert story.moves() == ["halt"]
+
+
 @pytest.mark.parametrize("stage", [Stage.HALTED, Stage.READY])
 def test_a_world_breaks_too_where_nobody_had_state_yet(stage: Stage) -> None:
     story = Story()
