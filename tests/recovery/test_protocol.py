@@ -331,6 +331,19 @@ def test_the_last_survivor_comes_back_while_the_job_forms_anew() -> None:
     assert (story.world, story.plan.step) == ([1], 5)
 
 
+@pytest.mark.parametrize("stage", [Stage.HALTED, Stage.READY])
+def test_a_set_up_torn_on_an_unreachable_node_is_not_let_in_later(stage: Stage) -> None:
+    story = Story(nodes=2, seats=1)
+    story.all_say(Stage.READY).moves()
+    story.all_say(Stage.ACTIVE, generation=Generation(1))
+    story.knows(nodes_lost=frozenset({NodeId(1)})).says(0, Stage.DEAD, exit_code=-9)
+    assert story.moves() == ["respawn", "reform"]
+    story.knows(nodes_lost=frozenset()).says(1, stage)
+    story.says(2, Stage.READY, seat=0, generation=Generation(1))
+    assert story.moves() == ["restart"]
+    assert story.plan.evicted == {1: RESTART}
+
+
 def test_a_member_with_older_state_starts_over_while_the_job_forms_anew() -> None:
     story = training(5, nodes=2, seats=1)
     story.knows(nodes_lost=frozenset({NodeId(1)}))
