@@ -97,7 +97,8 @@ def receive_message(sock: socket.socket, *, bytes_max: int = MESSAGE_BYTES_MAX) 
         raise ProtocolError(f"message announces {length} bytes, at most {bytes_max} are allowed")
     try:
         message = json.loads(_read(sock, length))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
+        # A few kilobytes of "[" exhaust the parser's stack.
         raise ProtocolError(f"message is not JSON: {error}") from error
     if not isinstance(message, dict):
         raise ProtocolError(f"message is a {type(message).__name__}, not an object")

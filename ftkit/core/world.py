@@ -39,7 +39,7 @@ class Member:
                 host=str(value["host"]),
                 port=int(value["port"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a member: {value!r}") from error
 
 
@@ -95,5 +95,5 @@ class World:
                 Generation(int(value["generation"])),
                 [Member.from_json(m) for m in value["members"]],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a world: {value!r}") from error

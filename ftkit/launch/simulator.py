@@ -317,7 +317,8 @@ class Simulation:
     def seal(self, node: NodeId, seat: Seat, state: TrainingState) -> None:
         """A snapshot is complete in a seat's arena, which keeps the newest few."""
         arena = self.disks[node].arenas.setdefault(seat, [])
-        arena[:] = [s for s in arena if s.step != state.step][-(SNAPSHOTS_KEPT - 1) :] + [state]
+        others = [s for s in arena if s.step != state.step]
+        arena[:] = [*others[-(SNAPSHOTS_KEPT - 1) :], state]
 
     def forget_newer(self, seat: Seat, state: TrainingState) -> None:
         """What a predecessor left in this arena beyond `state` is of another history."""

@@ -32,6 +32,9 @@ class Kind(StrEnum):
     """A rank votes against its next step."""
 
 
+#: Points that every step passes; the others come a few times in a job.
+OFTEN = frozenset({"reduced", "ballot", "committed"})
+
 #: Moments in a rank's life at which a fault may strike exactly.
 POINTS = (
     "spawned",
@@ -86,14 +89,15 @@ def schedule(rng: random.Random, *, count: int, until_s: float) -> list[Fault]:
     faults = []
     for kind in rng.choices(list(weights), list(weights.values()), k=count):
         at_point = rng.random() < 0.5
+        point = rng.choice(POINTS)
         faults.append(
             Fault(
                 kind=kind,
                 target=rng.randrange(12),
                 duration_s=rng.choice((0.0, 0.05, 0.5, 2.0, 4.0)),
                 at_s=0.0 if at_point else rng.uniform(0.0, until_s),
-                point=rng.choice(POINTS) if at_point else "",
-                nth=rng.randrange(1, 40) if at_point else 0,
+                point=point if at_point else "",
+                nth=rng.randrange(1, 40 if point in OFTEN else 12) if at_point else 0,
             )
         )
     return faults

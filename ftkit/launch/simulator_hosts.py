@@ -119,13 +119,19 @@ class SimAgent:
             self.disk.spawned.add(seat.member)
             rank = self.ranks[seat.seat] = self.sim.spawn(seat.member, seat.seat, self.node)
             self._facts[seat.member] = rank.facts()
-            self.sim.point("spawned", rank)
+            if not self._passes_spawn(rank):
+                return
         if self.sim.forgetful:
             # Nobody promised to remember members that have no seat any more.
             for member in [m for m in self._facts if self.plan.seat_of(m) is None]:
                 if all(r.member != member for r in self.ranks.values()):
                     del self._facts[member]
         self._changed()
+
+    def _passes_spawn(self, rank: SimRank) -> bool:
+        """Pass the point after a spawn; False when a fault there took this agent."""
+        self.sim.point("spawned", rank)
+        return self.alive
 
     def _changed(self) -> None:
         if not self._dirty:

@@ -40,6 +40,7 @@ class SimRank:
         self.refuses = False
         self.world: World | None = None
         self._offer: World | None = None
+        self._linked_to: frozenset[MemberId] = frozenset()
         self._state: TrainingState | None = None
         self._held = Generation(0)
         self._greeted = self._begun = self._busy = self._leaving = False
@@ -202,6 +203,7 @@ class SimRank:
             return
         self._state, self.voted = None, False
         self.stage, self.linked = Stage.LINKED, world.generation
+        self._linked_to = world.member_ids
         self._say()
         if self._point("linked"):
             self.heed()
@@ -454,7 +456,7 @@ class SimRank:
         if self.stage is Stage.ACTIVE and peer in self._peers():
             self.halt(self.generation, f"lost member {peer}")
             self.heed()
-        elif self.stage is Stage.LINKED:
+        elif self.stage is Stage.LINKED and peer in self._linked_to:
             # It cannot be let in without this link, so it connects anew.
             self.stage, self.linked = Stage.READY, Generation(0)
             self._say()

@@ -94,7 +94,7 @@ class MemberFacts:
                 exit_code=None if code is None else int(code),
                 error=str(value["error"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a member's facts: {value!r}") from error
 
 

@@ -138,7 +138,7 @@ class Plan:
                 next_member=MemberId(int(value["next"][1])),
                 restarts=int(value["restarts"]),
             )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise ProtocolError(f"not a plan: {value!r}") from error
 
 

@@ -219,14 +219,17 @@ def _form(plan: Plan, facts: JobFacts) -> Move | None:
     A member with state may come back meanwhile, its node having been out of reach: then the
     job goes on from it, if it was in the last world, and without it otherwise.
     """
-    halted = [f for f in _standing(plan, facts) if f.stage is Stage.HALTED]
-    if halted and all(f.generation >= plan.halted for f in halted):
-        if any(_has_state(plan, f) for f in halted):
+    returned = [
+        f for f in _standing(plan, facts) if f.stage is Stage.HALTED or _torn_in_setup(plan, f)
+    ]
+    if returned and all(f.generation >= plan.halted for f in returned):
+        if any(f.stage is Stage.HALTED and _has_state(plan, f) for f in returned):
             return _resume(plan, facts)
-        evicted = {**plan.evicted, **{f.member: RESTART for f in halted}}
+        evicted = {**plan.evicted, **{f.member: RESTART for f in returned}}
         return plan.revised(evicted=evicted), Decision(
             action="restart",
-            reason=f"members {sorted(f.member for f in halted)} hold the state of an older world",
+            reason=f"members {sorted(f.member for f in returned)} come from an older world, "
+            "or from setting up in the last one",
         )
     ready: list[MemberFacts] = []
     for seat in plan.seats:
@@ -264,6 +267,11 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         if f.stage in (Stage.HALTED, Stage.READY, Stage.LINKED) and f.generation >= plan.resumed
     ]:
         return _halt(plan, f"members {sorted(halted)} report a broken generation")
+    # A grown world is entered from LINKED: a newcomer that is READY again missed its admission.
+    if plan.resumed < world.generation and (
+        fallen := [f.member for f in here if f.stage is Stage.READY]
+    ):
+        return _halt(plan, f"members {sorted(fallen)} lost a link as they were let in")
     known = {world.generation, *([plan.joining.generation] if plan.joining else [])}
     if strays := [
         f.member
@@ -332,8 +340,11 @@ def _resume(plan: Plan, facts: JobFacts) -> Move | None:
     if any(f.stage is Stage.ACTIVE or f.generation < plan.halted for f in alive):
         return None
     halted = [f for f in alive if f.stage is Stage.HALTED]
-    in_setup = [f for f in alive if f.stage is Stage.READY and f.member in world.member_ids]
-    if unborn := [f.member for f in (*halted, *in_setup) if not f.stepping]:
+    if unborn := [
+        f.member
+        for f in alive
+        if (f.stage is Stage.HALTED and not f.stepping) or _torn_in_setup(plan, f)
+    ]:
         evicted = {**plan.evicted, **{f.member: RESTART for f in alive}}
         return plan.revised(phase=Phase.FORMING, evicted=evicted, joining=None), Decision(
             action="restart",
@@ -398,6 +409,16 @@ def _has_state(plan: Plan, member: MemberFacts) -> bool:
     """
     worlds = [w for w in (plan.world, plan.joining) if w is not None]
     return member.step is not None and any(w.rank_of(member.member) is not None for w in worlds)
+
+
+def _torn_in_setup(plan: Plan, member: MemberFacts) -> bool:
+    """Whether `member` may have lost its peers in the middle of setting up with them."""
+    return (
+        member.stage is Stage.READY
+        and not member.stepping
+        and plan.world is not None
+        and plan.world.rank_of(member.member) is not None
+    )
 
 
 def _issued(plan: Plan) -> Generation:

@@ -2,17 +2,22 @@
 
 import pytest
 
-from ftkit.core.ids import Generation
+from ftkit.core.ids import Generation, Step
 from ftkit.launch import simulator_rank
-from ftkit.launch.simulator import Simulation, SimulationFailure, main
-from ftkit.launch.simulator_checks import Checker, TrainingState, slots_of
+from ftkit.launch.simulator import Outcome, Simulation, main
+from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.recovery import protocol
+from ftkit.recovery.member import Duty
 from ftkit.recovery.vote import Tally
 
 
+def play(seeds: range) -> list[Outcome]:
+    return [Simulation(seed).run() for seed in seeds]
+
+
 def test_a_thousand_seeds_hold() -> None:
-    ended = [Simulation(seed).run() for seed in range(1000)]
+    ended = play(range(1000))
     assert sum(o.faults > 0 for o in ended) > 800, "most of these jobs were disturbed"
     assert sum(o.restarts for o in ended) > 500
     assert sum(o.stop.code == 0 for o in ended) > 900, "and nearly all got to their end"
@@ -38,29 +43,27 @@ def test_every_fault_alone_at_every_ballot(kind: Kind) -> None:
     assert struck
 
 
-def test_a_vote_that_passes_too_early_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_going_back_behind_a_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """With roll forward taken away, a step that some committed is played again by others."""
     real = protocol._enter
 
     def lowest(plan, members, step, **words):
-        return real(plan, members, min(f.step or 0 for f in members), **words)
+        return real(plan, members, Step(min(f.step or 0 for f in members)), **words)
 
     monkeypatch.setattr(protocol, "_enter", lowest)
     with pytest.raises(SimulationFailure, match="I3"):
-        for seed in range(200):
-            Simulation(seed).run()
+        play(range(200))
 
 
-def test_a_rank_that_skips_the_vote_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_waits_for_nobody_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator_rank, "tally", lambda ballots: Tally(passed=True))
     monkeypatch.setattr(simulator_rank.SimRank, "_complete", lambda self, got: True)
     with pytest.raises(SimulationFailure, match="reduced slots"):
-        for seed in range(20):
-            Simulation(seed).run()
+        play(range(20))
 
 
 def test_a_failure_says_how_to_replay_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (_nothing(), None))
+    monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (Duty.NOTHING, None))
     with pytest.raises(SimulationFailure) as caught:
         Simulation(3).run()
     words = str(caught.value)
@@ -69,16 +72,12 @@ def test_a_failure_says_how_to_replay_it(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "no end within" in words
 
 
-def _nothing():
-    return simulator_rank.Duty.NOTHING
-
-
 def test_the_command_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["--seed", "5", "-v"]) == 0
     assert "commit" in capsys.readouterr().out
-    monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (_nothing(), None))
+    monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (Duty.NOTHING, None))
     assert main(["--seed", "5"]) == 1
     assert "replay" in capsys.readouterr().err
 

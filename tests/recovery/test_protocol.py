@@ -173,6 +173,16 @@ def test_a_member_left_behind_in_the_older_world_breaks_one_that_grew() -> None:
     assert story.moves() == ["halt"]
 
 
+def test_a_newcomer_that_missed_its_admission_breaks_the_grown_world() -> None:
+    story = newcomer()
+    story.moves()
+    story.says(1, Stage.ACTIVE, generation=Generation(3), step=Step(6))
+    assert story.moves() == ["grown"]
+    assert story.moves() == [], "it is LINKED still: its admission may be on the way"
+    story.says(3, Stage.READY, linked=Generation(0))
+    assert story.moves() == ["halt"]
+
+
 @pytest.mark.parametrize("stage", [Stage.HALTED, Stage.READY])
 def test_a_world_breaks_too_where_nobody_had_state_yet(stage: Stage) -> None:
     story = Story()
@@ -319,6 +329,19 @@ def test_the_last_survivor_comes_back_while_the_job_forms_anew() -> None:
     story.says(1, Stage.HALTED)
     assert story.moves() == ["resume"]
     assert (story.world, story.plan.step) == ([1], 5)
+
+
+@pytest.mark.parametrize("stage", [Stage.HALTED, Stage.READY])
+def test_a_set_up_torn_on_an_unreachable_node_is_not_let_in_later(stage: Stage) -> None:
+    story = Story(nodes=2, seats=1)
+    story.all_say(Stage.READY).moves()
+    story.all_say(Stage.ACTIVE, generation=Generation(1))
+    story.knows(nodes_lost=frozenset({NodeId(1)})).says(0, Stage.DEAD, exit_code=-9)
+    assert story.moves() == ["respawn", "reform"]
+    story.knows(nodes_lost=frozenset()).says(1, stage)
+    story.says(2, Stage.READY, seat=0, generation=Generation(1))
+    assert story.moves() == ["restart"]
+    assert story.plan.evicted == {1: RESTART}
 
 
 def test_a_member_with_older_state_starts_over_while_the_job_forms_anew() -> None:

@@ -1,0 +1,77 @@
+"""Every rank counts the same ballots and must come to the same result."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftkit.core.ids import Generation, Slot, Step
+from ftkit.recovery.vote import Ballot, minority, tally
+
+YES = Ballot(generation=Generation(3), step=Step(7), digest=11)
+
+
+@given(st.integers(1, 9))
+def test_equal_ballots_pass(size: int) -> None:
+    result = tally([YES] * size)
+    assert (result.passed, result.switch, result.loss) == (True, None, None)
+
+
+@given(st.integers(2, 9), st.data())
+def test_one_refusal_is_enough_and_is_named(size: int, data: st.DataObject) -> None:
+    who = data.draw(st.integers(0, size - 1))
+    ballots = [replace(YES, ok=rank != who) for rank in range(size)]
+    result = tally(ballots)
+    assert not result.passed
+    assert f"ranks [{who}]" in result.reason
+
+
+@given(st.integers(3, 9), st.data(), st.sampled_from(["digest", "data_digest"]))
+def test_one_that_differs_is_named(size: int, data: st.DataObject, what: str) -> None:
+    who = data.draw(st.integers(0, size - 1))
+    changed = replace(YES, **{what: 99})  # type: ignore[arg-type]
+    result = tally([changed if rank == who else YES for rank in range(size)])
+    assert not result.passed
+    assert f"ranks [{who}]" in result.reason
+
+
+@pytest.mark.parametrize("change", [{"generation": Generation(4)}, {"step": Step(8)}])
+def test_votes_on_different_things_do_not_pass(change: dict[str, int]) -> None:
+    result = tally([YES, replace(YES, **change)])  # type: ignore[arg-type]
+    assert not result.passed
+    assert "different (generation, step)" in result.reason
+
+
+def test_two_that_differ_are_both_suspects() -> None:
+    assert minority([1, 2]) == [0, 1]
+    assert minority([5, 5, 2]) == [2]
+    assert minority([1, 1, 2, 2]) == [0, 1, 2, 3]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9))
+def test_minority_is_nobody_exactly_when_all_agree(values: list[int]) -> None:
+    odd = minority(values)
+    assert (odd == []) == (len(set(values)) == 1)
+    kept = {v for i, v in enumerate(values) if i not in odd}
+    assert len(kept) <= 1, "those left in the majority agree"
+
+
+@given(st.lists(st.sampled_from([0, 2, 3, 4, 5]), min_size=1, max_size=6))
+def test_a_switch_needs_all_and_goes_forward(prepared: list[int]) -> None:
+    result = tally([replace(YES, prepared=Generation(g)) for g in prepared])
+    assert result.passed
+    expected = prepared[0] if len(set(prepared)) == 1 and prepared[0] > 3 else None
+    assert result.switch == expected
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12), st.integers(1, 5))
+def test_the_mean_loss_has_the_same_bits_for_any_world(losses: list[float], size: int) -> None:
+    def count(ranks: int) -> float | None:
+        shares = [
+            {Slot(s): v for s, v in enumerate(losses) if s * ranks // len(losses) == rank}
+            for rank in range(ranks)
+        ]
+        return tally([replace(YES, losses=share) for share in shares]).loss
+
+    assert count(size) == count(1)
