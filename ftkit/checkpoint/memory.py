@@ -41,6 +41,7 @@ class Sources:
 
     def __init__(self) -> None:
         self._live: Sequence[Live] = ()
+        self._plain = False
         self._addresses: list[int] = []
         self._strided: dict[int, NDArray[Any]] = {}
         self._private: dict[str, torch.Tensor] = {}
@@ -55,21 +56,28 @@ class Sources:
     def bind(self, live: Sequence[Live]) -> None:
         """Point at these tensors, and copy at once what may change at once.
 
+        Given the very sequence of the last call, the tensors must lie where they lay then.
+
         Blocks for the early CPU tensors (small). For CUDA tensors it only enqueues copies; the
         current stream waits on the device for the early ones.
         """
+        if live is self._live and self._plain:
+            return  # the same tensors at the same addresses, and none needs a copy
         self._live = live
+        self._plain = True
         self._strided = {}
         self._addresses = []
         self._arrived = None
         on_cuda = [item for item in live if item.tensor.device.type == "cuda"]
         if on_cuda:
+            self._plain = False
             self._stage(on_cuda)
         for index, item in enumerate(live):
             tensor = item.tensor
             if tensor.device.type == "cuda":
                 tensor = self._private[item.name]
             elif item.early:
+                self._plain = False
                 tensor = self._copy_early(item)
             elif not tensor.is_contiguous():
                 self._strided[index] = as_numpy(tensor)

@@ -123,16 +123,18 @@ class ProtectedState:
           StateChanged: a parameter was added, removed, moved or reshaped since `layout`.
           UsageError: something cannot be captured; the message names it.
         """
-        if self._watch is None or not self._watch.holds():
+        unchanged = self._watch is not None and self._watch.holds()
+        if not unchanged:
             self._walk()
         loose = dict[str, torch.Tensor]()
-        small = json.dumps(self._small(loose), separators=(",", ":")).encode()
+        small = json.dumps(self._small(loose, unchanged), separators=(",", ":")).encode()
         for name, tensor in loose.items():
             check_kind(name, tensor)
         # What must be captured at once is kept together at the end.
         early = self._early + [Live(name, tensor, early=True) for name, tensor in loose.items()]
         early.sort(key=lambda item: item.name)
-        live = (*self._lazy, *early)
+        # The same tuple as long as nothing moved: whoever reads it need not look again.
+        live = (*self._lazy, *early) if early else self._lazy
         signatures = self._lazy_signatures + [item.signature for item in early]
         if self._layout is None or signatures != self._signatures:
             self._layout = StateLayout.of(signatures, small_bytes=self._small_bytes)
@@ -225,9 +227,9 @@ class ProtectedState:
             [item.tensor for item in live],
         )
 
-    def _small(self, loose: dict[str, torch.Tensor]) -> dict[str, object]:
+    def _small(self, loose: dict[str, torch.Tensor], unchanged: bool) -> dict[str, object]:
         return {
-            "optimizers": {walk.name: walk.small(loose) for walk in self._optimizers},
+            "optimizers": {walk.name: walk.small(loose, unchanged) for walk in self._optimizers},
             "others": {
                 name: encode(other.state_dict(), name, loose)
                 for name, other in self._others.items()

@@ -71,6 +71,8 @@ class OptimizerWalk:
         self.name = name
         self.optimizer = optimizer
         self._parameter_name = parameter_name
+        self._members: list[list[str | None]] = []
+        self._has_other = False
 
     def parameters(self) -> dict[str, tuple[torch.Tensor, dict[str, Any]]]:
         """Each parameter and its group, by full name. UsageError for one of no module."""
@@ -95,24 +97,48 @@ class OptimizerWalk:
                     # They change in step() alone, as the parameters do.
                     yield _live(self._state_name(name, key), value, early=False)
 
-    def small(self, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
-        """Hyperparameters, and whatever else the state holds. Nested tensors join `tensors`."""
-        groups, other = list[object](), dict[str, object]()
-        for number, group in enumerate(self.optimizer.param_groups):
-            hyper = {k: v for k, v in group.items() if k != "params"}
-            members = [self._parameter_name(p) for p in group["params"]]
-            groups.append(
-                {
-                    "params": members,
-                    "hyper": encode(hyper, f"{self.name}/groups/{number}", tensors),
-                }
+    def small(self, tensors: dict[str, torch.Tensor], unchanged: bool = False) -> dict[str, object]:
+        """Hyperparameters, and whatever else the state holds. Nested tensors join `tensors`.
+
+        Args:
+          tensors: receives tensors found inside other values, by name.
+          unchanged: no parameter and no value of the state was replaced since the last call;
+            hyperparameters may have been.
+        """
+        if not (unchanged and self._members):
+            self._members = [
+                [self._parameter_name(p) for p in group["params"]]
+                for group in self.optimizer.param_groups
+            ]
+            self._has_other = any(
+                not isinstance(value, torch.Tensor)
+                for state in self.optimizer.state.values()
+                for value in state.values()
             )
+        groups = [
+            {
+                "params": members,
+                "hyper": encode(
+                    {k: v for k, v in group.items() if k != "params"},
+                    f"{self.name}/groups/{number}",
+                    tensors,
+                ),
+            }
+            for number, (group, members) in enumerate(
+                zip(self.optimizer.param_groups, self._members, strict=True)
+            )
+        ]
+        return {"groups": groups, "other": self._other(tensors) if self._has_other else {}}
+
+    def _other(self, tensors: dict[str, torch.Tensor]) -> dict[str, object]:
+        """What a parameter's state holds beside tensors, by the parameter's name."""
+        other = dict[str, object]()
         for parameter, state in self.optimizer.state.items():
             name = self._parameter_name(parameter)
             rest = {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
             if rest:
                 other[str(name)] = encode(rest, f"{self.name}/nested/{name}", tensors)
-        return {"groups": groups, "other": other}
+        return other
 
     def load(
         self,

@@ -4,8 +4,8 @@ Walking a model by name takes milliseconds and happens in the training thread at
 comparing identities and addresses takes tenths of one.
 """
 
-from collections.abc import Iterable, Sequence
-from operator import is_
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -31,23 +31,23 @@ class Watch:
         for root in modules:
             for module in root.modules():
                 self._fixed += [module._parameters, module._buffers, module._modules]
-        self._contents = [tuple(held.values()) for held in self._containers()]
+        self._contents = list(self._found())
+        self._identities = list(map(id, self._contents))
         self._tensors = tensors
         self._addresses = [t.data_ptr() for t in tensors]
-        self._sizes = [t.shape for t in tensors]
+        self._sizes = [t.size() for t in tensors]
 
     def holds(self) -> bool:
         """Whether nothing was added, removed, replaced, moved or resized since."""
-        containers = self._containers()
         return (
-            len(containers) == len(self._contents)
-            and all(
-                len(held) == len(before) and all(map(is_, held.values(), before))
-                for held, before in zip(containers, self._contents, strict=True)
-            )
-            and [t.data_ptr() for t in self._tensors] == self._addresses
-            and [t.shape for t in self._tensors] == self._sizes
+            list(map(id, self._found())) == self._identities
+            and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            and list(map(torch.Tensor.size, self._tensors)) == self._sizes
         )
+
+    def _found(self) -> Iterator[Any]:
+        """Every object the containers refer to now, always in the same order."""
+        return chain.from_iterable(held.values() for held in self._containers())
 
     def _containers(self) -> list[dict[Any, Any]]:
         """Everything that refers to live tensors, always in the same order.
