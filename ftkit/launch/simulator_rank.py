@@ -39,7 +39,8 @@ class SimRank:
         self.broken_setup = False
         self.refuses = False
         self.world: World | None = None
-        self._offer: World | None = None
+        # By generation: a vote may switch to an offer that was replaced since it was cast.
+        self._offers: dict[Generation, World] = {}
         self._linked_to: frozenset[MemberId] = frozenset()
         self._state: TrainingState | None = None
         self._held = Generation(0)
@@ -161,7 +162,8 @@ class SimRank:
                 if not all(self.sim.linked(self.member, m.member) for m in world.members):
                     self._later(0.05, self.heed)
                     return
-                self._offer, self.prepared = world, world.generation
+                self._offers[world.generation] = world
+                self.prepared = world.generation
                 if not self._point("prepared"):
                     return
             else:
@@ -245,6 +247,7 @@ class SimRank:
         self.linked = self.prepared = Generation(0)
         self._sequence = 0
         self._doing = ""
+        self._offers = {g: w for g, w in self._offers.items() if g > self.generation}
         for inbox in (self._shares, self._ballots):
             for key in [k for k in inbox if k[0] < self.generation]:
                 del inbox[key]
@@ -400,10 +403,8 @@ class SimRank:
             self._unsealed = None
 
     def _switch(self, generation: Generation) -> None:
-        old, new = self.world, self._offer
+        old, new = self.world, self._offers[generation]
         assert old is not None, "an active rank has a world"
-        assert new is not None, "a vote switches to a world all have prepared"
-        assert new.generation == generation, "a vote switches to the world all have prepared"
         step = self.step
         self._enter(new)
         self._say()
