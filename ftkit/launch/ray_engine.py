@@ -158,9 +158,13 @@ class RayEngine:
         return self._interrupted_at is not None
 
     def kill_coordinator(self) -> None:
-        if self._coordinator_pid is not None:
+        if self._coordinator_pid is None:
+            return
+        try:
             # It runs on this machine, beside the driver.
-            os.kill(int(ray.get(self._coordinator_pid, timeout=START_S)), signal.SIGKILL)
+            os.kill(ray.get(self._coordinator_pid, timeout=START_S), signal.SIGKILL)
+        except (ray_errors.RayActorError, ProcessLookupError):
+            pass  # it is dead already
 
     def close(self) -> None:
         if self._closed:

@@ -31,8 +31,11 @@ class Faults(list):
 
 def member(id_: int, address: tuple[str, int], seat: int | None = None) -> Member:
     return Member(
-        member=MemberId(id_), seat=Seat(id_ if seat is None else seat), node=NodeId(0),
-        host=address[0], port=address[1],
+        member=MemberId(id_),
+        seat=Seat(id_ if seat is None else seat),
+        node=NodeId(0),
+        host=address[0],
+        port=address[1],
     )
 
 
