@@ -11,7 +11,7 @@ import queue
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import rank_environment
 from ftkit.launch.ranks import RankProcess
 from ftkit.recovery.facts import MemberFacts, Stage
-from ftkit.recovery.plan import Assignment, Phase, Plan
+from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,14 @@ class Agent:
     """The agent of one node. `run` is its life, on the thread that calls it."""
 
     def __init__(
-        self, config: JobConfig, node: NodeId, secret: str, *, host: str, port: int = 0
+        self,
+        config: JobConfig,
+        node: NodeId,
+        secret: str,
+        *,
+        host: str,
+        port: int = 0,
+        inherited: Mapping[str, str] = os.environ,
     ) -> None:
         """Make the node's shared memory and listen; start nothing yet.
 
@@ -48,6 +55,7 @@ class Agent:
           secret: the job's secret in hexadecimal.
           host: the address this node is reached at, by ranks and coordinator alike.
           port: the port for coordinators; 0 takes any.
+          inherited: the environment that ranks get ftkit's variables added to.
 
         Raises:
           OSError: the port is taken, or the run directory cannot be written.
@@ -57,6 +65,7 @@ class Agent:
         self._node = node
         self._secret = bytes.fromhex(secret)
         self._host = host
+        self._inherited = inherited
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._arenas = Arenas(config, node)
@@ -83,6 +92,11 @@ class Agent:
         """Where coordinators reach this agent."""
         host, port = self._listener.getsockname()[:2]
         return str(host), int(port)
+
+    @property
+    def outcome(self) -> Stop | None:
+        """How the job ended, as the newest plan says; None while it does not."""
+        return self._plan.stop
 
     def run(self) -> None:
         """Serve until the job has ended and every rank is gone. Blocks."""
@@ -200,6 +214,7 @@ class Agent:
             host=self._host,
             shm_dir=self._arenas.directory,
             restarts=self._plan.restarts,
+            inherited=self._inherited,
         )
         base = MemberFacts(member=member, seat=seat.seat, node=self._node, stage=Stage.STARTING)
         try:
@@ -208,6 +223,7 @@ class Agent:
                 seat.seat,
                 self._config.command,
                 env,
+                cwd=self._config.cwd or None,
                 log=log,
                 on_exit=lambda m: self._inbox.put(("exit", m)),
             )

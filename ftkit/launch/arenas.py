@@ -36,7 +36,7 @@ class Arenas:
         sweep(Path(config.shm_root))
         self.directory = config.shm_dir(node)
         self.directory.mkdir(mode=0o700, parents=True)
-        (self.directory / OWNER).write_text(str(os.getpid()))
+        (self.directory / OWNER).write_text(_identity(psutil.Process()))
         self._job = JobId(config.job)
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
@@ -97,11 +97,27 @@ def sweep(root: Path) -> list[Path]:
     removed = []
     for folder in root.glob("ftkit-*-n*"):
         try:
-            owner = int((folder / OWNER).read_text())
-            stale = folder.stat().st_uid == os.getuid() and not psutil.pid_exists(owner)
+            owner = (folder / OWNER).read_text()
+            stale = folder.stat().st_uid == os.getuid() and not _runs(owner)
         except (OSError, ValueError):
             continue  # somebody else's, or being made
         if stale:
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder)
     return removed
+
+
+def _identity(process: psutil.Process) -> str:
+    """A process beyond its number, which another may have after it."""
+    return f"{process.pid} {process.create_time()}"
+
+
+def _runs(owner: str) -> bool:
+    """Whether the process with this identity runs. Raises ValueError if it is none."""
+    pid = int(owner.split()[0])
+    try:
+        process = psutil.Process(pid)
+        # A dead orphan stays a zombie for as long as nobody asks for its end.
+        return process.status() != psutil.STATUS_ZOMBIE and _identity(process) == owner
+    except psutil.NoSuchProcess:
+        return False

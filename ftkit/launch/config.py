@@ -81,6 +81,8 @@ class JobConfig:
     """Ranks on each node."""
     max_stall_s: float = 30.0
     run_dir: str = ""
+    cwd: str = ""
+    """Where ranks start; empty for the directory of whoever starts them."""
     shm_root: str = "/dev/shm"
     """Where each node makes its folder of shared memory."""
     rank_logs: bool = False
@@ -138,5 +140,8 @@ def new_secret() -> str:
 
 def default_engine(environ: Mapping[str, str] = os.environ) -> str:
     """Ray where there is a Ray to use, else processes on this machine."""
-    ray_here = environ.get("RAY_ADDRESS") or environ.get("RAY_JOB_ID")
-    return "ray" if ray_here or environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") else "embedded"
+    if environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return "ray"  # inside `ray job submit`
+    # A URL is the address of Ray's job server or client proxy: not a cluster to join from here.
+    address = environ.get("RAY_ADDRESS", "")
+    return "ray" if address and "://" not in address and address != "local" else "embedded"

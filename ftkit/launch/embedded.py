@@ -4,10 +4,10 @@ import json
 import logging
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from ftkit.core.errors import CapacityError, UsageError
@@ -15,6 +15,7 @@ from ftkit.launch import processes
 from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig
 from ftkit.launch.coordinator import read_result
+from ftkit.launch.ranks import die_with
 from ftkit.recovery.plan import Stop
 
 logger = logging.getLogger(__name__)
@@ -72,8 +73,6 @@ class EmbeddedEngine:
                     code=70, reason=f"{COORDINATOR_TRIES} coordinators in a row ended at once"
                 )
             self._start_coordinator()
-            if self._interrupted_at is not None:
-                self._coordinator.terminate()
         return None
 
     def interrupt(self) -> None:
@@ -125,8 +124,11 @@ class EmbeddedEngine:
     def _start_coordinator(self) -> None:
         self._number += 1
         self._started_at = time.monotonic()
+        # It is told at birth: a signal may come before it can answer one.
+        reason = ["interrupted"] if self._interrupted_at is not None else []
         self._coordinator = self._spawn(
-            ["coordinator", str(self._number)], {processes.AGENTS: json.dumps(self._addresses)}
+            ["coordinator", str(self._number), *reason],
+            {processes.AGENTS: json.dumps(self._addresses)},
         )
 
     def _spawn(
@@ -148,9 +150,6 @@ class EmbeddedEngine:
             },
             stdin=subprocess.DEVNULL,
             pass_fds=pass_fds,
+            preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # system calls, no lock
             start_new_session=True,
         )
-
-
-#: What ends `ftkit run` from outside.
-END_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -1,7 +1,8 @@
 """The processes of the embedded engine: what `python -m ftkit.launch.processes` runs.
 
     agent NODE PORT READY_FD     one node's agent; writes its address to READY_FD
-    coordinator NUMBER           one coordinator; agents' addresses come from the environment
+    coordinator NUMBER [REASON]  one coordinator; agents' addresses come from the environment;
+                                 with a reason, all it does is to end the job in order
 
 Both get the job from the environment, never from the command line, which anybody may read.
 """
@@ -14,7 +15,6 @@ import sys
 
 from ftkit.core.ids import NodeId
 from ftkit.launch.config import JobConfig
-from ftkit.launch.ranks import die_with_parent
 
 JOB = "FTKIT_JOB_CONFIG"
 SECRET = "FTKIT_JOB_SECRET"
@@ -25,7 +25,6 @@ HOST = "127.0.0.1"
 def main(argv: list[str]) -> int:
     """Run one process of the engine. Returns its exit code."""
     logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
-    die_with_parent()
     config = JobConfig.from_json(os.environ.pop(JOB))
     secret = os.environ.pop(SECRET)
     # Ctrl-C is the command's to answer: it tells the coordinator, which ends the job.
@@ -33,8 +32,8 @@ def main(argv: list[str]) -> int:
     match argv:
         case ["agent", node, port, ready]:
             return _agent(config, NodeId(int(node)), secret, int(port), int(ready))
-        case ["coordinator", number]:
-            return _coordinator(config, secret, int(number))
+        case ["coordinator", number, *reason]:
+            return _coordinator(config, secret, int(number), " ".join(reason))
         case _:
             print(f"ftkit.launch.processes: cannot run {argv}", file=sys.stderr)
             return 64
@@ -51,12 +50,14 @@ def _agent(config: JobConfig, node: NodeId, secret: str, port: int, ready: int) 
     return 0
 
 
-def _coordinator(config: JobConfig, secret: str, number: int) -> int:
+def _coordinator(config: JobConfig, secret: str, number: int, reason: str) -> int:
     from ftkit.launch.coordinator import Coordinator
 
     agents = [(str(host), int(port)) for host, port in json.loads(os.environ.pop(AGENTS))]
     coordinator = Coordinator(config, secret, agents, number=number)
     signal.signal(signal.SIGTERM, lambda *_: coordinator.interrupt("interrupted"))
+    if reason:
+        coordinator.interrupt(reason)
     coordinator.run()
     return 0
 

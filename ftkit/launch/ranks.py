@@ -6,8 +6,10 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
+from ftkit.core import exit_codes
 from ftkit.core.ids import MemberId, Seat
 
 _PR_SET_PDEATHSIG = 1
@@ -17,12 +19,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 TAIL_BYTES = 4096
 
 
-def die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """Have the kernel kill this process when the thread that started it ends.
 
-    Meant to run in the child between fork and exec; one system call, no allocation.
+    Meant to run in the child between fork and exec; system calls only.
+
+    Args:
+      parent: the process that started this one. If it is gone already, no signal will come,
+        so this process ends at once.
     """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(exit_codes.AGENT_GONE)
 
 
 class RankProcess:
@@ -35,6 +43,7 @@ class RankProcess:
         command: tuple[str, ...],
         env: Mapping[str, str],
         *,
+        cwd: str | None = None,
         log: Path | None,
         on_exit: Callable[[MemberId], None],
     ) -> None:
@@ -45,6 +54,7 @@ class RankProcess:
           seat: the seat it fills.
           command: program and arguments.
           env: its whole environment.
+          cwd: the directory to start in; None for this process's own.
           log: file for its output, appended to; None passes the output through.
           on_exit: called on a thread of its own as soon as the process has ended.
 
@@ -64,10 +74,11 @@ class RankProcess:
             self._process = subprocess.Popen(
                 command,
                 env=dict(env),
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,
-                preexec_fn=die_with_parent,  # noqa: PLW1509  # one system call, no lock
+                preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # system calls, no lock
                 start_new_session=True,
             )
         finally:

@@ -1,0 +1,225 @@
+"""`ftkit run` as a person meets it: what it refuses, how it ends, what it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ftkit.launch.arenas import sweep
+from tests.launch.engine_contract import WAIT, leftovers, runs
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 60.0
+
+pytestmark = pytest.mark.multiproc
+
+
+class Cli:
+    """Runs the command in one folder; every process it starts is gone afterwards."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environ = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
+        self.environ["PYTHONPATH"] = str(ROOT)
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, *arguments: str, script: str = WAIT) -> subprocess.Popen[str]:
+        (self.folder / "train.py").write_text(textwrap.dedent(script))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ftkit.launch.cli", "run", *arguments],
+            cwd=self.folder,
+            env=self.environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._started.append(process)
+        return process
+
+    def run(self, *arguments: str, script: str = "") -> tuple[int, str, str]:
+        """(exit code, stdout, stderr) of one command."""
+        process = self.start(*arguments, script=script)
+        out, err = process.communicate(timeout=LIMIT_S)
+        assert "Traceback" not in err, err
+        return process.returncode, out, err
+
+    def wait_for_ranks(self, count: int) -> list[tuple[int, int]]:
+        """(process, agent) of ranks that run WAIT."""
+        files = [self.folder / f"up{rank}" for rank in range(count)]
+        deadline = time.monotonic() + LIMIT_S
+        while not all(f.exists() for f in files):
+            assert self._started[-1].poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return [(int(a), int(b)) for a, b in (f.read_text().split() for f in files)]
+
+    def job(self) -> str:
+        (run,) = (self.folder / "runs").iterdir()
+        return run.name
+
+    def end(self) -> None:
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Iterator[Cli]:
+    cli = Cli(tmp_path)
+    try:
+        yield cli
+    finally:
+        cli.end()
+
+
+# ---- what it refuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere.py"], 64, "there is no script 'nowhere.py' in "),
+        (["--nproc", "0", "train.py"], 64, "--nodes and --nproc count from 1, got 1 and 0"),
+        (["--nodes", "-1", "train.py"], 64, "count from 1, got -1 and 1"),
+        (["--max-stall", "0.1", "train.py"], 64, "--max-stall: "),
+        (["--max-stall", "nan", "train.py"], 64, "--max-stall: "),
+        (["--engine", "slurm", "train.py"], 2, "'slurm' is not one of 'embedded', 'ray'"),
+        (["--nproc", "two", "train.py"], 2, "'two' is not a valid integer"),
+        (["-m"], 64, "-m needs the name of a module"),
+        ([], 2, "Missing argument 'SCRIPT'"),
+        (["--shm-root", "/nowhere", "train.py"], 64, "/nowhere"),
+        (["--run-dir", "/proc/nowhere", "train.py"], 64, "/proc/nowhere"),
+        (["--run-dir", "train.py/run", "train.py"], 64, "train.py/run"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_words(
+    cli: Cli, arguments: list[str], code: int, words: str
+) -> None:
+    found, out, err = cli.run(*arguments)
+    assert (found, out) == (code, "")
+    assert words in err
+
+
+def test_too_short_a_stall_is_refused_with_the_chain_of_times(cli: Cli) -> None:
+    _, _, err = cli.run("--max-stall", "0.1", "train.py")
+    assert "heartbeat" in err
+    assert "0.1" in err
+
+
+# ---- how it ends
+
+
+def test_the_scripts_own_exit_code_and_a_reason(cli: Cli) -> None:
+    code, out, err = cli.run("train.py", "7", script="import sys; sys.exit(int(sys.argv[1]))")
+    assert (code, out) == (7, "")
+    assert "seat 0 exited with 7" in err
+    assert "(events in " in err
+
+
+def test_json_is_one_object_at_the_end(cli: Cli) -> None:
+    code, out, _ = cli.run("--json", "train.py", script="print('from the rank')")
+    *lines, last = out.splitlines()
+    assert code == 0
+    assert lines == ["from the rank"]
+    assert json.loads(last) == {
+        "code": 0,
+        "reason": "every rank finished",
+        "run_dir": str(cli.folder / "runs" / cli.job()),
+    }
+
+
+def test_a_module_runs_as_a_script_does(cli: Cli) -> None:
+    (cli.folder / "package").mkdir()
+    (cli.folder / "package" / "job.py").write_text("import sys; print(__name__, sys.argv[1:])")
+    code, out, _ = cli.run("-m", "package.job", "--steps", "3")
+    assert (code, out) == (0, "__main__ ['--steps', '3']\n")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_everything_in_order(cli: Cli, number: signal.Signals) -> None:
+    process = cli.start("--nproc", "2", "train.py", str(cli.folder))
+    ranks = cli.wait_for_ranks(2)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 128 + number
+    assert f"ended by {number.name}" in err
+    assert "Traceback" not in err
+    assert leftovers(cli.job(), wait_s=0.0) == []
+    assert not [pid for pair in ranks for pid in pair if runs(pid)]
+
+
+def test_a_signal_during_the_start_ends_everything(cli: Cli) -> None:
+    process = cli.start("--nproc", "2", "train.py", str(cli.folder))
+    deadline = time.monotonic() + LIMIT_S
+    while not list((cli.folder).glob("runs/*/events/*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 128 + signal.SIGTERM, err
+    assert leftovers(cli.job(), wait_s=0.0) == []
+
+
+def test_a_killed_command_takes_everything_with_it(cli: Cli) -> None:
+    process = cli.start("--nproc", "2", "train.py", str(cli.folder))
+    ranks = cli.wait_for_ranks(2)
+    job = cli.job()
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 5
+    while any(runs(pid) for pair in ranks for pid in pair) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert [left for left in leftovers(job) if not left.startswith("/dev/shm")] == []
+    assert Path(f"/dev/shm/ftkit-{job}-n0").exists()
+    # The next job on this machine clears it away.
+    assert cli.run("--run-dir", "next", "train.py", script="pass")[0] == 0
+    assert leftovers(job, wait_s=0.0) == []
+
+
+def test_a_port_that_is_taken_for_the_masters_store_harms_no_other_job(cli: Cli) -> None:
+    code, out, _ = cli.run(
+        "--nproc", "2", "train.py", script="import os; print(os.environ['MASTER_PORT'])"
+    )
+    assert code == 0
+    first, second = out.split()
+    assert first == second
+    assert int(first) > 1023
+
+
+# ---- what it runs
+
+
+def test_a_plain_torch_script_runs_unchanged(cli: Cli) -> None:
+    script = """
+        import torch
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        value = torch.tensor([dist.get_rank() + 1.0])
+        dist.all_reduce(value)
+        assert value.item() == 3.0, value
+        dist.barrier()
+        print("reduced")
+        dist.destroy_process_group()
+    """
+    code, out, err = cli.run("--nproc", "2", "train.py", script=script)
+    assert code == 0, err
+    assert out.split() == ["reduced", "reduced"]
+
+
+def test_the_sweep_is_harmless_to_a_running_job(cli: Cli) -> None:
+    process = cli.start("train.py", str(cli.folder))
+    cli.wait_for_ranks(1)
+    assert sweep(Path("/dev/shm")) == [] or Path(f"/dev/shm/ftkit-{cli.job()}-n0").exists()
+    (cli.folder / "go").touch()
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0

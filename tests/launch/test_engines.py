@@ -1,0 +1,255 @@
+"""Both engines against one contract, and what only Ray does."""
+
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from ftkit.core.errors import UsageError
+from ftkit.launch.arenas import sweep
+from ftkit.launch.config import JobConfig
+from ftkit.launch.embedded import EmbeddedEngine
+from ftkit.launch.engine import Engine
+from ftkit.launch.ray_actors import rank_inheritance
+from ftkit.launch.tail import RankOutput
+from tests.launch.engine_contract import WAIT, EngineContract, Jobs, drive, leftovers
+
+ROOT = Path(__file__).resolve().parents[2]
+CLI = (sys.executable, "-m", "ftkit.launch.cli")
+START_LIMIT_S = 90.0
+
+
+@pytest.mark.multiproc
+class TestEmbedded(EngineContract):
+    def make(self, config: JobConfig, secret: str) -> Engine:
+        return EmbeddedEngine(config, secret)
+
+
+class Cluster:
+    """A Ray head of our own on free ports, and everything below it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.gcs, self.dashboard, client = (free_port() for _ in range(3))
+        environ = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
+        self.environ = environ | {
+            "PYTHONPATH": str(ROOT),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}",
+        }
+        self.address = f"127.0.0.1:{self.gcs}"
+        command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={self.gcs}", f"--temp-dir={folder}"]
+        command += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={client}"]
+        command += ["--object-store-memory=100000000"]
+        self._log = (folder / "head.log").open("wb")
+        self.process = subprocess.Popen(
+            command, env=self.environ, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+
+    def actors(self) -> list[str]:
+        """ftkit's actors that run on this cluster."""
+        titles = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                titles.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue  # it ended meanwhile
+        return [t for t in titles if "AgentHost" in t or "CoordinatorHost" in t]
+
+    def stop(self) -> None:
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in psutil.wait_procs(below, timeout=5)[1]:
+            process.kill()
+        self._log.close()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # Ray's socket paths have to fit 107 bytes, so pytest's own folder is too deep.
+    folder = Path("/tmp") / f"ftkit-ray-{os.getpid()}"
+    folder.mkdir()
+    cluster = Cluster(folder)
+    try:
+        deadline = time.monotonic() + START_LIMIT_S
+        while not (answers(cluster.gcs) and answers(cluster.dashboard)):
+            assert cluster.process.poll() is None, (folder / "head.log").read_text()
+            assert time.monotonic() < deadline, (folder / "head.log").read_text()
+            time.sleep(0.1)
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.ray
+@pytest.mark.multiproc
+class TestRay(EngineContract):
+    @pytest.fixture(autouse=True)
+    def connected(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        yield
+        deadline = time.monotonic() + 5
+        while cluster.actors() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert cluster.actors() == []
+
+    def make(self, config: JobConfig, secret: str) -> Engine:
+        from ftkit.launch.ray_engine import RayEngine
+
+        return RayEngine(config, secret)
+
+    def test_a_clusters_url_is_not_its_address(
+        self, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:8265")
+        with pytest.raises(UsageError, match=r"http://127.0.0.1:8265, which is not .* job submit"):
+            jobs.start(WAIT)
+
+    def test_a_cluster_that_is_not_there_is_named_at_once(
+        self, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        port = free_port()
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+        with pytest.raises(UsageError, match=f"no Ray cluster answers at 127.0.0.1:{port} .*start"):
+            jobs.start(WAIT)
+
+    def test_a_coordinator_killed_twice_is_no_error(self, jobs: Jobs) -> None:
+        engine = jobs.start(WAIT)
+        jobs.pids(1)
+        engine.kill_coordinator()
+        engine.kill_coordinator()
+        (jobs.folder / "go").touch()
+        assert drive(engine).code == 0
+
+    def test_nothing_is_left_of_a_job_whose_command_is_killed(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        (tmp_path / "train.py").write_text(textwrap.dedent(WAIT))
+        command = [*CLI, "run", "--engine", "ray", "train.py", str(tmp_path)]
+        environ = cluster.environ | {"RAY_ADDRESS": cluster.address}
+        with subprocess.Popen(command, cwd=tmp_path, env=environ) as process:
+            deadline = time.monotonic() + 60
+            while not (tmp_path / "up0").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.kill()
+        (run,) = (tmp_path / "runs").iterdir()
+        deadline = time.monotonic() + 20
+        while cluster.actors() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert [x for x in leftovers(run.name) if x.startswith("process")] == []
+        sweep(Path("/dev/shm"))  # as the next job's agent does
+        assert leftovers(run.name) == []
+
+    def test_ray_job_submit_runs_a_script_of_the_working_directory(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        (tmp_path / "beside.py").write_text("WORD = 'from beside'\n")
+        (tmp_path / "train.py").write_text(
+            "import beside, os, sys\nprint(beside.WORD, os.environ['RANK'], sys.argv[1], flush=True)"
+        )
+        url = f"http://127.0.0.1:{cluster.dashboard}"
+        command = ["ray", "job", "submit", "--address", url, "--working-dir", str(tmp_path), "--"]
+        done = subprocess.run(
+            [*command, *CLI, "run", "--nproc", "2", "train.py", "an argument"],
+            env=cluster.environ,
+            capture_output=True,
+            text=True,
+            timeout=100,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "from beside 0 an argument" in done.stdout
+        assert "from beside 1 an argument" in done.stdout
+
+
+@pytest.mark.ray
+@pytest.mark.multiproc
+def test_a_peer_that_says_nothing_is_given_up_on(tmp_path: Path) -> None:
+    (tmp_path / "train.py").touch()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        done = subprocess.run(
+            [*CLI, "run", "--engine", "ray", "train.py"],
+            cwd=tmp_path,
+            env=os.environ | {"RAY_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 64
+    assert f"the Ray cluster at 127.0.0.1:{port} said nothing for 15 s" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gpu_is_booked_for_each_rank_only_where_there_are_enough() -> None:
+    from ftkit.launch.ray_engine import AGENT_CPUS, bundle
+
+    def machine(**resources: float) -> dict[str, Any]:
+        return {"Resources": {"CPU": 8.0, **resources}}
+
+    cpu_only = {"CPU": AGENT_CPUS}
+    assert bundle([machine()], nodes=1, nproc=2) == cpu_only
+    assert bundle([machine(GPU=4.0)], nodes=2, nproc=2) == cpu_only | {"GPU": 2}
+    assert bundle([machine(GPU=1.0), machine(GPU=1.0)], nodes=1, nproc=2) == cpu_only
+    assert bundle([machine(GPU=8.0), machine()], nodes=2, nproc=8) == cpu_only
+
+
+def test_ranks_inherit_the_drivers_environment_and_the_nodes_devices() -> None:
+    node = {"CUDA_VISIBLE_DEVICES": "2,3", "HOSTNAME": "b", "RAY_JOB_ID": "1", "ON_NODE": "x"}
+    node["PYTHONBREAKPOINT"] = "ray.util.rpdb.set_trace"
+    driver = {"CUDA_VISIBLE_DEVICES": "0", "HOSTNAME": "a", "RAY_ADDRESS": "c:1", "MINE": "y"}
+    assert rank_inheritance(node, driver) == {
+        "CUDA_VISIBLE_DEVICES": "2,3",
+        "HOSTNAME": "b",
+        "ON_NODE": "x",
+        "MINE": "y",
+    }
+
+
+def test_rank_output_passes_on_whole_lines_once(tmp_path: Path) -> None:
+    log = tmp_path / "seat-1.log"
+    log.write_text("of an earlier run\n")
+    out = io.BytesIO()
+    output = RankOutput(tmp_path, 2, out)
+    with log.open("a") as file:
+        print("one\ntw", end="", file=file, flush=True)
+        output.pass_on()
+        assert out.getvalue() == b"one\n"
+        print("o\nthree", end="", file=file, flush=True)
+        output.pass_on()
+    output.pass_on(all_of_it=True)
+    output.pass_on(all_of_it=True)
+    assert out.getvalue() == b"one\ntwo\nthree"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
