@@ -71,7 +71,7 @@ def test_two_runs_of_the_same_steps_end_in_the_same_bits() -> None:
         windows = ByteWindows(bytes(range(256)) * 2, context=8)
         for i in range(3):
             x, y = default_collate([windows[i], windows[i + 1]])
-            next_byte_loss(model(x), y).backward()  # type: ignore[no-untyped-call]
+            next_byte_loss(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
         return parameters_digest(model)
