@@ -69,8 +69,10 @@ def render(
 <h2>Loss</h2>
 <p>Wide line: the undisturbed run. Thin line: the disturbed one.</p>
 {loss_plot(losses, undisturbed, faults)}
-<h2>The ranks around the incident</h2>
+<h2>The repair</h2>
 <p>{legend}<i></i>A tick is a committed step, the dashed line the fault.</p>
+{timeline_plot(read_timeline(events, whole=False))}
+<h2>Until every rank is back</h2>
 {timeline_plot(read_timeline(events))}
 <p>Seed {outcome.seed}. Times are of this machine's monotonic clock.</p>
 </body></html>

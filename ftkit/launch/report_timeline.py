@@ -56,12 +56,18 @@ class Timeline:
     faults: tuple[Mark, ...]
 
 
-def read_timeline(events: Iterable[Event]) -> Timeline:
-    """Work out the spans of every seat. Without any event the timeline is empty."""
+def read_timeline(events: Iterable[Event], *, whole: bool = True) -> Timeline:
+    """Work out the spans of every seat. Without any event the timeline is empty.
+
+    Args:
+      events: all events of a run, in any order.
+      whole: show until the lost seats are back; False: until the survivors go on, which is
+        a small part of it, since starting a process takes far longer than the repair.
+    """
     listed = [e for e in events if isinstance(e.get("mono"), int | float)]
     listed.sort(key=lambda e: float(e["mono"]))
     history = read_history(listed)
-    start, end = _window(history)
+    start, end = _window(history, whole)
     turns = _turns(listed, history)
     spans = []
     for seat, changes in sorted(turns.items()):
@@ -93,7 +99,7 @@ def _last(history: History) -> float:
     return max(moments, default=0.0)
 
 
-def _window(history: History) -> tuple[float, float]:
+def _window(history: History, whole: bool) -> tuple[float, float]:
     commits = [c.mono for c in history.commits]
     if not commits:
         return 0.0, 0.0
@@ -110,7 +116,10 @@ def _window(history: History) -> tuple[float, float]:
         returned = [
             c.mono
             for c in history.commits
-            if c.seat == incident.seat and c.step == incident.back_at_step and c.mono > incident.at
+            if whole
+            and c.seat == incident.seat
+            and c.step == incident.back_at_step
+            and c.mono > incident.at
         ]
         settled = max(settled, *returned, incident.at + (incident.repair_s or 0.0))
     after = sorted({c.mono for c in history.commits if c.mono > settled})
@@ -142,12 +151,14 @@ def _turns(events: list[Event], history: History) -> dict[int, list[tuple[float,
     for member, at in first_act.items():
         turns.setdefault(history.seat_of[member], []).append((at, Doing.TRAINING))
 
-    for halt in history.halts:
-        for member, began in first_act.items():
-            again = [c.mono for c in history.commits if c.member == member and c.mono > halt]
-            if began <= halt < lost_at.get(member, float("inf")) and again:
-                seat = history.seat_of[member]
-                turns[seat] += [(halt, Doing.REPAIRING), (min(again), Doing.TRAINING)]
+    # A broken link ends a rank's step before anybody tells it to halt: the first sign counts.
+    stops = [(at, member) for at in history.halts for member in first_act]
+    stops += [(r.mono, r.member) for r in history.rewinds if r.member in first_act]
+    for at, member in stops:
+        again = [c.mono for c in history.commits if c.member == member and c.mono > at]
+        if first_act[member] <= at < lost_at.get(member, float("inf")) and again:
+            seat = history.seat_of[member]
+            turns[seat] += [(at, Doing.REPAIRING), (min(again), Doing.TRAINING)]
     for final in history.finals:
         turns.setdefault(final.seat, []).append((final.mono, None))
     return turns

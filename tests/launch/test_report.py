@@ -42,6 +42,29 @@ def test_a_survivor_repairs_from_the_halt_to_its_next_commit() -> None:
     assert (repair.start, repair.end) == (10.340, 10.492)
 
 
+def test_without_a_halt_a_rank_repairs_from_its_own_rollback() -> None:
+    # Its link broke, and it stopped before it was told to.
+    events = [e for e in disturbed() if e["kind"] != "halt"]
+    starts = {s.seat: s.start for s in read_timeline(events).spans if s.doing is Doing.REPAIRING}
+    assert starts == {0: 10.341, 2: 10.342}
+
+
+def test_the_repair_alone_is_shown_larger() -> None:
+    # The seat comes back 10 s later than in the literal history.
+    late = [e | {"mono": e["mono"] + 10} if e["mono"] > 10.64 else e for e in disturbed()]
+    whole = read_timeline(late)
+    assert any(m.seat == 1 and m.step == 5 for m in whole.commits)
+    assert whole.end - whole.start > 10
+    steps = [
+        event(10.65 + i / 10, "commit", seat=s, member=s, step=5 + i, generation=2, loss=1.0)
+        for i in range(90)
+        for s in (0, 2)
+    ]
+    near = read_timeline([*late, *steps], whole=False)
+    assert near.start < 10.312
+    assert 10.492 < near.end < 12
+
+
 def test_the_spans_of_a_seat_neither_overlap_nor_leave_the_window() -> None:
     timeline = read_timeline(disturbed())
     for seat in timeline.seats:
@@ -135,7 +158,7 @@ def test_the_page_tells_the_answer_the_story_and_the_equality() -> None:
     assert "rank 1 killed by SIGKILL in backward of step 3 → seen after 24 ms" in html
     assert "yes, bit for bit" in html
     assert "equal to the undisturbed run&#x27;s in all 6 steps" in html
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
 
 
 def test_a_failed_drill_says_what_was_broken_and_a_different_loss_is_named() -> None:
