@@ -176,8 +176,8 @@ class Coordinator:
             self.trace.event(
                 "decision", action=decision.action, reason=decision.reason, **decision.fields
             )
-            if decision.action in ("resume", "form", "grown"):
-                self.trace.event("resume", **{"step": plan.step, **decision.fields})
+            if decision.action in ("resume", "form"):
+                self.trace.event("resume", **decision.fields)
         if halting:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
 

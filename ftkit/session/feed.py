@@ -147,10 +147,19 @@ class LoaderFeed:
                 raise UsageError("the loader is empty: there is nothing to train on")
 
 
+def digest_of(batch: Any) -> int:
+    """64 bits over the content of a batch; what is on a GPU already is left out."""
+    hasher = xxhash.xxh3_64()
+    _update(hasher, batch)
+    return hasher.intdigest()
+
+
 def _update(hasher: xxhash.xxh3_64, value: Any) -> None:
     """Feed every byte of a batch to `hasher`, tensors by content."""
     if isinstance(value, torch.Tensor):
-        hasher.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        if value.device.type != "cpu":
+            return
+        hasher.update(value.detach().contiguous().view(torch.uint8).numpy().data)
     elif isinstance(value, dict):
         for key in sorted(value, key=str):
             hasher.update(str(key).encode())

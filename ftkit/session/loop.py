@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.slot_tree import SlotNode
-from ftkit.core.errors import StateChanged, UsageError
-from ftkit.session.feed import Feed
+from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
+from ftkit.core.ids import Slot
+from ftkit.core.ids import Step as StepNumber
+from ftkit.session.feed import Feed, digest_of
 from ftkit.session.parts import Parts
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
@@ -33,6 +35,8 @@ class Loop:
     reducer: GradientReducer = field(init=False)
     current: "Step | None" = None
     """The step whose `with` is open."""
+    read: dict[tuple[StepNumber, Slot], int] = field(default_factory=dict)
+    """Digests of the batches this rank has read for the step under way, in any attempt."""
     refusals: int = 0
     """Votes in a row that did not pass."""
 
@@ -50,6 +54,16 @@ class Loop:
             raise StateChanged(
                 f"the model has {count} parameters that require gradients, it had "
                 f"{self.reducer.params} when the step loop began; add parameters before that"
+            )
+
+    def note_batch(self, step: StepNumber, slot: Slot, batch: Any) -> None:
+        """Remember what a slot held; NotDeterministic when it held something else before."""
+        digest = digest_of(batch)
+        if self.read.setdefault((step, slot), digest) != digest:
+            raise NotDeterministic(
+                f"slot {slot} of step {step} held other data when it was played again. Reading "
+                "a sample twice must give the same: draw random augmentation from torch, numpy "
+                "or random, which are seeded for each slot, and from nothing else"
             )
 
     def _reduce(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:

@@ -170,6 +170,7 @@ class Step:
         numpy.random.seed(key & 0xFFFFFFFF)
         self._buffers.rewind()
         batch = self._loop.feed.batch(self._number, slot)
+        self._loop.note_batch(self._number, slot, batch)
         self._loop.reducer.start_slot(slot, last=slot == self._held[-1])
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
@@ -216,7 +217,10 @@ class Step:
             prepared=newcomers.generation if newcomers else Generation(0),
             losses=self._losses,
         )
-        parts.trace.event("vote", step=number, generation=self._generation, slots=self._held)
+        data = derive(*(self._loop.read[number, slot] for slot in self._held))
+        parts.trace.event(
+            "vote", step=number, generation=self._generation, slots=self._held, data=f"{data:x}"
+        )
         parts.membership.vote_cast()
         result: Tally | None = None
         try:
@@ -259,6 +263,7 @@ class Step:
         parts = self._parts
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
         self._loop.feed.committed(self._number)
+        self._loop.read.clear()
         self._loop.snapshots.begin(self._number, self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
         if self._newcomers is not None and parts.membership.active:
