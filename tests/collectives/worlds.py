@@ -1,5 +1,7 @@
 """Builds groups and worlds for scenarios."""
 
+# mypy: allow-untyped-calls
+
 import time
 from typing import Any
 
@@ -15,7 +17,7 @@ def config(transport: str = "auto", **more: Any) -> CollectivesConfig:
     return CollectivesConfig(transport=Transport(transport), **more)
 
 
-class Faults(list):
+class Faults(list[Any]):
     """An on_fault callback that remembers: (generation, lost, reason, monotonic time)."""
 
     def __call__(self, generation, lost, reason):
@@ -53,7 +55,9 @@ def world(generation: int, addresses: dict[int, tuple[str, int]]) -> World:
     )
 
 
-def join(rank: int, talk: Any, transport: str = "auto", **more: Any) -> tuple[Group, Faults, dict]:
+def join(
+    rank: int, talk: Any, transport: str = "auto", **more: Any
+) -> tuple[Group, Faults, dict[int, Any]]:
     """A group of all members of the crew, in generation 1."""
     group, faults = make_group(rank, transport, **more)
     addresses = dict(talk.everyone((rank, group.address)))
