@@ -10,7 +10,7 @@ import psutil
 
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.core.errors import FtkitError
+from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.detection.process import process_facts
 from ftkit.detection.status import StatusBoard
@@ -30,12 +30,14 @@ class Arenas:
         Folders that a killed job of this user left behind are removed first.
 
         Raises:
+          UsageError: there is no such root of shared memory, or it is not ours to write to.
           CapacityError: shared memory is full.
           FileExistsError: another agent of this job runs for this node.
         """
+        check_root(Path(config.shm_root))
         sweep(Path(config.shm_root))
         self.directory = config.shm_dir(node)
-        self.directory.mkdir(mode=0o700, parents=True)
+        self.directory.mkdir(mode=0o700)
         (self.directory / OWNER).write_text(_identity(psutil.Process()))
         self._job = JobId(config.job)
         self._first = node * config.nproc
@@ -90,6 +92,15 @@ class Arenas:
 def seat_of(path: Path) -> int:
     """The seat whose arena has this path (`arena_path`)."""
     return int(path.stem.rsplit("-", 1)[-1])
+
+
+def check_root(root: Path) -> None:
+    """Raise UsageError unless folders of shared memory can be made in `root`."""
+    if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--shm-root {root} is no directory that this user can write to; give one in memory, "
+            "such as /dev/shm"
+        )
 
 
 def sweep(root: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ftkit.core.errors import CapacityError, UsageError
 from ftkit.launch import processes
-from ftkit.launch.arenas import sweep
+from ftkit.launch.arenas import check_root, sweep
 from ftkit.launch.config import JobConfig
 from ftkit.launch.coordinator import read_result
 from ftkit.launch.ranks import die_with
@@ -39,9 +39,11 @@ class EmbeddedEngine:
         self._started_at = 0.0
         self._quick_ends = 0
         self._interrupted_at: float | None = None
+        self._told: subprocess.Popen[bytes] | None = None
         self._closed = False
 
     def start(self) -> None:
+        check_root(Path(self._config.shm_root))
         for node in range(self._config.nodes):
             process, address = self._start_agent(node, 0)
             self._agents.append(process)
@@ -56,6 +58,9 @@ class EmbeddedEngine:
             limit = self._interrupted_at + 2 * self._config.times.grace_s
             if time.monotonic() > limit:
                 return Stop(code=130, reason="interrupted, and ended the hard way")
+            if self._told is not self._coordinator and self._coordinator is not None:
+                self._told = self._coordinator
+                self._coordinator.terminate()
         for node, agent in enumerate(self._agents):
             if agent.poll() is not None and not self._closed:
                 logger.warning("the agent of node %s is gone; starting another", node)
@@ -76,10 +81,9 @@ class EmbeddedEngine:
         return None
 
     def interrupt(self) -> None:
+        # Only noted here: a signal may come while a coordinator is being started.
         if self._interrupted_at is None:
             self._interrupted_at = time.monotonic()
-        if self._coordinator is not None and self._coordinator.poll() is None:
-            self._coordinator.terminate()
 
     def kill_coordinator(self) -> None:
         if self._coordinator is not None:
@@ -124,12 +128,15 @@ class EmbeddedEngine:
     def _start_coordinator(self) -> None:
         self._number += 1
         self._started_at = time.monotonic()
-        # It is told at birth: a signal may come before it can answer one.
-        reason = ["interrupted"] if self._interrupted_at is not None else []
+        # It is told at birth: a signal would come before it can answer one.
+        told = self._interrupted_at is not None
+        reason = ["interrupted"] if told else []
         self._coordinator = self._spawn(
             ["coordinator", str(self._number), *reason],
             {processes.AGENTS: json.dumps(self._addresses)},
         )
+        if told:
+            self._told = self._coordinator
 
     def _spawn(
         self, argv: list[str], env: dict[str, str] | None = None, pass_fds: tuple[int, ...] = ()

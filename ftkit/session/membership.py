@@ -182,7 +182,9 @@ class Membership:
                 if duty is Duty.RESUME and world is not None:
                     return Entry(world, self._plan.step, False)
                 if duty is Duty.LINK and world is not None:
-                    return Link(world)
+                    # Before its step loop a newcomer would keep the others waiting: it sets
+                    # up alone.
+                    return Link(world) if self._stepping else None
                 if self._me.stage is Stage.ACTIVE:
                     return None
                 self._changed.wait()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from ftkit.launch.arenas import sweep
 from tests.launch.engine_contract import WAIT, leftovers, runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,13 +89,13 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
         (["nowhere.py"], 64, "there is no script 'nowhere.py' in "),
         (["--nproc", "0", "train.py"], 64, "--nodes and --nproc count from 1, got 1 and 0"),
         (["--nodes", "-1", "train.py"], 64, "count from 1, got -1 and 1"),
-        (["--max-stall", "0.1", "train.py"], 64, "--max-stall: "),
+        (["--max-stall", "0.1", "train.py"], 64, "max_stall_s is 0.1, must be at least 1.0"),
         (["--max-stall", "nan", "train.py"], 64, "--max-stall: "),
         (["--engine", "slurm", "train.py"], 2, "'slurm' is not one of 'embedded', 'ray'"),
         (["--nproc", "two", "train.py"], 2, "'two' is not a valid integer"),
         (["-m"], 64, "-m needs the name of a module"),
         ([], 2, "Missing argument 'SCRIPT'"),
-        (["--shm-root", "/nowhere", "train.py"], 64, "/nowhere"),
+        (["--shm-root", "nowhere", "train.py"], 64, "--shm-root nowhere is no directory"),
         (["--run-dir", "/proc/nowhere", "train.py"], 64, "/proc/nowhere"),
         (["--run-dir", "train.py/run", "train.py"], 64, "train.py/run"),
     ],
@@ -107,12 +106,6 @@ def test_what_cannot_work_is_refused_with_words(
     found, out, err = cli.run(*arguments)
     assert (found, out) == (code, "")
     assert words in err
-
-
-def test_too_short_a_stall_is_refused_with_the_chain_of_times(cli: Cli) -> None:
-    _, _, err = cli.run("--max-stall", "0.1", "train.py")
-    assert "heartbeat" in err
-    assert "0.1" in err
 
 
 # ---- how it ends
@@ -185,16 +178,6 @@ def test_a_killed_command_takes_everything_with_it(cli: Cli) -> None:
     assert leftovers(job, wait_s=0.0) == []
 
 
-def test_a_port_that_is_taken_for_the_masters_store_harms_no_other_job(cli: Cli) -> None:
-    code, out, _ = cli.run(
-        "--nproc", "2", "train.py", script="import os; print(os.environ['MASTER_PORT'])"
-    )
-    assert code == 0
-    first, second = out.split()
-    assert first == second
-    assert int(first) > 1023
-
-
 # ---- what it runs
 
 
@@ -214,12 +197,3 @@ def test_a_plain_torch_script_runs_unchanged(cli: Cli) -> None:
     code, out, err = cli.run("--nproc", "2", "train.py", script=script)
     assert code == 0, err
     assert out.split() == ["reduced", "reduced"]
-
-
-def test_the_sweep_is_harmless_to_a_running_job(cli: Cli) -> None:
-    process = cli.start("train.py", str(cli.folder))
-    cli.wait_for_ranks(1)
-    assert sweep(Path("/dev/shm")) == [] or Path(f"/dev/shm/ftkit-{cli.job()}-n0").exists()
-    (cli.folder / "go").touch()
-    process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 0

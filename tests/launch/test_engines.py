@@ -84,8 +84,9 @@ def cluster() -> Iterator[Cluster]:
     # Ray's socket paths have to fit 107 bytes, so pytest's own folder is too deep.
     folder = Path("/tmp") / f"ftkit-ray-{os.getpid()}"
     folder.mkdir()
-    cluster = Cluster(folder)
+    cluster = None
     try:
+        cluster = Cluster(folder)
         deadline = time.monotonic() + START_LIMIT_S
         while not (answers(cluster.gcs) and answers(cluster.dashboard)):
             assert cluster.process.poll() is None, (folder / "head.log").read_text()
@@ -93,7 +94,8 @@ def cluster() -> Iterator[Cluster]:
             time.sleep(0.1)
         yield cluster
     finally:
-        cluster.stop()
+        if cluster is not None:
+            cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
 
 
