@@ -160,6 +160,7 @@ def first_plan(nodes: int, seats_per_node: int, *, term: Term = Term(1)) -> Plan
             Assignment(seat=Seat(s), node=NodeId(s // seats_per_node), member=MemberId(first + s))
             for s in range(total)
         ),
+        halted=Generation(first),
         next_generation=Generation(first + 1),
         next_member=MemberId(first + total),
     )
@@ -175,10 +176,17 @@ def adopt(copies: list[Plan], *, term: Term) -> Plan:
     newest = max(copies, key=lambda p: p.order)
     new_term = Term(max(term, newest.term + 1))
     first = new_term * NUMBERS_PER_TERM
+    next_generation = Generation(max(newest.next_generation, first))
+    halted = newest.halted
+    if newest.phase in (Phase.FORMING, Phase.HALTING):
+        # The predecessor may have formed a world since, in a plan that is on its way to its
+        # members. They say again where they stand, now that they will not follow it.
+        halted = Generation(next_generation - 1)
     return replace(
         newest,
         term=new_term,
         version=0,
-        next_generation=Generation(max(newest.next_generation, first)),
+        halted=halted,
+        next_generation=next_generation,
         next_member=MemberId(max(newest.next_member, first)),
     )

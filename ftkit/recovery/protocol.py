@@ -28,7 +28,8 @@ Invariants (tests/recovery and the simulator check them on every state they reac
 * I4  A member that is dead, evicted or on a lost node is in no world issued afterwards.
 * I5  A plan that ended stays ended.
 * I6  A decision rests only on members that have acknowledged the halt it follows: what a
-      member said before may have changed since.
+      member said before may have changed since. A new term ends everything older first
+      (`adopt`): the predecessor's last plan may still be on its way to a member.
 """
 
 from dataclasses import dataclass, field, replace
@@ -91,7 +92,6 @@ def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
         _finish(plan, facts)
         or _evict(plan, facts)
         or _replace_dead(plan, facts, budget)
-        or _overtake(plan, facts)
         or {
             Phase.FORMING: _form,
             Phase.RUNNING: _run,
@@ -184,33 +184,6 @@ def _finish(plan: Plan, facts: JobFacts) -> Move | None:
         # Told to leave, it left; a process that exits with 0 then has not finished its work.
         return None
     return _end(plan, Stop(code=0, reason="every rank finished"))
-
-
-def _overtake(plan: Plan, facts: JobFacts) -> Move | None:
-    """End generations that this plan does not know of, while the job should stand still.
-
-    A coordinator that took over from an older copy of the plan may find members at work in
-    a world that its predecessor issued last.
-    """
-    if plan.phase is Phase.RUNNING:
-        return None
-    ahead = [
-        f
-        for s in plan.seats
-        if (f := facts.members.get(s.member)) is not None
-        and f.stage is Stage.ACTIVE
-        and f.generation > plan.halted
-    ]
-    if not ahead:
-        return None
-    newest = max(_issued(plan), *(f.generation for f in ahead))
-    return plan.revised(
-        halted=Generation(newest), next_generation=Generation(newest + 1)
-    ), Decision(
-        action="overtake",
-        reason=f"members {sorted(f.member for f in ahead)} work in a world nobody here issued",
-        fields={"generation": newest},
-    )
 
 
 def _form(plan: Plan, facts: JobFacts) -> Move | None:

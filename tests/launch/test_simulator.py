@@ -18,7 +18,8 @@ def play(seeds: range) -> list[Outcome]:
 
 def test_a_thousand_seeds_hold() -> None:
     ended = play(range(1000))
-    assert sum(o.faults > 0 for o in ended) > 700, "most of these jobs were disturbed"
+    # One in nine has no fault in its schedule, others end before the first one is due.
+    assert sum(o.faults > 0 for o in ended) > 700
     assert sum(o.restarts for o in ended) > 500
     assert sum(o.stop.code == 0 for o in ended) > 900, "and nearly all got to their end"
 
