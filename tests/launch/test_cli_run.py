@@ -172,7 +172,6 @@ def test_a_killed_command_takes_everything_with_it(cli: Cli) -> None:
     while any(runs(pid) for pair in ranks for pid in pair) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert [left for left in leftovers(job) if not left.startswith("/dev/shm")] == []
-    assert Path(f"/dev/shm/ftkit-{job}-n0").exists()
     # The next job on this machine clears it away.
     assert cli.run("--run-dir", "next", "train.py", script="pass")[0] == 0
     assert leftovers(job, wait_s=0.0) == []
