@@ -269,8 +269,25 @@ def _places(standings: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(f"{place} (seats {', '.join(s)})" for place, s in seats.items())
 
 
+#: What the protocol's actions mean to a reader; others are told by their own name.
+_ACTIONS: Final[Mapping[str, str]] = {
+    "halt": "to have every rank stand still",
+    "evict": "to end what stood in the way",
+    "respawn": "to replace the process",
+    "resume": "to go on",
+    "form": "to form a world",
+    "reform": "to begin again from snapshots",
+    "restart": "to start over",
+    "join": "to offer a grown world",
+    "grown": "to let them in",
+    "withdraw": "to withdraw that offer",
+    "end": "to end the job",
+}
+
+
 def _decided(decision: Mapping[str, Any]) -> str:
-    text = f"It was decided to {decision.get('action') or 'act'}"
+    action = decision.get("action")
+    text = f"It was decided {_ACTIONS.get(str(action), 'to ' + str(action or 'act'))}"
     if decision.get("step") is not None:
         text += f" from step {decision['step']}"
     many = _how_many(decision.get("members"))
