@@ -72,12 +72,16 @@ def run_job(
 
     Returns:
       Why the job ended; its code is the exit code.
+
+    Raises:
+      UsageError: the engine cannot be used as asked, or the run directory cannot be made.
+      CapacityError: the machine has no room for the job.
     """
     events = Path(config.run_dir) / "events"
     try:
         events.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"cannot write to the run directory: {error}") from error
+        raise UsageError(f"the run directory {config.run_dir} cannot be made: {error}") from error
     if any(events.iterdir()):
         raise UsageError(f"{config.run_dir} holds another run; give --run-dir a new folder")
     running = make_engine(engine, with_master_port(config), new_secret())
