@@ -52,6 +52,8 @@ def test_the_folders_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None
             "ftkit-reused-n0": f"{ours.pid} {ours.create_time() - 100}",
             "ftkit-running-n0": f"{ours.pid} {ours.create_time()}",
             "ftkit-odd-n0": "no number",
+            "ftkit-torn-n0": "",
+            "ftkit-number-n0": str(ours.pid),
         }
         for name, owner in owners.items():
             (tmp_path / name).mkdir()
@@ -65,7 +67,8 @@ def test_the_folders_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None
         assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
         assert {p.name for p in sweep(tmp_path)} == {"ftkit-dead-n0"}
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("ftkit-running-n0", "ftkit-odd-n0", "ftkit-unborn-n0", "other")
+        *("ftkit-running-n0", "ftkit-odd-n0", "ftkit-torn-n0", "ftkit-number-n0"),
+        *("ftkit-unborn-n0", "other"),
     }
 
 
