@@ -38,7 +38,9 @@ class Arenas:
         sweep(Path(config.shm_root))
         self.directory = config.shm_dir(node)
         self.directory.mkdir(mode=0o700)
-        (self.directory / OWNER).write_text(_identity(psutil.Process()))
+        part = self.directory / (OWNER + ".part")
+        part.write_text(_identity(psutil.Process()))
+        part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
@@ -125,9 +127,9 @@ def _identity(process: psutil.Process) -> str:
 
 def _runs(owner: str) -> bool:
     """Whether the process with this identity runs. Raises ValueError if it is none."""
-    pid = int(owner.split()[0])
+    pid, _created = owner.split(" ")
     try:
-        process = psutil.Process(pid)
+        process = psutil.Process(int(pid))
         # A dead orphan stays a zombie for as long as nobody asks for its end.
         return process.status() != psutil.STATUS_ZOMBIE and _identity(process) == owner
     except psutil.NoSuchProcess:

@@ -7,8 +7,10 @@ import select
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from ftkit.core.errors import CapacityError, UsageError
 from ftkit.launch import processes
@@ -26,28 +28,37 @@ AGENT_START_S = 30.0
 COORDINATOR_TRIES = 10
 
 
+@dataclass(slots=True)
+class _Agent:
+    """The agent of one node: its process, and the pipe on which it tells of itself."""
+
+    process: subprocess.Popen[bytes]
+    pipe: IO[str]
+    address: tuple[str, int]
+    outcome: Stop | None = None
+    """It ended in order, as the job did."""
+
+
 class EmbeddedEngine:
     """Owns the processes of one job. One thread uses it; `interrupt` may come from another."""
 
     def __init__(self, config: JobConfig, secret: str) -> None:
         self._config = config
         self._secret = secret
-        self._agents: list[subprocess.Popen[bytes]] = []
-        self._addresses: list[tuple[str, int]] = []
+        self._agents: list[_Agent] = []
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._number = 0
         self._started_at = 0.0
         self._quick_ends = 0
         self._interrupted_at: float | None = None
+        self._through_at: float | None = None
         self._told: subprocess.Popen[bytes] | None = None
         self._closed = False
 
     def start(self) -> None:
         check_root(Path(self._config.shm_root))
         for node in range(self._config.nodes):
-            process, address = self._start_agent(node, 0)
-            self._agents.append(process)
-            self._addresses.append(address)
+            self._agents.append(self._start_agent(node, 0))
         self._start_coordinator()
 
     def poll(self) -> Stop | None:
@@ -62,11 +73,11 @@ class EmbeddedEngine:
                 self._told = self._coordinator
                 self._coordinator.terminate()
         for node, agent in enumerate(self._agents):
-            if agent.poll() is not None and not self._closed:
-                logger.warning("the agent of node %s is gone; starting another", node)
-                sweep(Path(self._config.shm_root))
-                self._agents[node], _ = self._start_agent(node, self._addresses[node][1])
+            if agent.outcome is None and agent.process.poll() is not None and not self._closed:
+                self._agent_ended(node, agent)
         assert self._coordinator is not None, "start() came first"
+        if (stop := self._outcome()) is not None:
+            return stop
         if self._coordinator.poll() is not None:
             stop = read_result(Path(self._config.run_dir))
             if stop is not None:
@@ -91,7 +102,7 @@ class EmbeddedEngine:
 
     def close(self) -> None:
         self._closed = True
-        running = [p for p in self._agents if p.poll() is None]
+        running = [a.process for a in self._agents if a.process.poll() is None]
         if self._coordinator is not None and self._coordinator.poll() is None:
             self._coordinator.kill()
             self._coordinator.wait()
@@ -104,18 +115,44 @@ class EmbeddedEngine:
                 # Its ranks die with it; what it held in shared memory is swept below.
                 agent.kill()
                 agent.wait()
+        for known in self._agents:
+            known.pipe.close()
         sweep(Path(self._config.shm_root))
 
-    def _start_agent(self, node: int, port: int) -> tuple[subprocess.Popen[bytes], tuple[str, int]]:
+    def _outcome(self) -> Stop | None:
+        """The job's end as the agents know it, where no coordinator is left to record it."""
+        outcomes = [a.outcome for a in self._agents if a.outcome]
+        if len(outcomes) < len(self._agents):
+            return None
+        if self._through_at is None:
+            self._through_at = time.monotonic()
+        if time.monotonic() - self._through_at < self._config.times.grace_s:
+            return None  # it is being recorded
+        return outcomes[0]
+
+    def _agent_ended(self, node: int, agent: _Agent) -> None:
+        """Take in the job's end from an agent that came to it; replace any other."""
+        last = agent.pipe.readline()
+        agent.pipe.close()
+        if last:
+            code, reason = json.loads(last)
+            agent.outcome = Stop(code=code, reason=reason)
+            return
+        logger.warning("the agent of node %s is gone; starting another", node)
+        sweep(Path(self._config.shm_root))
+        self._agents[node] = self._start_agent(node, agent.address[1])
+
+    def _start_agent(self, node: int, port: int) -> _Agent:
         read, write = os.pipe()
         try:
             process = self._spawn(["agent", str(node), str(port), str(write)], pass_fds=(write,))
         finally:
             os.close(write)
-        with os.fdopen(read) as pipe:
-            ready, _, _ = select.select([pipe], [], [], AGENT_START_S)
-            text = pipe.read() if ready else ""
+        pipe = os.fdopen(read)
+        ready, _, _ = select.select([pipe], [], [], AGENT_START_S)
+        text = pipe.readline() if ready else ""
         if not text:
+            pipe.close()
             process.kill()
             process.wait()
             raise CapacityError(
@@ -123,7 +160,7 @@ class EmbeddedEngine:
                 f"own words are above. Is {self._config.shm_root} full, or the port {port} taken?"
             )
         host, bound = json.loads(text)
-        return process, (host, bound)
+        return _Agent(process=process, pipe=pipe, address=(host, bound))
 
     def _start_coordinator(self) -> None:
         self._number += 1
@@ -133,7 +170,7 @@ class EmbeddedEngine:
         reason = ["interrupted"] if told else []
         self._coordinator = self._spawn(
             ["coordinator", str(self._number), *reason],
-            {processes.AGENTS: json.dumps(self._addresses)},
+            {processes.AGENTS: json.dumps([a.address for a in self._agents])},
         )
         if told:
             self._told = self._coordinator

@@ -1,6 +1,7 @@
 """The processes of the embedded engine: what `python -m ftkit.launch.processes` runs.
 
-    agent NODE PORT READY_FD     one node's agent; writes its address to READY_FD
+    agent NODE PORT PIPE_FD      one node's agent; writes its address to PIPE_FD once it listens,
+                                 and the job's end if it comes to it, each as a line
     coordinator NUMBER [REASON]  one coordinator; agents' addresses come from the environment;
                                  with a reason, all it does is to end the job in order
 
@@ -30,8 +31,8 @@ def main(argv: list[str]) -> int:
     # Ctrl-C is the command's to answer: it tells the coordinator, which ends the job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     match argv:
-        case ["agent", node, port, ready]:
-            return _agent(config, NodeId(int(node)), secret, int(port), int(ready))
+        case ["agent", node, port, pipe]:
+            return _agent(config, NodeId(int(node)), secret, int(port), int(pipe))
         case ["coordinator", number, *reason]:
             return _coordinator(config, secret, int(number), " ".join(reason))
         case _:
@@ -39,14 +40,16 @@ def main(argv: list[str]) -> int:
             return 64
 
 
-def _agent(config: JobConfig, node: NodeId, secret: str, port: int, ready: int) -> int:
+def _agent(config: JobConfig, node: NodeId, secret: str, port: int, pipe_fd: int) -> int:
     from ftkit.launch.agent import Agent
 
     agent = Agent(config, node, secret, host=HOST, port=port)
     signal.signal(signal.SIGTERM, lambda *_: agent.stop())
-    with os.fdopen(ready, "w") as pipe:
-        json.dump(agent.address, pipe)
-    agent.run()
+    with os.fdopen(pipe_fd, "w", buffering=1) as pipe:
+        print(json.dumps(agent.address), file=pipe)
+        agent.run()
+        if agent.outcome is not None:
+            print(json.dumps([agent.outcome.code, agent.outcome.reason]), file=pipe)
     return 0
 
 

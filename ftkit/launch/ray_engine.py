@@ -93,6 +93,7 @@ class RayEngine:
         self._number = 0
         self._errors = 0
         self._interrupted_at: float | None = None
+        self._through_at: float | None = None
         self._told: Any = None
         self._output: RankOutput | None = None
         self._connected = False
@@ -145,6 +146,8 @@ class RayEngine:
                 self._coordinator.interrupt.remote(reason)
         for node in self._agents:
             self._look_after(node)
+        if (stop := self._outcome()) is not None:
+            return stop
         if _is_ready(self._running):
             return self._coordinator_ended()
         return None
@@ -279,6 +282,17 @@ class RayEngine:
             ray.kill(self._coordinator)
         agent.known = address
 
+    def _outcome(self) -> Stop | None:
+        """The job's end as the agents know it, where no coordinator is left to record it."""
+        outcomes = [a.outcome for a in self._agents.values() if a.outcome]
+        if len(outcomes) < len(self._agents):
+            return None
+        if self._through_at is None:
+            self._through_at = time.monotonic()
+        if time.monotonic() - self._through_at < self._config.times.grace_s:
+            return None  # it is being recorded
+        return outcomes[0]
+
     # The coordinator.
 
     def _start_coordinator(self) -> None:
@@ -313,10 +327,6 @@ class RayEngine:
             ray.kill(self._coordinator)
         except ray_errors.RayActorError:
             logger.warning("coordinator %s is gone; starting another", self._number)
-        outcomes = [a.outcome for a in self._agents.values() if a.outcome]
-        if outcomes and len(outcomes) == len(self._agents):
-            # It died between the job's end and the record of it.
-            return outcomes[0]
         if all(a.started for a in self._agents.values()):
             self._start_coordinator()
         return None

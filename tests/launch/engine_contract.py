@@ -137,6 +137,15 @@ class EngineContract:
         (jobs.folder / "go").touch()
         assert drive(engine) == Stop(code=0, reason="every rank finished")
 
+    def test_the_jobs_end_is_known_even_when_no_coordinator_can_record_it(
+        self, jobs: "Jobs"
+    ) -> None:
+        engine = jobs.start(WAIT, nodes=2)
+        Path(jobs.configs[0].run_dir, "result.json.part").mkdir()
+        jobs.pids(2)
+        (jobs.folder / "go").touch()
+        assert drive(engine) == Stop(code=0, reason="every rank finished")
+
     def test_a_killed_agent_takes_its_ranks_with_it_and_is_replaced(self, jobs: "Jobs") -> None:
         engine = jobs.start(WAIT)
         ((pid, agent),) = jobs.pids(1)

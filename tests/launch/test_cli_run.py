@@ -195,4 +195,5 @@ def test_a_plain_torch_script_runs_unchanged(cli: Cli) -> None:
     """
     code, out, err = cli.run("--nproc", "2", "train.py", script=script)
     assert code == 0, err
-    assert out.split() == ["reduced", "reduced"]
+    # Unbuffered, a line and its end are two writes, and ranks write at the same time.
+    assert out.count("reduced") == 2

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,24 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def command_in(folder: Path, cluster: Cluster) -> Iterator[subprocess.Popen[bytes]]:
+    """`ftkit run` on the cluster, with one rank that waits."""
+    (folder / "train.py").write_text(textwrap.dedent(WAIT))
+    command = [*CLI, "run", "--engine", "ray", "train.py", str(folder)]
+    environ = cluster.environ | {"RAY_ADDRESS": cluster.address}
+    with subprocess.Popen(command, cwd=folder, env=environ) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (folder / "up0").exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.mark.ray
 @pytest.mark.multiproc
 class TestRay(EngineContract):
@@ -139,18 +158,19 @@ class TestRay(EngineContract):
         (jobs.folder / "go").touch()
         assert drive(engine).code == 0
 
+    def test_sigterm_to_the_command_ends_the_job_in_order(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        with command_in(tmp_path, cluster) as process:
+            process.terminate()
+            assert process.wait(timeout=30) == 143
+        (run,) = (tmp_path / "runs").iterdir()
+        assert leftovers(run.name, wait_s=0.0) == []
+
     def test_nothing_is_left_of_a_job_whose_command_is_killed(
         self, cluster: Cluster, tmp_path: Path
     ) -> None:
-        (tmp_path / "train.py").write_text(textwrap.dedent(WAIT))
-        command = [*CLI, "run", "--engine", "ray", "train.py", str(tmp_path)]
-        environ = cluster.environ | {"RAY_ADDRESS": cluster.address}
-        with subprocess.Popen(command, cwd=tmp_path, env=environ) as process:
-            deadline = time.monotonic() + 60
-            while not (tmp_path / "up0").exists():
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+        with command_in(tmp_path, cluster) as process:
             process.kill()
         (run,) = (tmp_path / "runs").iterdir()
         deadline = time.monotonic() + 20

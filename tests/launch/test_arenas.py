@@ -1,0 +1,97 @@
+"""A node's shared memory: who owns a folder, and what is cleared away when nobody does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ftkit.core.errors import ProtocolError, UsageError
+from ftkit.core.ids import MemberId, NodeId, Seat
+from ftkit.launch.arenas import OWNER, Arenas, seat_of, sweep
+from ftkit.launch.config import JobConfig
+from ftkit.recovery.facts import MemberFacts, Stage
+
+
+def config(root: Path) -> JobConfig:
+    return JobConfig(job="ab12", command=("x",), nproc=2, shm_root=str(root))
+
+
+def test_the_folder_is_ours_alone_and_goes_with_everything_in_it(tmp_path: Path) -> None:
+    arenas = Arenas(config(tmp_path), NodeId(1))
+    assert arenas.directory == tmp_path / "ftkit-ab12-n1"
+    assert arenas.directory.stat().st_mode & 0o777 == 0o700
+    (arenas.directory / "more").mkdir()
+    arenas.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_agent_of_the_same_node_is_refused(tmp_path: Path) -> None:
+    arenas = Arenas(config(tmp_path), NodeId(0))
+    with pytest.raises(FileExistsError):
+        Arenas(config(tmp_path), NodeId(0))
+    arenas.remove()
+
+
+@pytest.mark.parametrize("root", ["missing", "a-file"])
+def test_a_root_that_is_no_folder_is_named_and_not_made(tmp_path: Path, root: str) -> None:
+    (tmp_path / "a-file").touch()
+    with pytest.raises(UsageError, match=f"--shm-root .*/{root} is no directory"):
+        Arenas(config(tmp_path / root), NodeId(0))
+    assert not (tmp_path / "missing").exists()
+
+
+def test_the_folders_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        born = psutil.Process(child.pid).create_time()
+        ours = psutil.Process()
+        owners = {
+            "ftkit-dead-n0": f"{child.pid} {born}",
+            "ftkit-reused-n0": f"{ours.pid} {ours.create_time() - 100}",
+            "ftkit-running-n0": f"{ours.pid} {ours.create_time()}",
+            "ftkit-odd-n0": "no number",
+            "ftkit-torn-n0": "",
+            "ftkit-number-n0": str(ours.pid),
+        }
+        for name, owner in owners.items():
+            (tmp_path / name).mkdir()
+            (tmp_path / name / OWNER).write_text(owner)
+        (tmp_path / "ftkit-unborn-n0").mkdir()
+        (tmp_path / "other").mkdir()
+        assert {p.name for p in sweep(tmp_path)} == {"ftkit-reused-n0"}
+        child.kill()
+        # Not waited for: it is a zombie, as an orphan is that nobody asks after.
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE
+        assert {p.name for p in sweep(tmp_path)} == {"ftkit-dead-n0"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("ftkit-running-n0", "ftkit-odd-n0", "ftkit-torn-n0", "ftkit-number-n0"),
+        *("ftkit-unborn-n0", "other"),
+    }
+
+
+def test_what_is_no_arena_holds_no_snapshot_and_no_row_is_made_up(tmp_path: Path) -> None:
+    arenas = Arenas(config(tmp_path), NodeId(1))
+    (arenas.directory / "ftkit-ab12-3.arena").write_bytes(b"torn")
+    assert arenas.sealed_steps() == []
+    silent = MemberFacts(
+        member=MemberId(2), seat=Seat(2), node=NodeId(1), stage=Stage.ACTIVE, pid=os.getpid()
+    )
+    assert arenas.rows([silent]) == []
+    arenas.remove()
+
+
+def test_an_arena_is_made_for_a_layout_and_for_nothing_else(tmp_path: Path) -> None:
+    from ftkit.checkpoint.layout import StateLayout
+
+    arenas = Arenas(config(tmp_path), NodeId(1))
+    with pytest.raises(ProtocolError):
+        arenas.ensure(Seat(3), {"entries": "none"})
+    path = arenas.ensure(Seat(3), StateLayout.of([]).to_json())
+    assert seat_of(path) == 3
+    assert path.parent == arenas.directory
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert arenas.sealed_steps() == []
+    arenas.remove()

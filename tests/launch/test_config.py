@@ -1,0 +1,70 @@
+"""A job's description, the times that follow from one number, and the engine that is chosen."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftkit.core.errors import ProtocolError, UsageError
+from ftkit.launch.config import JobConfig, Times, default_engine, new_job_id, new_secret
+
+
+@given(st.floats(min_value=1.0, max_value=1e6))
+def test_the_chain_of_times_is_in_order(max_stall_s: float) -> None:
+    times = Times.derive(max_stall_s)
+    assert 0 < times.tick_s <= times.heartbeat_s <= times.halt_s <= times.stall_s <= times.node_s
+    assert times.stall_s == max_stall_s
+
+
+@pytest.mark.parametrize("bad", [0.1, 0.0, -1.0, math.nan, math.inf])
+def test_a_stall_no_machine_can_keep_is_refused_with_its_number(bad: float) -> None:
+    with pytest.raises(UsageError, match=f"--max-stall: max_stall_s is {bad}, must be at least 1"):
+        Times.derive(bad)
+
+
+def test_a_job_comes_back_from_json_as_it_was() -> None:
+    config = JobConfig(
+        job="abc", command=("python", "a b.py"), nodes=3, nproc=2, env={"A": "1"}, cwd="/here"
+    )
+    assert JobConfig.from_json(config.to_json()) == config
+    assert config.seats == 6
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"job": "a"}', '{"job": "a", "command": ["x"], "colour": 1}', "null"]
+)
+def test_anything_else_is_no_job(text: str) -> None:
+    with pytest.raises(ProtocolError, match="not a job's configuration"):
+        JobConfig.from_json(text)
+
+
+def test_a_job_of_nobody_or_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match="count from 1, got 1 and 0"):
+        JobConfig(job="a", command=("x",), nproc=0)
+    with pytest.raises(UsageError, match="no command"):
+        JobConfig(job="a", command=())
+
+
+def test_names_and_secrets_do_not_repeat() -> None:
+    assert len({new_job_id() for _ in range(100)}) == 100
+    assert len(bytes.fromhex(new_secret())) == 32
+    assert new_secret() != new_secret()
+
+
+@pytest.mark.parametrize(
+    ("environ", "engine"),
+    [
+        ({}, "embedded"),
+        ({"RAY_ADDRESS": ""}, "embedded"),
+        ({"RAY_ADDRESS": "local"}, "embedded"),
+        ({"RAY_ADDRESS": "http://127.0.0.1:8265"}, "embedded"),
+        ({"RAY_ADDRESS": "ray://10.0.0.1:10001"}, "embedded"),
+        ({"RAY_ADDRESS": "auto"}, "ray"),
+        ({"RAY_ADDRESS": "10.0.0.1:6379"}, "ray"),
+        ({"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": {}})}, "ray"),
+    ],
+)
+def test_ray_is_used_where_there_is_a_cluster_to_join(environ: dict[str, str], engine: str) -> None:
+    assert default_engine(environ) == engine
