@@ -9,7 +9,7 @@ would not fit. Each leaf ends in one flag a parameter, 1.0 where the slot produc
 gradient: a parameter that no slot of any rank used gets `.grad = None`, as in plain torch.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -92,9 +92,9 @@ class GradientReducer:
         self._settled = True
 
     @property
-    def params(self) -> int:
-        """How many parameters are reduced."""
-        return len(self._where)
+    def ids(self) -> KeysView[int]:
+        """`id` of every parameter that is reduced."""
+        return self._where.keys()
 
     @property
     def buckets(self) -> int:

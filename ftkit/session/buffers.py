@@ -7,8 +7,31 @@ slot 0 made of them, on all ranks: as in plain DDP, where rank 0's buffers count
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a buffer is registered. Modules may put another tensor there at any forward pass."""
+
+    module: torch.nn.Module
+    name: str
+    tensor: torch.Tensor
+    """The tensor that is there between steps."""
+    before: torch.Tensor
+
+    def now(self) -> torch.Tensor:
+        """The tensor that is there now, or the one from the step's beginning."""
+        found = self.module._buffers.get(self.name)
+        return self.tensor if found is None else found
+
+    def put(self, value: torch.Tensor) -> None:
+        """Have the original tensor there, holding `value`."""
+        self.tensor.detach().copy_(value)
+        if self.module._buffers.get(self.name) is not self.tensor:
+            self.module._buffers[self.name] = self.tensor
 
 
 class StepBuffers:
@@ -16,18 +39,23 @@ class StepBuffers:
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         """Remember every buffer that is not empty, with a copy of its value."""
-        self._live = [b.detach() for m in modules for b in m.buffers() if b.numel()]
-        self._before = [b.clone() for b in self._live]
+        self._places = [
+            _Place(module, name, buffer, buffer.detach().clone())
+            for root in modules
+            for module in root.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.numel()
+        ]
         self._after_first: list[torch.Tensor] = []
 
     def rewind(self) -> None:
         """Back to the beginning of the step: before each slot, and when it is rolled back."""
-        for live, before in zip(self._live, self._before, strict=True):
-            live.copy_(before)
+        for place in self._places:
+            place.put(place.before)
 
     def keep(self) -> None:
         """The first slot of the global batch has been played here: its result counts."""
-        self._after_first = [b.clone() for b in self._live]
+        self._after_first = [place.now().detach().clone() for place in self._places]
 
     def share(self, broadcast: Callable[[torch.Tensor], None]) -> None:
         """Let every rank have what slot 0 made of the buffers.
@@ -35,6 +63,6 @@ class StepBuffers:
         Args:
           broadcast: gives all ranks the tensor of the one that played slot 0, in place.
         """
-        for live, kept in zip(self._live, self._after_first or self._live, strict=True):
-            live.copy_(kept)
-            broadcast(live)
+        for i, place in enumerate(self._places):
+            place.put(self._after_first[i] if self._after_first else place.before)
+            broadcast(place.tensor.detach())

@@ -9,9 +9,10 @@ played again sees the same ones, and a digest of them is compared between ranks 
 
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
+import numpy
 import torch
 import xxhash
 from torch.utils.data import default_collate
@@ -54,12 +55,16 @@ def feed_of(
     if isinstance(source, MapStyle):
         if slot_size is None:
             raise UsageError("a data set needs slot_size=, the samples in one slot")
-        cursor = DataCursor(
-            length=len(source), slots=slots, slot_size=slot_size, seed=seed, shuffle=shuffle
-        )
+        try:
+            cursor = DataCursor(
+                length=len(source), slots=slots, slot_size=slot_size, seed=seed, shuffle=shuffle
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from error
         return DatasetFeed(source, cursor, collate or default_collate)
-    if not isinstance(source, Iterator):
-        return LoaderFeed(source, slots=slots, seed=seed)
+    loader: object = source  # whatever the annotation says, it comes from a script
+    if isinstance(loader, Iterable) and not isinstance(loader, Iterator):
+        return LoaderFeed(loader, slots=slots, seed=seed)
     raise UsageError(
         f"cannot read batches from a {type(source).__name__}: give a data set with __len__ and "
         "__getitem__, or a DataLoader (an iterator cannot be read again after a failure)"
@@ -89,8 +94,8 @@ class DatasetFeed:
 class LoaderFeed:
     """Batches of a loader, read in order by every rank alike, epoch after epoch.
 
-    Every epoch begins with torch's and Python's generators seeded by (seed, epoch), so that
-    a shuffling loader gives every rank the same order. A newcomer reads from the beginning
+    Every epoch is read with torch's, numpy's and Python's generators seeded by (seed, epoch),
+    so that a shuffling loader gives every rank the same order. A newcomer reads from the beginning
     of its epoch up to the step it joins at.
     """
 
@@ -131,41 +136,102 @@ class LoaderFeed:
 
     def _read(self) -> Iterator[Any]:
         for epoch in itertools.count():
-            key = derive(self._seed, "epoch", epoch)
-            # Reading must not disturb the slots' own randomness, nor depend on it.
-            state, python_state = torch.get_rng_state(), random.getstate()
-            torch.manual_seed(key >> 1)
-            random.seed(key)
-            batches = iter(self._loader)
-            torch.set_rng_state(state)
-            random.setstate(python_state)
+            randomness = _Randomness(derive(self._seed, "epoch", epoch))
+            with randomness:
+                batches = iter(self._loader)
             count = 0
-            for batch in batches:
+            while True:
+                # A sampler may draw its order as late as with the first batch, and a data set
+                # may draw with each: all of it from the reader's own generators.
+                with randomness:
+                    batch = next(batches, _END)
+                if batch is _END:
+                    break
                 count += 1
                 yield batch
             if not count:
                 raise UsageError("the loader is empty: there is nothing to train on")
 
 
+<<<<<<< HEAD
 def digest_of(batch: Any) -> int:
     """64 bits over the content of a batch; what is on a GPU already is left out."""
     hasher = xxhash.xxh3_64()
     _update(hasher, batch)
     return hasher.intdigest()
+=======
+_END = object()
+
+
+class _Randomness:
+    """The global generators while a loader is read: its own, the same on every rank.
+
+    Reading must not disturb the slots' randomness, nor depend on it.
+    """
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+        self._own: _States | None = None
+        self._outer: _States | None = None
+
+    def __enter__(self) -> None:
+        self._outer = _states()
+        if self._own is not None:
+            _set_states(self._own)
+        else:
+            # Not `torch.manual_seed`, which would seed every GPU as well.
+            torch.default_generator.manual_seed(self._key >> 1)
+            random.seed(self._key)
+            numpy.random.seed(self._key & 0xFFFFFFFF)
+
+    def __exit__(self, *_: object) -> None:
+        self._own = _states()
+        assert self._outer is not None, "entered"
+        _set_states(self._outer)
+
+
+_States = tuple[torch.Tensor, Any, Any]
+
+
+def _states() -> _States:
+    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+
+
+def _set_states(states: _States) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    numpy.random.set_state(states[2])
+>>>>>>> sess
 
 
 def _update(hasher: xxhash.xxh3_64, value: Any) -> None:
     """Feed every byte of a batch to `hasher`, tensors by content."""
     if isinstance(value, torch.Tensor):
+<<<<<<< HEAD
         if value.device.type != "cpu":
             return
         hasher.update(value.detach().contiguous().view(torch.uint8).numpy().data)
     elif isinstance(value, dict):
+=======
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        hasher.update(flat.view(torch.uint8).numpy().data)
+    elif isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
+        hasher.update(numpy.ascontiguousarray(value).tobytes())
+    elif isinstance(value, Mapping):
+>>>>>>> sess
         for key in sorted(value, key=str):
             hasher.update(str(key).encode())
             _update(hasher, value[key])
     elif isinstance(value, (list, tuple)):
         for item in value:
             _update(hasher, item)
+    elif hasattr(value, "__dict__") and not _has_text(value):
+        # Its text would be its address, another one on every rank.
+        _update(hasher, vars(value))
     else:
         hasher.update(repr(value).encode())
+
+
+def _has_text(value: object) -> bool:
+    """Whether the type of `value` says how it is written, which may say what is in it."""
+    return any("__repr__" in vars(kind) for kind in type(value).__mro__[:-1])

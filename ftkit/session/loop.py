@@ -41,21 +41,26 @@ class Loop:
     """Votes in a row that did not pass."""
 
     def __post_init__(self) -> None:
+        # Modules may share parameters; each is reduced once.
+        unique = {id(p): p for m in self.modules for p in m.parameters()}
         self.reducer = GradientReducer(
-            [p for m in self.modules for p in m.parameters()],
+            unique.values(),
             slots=self.slots,
             reduce=self._reduce,
         )
 
     def check_parameters(self) -> None:
         """Raise StateChanged when parameters came or went since the loop began."""
-        count = sum(p.requires_grad for m in self.modules for p in m.parameters())
-        if count != self.reducer.params:
+        now = {id(p) for m in self.modules for p in m.parameters() if p.requires_grad}
+        known = self.reducer.ids
+        if now != known:
             raise StateChanged(
-                f"the model has {count} parameters that require gradients, it had "
-                f"{self.reducer.params} when the step loop began; add parameters before that"
+                f"the model has {len(now)} parameters that require gradients, it had "
+                f"{len(known)} when the step loop began, and {len(now & known)} are the same: "
+                "add, replace, freeze and thaw parameters before that"
             )
 
+<<<<<<< HEAD
     def note_batch(self, step: StepNumber, slot: Slot, batch: Any) -> None:
         """Remember what a slot held; NotDeterministic when it held something else before."""
         digest = digest_of(batch)
@@ -65,6 +70,27 @@ class Loop:
                 "a sample twice must give the same: draw random augmentation from torch, numpy "
                 "or random, which are seeded for each slot, and from nothing else"
             )
+=======
+    def after_exception(self, step: "Step") -> None:
+        """The script caught its own exception from `step` and asks for the next one.
+
+        An attempt that was not committed is played again, by all ranks alike: what this one
+        sent of it and the others still wait for must not be mixed with what it sends next.
+
+        Raises:
+          UsageError: the exception came after the commit; nothing can tell which of the
+            optimizers had stepped.
+        """
+        if step.committed:
+            raise UsageError(
+                f"step {step.index} was committed, but an exception left `with step:` before its "
+                "end: some optimizers may have stepped and others not. Let the exception end "
+                "the process, or catch it inside"
+            )
+        group = self.parts.group
+        if group.size > 1:
+            group.abort(group.world.generation, f"an exception ended an attempt at {step.index}")
+>>>>>>> sess
 
     def _reduce(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
         if self.current is None:

@@ -240,6 +240,8 @@ class Session:
             yield step
             if not step.entered:
                 raise UsageError("a step must be played: use `with step:`")
+            if not step.over:
+                loop.after_exception(step)
         loop.snapshots.gate()
         self._parts.membership.done()
         self._parts.recorder.phase(Phase.DONE)

@@ -39,6 +39,7 @@ from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.loop import Loop
 from ftkit.session.membership import Fate
+from ftkit.session.worlds import broadcast_from_first
 
 #: Votes that do not pass, one after another, after which the step is given up.
 VOTES_MAX = 3
@@ -63,6 +64,8 @@ class Step:
         self._newcomers: World | None = None
         """The world to switch to once this step is over."""
         self.entered = False
+        self.over = False
+        """Whether it was committed or rolled back, rather than left by an exception."""
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
         self.loss: float | None = None
@@ -119,20 +122,27 @@ class Step:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> bool:
-        if error is None and not self.committed:
-            # No optimizer stepped (a GradScaler may skip it): the step still has to count.
-            try:
-                self._vote()
-            except JobFault as fault:
-                error = fault
-        self._loop.current = None
-        if error is None:
-            self._commit()
-            return False
-        if self.committed or not self._is_job_fault(error):
-            return False
-        self._roll_back(error)
-        return True
+        try:
+            if error is None and not self.committed:
+                # No optimizer stepped (a GradScaler may skip it): the step still has to count.
+                try:
+                    self._vote()
+                except JobFault as fault:
+                    error = fault
+            if error is None:
+                self._commit()
+                self.over = True
+                return False
+            if self.committed or not self._is_job_fault(error):
+                return False
+            self._roll_back(error)
+            self.over = True
+            return True
+        finally:
+            self._loop.current = None
+            if not self.committed and self._buffers is not None:
+                # Whatever ended it: what comes next begins where this step began.
+                self._buffers.rewind()
 
     def before_optimizer(self) -> None:
         """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
@@ -189,7 +199,7 @@ class Step:
         self._parts.recorder.phase(Phase.REDUCE)
         digest = self._loop.reducer.finish(held=len(self._held))
         # Slot 0 is always rank 0's.
-        self._buffers.share(lambda buffer: self._parts.group.broadcast(buffer, 0).wait())
+        self._buffers.share(lambda buffer: broadcast_from_first(self._parts.group, buffer))
         self._digest = digest
         self._slot = None
         self._parts.recorder.phase(Phase.FORWARD)
@@ -271,9 +281,7 @@ class Step:
         parts.recorder.phase(Phase.BETWEEN)
 
     def _roll_back(self, error: BaseException) -> None:
-        """Undo what the attempt changed: nothing but gradients and buffers."""
-        if self._buffers is not None:
-            self._buffers.rewind()
+        """Note that the attempt is undone: gradients and buffers are all it changed."""
         self._parts.trace.event(
             "rollback", step=self._number, generation=self._generation, reason=str(error)[:300]
         )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ftkit.collectives.group import Group
 from ftkit.core.errors import GenerationAborted, WireError
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
@@ -108,4 +109,17 @@ class Worlds:
             return
         for module in self._modules:
             for tensor in [*module.parameters(), *module.buffers()]:
-                group.broadcast(tensor.detach(), 0).wait()
+                broadcast_from_first(group, tensor.detach())
+
+
+def broadcast_from_first(group: Group, tensor: torch.Tensor) -> None:
+    """Rank 0's `tensor` to all ranks, in place and whatever its strides. Blocks.
+
+    Raises:
+      GenerationAborted: the generation ended meanwhile.
+    """
+    # A model in channels_last has parameters that are not contiguous; the wire needs them so.
+    flat = tensor.contiguous()
+    group.broadcast(flat, 0).wait()
+    if flat is not tensor:
+        tensor.copy_(flat)
