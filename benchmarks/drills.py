@@ -1,0 +1,160 @@
+"""A hundred drills at random phases: what is lost, what is doubled, who leaves, which bits.
+
+Drill k is `choose("all", None, seed=seed + k)`: one rank is killed, stopped, hung or made to
+raise, or the coordinator is killed, in a phase of a step that the seed picks (in recovery
+too). The drills' checker judges each one against one undisturbed run of the same job. A drill
+that failed or could not be judged is listed with the command that does it again, and its
+events are kept under --runs-dir.
+
+    python -m benchmarks.drills --count 100 [--quick] [--json] [--save]
+"""
+
+import argparse
+import dataclasses
+import os
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.figures import Figure, Report, finish, parser, say
+from benchmarks.jobs import JobFailed, params_of, python_path, scratch
+from ftkit.launch.checker import Answer, Outcome
+from ftkit.launch.drills import Drill, Job, choose, run_drill
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """One drill and its outcome."""
+
+    drill: Drill
+    outcome: Outcome
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Drill and print. Returns the exit code."""
+    options = _options(argv)
+    # Agents and ranks are processes of their own: they find ftkit where this process did.
+    os.environ["PYTHONPATH"] = python_path()
+    job = Job(nproc=options.nproc, steps=options.steps, max_stall_s=options.max_stall)
+    drills = [
+        choose("all", None, seed=options.seed + k, nproc=job.nproc, steps=job.steps)
+        for k in range(options.count)
+    ]
+    with scratch("drills") as folder:
+        judged, params = run_all(drills, job, folder, kept=options.runs_dir)
+    return finish(report(judged, params, vars(options)), options)
+
+
+def run_all(
+    drills: Sequence[Drill], job: Job, folder: Path, *, kept: Path
+) -> tuple[list[Judged], str]:
+    """Do all drills. Blocks. Returns them with the undisturbed run's digest of parameters.
+
+    Args:
+      drills: what to do.
+      job: to which job.
+      folder: a folder for the runs, each removed when its drill has passed.
+      kept: where runs that did not pass are moved to.
+    """
+    stop, reference = job.run(folder / "reference")
+    if stop.code:
+        raise JobFailed(f"the undisturbed run failed: {stop.reason}")
+    (params,) = params_of(reference)
+    judged = list[Judged]()
+    for drill in drills:
+        run_dir = folder / f"{drill.fault}-{drill.seed}"
+        outcome, events = run_drill(drill, job, reference, run_dir)
+        if any(e["kind"] == "end" and "interrupt" in str(e.get("reason")) for e in events):
+            raise SystemExit(130)
+        judged.append(Judged(drill=drill, outcome=outcome))
+        if outcome.outcome is Answer.PASS:
+            shutil.rmtree(run_dir)
+        else:
+            kept.mkdir(parents=True, exist_ok=True)
+            shutil.move(run_dir, kept / run_dir.name)
+        answers = Counter(j.outcome.outcome.value for j in judged)
+        say(f"{len(judged)} of {len(drills)}: {dict(answers)}; {drill.fault} at {drill.where}")
+    return judged, params
+
+
+def report(judged: Sequence[Judged], params: str, options: dict[str, object]) -> Report:
+    """Counts over all drills; pure."""
+    outcomes = [j.outcome for j in judged]
+    answers = Counter(o.outcome for o in outcomes)
+    equal = sum(o.params_equal is True for o in outcomes)
+    zero = {
+        "failed": answers[Answer.FAIL],
+        "not judged (unknown)": answers[Answer.UNKNOWN],
+        "survivors that left": sum(o.survivor_exits for o in outcomes),
+        "samples lost": sum(o.samples_lost for o in outcomes),
+        "samples doubled": sum(o.samples_doubled for o in outcomes),
+        "steps undone": sum(o.steps_lost for o in outcomes),
+        "without equal parameters": len(outcomes) - equal,
+    }
+    peers = {"survivors that left": "torchft: survivors crash in 5 of 6 random kills"}
+    return Report(
+        name="drills",
+        figures=[
+            Figure(name="drills", value=len(outcomes), unit=""),
+            Figure(name="passed", value=answers[Answer.PASS], unit=""),
+            *(
+                Figure(name=name, value=n, unit="", at_most=0, against=peers.get(name, ""))
+                for name, n in zero.items()
+            ),
+        ],
+        computed={"parameters of the undisturbed run": params},
+        notes=[
+            f"{j.outcome.outcome.value}: {replay(j.drill, options)} ({j.drill.fault} at "
+            f"{j.drill.where}, step {j.drill.step}: {_why(j.outcome)})"
+            for j in judged
+            if j.outcome.outcome is not Answer.PASS
+        ],
+        options=options,
+        samples=[
+            dataclasses.asdict(j.drill) | {"where": j.drill.where} | _brief(j.outcome)
+            for j in judged
+        ],
+    )
+
+
+def replay(drill: Drill, options: dict[str, object]) -> str:
+    """The command that does one drill of the series again."""
+    return (
+        f"ftkit drill run all --seed {drill.seed} --nproc {options['nproc']} "
+        f"--steps {options['steps']} --max-stall {options['max_stall']:g}"
+    )
+
+
+def _brief(outcome: Outcome) -> dict[str, object]:
+    found = outcome.to_json()
+    evidence = outcome.evidence
+    found["evidence"] = {k: evidence.get(k) for k in ("problems", "missing")}
+    return found
+
+
+def _why(outcome: Outcome) -> str:
+    said = outcome.evidence.get("problems") or outcome.evidence.get("missing")
+    return "; ".join(map(str, said)) if isinstance(said, list) else str(said)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--count", type=int, help="drills (100; quick: 5)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the first drill")
+    made.add_argument("--nproc", type=int, default=3, help="ranks of the job")
+    made.add_argument("--steps", type=int, default=150, help="steps of the job")
+    made.add_argument("--max-stall", type=float, default=5.0, help="max_stall_s of the job")
+    made.add_argument(
+        "--runs-dir", type=Path, default=Path("runs/drills"), help="keeps what did not pass"
+    )
+    options = made.parse_args(argv)
+    if options.count is None:
+        options.count = 5 if options.quick else 100
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
