@@ -153,13 +153,13 @@ class LoaderFeed:
                 raise UsageError("the loader is empty: there is nothing to train on")
 
 
-<<<<<<< HEAD
 def digest_of(batch: Any) -> int:
     """64 bits over the content of a batch; what is on a GPU already is left out."""
     hasher = xxhash.xxh3_64()
     _update(hasher, batch)
     return hasher.intdigest()
-=======
+
+
 _END = object()
 
 
@@ -201,24 +201,18 @@ def _set_states(states: _States) -> None:
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     numpy.random.set_state(states[2])
->>>>>>> sess
 
 
 def _update(hasher: xxhash.xxh3_64, value: Any) -> None:
     """Feed every byte of a batch to `hasher`, tensors by content."""
     if isinstance(value, torch.Tensor):
-<<<<<<< HEAD
         if value.device.type != "cpu":
             return
-        hasher.update(value.detach().contiguous().view(torch.uint8).numpy().data)
-    elif isinstance(value, dict):
-=======
-        flat = value.detach().cpu().contiguous().reshape(-1)
+        flat = value.detach().contiguous().reshape(-1)
         hasher.update(flat.view(torch.uint8).numpy().data)
     elif isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
         hasher.update(numpy.ascontiguousarray(value).tobytes())
     elif isinstance(value, Mapping):
->>>>>>> sess
         for key in sorted(value, key=str):
             hasher.update(str(key).encode())
             _update(hasher, value[key])

@@ -60,7 +60,6 @@ class Loop:
                 "add, replace, freeze and thaw parameters before that"
             )
 
-<<<<<<< HEAD
     def note_batch(self, step: StepNumber, slot: Slot, batch: Any) -> None:
         """Remember what a slot held; NotDeterministic when it held something else before."""
         digest = digest_of(batch)
@@ -70,7 +69,7 @@ class Loop:
                 "a sample twice must give the same: draw random augmentation from torch, numpy "
                 "or random, which are seeded for each slot, and from nothing else"
             )
-=======
+
     def after_exception(self, step: "Step") -> None:
         """The script caught its own exception from `step` and asks for the next one.
 
@@ -90,7 +89,6 @@ class Loop:
         group = self.parts.group
         if group.size > 1:
             group.abort(group.world.generation, f"an exception ended an attempt at {step.index}")
->>>>>>> sess
 
     def _reduce(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
         if self.current is None:
