@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.figures import Figure, Report, finish, parser, say
-from benchmarks.jobs import JobFailed, params_of, python_path, scratch
+from benchmarks.jobs import JobFailed, leave_if_ended, params_of, python_path, scratch
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.drills import Drill, Job, choose, run_drill
 
@@ -60,6 +60,7 @@ def run_all(
       kept: where runs that did not pass are moved to.
     """
     stop, reference = job.run(folder / "reference")
+    leave_if_ended(stop)
     if stop.code:
         raise JobFailed(f"the undisturbed run failed: {stop.reason}")
     (params,) = params_of(reference)
