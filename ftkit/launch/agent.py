@@ -68,9 +68,14 @@ class Agent:
         self._inherited = inherited
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._arenas = Arenas(config, node)
-        self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
+        # The port first: when it is taken, nothing must be left in shared memory.
         self._listener = listen(host, port)
+        try:
+            self._arenas = Arenas(config, node)
+        except (FtkitError, OSError):
+            self._listener.close()
+            raise
+        self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
         self._store = ArenaServer(
