@@ -65,13 +65,16 @@ def _say_whose_fault(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """(sys.excepthook) Tell the agent by the exit code what a retry could not mend."""
+    # torch wraps this hook and collects what goes to `sys.stderr`, to print it afterwards; but
+    # there is no afterwards.
+    out = sys.__stderr__ or sys.stderr
     if isinstance(error, JobStopped):
-        print(f"ftkit: this rank leaves: {error}", file=sys.stderr)
+        print(f"ftkit: this rank leaves: {error}", file=out)
         code = exit_codes.STOPPED
     else:
-        traceback.print_exception(kind, error, trace)
+        traceback.print_exception(kind, error, trace, file=out)
         code = exit_codes.USAGE if isinstance(error, (UsageError, CapacityError)) else 1
     sys.stdout.flush()
-    sys.stderr.flush()
+    out.flush()
     # Without the goodbye of an orderly end: peers must not take this for one.
     os._exit(code)
