@@ -121,7 +121,9 @@ def show(value: float | None, unit: str) -> str:
     """A number as a person reads it."""
     if value is None:
         return "-"
-    return f"{value:.4g} {unit}".rstrip() if isinstance(value, float) else f"{value} {unit}".rstrip()
+    return (
+        f"{value:.4g} {unit}".rstrip() if isinstance(value, float) else f"{value} {unit}".rstrip()
+    )
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

@@ -205,9 +205,7 @@ def report(
                 unit="x",
                 at_most=LONGEST,
             ),
-            Figure(
-                name="the same, p95", value=percentile(longest, 95), unit="x", at_most=LONGEST
-            ),
+            Figure(name="the same, p95", value=percentile(longest, 95), unit="x", at_most=LONGEST),
             Figure(
                 name="the same / their own median meanwhile, p50",
                 value=_mid([r.longest_s / r.meanwhile_s for r in respawns]),
