@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from subprocess import Popen
 
@@ -169,7 +170,7 @@ def respawns_of(events: Sequence[Event], *, nproc: int) -> list[Respawn]:
 
 def _intervals(commits: Sequence[Event], member: int) -> list[tuple[float, float]]:
     times = sorted(float(e["mono"]) for e in commits if e["member"] == member)
-    return list(zip(times, times[1:], strict=False))
+    return list(pairwise(times))
 
 
 def report(

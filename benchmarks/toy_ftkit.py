@@ -21,7 +21,7 @@ def main(steps: int, rows: int, slots: int) -> None:
     ):
         with step:
             for block in step.batches():
-                loss_of(model, block).backward()  # type: ignore[no-untyped-call]
+                loss_of(model, block).backward()
             optimizer.step()
             optimizer.zero_grad()
     session.trace.event("final", params=digest(model.module), loss=None, step=steps)

@@ -17,7 +17,7 @@ def main(steps: int, rows: int) -> None:
     data = Noise(rows)
     for step in range(1, steps + 1):
         loss = loss_of(model, data[(step * world + rank) % BLOCKS])
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         note("commit", step=step)

@@ -1,7 +1,6 @@
-"""The toy through torchft 0.2.0: one replica group of one process. Runs in torchft's own
-environment, without ftkit.
+"""The toy through torchft 0.2.0: one replica group of one process, in torchft's own environment.
 
-    python -m benchmarks.toy_torchft INDEX REPLICAS STEPS ROWS LIGHTHOUSE PORT KILL_AT PATCHED
+python -m benchmarks.toy_torchft INDEX REPLICAS STEPS ROWS LIGHTHOUSE PORT KILL_AT PATCHED
 """
 
 import os
@@ -11,8 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-import torchft
-from torchft.process_group import ProcessGroupGloo
+import torchft  # type: ignore[import-not-found]  # only in its own environment
+from torchft.process_group import ProcessGroupGloo  # type: ignore[import-not-found]
 
 from benchmarks.toy import BLOCKS, Noise, build, digest, loss_of, note, optimizer_of
 
@@ -21,9 +20,10 @@ GROUP_TIMEOUT = timedelta(seconds=5)
 
 
 def patched_hook(
-    manager: torchft.Manager, bucket: dist.GradBucket
+    manager: torchft.Manager,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]  # public, not listed
 ) -> torch.futures.Future[torch.Tensor]:
-    """torchft's own hook, but with a finished future where the reduction failed.
+    """Do as torchft's own hook, with a finished future where the reduction failed.
 
     The stock hook (torchft/ddp.py, `_comm_hook`) then asserts on a future that
     `_ManagedWork.wait` did not make, and every survivor dies. The manager has noted the
@@ -32,10 +32,10 @@ def patched_hook(
     work = manager.allreduce(bucket.buffer())
     if work.wait():
         future = work.get_future()
-        if not hasattr(future, "_fut"):
-            return future
-        if future._fut is not None:
-            return future._fut
+        # A _ManagedFuture wraps the one that DDP can wait for; a _DummyWork's is one.
+        inner: torch.futures.Future[torch.Tensor] | None = getattr(future, "_fut", future)
+        if inner is not None:
+            return inner
     finished: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     finished.set_result(bucket.buffer())
     return finished
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     def save() -> dict[str, dict[str, object]]:
         return {"model": plain.state_dict(), "optimizer": optimizer_inside.state_dict()}
 
-    own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # public, not listed
     manager = torchft.Manager(
         pg=ProcessGroupGloo(timeout=GROUP_TIMEOUT),
         load_state_dict=load,
@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
 
     next(plain.parameters()).register_hook(strike)
     # All replicas begin together, so that none has to be brought up to the others' step.
-    start = dist.TCPStore("127.0.0.1", port, replicas, is_master=index == 0)
+    start = dist.TCPStore("127.0.0.1", port, replicas, is_master=index == 0)  # type: ignore[attr-defined]  # public, not listed
     while manager.current_step() < steps:
         before = manager.current_step()
         optimizer.zero_grad()
