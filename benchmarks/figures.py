@@ -121,13 +121,15 @@ def show(value: float | None, unit: str) -> str:
     """A number as a person reads it."""
     if value is None:
         return "-"
-    return f"{value:.4g} {unit}".rstrip() if isinstance(value, float) else f"{value} {unit}".rstrip()
+    return f"{value:.4g} {unit}".rstrip()
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every benchmark has; `doc` is its docstring."""
     made = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        conflict_handler="resolve",
     )
     made.add_argument("--quick", action="store_true", help="few runs: minutes, and little to say")
     made.add_argument("--json", action="store_true", help="print one JSON object, nothing else")

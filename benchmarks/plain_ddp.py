@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number in range(1, options.steps + 1):
         x, y = feed.batch(Step(number), Slot(rank))
         loss = next_byte_loss(model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         local = loss.detach().item()  # ftkit's loop reads it too
         optimizer.step()
         optimizer.zero_grad()

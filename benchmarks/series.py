@@ -65,7 +65,9 @@ def run_series(
     reference = job.run(folder / "reference")
     (params,) = params_of(reference)
     median_s = median_step(reference, size=job.nproc)
-    say(f"{job.nproc} ranks: undisturbed step {median_s * 1e3:.1f} ms, {job.slot_size} samples a slot")
+    say(
+        f"{job.nproc} ranks: undisturbed step {median_s * 1e3:.1f} ms, {job.slot_size} samples a slot"
+    )
 
     counted, set_aside, problems = list[Repair](), list[Repair](), list[str]()
     jobs_max = 2 * -(-runs // job.nproc)

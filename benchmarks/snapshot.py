@@ -12,17 +12,18 @@ training thread stands still is compared::
 DCP's wait for the previous upload, without which saves pile up, is shown beside it and not
 counted.
 
-    python -m benchmarks.snapshot --params 20000000 --steps 10 --json result.json
+    python -m benchmarks.snapshot --params 20000000 --steps 10 [--quick] [--json [FILE]] [--save]
 """
 
-import argparse
+import hashlib
 import json
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
+from benchmarks.figures import Figure, Report, parser, save
+from benchmarks.figures import table as figures_table
+from benchmarks.jobs import ended_by_sigterm
 from ftkit.checkpoint.arena import SHM, Arena
 from ftkit.checkpoint.capture import Capture
 from ftkit.checkpoint.state import ProtectedState
@@ -132,6 +136,7 @@ def run_dcp(
 
 def measure(params: int, steps: int, rounds: int = 2) -> dict[str, object]:
     """Run all modes; seconds and ratios, JSON-safe."""
+    torch.manual_seed(0)
     loop = Loop(params)
     state = ProtectedState(model=loop.model, optimizer=loop.optimizer)
     layout = state.layout()
@@ -167,6 +172,7 @@ def measure(params: int, steps: int, rounds: int = 2) -> dict[str, object]:
         "snapshots_per_mode": steps * rounds,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "params_sha256": digest(loop.model),
         "modes": modes,
         "capture_to_dcp": ours / modes["dcp"]["blocked_p50_s_per_GB"],
         "capture_to_dcp_kept": ours / modes["dcp-kept"]["blocked_p50_s_per_GB"],
@@ -190,22 +196,72 @@ def table(result: dict[str, object]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--params", type=int, default=20_000_000, help="parameters of the model")
-    parser.add_argument("--steps", type=int, default=8, help="snapshots per mode and round")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the result here too")
-    options = parser.parse_args()
+def digest(model: nn.Module) -> str:
+    """SHA-256 (hex) of all parameters' bytes."""
+    hasher = hashlib.sha256()
+    for parameter in model.parameters():
+        hasher.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
+
+
+def report(result: dict[str, object], options: dict[str, object]) -> Report:
+    """The figures with goals, out of what `measure` found; pure."""
+    modes = result["modes"]
+    assert isinstance(modes, dict), "measure() makes a dictionary of modes"
+    ours, kept = modes["capture"], modes["dcp-kept"]
+    dcp = modes["dcp"]["blocked_p50_s_per_GB"]
+    return Report(
+        name="snapshot",
+        figures=[
+            Figure(
+                name="training blocked per GB and snapshot, p50",
+                value=ours["blocked_p50_s_per_GB"],
+                unit="s",
+                at_most=0.001,
+                against=f"DCP async_save {dcp:.3g} s",
+            ),
+            Figure(
+                name="the same / dcp.async_save with a kept stager",
+                value=float(str(result["capture_to_dcp_kept"])),
+                unit="x",
+                at_most=1 / 50,
+                against=f"DCP with a kept stager {kept['blocked_p50_s_per_GB']:.3g} s",
+            ),
+        ],
+        computed={"parameters after all modes": str(result["params_sha256"])},
+        options=options,
+        samples=result,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = parser(__doc__)
+    made.add_argument("--params", type=int, help="parameters of the model (20 million)")
+    made.add_argument("--steps", type=int, help="snapshots per mode and round (8; quick: 3)")
+    made.add_argument("--rounds", type=int, help="rounds (2; quick: 1)")
+    # As in the other benchmarks, but a file may be named: then the table is printed too.
+    made.add_argument("--json", nargs="?", type=Path, const=Path("-"), default=None, metavar="FILE")
+    options = made.parse_args(argv)
+    quick = options.quick
+    params = options.params or (2_000_000 if quick else 20_000_000)
     # DCP warns that there is no process group; there is not meant to be one.
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
-    result = measure(options.params, options.steps, options.rounds)
-    text = json.dumps(result, indent=2)
-    print(text)
-    print(table(result))
-    if options.json is not None:
-        options.json.write_text(text + "\n")
+    with ended_by_sigterm():
+        result = measure(
+            params, options.steps or (3 if quick else 8), options.rounds or (1 if quick else 2)
+        )
+    found = report(result, vars(options))
+    if options.json == Path("-"):
+        print(json.dumps(found.to_json()), flush=True)
+    else:
+        print(figures_table(found))
+        print(table(result), flush=True)
+        if options.json is not None:
+            options.json.write_text(json.dumps(result, indent=2) + "\n")
+    if options.save is not None:
+        save(found, options.save)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

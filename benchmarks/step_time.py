@@ -61,7 +61,7 @@ class Round:
 
     @property
     def ratio(self) -> float:
-        """ftkit's median step over plain DDP's."""
+        """The median step of ftkit over plain DDP's."""
         return self.ftkit.step_s / self.plain.step_s
 
 
