@@ -1,6 +1,6 @@
 """Running a job of the drills and judging it; afterwards nothing of it may be left."""
 
-import os
+import shutil
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,17 +69,14 @@ def run(
         run_dir=str(folder),
         shm_root=str(root),
         rank_logs=True,
-        env={**to_environ(list(faults)), "PYTHONPATH": os.pathsep.join(["."])},
+        env={**to_environ(list(faults)), "PYTHONPATH": str(HERE.parents[1])},
     )
     try:
         stop = run_job(config, on_poll=on_poll)
         left = [p.name for p in root.iterdir()]
     finally:
         if shm_root is None:
-            for path in root.iterdir():
-                psutil.Process()  # a run that raised may have left its folder behind
-                __import__("shutil").rmtree(path)
-            root.rmdir()
+            shutil.rmtree(root)
     events = read_run(folder)
     pids = [e["pid"] for e in events if e["kind"] == "spawn"]
     assert not left, f"left in shared memory: {left}"

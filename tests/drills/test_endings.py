@@ -1,6 +1,7 @@
 """Jobs that cannot go on: each ends by itself, soon, with a code and words that help."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def test_a_script_that_ends_before_it_joins_is_not_tried_again(tmp_path: Path) -
 def test_the_same_exception_three_times_ends_the_job_with_its_words(tmp_path: Path) -> None:
     done = run(tmp_path / "run", SCRIPTS, ["bug"])
     assert done.stop.code == 1
-    assert "failed 3 times at or near step 4" in done.stop.reason
+    assert re.search("failed 3 times at or near step [45] ", done.stop.reason)
     assert "ZeroDivisionError: the same every time" in done.stop.reason
     assert spawned(done) <= 5
 
@@ -71,6 +72,5 @@ def test_too_little_shared_memory_is_told_in_bytes(tmp_path: Path) -> None:
     finally:
         subprocess.run(["umount", str(tiny)], check=True)
     assert done.stop.code == exit_codes.USAGE
-    assert "shared memory" in done.stop.reason
-    assert any(unit in done.stop.reason for unit in ("bytes", "MiB", "MB"))
+    assert re.search(r"\d+ bytes free \(\d+ too few\)", done.stop.reason)
     assert spawned(done) <= 2

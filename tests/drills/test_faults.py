@@ -53,8 +53,6 @@ def test_two_of_three_are_killed_in_the_same_step(reference: Run, tmp_path: Path
 
 def test_a_rank_stops_and_later_another_raises(reference: Run, tmp_path: Path) -> None:
     faults = [fault(Kind.STOP, Point.ALL_REDUCE, 1, 5), fault(Kind.RAISE, Point.BACKWARD, 0, 30)]
-    stopped: list[int] = []
-
     done = run(tmp_path / "run", TRAINING, [str(STEPS)], nproc=3, faults=faults, max_stall_s=5)
     stopped = [e["pid"] for e in done.of("spawn") if e["member"] == 1]
     assert_pass(done, reference)

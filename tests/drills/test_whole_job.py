@@ -10,11 +10,10 @@ import psutil
 import pytest
 
 from ftkit.core.errors import WireError
-from ftkit.core.fault_plan import Kind, Point
 from ftkit.core.trace import Trace, read_run
 from ftkit.core.wire import connect
 from ftkit.launch.engine import Engine
-from tests.drills.jobs import STEPS, TRAINING, Run, fault, judge, run
+from tests.drills.jobs import STEPS, TRAINING, Run, judge, run
 from tests.drills.test_faults import assert_pass
 
 pytestmark = pytest.mark.multiproc
@@ -116,9 +115,7 @@ def test_strangers_are_refused_and_disturb_nobody(reference: Run, tmp_path: Path
                 connect((host, port), b"x" * 32, hello={"role": "coordinator", "term": 99})
             refused.append(caught.value)
         unix = next(
-            e["laddr"] if isinstance(e, dict) else e.laddr
-            for e in agent.net_connections("unix")
-            if str(e.laddr).endswith("agent.sock")
+            c.laddr for c in agent.net_connections("unix") if str(c.laddr).endswith("agent.sock")
         )
         with pytest.raises(WireError):
             connect(str(unix), b"x" * 32, hello={"role": "rank", "seat": 0, "member": 0})

@@ -15,9 +15,9 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.average = nn.Buffer(torch.zeros(2))
+        self.average: torch.Tensor = nn.Buffer(torch.zeros(2))
         self.turned = nn.Buffer(torch.arange(6.0).view(2, 3).t())
-        self.calls = nn.Buffer(torch.tensor(0), persistent=False)
+        self.calls: torch.Tensor = nn.Buffer(torch.tensor(0), persistent=False)
         self.nothing = nn.Buffer(torch.empty(0))
         self.same = self.calls
         self.register_buffer("late", None)

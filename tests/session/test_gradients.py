@@ -248,11 +248,13 @@ def test_frozen_parameters_are_left_alone() -> None:
 
 
 def test_a_second_backward_in_one_slot_is_refused_in_words() -> None:
+    def twice(model: nn.Module, slot: int) -> None:
+        dense_backward(model, slot)
+        dense_backward(model, slot)
+
     for bucket_bytes in (1, 1 << 20):
         with pytest.raises(UsageError, match="call backward\\(\\) once a batch"):
-            Crew(dense, 1, bucket_bytes).step(
-                lambda model, slot: (dense_backward(model, slot), dense_backward(model, slot))
-            )
+            Crew(dense, 1, bucket_bytes).step(twice)
 
 
 def test_backward_outside_a_slot_is_the_users_own() -> None:
@@ -319,9 +321,7 @@ def test_the_digest_sees_one_flipped_bit() -> None:
     assert crew.step(dense_backward) == first
 
     def flipped(model: nn.Module, slot: int) -> None:
-        dense_backward(model, slot) if slot else (
-            model(inputs(0)) * 1.0000001
-        ).square().mean().backward()  # noqa: E501
+        (model(inputs(slot)) * (1.0 if slot else 1.0000001)).square().mean().backward()
 
     assert crew.step(flipped) != first
 

@@ -39,7 +39,11 @@ def plan(version: int, *, members: tuple[int, ...] = (0, 1, 2), term: int = 1, *
 
 def running(version: int, at: World, step: int, **more: Any) -> Plan:
     """A plan whose members enter `at` from standing still."""
-    given = {"phase": Phase.RUNNING, "resumed": at.generation, "halted": at.generation - 1}
+    given: dict[str, Any] = {
+        "phase": Phase.RUNNING,
+        "resumed": at.generation,
+        "halted": at.generation - 1,
+    }
     return plan(version, world=at, step=Step(step), **(given | more))
 
 
@@ -370,15 +374,16 @@ def test_an_admission_that_is_none_is_refused(rank: Rank, payload: bytes) -> Non
 
 
 def test_members_prepare_for_newcomers_and_forget_them_once_they_are_in(active: Rank) -> None:
-    assert active.membership.prepared is None
+    offered = [active.membership.prepared]
     grown = world(2, 0, 1, 2, 3)
     active.membership.take_plan(
         plan(2, members=(0, 1, 2, 3), phase=Phase.RUNNING, world=world(1, 0, 1, 2),
              resumed=Generation(1), joining=grown)
     )  # fmt: skip
-    assert active.membership.prepared == grown
+    offered.append(active.membership.prepared)
     active.membership.entered(grown, Step(6))
-    assert active.membership.prepared is None
+    offered.append(active.membership.prepared)
+    assert offered == [None, grown, None]
 
 
 # ---- leaving
