@@ -30,7 +30,9 @@ class Noted:
     def steps(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """The session's steps, each noted as it begins."""
         for step in self._session.steps(*args, **kwargs):
-            self._session.trace.event("attempt", step=step.index, generation=self._session.generation)
+            self._session.trace.event(
+                "attempt", step=step.index, generation=self._session.generation
+            )
             yield step
 
 

@@ -65,16 +65,17 @@ def _say_whose_fault(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     """(sys.excepthook) Tell the agent by the exit code what a retry could not mend."""
-    # torch wraps this hook and collects what goes to `sys.stderr`, to print it afterwards; but
-    # there is no afterwards.
-    out = sys.__stderr__ or sys.stderr
+    # torch.distributed puts a hook around ours that collects what goes to `sys.stderr`, to
+    # print it afterwards: there is no afterwards here.
+    stderr = sys.__stderr__
     if isinstance(error, JobStopped):
-        print(f"ftkit: this rank leaves: {error}", file=out)
+        print(f"ftkit: this rank leaves: {error}", file=stderr)
         code = exit_codes.STOPPED
     else:
-        traceback.print_exception(kind, error, trace, file=out)
+        traceback.print_exception(kind, error, trace, file=stderr)
         code = exit_codes.USAGE if isinstance(error, (UsageError, CapacityError)) else 1
-    sys.stdout.flush()
-    out.flush()
+    for stream in (sys.stdout, stderr):
+        if stream is not None:
+            stream.flush()
     # Without the goodbye of an orderly end: peers must not take this for one.
     os._exit(code)

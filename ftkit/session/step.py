@@ -79,6 +79,11 @@ class Step:
     def __enter__(self) -> Self:
         if self._loop.current is not None:
             raise UsageError("a step is open already: do not nest `with step:`")
+        if self.entered:
+            raise UsageError(
+                "this attempt is used up: ask the `for` loop for the next one, it brings a step "
+                "that was rolled back round again"
+            )
         self._loop.check_parameters()
         self.entered = True
         self._loop.current = self

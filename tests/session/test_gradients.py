@@ -1,0 +1,335 @@
+"""GradientReducer on several ranks at once, with a reduction that only adds."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ftkit.collectives.gradients import GradientReducer
+from ftkit.collectives.slot_tree import SlotNode
+from ftkit.collectives.slots import Add, assign, fold_plan
+from ftkit.core.errors import StateChanged, UsageError
+
+SLOTS = 6
+
+Backward = Callable[[nn.Module, int], Any]
+
+
+class Done:
+    def wait(self, timeout_s: float | None = None) -> None:
+        return None
+
+
+class Crew:
+    """Ranks that play one after another; the reduction takes place once the last is through."""
+
+    def __init__(self, build: Callable[[], nn.Module], ranks: int, bucket_bytes: int) -> None:
+        self.models = [build() for _ in range(ranks)]
+        self.sent: list[list[tuple[Sequence[SlotNode], torch.Tensor, float]]] = [
+            [] for _ in range(ranks)
+        ]
+        self.reducers = [
+            GradientReducer(
+                m.parameters(), slots=SLOTS, reduce=self._reduce_of(r), bucket_bytes=bucket_bytes
+            )
+            for r, m in enumerate(self.models)
+        ]
+
+    def _reduce_of(self, rank: int) -> Callable[..., Done]:
+        def reduce(nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Done:
+            self.sent[rank].append((nodes, out, scale))
+            return Done()
+
+        return reduce
+
+    def step(self, backward: Backward) -> list[int]:
+        """One step on every rank. Returns their digests."""
+        parts = assign(SLOTS, len(self.models))
+        for sent, reducer, model, held in zip(
+            self.sent, self.reducers, self.models, parts, strict=True
+        ):
+            sent.clear()
+            reducer.begin()
+            for slot in held:
+                reducer.start_slot(slot, last=slot == held[-1])
+                backward(model, slot)
+                reducer.end_slot()
+            if not held:
+                reducer._last = True
+                reducer._launch()
+        for bucket in zip(*self.sent, strict=True):
+            stack: list[torch.Tensor] = []
+            for word in fold_plan(SLOTS, len(self.models)):
+                if isinstance(word, Add):
+                    right = stack.pop()
+                    stack.append(stack.pop() + right)
+                else:
+                    stack.append(bucket[word.rank][0][word.position].value.clone())
+            for _, out, scale in bucket:
+                out.copy_(stack[0] * scale)
+        return [
+            r.finish(held=len(held)) for r, held in zip(self.reducers, parts, strict=True)
+        ]  # fmt: skip
+
+
+def play(
+    build: Callable[[], nn.Module],
+    backward: Backward,
+    *,
+    ranks: int,
+    steps: int = 2,
+    bucket_bytes: int = 64,
+) -> list[dict[str, bytes | None]]:
+    """Every rank's gradients after the last step, by name; the digests must agree."""
+    crew = Crew(build, ranks, bucket_bytes)
+    for _ in range(steps):
+        assert len(set(crew.step(backward))) == 1
+    return [
+        {
+            n: None if p.grad is None else p.grad.view(-1).view(torch.uint8).numpy().tobytes()
+            for n, p in m.named_parameters()
+        }
+        for m in crew.models
+    ]
+
+
+def inputs(slot: int, width: int = 3) -> torch.Tensor:
+    return torch.randn(4, width, generator=torch.Generator().manual_seed(slot))
+
+
+class Branches(nn.Module):
+    """One branch for even slots, one for odd ones, one for slot 4, and one for nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.even, self.odd = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.rare, self.never = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, slot: int) -> torch.Tensor:
+        y: torch.Tensor = self.odd(x) if slot % 2 else self.even(x)
+        return y + self.rare(x) if slot == 4 else y
+
+
+def dense() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
+
+
+def dense_backward(model: nn.Module, slot: int) -> None:
+    model(inputs(slot)).square().mean().backward()
+
+
+def branch_backward(model: nn.Module, slot: int) -> None:
+    model(inputs(slot), slot).square().mean().backward()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
+@pytest.mark.parametrize("bucket_bytes", [1, 64, 1 << 20])
+def test_the_bits_do_not_depend_on_ranks_or_buckets(ranks: int, bucket_bytes: int) -> None:
+    (alone,) = play(dense, dense_backward, ranks=1, bucket_bytes=1 << 20)
+    assert play(dense, dense_backward, ranks=ranks, bucket_bytes=bucket_bytes) == [alone] * ranks
+
+
+def test_the_sum_is_the_mean_of_the_slots() -> None:
+    crew = Crew(dense, 2, 64)
+    crew.step(dense_backward)
+    plain = dense()
+    for slot in range(SLOTS):
+        (plain(inputs(slot)).square().mean() / SLOTS).backward()
+    for p, q in zip(crew.models[0].parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_parameter_that_no_slot_used_has_no_gradient_and_one_slot_is_enough(ranks: int) -> None:
+    (alone,) = play(Branches, branch_backward, ranks=1)
+    assert {n for n, g in alone.items() if g is None} == {"never.weight", "never.bias"}
+    assert play(Branches, branch_backward, ranks=ranks) == [alone] * ranks
+
+
+def test_a_parameter_that_came_out_of_use_loses_its_gradient() -> None:
+    crew = Crew(Branches, 2, 64)
+    crew.step(branch_backward)
+    assert crew.models[0].rare.weight.grad is not None  # type: ignore[union-attr]
+    crew.step(lambda model, slot: model(inputs(slot), slot % 2).square().mean().backward())
+    for model in crew.models:
+        assert model.rare.weight.grad is None  # type: ignore[union-attr]
+        assert model.even.weight.grad is not None  # type: ignore[union-attr]
+
+
+class Tied(nn.Module):
+    """Embedding and head share their weight, as a GPT's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(7, 3), nn.Linear(3, 7, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, slot: int) -> torch.Tensor:
+        y: torch.Tensor = self.head(self.embed(torch.tensor([slot, 0, 1])))
+        return y
+
+
+def test_a_tied_parameter_is_reduced_once_with_both_its_uses() -> None:
+    def backward(model: nn.Module, slot: int) -> None:
+        model(slot).square().sum().backward()
+
+    (alone,) = play(Tied, backward, ranks=1)
+    assert list(alone) == ["embed.weight"]
+    assert play(Tied, backward, ranks=3) == [alone] * 3
+    plain = Tied()
+    for slot in range(SLOTS):
+        (plain(slot).square().sum() / SLOTS).backward()
+    crew = Crew(Tied, 2, 64)
+    crew.step(backward)
+    torch.testing.assert_close(crew.models[0].embed.weight.grad, plain.embed.weight.grad)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes_are_reduced_in_their_own(dtype: torch.dtype) -> None:
+    def build() -> nn.Module:
+        return dense().to(dtype)
+
+    def backward(model: nn.Module, slot: int) -> None:
+        model(inputs(slot).to(dtype)).float().square().mean().backward()
+
+    (alone,) = play(build, backward, ranks=1)
+    assert play(build, backward, ranks=3) == [alone] * 3
+    assert all(g is not None and any(g) for g in alone.values())
+
+
+def test_several_dtypes_never_share_a_bucket() -> None:
+    def build() -> nn.Module:
+        model = dense()
+        model[2].to(torch.float64)  # type: ignore[index]
+        return model
+
+    def backward(model: nn.Module, slot: int) -> None:
+        hidden = model[1](model[0](inputs(slot)))  # type: ignore[index]
+        model[2](hidden.double()).square().mean().backward()  # type: ignore[index]
+
+    (alone,) = play(build, backward, ranks=1, bucket_bytes=1 << 20)
+    assert play(build, backward, ranks=2, bucket_bytes=1 << 20) == [alone] * 2
+    crew = Crew(build, 1, 1 << 20)
+    crew.step(backward)
+    assert [out.dtype for _, out, _ in crew.sent[0]] == [torch.float64, torch.float32]
+
+
+def test_strides_of_parameters_do_not_matter() -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def backward(model: nn.Module, slot: int) -> None:
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(slot))
+        model(x).square().mean().backward()
+
+    crew = Crew(build, 2, 64)
+    crew.step(backward)
+    plain = build()
+    for slot in range(SLOTS):
+        backward(plain, slot)
+    torch.testing.assert_close(crew.models[1].weight.grad, plain.weight.grad / SLOTS)  # type: ignore[union-attr,operator]
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    def build() -> nn.Module:
+        model = dense()
+        model[0].weight.requires_grad_(False)  # type: ignore[index]
+        return model
+
+    (alone,) = play(build, dense_backward, ranks=1)
+    assert alone["0.weight"] is None
+    assert play(build, dense_backward, ranks=2) == [alone] * 2
+
+
+def test_a_second_backward_in_one_slot_is_refused_in_words() -> None:
+    def twice(model: nn.Module, slot: int) -> None:
+        dense_backward(model, slot)
+        dense_backward(model, slot)
+
+    for bucket_bytes in (1, 1 << 20):
+        with pytest.raises(UsageError, match="call backward\\(\\) once a batch"):
+            Crew(dense, 1, bucket_bytes).step(twice)
+
+
+def test_backward_outside_a_slot_is_the_users_own() -> None:
+    model = dense()
+    reducer = GradientReducer(model.parameters(), slots=1, reduce=lambda *_: Done())
+    dense_backward(model, 0)
+    assert all(p.grad is not None for p in model.parameters())
+    reducer.begin()
+    assert all(p.grad is None for p in model.parameters())
+    reducer.close()
+    dense_backward(model, 0)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_attempt_given_up_does_not_touch_buffers_that_may_still_be_sent() -> None:
+    crew = Crew(dense, 1, 64)
+    crew.step(dense_backward)
+    expected = [p.grad.clone() for p in crew.models[0].parameters()]  # type: ignore[union-attr]
+    reducer, model = crew.reducers[0], crew.models[0]
+    crew.sent[0].clear()
+    reducer.begin()
+    for slot in range(SLOTS):
+        reducer.start_slot(slot, last=slot == SLOTS - 1)
+        dense_backward(model, slot)
+        reducer.end_slot()
+    flying = [(out, [n.value for n in nodes]) for nodes, out, _ in crew.sent[0]]
+    frozen = [(out.clone(), [v.clone() for v in values]) for out, values in flying]
+    crew.step(dense_backward)  # never finished the one before
+    for (out, values), (old, olds) in zip(flying, frozen, strict=True):
+        assert torch.equal(out, old)
+        assert all(torch.equal(v, o) for v, o in zip(values, olds, strict=True))
+    assert all(
+        torch.equal(p.grad, e)  # type: ignore[arg-type]
+        for p, e in zip(model.parameters(), expected, strict=True)
+    )
+
+
+def test_a_left_early_loop_is_named() -> None:
+    reducer = GradientReducer(dense().parameters(), slots=2, reduce=lambda *_: Done())
+    reducer.begin()
+    reducer.start_slot(0, last=False)
+    with pytest.raises(UsageError, match="left early"):
+        reducer.finish(held=2)
+
+
+def test_kinds_of_gradient_that_cannot_be_reduced_are_named() -> None:
+    embedding = nn.Embedding(4, 2, sparse=True)
+    reducer = GradientReducer(embedding.parameters(), slots=1, reduce=lambda *_: Done())
+    reducer.begin()
+    reducer.start_slot(0, last=True)
+    with pytest.raises(UsageError, match="sparse gradients"):
+        embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(StateChanged, match="complex64"):
+        GradientReducer(
+            [nn.Parameter(torch.zeros(1, dtype=torch.complex64))],
+            slots=1,
+            reduce=lambda *_: Done(),
+        )
+
+
+def test_the_digest_sees_one_flipped_bit() -> None:
+    crew = Crew(dense, 1, 64)
+    first = crew.step(dense_backward)
+    assert crew.step(dense_backward) == first
+
+    def flipped(model: nn.Module, slot: int) -> None:
+        (model(inputs(slot)) * (1.0 if slot else 1.0000001)).square().mean().backward()
+
+    assert crew.step(flipped) != first
+
+
+def test_without_parameters_there_is_nothing_to_reduce() -> None:
+    reducer = GradientReducer([], slots=1, reduce=lambda *_: Done())
+    reducer.begin()
+    reducer.start_slot(0, last=True)
+    reducer.end_slot()
+    assert isinstance(reducer.finish(held=1), int)
+    assert not reducer.ids
