@@ -272,13 +272,11 @@ class Capture:
         """The capture thread."""
         while True:
             with self._changed:
-                while not self._closing and not (
-                    self._job is not None and (self._job.may_take or self._job.may_seal)
-                ):
+                # The training thread lets go of a job without this lock: look at one value.
+                while not self._closing and not _has_work(job := self._job):
                     self._changed.wait()
                 if self._closing:
                     return
-                job = self._job
             assert job is not None, "the wait above ends only with a job"
             try:
                 self._sources.wait()
@@ -389,3 +387,7 @@ class Capture:
     def _tell(self, kind: str, **fields: object) -> None:
         if self._trace is not None:
             self._trace(kind, **fields)
+
+
+def _has_work(job: _Job | None) -> bool:
+    return job is not None and (job.may_take or job.may_seal)

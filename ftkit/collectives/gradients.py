@@ -90,6 +90,7 @@ class GradientReducer:
         self._last = False
         self._launched = 0
         self._settled = True
+        self._reduced = False
 
     @property
     def ids(self) -> KeysView[int]:
@@ -103,7 +104,7 @@ class GradientReducer:
 
     def begin(self) -> None:
         """A new attempt: forget whatever an earlier one left, clean `.grad`."""
-        self._slot, self._last, self._launched = None, False, 0
+        self._slot, self._last, self._launched, self._reduced = None, False, 0, False
         settled, self._settled = self._settled, False
         for bucket in self._buckets:
             bucket.leaf, bucket.handle = None, None
@@ -160,8 +161,12 @@ class GradientReducer:
             used = bucket.out[-len(bucket.params) :].tolist()
             for param, view, flag in zip(bucket.params, bucket.views, used, strict=True):
                 param.grad = view if flag > 0 else None
-        self._settled = True
+        self._settled = self._reduced = True
         return digest.intdigest()
+
+    def end(self) -> None:
+        """The step is over; what backward does until the next one is not ours."""
+        self._reduced = False
 
     def close(self) -> None:
         """Take the hooks off."""
@@ -171,7 +176,12 @@ class GradientReducer:
     def _take(self, param: torch.Tensor) -> None:
         """(autograd hook) Copy one gradient of the current slot into its leaf."""
         if self._slot is None:
-            return  # backward outside `step.batches()`: the user's own business
+            if self._reduced:
+                raise UsageError(
+                    "backward() after step.batches() has ended would make gradients that are "
+                    "not reduced; optimizers whose closure runs backward are not supported"
+                )
+            return  # outside a step: the user's own business
         bucket, i = self._where[id(param)]
         grad = param.grad
         if bucket.leaf is None or bucket.fired[i]:

@@ -18,7 +18,8 @@ arguments are `ValueError` where they come in. What remains::
         ├── AuthenticationError  the peer does not hold the job's secret
         └── ProtocolError        a frame or message outside the schema
 
-`JobFault` inside `with step:` is swallowed there and the step is played again.
+`JobFault` inside `with step:` is swallowed there and the step is played again, unless the
+optimizer has stepped already: then the step counts, and the rank ends rather than differ.
 """
 
 

@@ -23,9 +23,12 @@ class Trace:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         self._context = dict(context)
+        self.kinds: set[str] = set()
+        """The kinds of events written so far."""
 
     def event(self, kind: str, /, **fields: object) -> None:
         """Write one event. Values must be JSON-safe; never raises for a full disk."""
+        self.kinds.add(kind)
         line = {
             "t": round(time.time(), 6),
             "mono": round(time.monotonic(), 6),
@@ -62,7 +65,10 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if not line.endswith(b"\n"):
                 return
-            yield json.loads(line)
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue  # a full disk cut a line short, and the next was joined to it
 
 
 def read_run(run_dir: Path) -> list[dict[str, Any]]:

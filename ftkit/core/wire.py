@@ -25,6 +25,9 @@ PROOF_BYTES = 32
 HELLO_BYTES_MAX = 4096
 MESSAGE_BYTES_MAX = 16 << 20
 _LENGTH = struct.Struct("!I")
+_TIMEVAL = struct.Struct("@ll")
+#: A peer that reads nothing for this long, with its buffers full, is not worth waiting for.
+SEND_S = 5
 
 
 def authenticate(
@@ -112,6 +115,8 @@ class Channel:
         """Take over `sock`, already authenticated; `hello` is what the peer said of itself."""
         self._sock = sock
         self._lock = threading.Lock()
+        if sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(SEND_S, 0))
         self.hello: Mapping[str, Any] = hello or {}
 
     def fileno(self) -> int:
@@ -119,11 +124,17 @@ class Channel:
         return self._sock.fileno()
 
     def send(self, message: Mapping[str, object]) -> None:
-        """Send one message. Raises WireError when the peer is gone."""
+        """Send one message. Blocks for at most `SEND_S`.
+
+        Raises:
+          WireError: the peer is gone, or has not read for that long. The connection is closed
+            then: a message that was cut short leaves nothing to go on with.
+        """
         try:
             with self._lock:
                 send_message(self._sock, message)
         except OSError as error:
+            self.close()
             raise WireError(f"peer is gone: {error}") from error
 
     def receive(self) -> dict[str, Any]:

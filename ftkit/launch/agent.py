@@ -284,6 +284,11 @@ class Agent:
                         generation=Generation(int(message["generation"])),
                         linked=Generation(int(message["linked"])),
                         step=None if step is None else Step(int(step)),
+                        entry_step=(
+                            facts.entry_step
+                            if facts.entry_step is not None or step is None
+                            else Step(int(step))
+                        ),
                         voted=bool(message["voted"]),
                         stepping=bool(message["stepping"]),
                     )
@@ -359,7 +364,7 @@ class Agent:
         `SPAWN_LATEST_S`: starting Python takes a core for seconds, and they need it now.
         """
         missing = [
-            s for s in self._plan.seats if s.node == self._node and s.member not in self._ranks
+            s for s in self._plan.seats if s.node == self._node and s.member not in self._facts
         ]
         if not missing or self._plan.stop:
             self._missing_since = None

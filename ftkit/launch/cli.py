@@ -126,7 +126,7 @@ def drill_options(command: Any) -> Any:
             click.option("--nproc", default=3, show_default=True, help="Ranks."),
             click.option("--nodes", default=1, show_default=True, help="Nodes."),
             click.option("--seed", default=0, show_default=True, help="Decides what is not given."),
-            click.option("--steps", default=60, show_default=True, help="Steps of the job."),
+            click.option("--steps", default=200, show_default=True, help="Steps of the job."),
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--script", help="Your own script in place of the bundled job."),
@@ -141,7 +141,9 @@ def drill_options(command: Any) -> Any:
 @drill.command("run")
 @click.argument("fault")
 @click.option("--at", "at", help="The phase of the step, by default one the seed picks.")
-@click.option("--count", default=1, show_default=True, help="Drills, for the fault `all`.")
+@click.option(
+    "--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many drills."
+)
 @drill_options
 def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: Any) -> None:
     """Run the drill FAULT (see `ftkit drill list`; `all` picks faults by the seed).

@@ -54,6 +54,7 @@ class Coordinator:
         self._lines: dict[NodeId, Channel] = {}
         self._dialling: set[NodeId] = set()
         self._silent_since: dict[NodeId, float] = {}
+        self._heard: dict[NodeId, float] = {}
         self._reports: dict[NodeId, dict[str, Any]] = {}
         self._members: dict[MemberId, MemberFacts] = {}
         self._plan: Plan | None = None
@@ -104,6 +105,8 @@ class Coordinator:
                 if value is not None:
                     self._lines[node] = value
                     self._silent_since.pop(node, None)
+                    self._heard[node] = self._clock.now()
+                    self._send_plan(node)
             case "facts" if node is not None:
                 self._take_facts(node, value)
             case "gone" if node is not None:
@@ -126,6 +129,7 @@ class Coordinator:
                 if known.node == node and known.stage is not Stage.FINISHED:
                     self._members[known.member] = replace(known, stage=Stage.DEAD)
         self._reports[node] = report
+        self._heard[node] = self._clock.now()
         for member in members:
             self._members[member.member] = member
         self._watch.take_report(node, report, members, at=self._clock.now())
@@ -226,14 +230,21 @@ class Coordinator:
         )
 
     def _lost_nodes(self, now: float) -> frozenset[NodeId]:
+        """Nodes whose agent cannot be reached, or is reached and says nothing, for too long."""
         limit = self._config.times.node_s
-        return frozenset(n for n, since in self._silent_since.items() if now - since > limit)
+        silent = {n: now - since for n, since in self._silent_since.items()}
+        mute = {n: now - at for n, at in self._heard.items() if n not in silent}
+        return frozenset(n for n, spent in {**silent, **mute}.items() if spent > limit)
 
-    def _send_plan(self) -> None:
-        assert self._plan is not None, "there is a plan to send"
+    def _send_plan(self, only: NodeId | None = None) -> None:
+        """Send the plan to every agent, or to one that has just been reached."""
+        if self._plan is None:
+            return
         stores = {str(n): r["store"] for n, r in self._reports.items()}
         message = {"type": "plan", "plan": self._plan.to_json(), "stores": stores}
         for node, line in list(self._lines.items()):
+            if only is not None and node != only:
+                continue
             try:
                 line.send(message)
             except WireError:

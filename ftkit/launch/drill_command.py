@@ -38,7 +38,8 @@ def run_drills(
     """Run `count` drills, with the seeds from `seed` on. Returns the exit code."""
     job = _job(job_options)
     drills = [
-        choose(fault, at, seed=seed + i, nproc=job.nproc, steps=job.steps) for i in range(count)
+        choose(fault, at, seed=seed + i, nproc=job.world_size, steps=job.steps)
+        for i in range(count)
     ]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
@@ -80,7 +81,7 @@ def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **giv
     drill = Drill(
         fault=Kind.KILL.value,
         phase=Point.ALL_REDUCE,
-        seat=1 % job.nproc,
+        seat=1 % job.world_size,
         step=30,
         bucket=0,
         delay_s=0.001,

@@ -17,7 +17,7 @@ from typing import Any
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import Kind, PlannedFault, Point, to_environ
 from ftkit.core.trace import Trace, read_run
-from ftkit.launch.checker import Expectation, Outcome, check
+from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
 from ftkit.launch.job import python_command, run_job
@@ -139,6 +139,7 @@ class Job:
     """What drills are done to: the bundled training job, or a script of the user's."""
 
     nproc: int = 3
+    """Ranks on each node, as for `ftkit run`."""
     nodes: int = 1
     steps: int = 150
     slots: int = 6
@@ -149,6 +150,11 @@ class Job:
     max_stall_s: float = 30.0
     workload: tuple[str, ...] = ()
     """Further arguments of the bundled job."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole job."""
+        return self.nproc * self.nodes
 
     @property
     def command(self) -> tuple[str, ...]:
@@ -177,7 +183,7 @@ class Job:
             job=new_job_id(),
             command=self.command,
             nodes=self.nodes,
-            nproc=self.nproc // self.nodes,
+            nproc=self.nproc,
             max_stall_s=self.max_stall_s,
             run_dir=str(run_dir),
             rank_logs=True,
@@ -205,14 +211,16 @@ def run_drill(
             on_poll(engine)
 
     _, events = job.run(run_dir, faults=drill.faults(), on_poll=poll)
+    told = expectation_of(reference or events)
     expectation = Expectation(
         fault=drill.fault,
         phase=drill.where,
         seed=drill.seed,
-        world_size=job.nproc,
-        steps=job.steps,
-        slots=job.slots,
-        slot_size=job.slot_size,
+        world_size=job.world_size,
+        # A script of the user's sets its own sizes; its undisturbed run tells them.
+        steps=told.steps if job.script else job.steps,
+        slots=told.slots if job.script else job.slots,
+        slot_size=told.slot_size if job.script else job.slot_size,
         evicts=killer is None,
     )
     return check(events, reference, expectation), events

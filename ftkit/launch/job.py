@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -85,14 +86,13 @@ def run_job(
     if any(events.iterdir()):
         raise UsageError(f"{config.run_dir} holds another run; give --run-dir a new folder")
     running = make_engine(engine, with_master_port(config), new_secret())
-    woken = threading.Event()
     try:
-        with end_signals(running, woken) as received:
+        with end_signals(running) as received:
             running.start()
             while (stop := running.poll()) is None:
                 if on_poll is not None:
                     on_poll(running)
-                woken.wait(POLL_S)
+                time.sleep(POLL_S)
             if on_poll is not None:
                 on_poll(running)
             if received:
@@ -103,7 +103,7 @@ def run_job(
 
 
 @contextmanager
-def end_signals(engine: Engine, woken: threading.Event) -> Iterator[list[signal.Signals]]:
+def end_signals(engine: Engine) -> Iterator[list[signal.Signals]]:
     """Answer SIGINT and SIGTERM by an orderly end; a second one by an end at once."""
     received: list[signal.Signals] = []
 
@@ -112,8 +112,6 @@ def end_signals(engine: Engine, woken: threading.Event) -> Iterator[list[signal.
         if len(received) > 1:
             raise KeyboardInterrupt
         engine.interrupt()
-        woken.set()
-        woken.clear()
 
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -12,7 +12,6 @@ from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
 from ftkit.detection.observations import (
     Exited,
-    NodeSilent,
     ObserverLate,
     ProcessFacts,
     RowSeen,
@@ -22,6 +21,12 @@ from ftkit.detection.row import Row
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Phase, Plan
+
+#: Stages of a member that has said hello and has to answer to the plan.
+ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
+
+#: Loading state may take this many times what a step may keep others waiting.
+RESTORE_LIMITS = 3
 
 
 @dataclass(slots=True)
@@ -49,10 +54,6 @@ class Watch:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > self._times.tick_s:
             self._detector.ingest(ObserverLate(by_s=late_by_s))
-
-    def node_silent(self, node: NodeId, since: float) -> None:
-        """Nothing is heard of a node."""
-        self._detector.ingest(NodeSilent(node=node, since=since))
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
@@ -110,21 +111,43 @@ class Watch:
         if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
             # A member that cannot even say where it stands keeps everybody waiting.
             for member in members.values():
-                if member.stage is Stage.ACTIVE and plan.seat_of(member.member):
+                silent = member.stage in ANSWERING and (
+                    member.stage is Stage.ACTIVE or member.generation < plan.halted
+                )
+                if silent and plan.seat_of(member.member):
                     findings.evictions.setdefault(
                         member.member,
                         f"did not stand still within {self._times.halt_s:g} s of being told to",
                     )
-        entering = plan.world is not None and plan.resumed == plan.world.generation
-        late = now - self._world_at > self._detector.limit_s
-        if plan.phase is Phase.RUNNING and plan.world is not None and entering and late:
-            # Its control thread answers, its training thread does not come.
-            for known in plan.world.members:
-                facts = members.get(known.member)
-                if facts is not None and facts.generation < plan.world.generation:
-                    findings.evictions.setdefault(
-                        known.member,
-                        f"did not enter generation {plan.world.generation} within "
-                        f"{self._detector.limit_s:g} s of the others",
-                    )
+        if plan.phase is Phase.RUNNING and plan.world is not None:
+            findings.evictions = {
+                **self._latecomers(plan.world, members, now),
+                **findings.evictions,
+            }
         return findings
+
+    def _latecomers(
+        self, world: World, members: Mapping[MemberId, MemberFacts], now: float
+    ) -> dict[MemberId, str]:
+        """Members whose control thread answers and whose training thread does not come.
+
+        The detector does not judge them: a member on its way in has nobody waiting for it in
+        a collective yet, and its row speaks of recovery or of an older generation.
+        """
+        limit_s = self._detector.limit_s
+        spent_s = now - self._world_at
+        late: dict[MemberId, str] = {}
+        for known in world.members:
+            facts = members.get(known.member)
+            if facts is None or facts.stage not in ANSWERING:
+                continue
+            if facts.generation < world.generation and spent_s > limit_s:
+                late[known.member] = (
+                    f"did not enter generation {world.generation} within {limit_s:g} s"
+                )
+            elif facts.step is None and spent_s > RESTORE_LIMITS * limit_s:
+                late[known.member] = (
+                    f"did not load its state within {RESTORE_LIMITS * limit_s:g} s of entering "
+                    f"generation {world.generation}"
+                )
+        return late

@@ -1,8 +1,8 @@
 """Budget: whether a dead process is replaced, or the job has to stop, with the reason.
 
 Pure. Two limits: a seat that keeps failing without getting anywhere is a bug in the script
-or a broken place, and no number of retries mends it (facts: a retry that changes nothing
-succeeds 5.5 % of the time); and a job may replace `restarts_max` processes in all.
+or a broken place, and no number of retries mends it (504-GPU report, arXiv 2605.09370: about one
+blind retry in eighteen succeeds); and a job may replace `restarts_max` processes in all.
 """
 
 import signal
@@ -55,7 +55,9 @@ def respawn(
             reason=f"rank in seat {seat.seat} refused to go on, as any other would"
             + _quoted(dead.error),
         )
-    made_progress = step - seat.joined_step >= config.progress_steps
+    entry = seat.joined_step if dead.entry_step is None else dead.entry_step
+    reached = max(dead.at_step, dead.step or 0)
+    made_progress = reached - entry >= config.progress_steps
     failures = 1 if made_progress else seat.failures + 1
     if failures >= config.same_place_max:
         return Stop(

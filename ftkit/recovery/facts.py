@@ -55,6 +55,8 @@ class MemberFacts:
     """The world whose members it, as a newcomer, is connected to."""
     step: Step | None = None
     """Steps committed by this member: its vote for the last of them passed. None: no state."""
+    entry_step: Step | None = None
+    """The step it stood at when it first held state: where its own work begins."""
     at_step: Step = Step(0)
     """The step its status row shows it playing: telemetry, for counting and for messages."""
     voted: bool = False
@@ -76,7 +78,7 @@ class MemberFacts:
     def from_json(cls, value: Mapping[str, Any]) -> "MemberFacts":
         """Read what `to_json` wrote. Raises ProtocolError on anything else."""
         try:
-            step, code = value["step"], value["exit_code"]
+            step, code, entry = value["step"], value["exit_code"], value["entry_step"]
             return cls(
                 member=MemberId(int(value["member"])),
                 seat=Seat(int(value["seat"])),
@@ -85,6 +87,7 @@ class MemberFacts:
                 generation=Generation(int(value["generation"])),
                 linked=Generation(int(value["linked"])),
                 step=None if step is None else Step(int(step)),
+                entry_step=None if entry is None else Step(int(entry)),
                 at_step=Step(int(value["at_step"])),
                 voted=bool(value["voted"]),
                 stepping=bool(value["stepping"]),

@@ -293,7 +293,10 @@ class Membership:
                 self._me = replace(self._me, prepared=world.generation)
             elif duty is Duty.LEAVE:
                 stop = self._plan.stop
-                self._stopped = stop.reason if stop else "another process has this seat now"
+                evicted = self._plan.evicted.get(self._me.member)
+                self._stopped = (
+                    stop.reason if stop else evicted or "another process has this seat now"
+                )
                 self._abort(self._plan.halted, self._stopped)
                 return
             else:

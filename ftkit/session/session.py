@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -217,6 +218,9 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        if self._loop is not None and "final" not in self.trace.kinds:
+            # What a drill compares with the undisturbed run, where the script says nothing.
+            self.trace.event("final", params=self._digest(), loss=None, step=self.step)
         if self._snapshots is not None:
             self._snapshots.close()
         if self._loop is not None:
@@ -227,6 +231,15 @@ class Session:
         if dist.is_initialized():
             dist.destroy_process_group()
         self._parts.close()
+
+    def _digest(self) -> str:
+        """128 bits over all protected parameters, in hexadecimal."""
+        digest = xxhash.xxh3_128()
+        for module in self._modules:
+            for param in module.parameters():
+                flat = param.detach().cpu().contiguous().reshape(-1)
+                digest.update(flat.view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def _play(self, loop: Loop, until: int) -> Iterator[Step]:
         if self._newcomer:

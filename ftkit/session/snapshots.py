@@ -91,7 +91,7 @@ class Snapshots:
                 raise GenerationAborted(f"generation {world.generation} ended during a restore")
             try:
                 chosen = plan(
-                    self._inventory(),
+                    self._inventory(step),
                     seat=Seat(self._env.seat),
                     node=NodeId(self._env.node),
                     servers=self._servers(),
@@ -124,7 +124,8 @@ class Snapshots:
         if arena is not None:
             arena.close()
 
-    def _inventory(self) -> Inventory:
+    def _inventory(self, step: Step) -> Inventory:
+        """What this node holds, and the others too when `step` is not here."""
         assert self._env is not None, "asked by restore"
         copies = []
         for path in sorted(Path(self._env.shm_dir).glob("*.arena")):
@@ -142,7 +143,7 @@ class Snapshots:
                     ]
             except (IntegrityError, OSError):
                 continue  # being made, or damaged: it holds nothing that counts
-        if not copies:
+        if not any(copy.step == step for copy in copies):
             secret = bytes.fromhex(self._env.secret)
             for node, address in self._servers().items():
                 try:

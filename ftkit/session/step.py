@@ -69,7 +69,9 @@ class Step:
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
         self.loss: float | None = None
-        """Mean of the recorded losses over all slots of all ranks, once committed."""
+        """Mean of the recorded losses over all slots of all ranks, once committed. None when
+        nothing was recorded, or the step was rolled forward after a fault: its ballots, which
+        carry the losses, are lost."""
 
     @property
     def index(self) -> int:
@@ -145,6 +147,7 @@ class Step:
             return True
         finally:
             self._loop.current = None
+            self._loop.reducer.end()
             if not self.committed and self._buffers is not None:
                 # Whatever ended it: what comes next begins where this step began.
                 self._buffers.rewind()

@@ -6,7 +6,7 @@ import torch
 def warm_up() -> None:
     """Run one tiny forward, backward and optimizer step, on tensors of its own.
 
-    The first optimizer step of a process imports much of torch (0.8 s here), and the first
+    The first optimizer step of a process imports much of torch (about a second), and the first
     backward starts the autograd threads. A newcomer that pays for this after it was let in
     makes every other rank pay too.
     """

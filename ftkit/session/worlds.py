@@ -18,6 +18,9 @@ from ftkit.session.membership import Entry, Link, admission
 from ftkit.session.parts import Parts
 from ftkit.session.snapshots import Snapshots
 
+#: Before a newcomer looks again for a world whose members it can reach.
+LOOK_AGAIN_S = 0.2
+
 
 class Worlds:
     """Moves one rank from world to world. Used by the training thread."""
@@ -56,7 +59,7 @@ class Worlds:
                         parts.group.connect(world.members, timeout_s=parts.stall_s)
                     except WireError:
                         # Somebody there is being replaced: the next world will do.
-                        parts.membership.wait_changed(parts.stall_s)
+                        parts.membership.wait_changed(LOOK_AGAIN_S)
                     else:
                         parts.membership.linked(world)
                 case Entry():
@@ -80,7 +83,8 @@ class Worlds:
             parts.injector.at(Point.RECOVERY, step + 1)
         held = parts.membership.step
         try:
-            parts.group.edit(world, timeout_s=parts.stall_s)
+            # Who does not come is evicted by the coordinator long before; its order ends this.
+            parts.group.edit(world, timeout_s=10 * parts.stall_s)
         except (WireError, GenerationAborted, TimeoutError) as error:
             parts.group.abort(world.generation, str(error))
             parts.membership.refused(world, str(error))

@@ -1,5 +1,7 @@
 """How much failure a job takes."""
 
+from dataclasses import replace
+
 import pytest
 
 from ftkit.core.ids import MemberId, NodeId, Seat, Step
@@ -16,7 +18,7 @@ DEAD = MemberFacts(
 def again(step: int, *, restarts: int = 0, seat: Assignment = SEAT) -> Assignment | Stop:
     return respawn(
         seat,
-        DEAD,
+        replace(DEAD, at_step=Step(step)),
         step=Step(step),
         restarts=restarts,
         member=MemberId(7),
@@ -36,6 +38,22 @@ def test_no_progress_is_counted_and_stops_the_job() -> None:
     assert stop.code == 137
     assert "failed 3 times at or near step 15" in stop.reason
     assert stop.reason.endswith("oops")
+
+
+def test_what_the_others_did_meanwhile_is_no_progress() -> None:
+    """Survivors train while a seat that always fails is replaced."""
+    never_in = replace(DEAD, at_step=Step(0))
+    let_in_late = replace(DEAD, entry_step=Step(90), at_step=Step(91))
+    for dead in (never_in, let_in_late):
+        stop = respawn(
+            SEAT,
+            dead,
+            step=Step(91),
+            restarts=2,
+            member=MemberId(7),
+            config=BudgetConfig(same_place_max=3, progress_steps=10),
+        )
+        assert isinstance(stop, Stop)
 
 
 def test_a_job_restarts_only_so_often_in_all() -> None:

@@ -105,9 +105,10 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             optimizer.step()
             optimizer.zero_grad()
         if step.committed:
-            done, loss_value = int(step.index), float(step.loss)
+            done, loss_value = int(step.index), step.loss
             if session.rank == 0 and done % 100 == 0:
-                print(f"step {done}: loss {loss_value:.4f}", flush=True)
+                # A step that was rolled forward has no loss: its ballots were lost.
+                print(f"step {done}: loss {loss_value}", flush=True)
     return Result(steps=done, loss=loss_value, params=parameters_digest(model.module))
 
 
