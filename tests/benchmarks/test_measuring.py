@@ -29,8 +29,7 @@ def disturbed() -> list[Event]:
         for seat in range(3):
             events.append(at(1 + step / 10, "attempt", seat, step=step, generation=1))
             events.append(at(1.09 + step / 10, "commit", seat, step=step, generation=1))
-    for seat in range(3):
-        events.append(at(1.30, "attempt", seat, step=3, generation=1))
+    events += [at(1.30, "attempt", seat, step=3, generation=1) for seat in range(3)]
     events += [
         at(1.35, "drill", 1, fault="kill", phase="forward", step=3),
         at(1.36, "exit", 1, code=None, signal=9),
@@ -118,7 +117,7 @@ def test_the_slot_size_is_found_along_a_line(tried, expected):
 
 
 def series(**changed: Any) -> Series:
-    found = {
+    found: dict[str, Any] = {
         "nproc": 3,
         "slot_size": 2,
         "step_s": 0.05,
@@ -183,7 +182,7 @@ def test_a_respawn_is_timed_from_spawn_to_first_commit_without_the_repaired_step
 
 
 def outcome(answer: Answer, **changed: Any) -> Outcome:
-    found = {
+    found: dict[str, Any] = {
         "outcome": answer,
         "fault": "kill",
         "phase": "vote",
@@ -206,7 +205,7 @@ def test_drills_are_counted_and_a_failing_one_says_how_to_do_it_again():
     bad = outcome(
         Answer.FAIL, samples_lost=12, params_equal=False, evidence={"problems": ["step 9 is gone"]}
     )
-    options = {"nproc": 3, "steps": 60, "max_stall": 5.0}
+    options: dict[str, object] = {"nproc": 3, "steps": 60, "max_stall": 5.0}
     found = drills.report(
         [
             drills.Judged(drill=drill, outcome=outcome(Answer.PASS)),
