@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with scratch("hang") as folder:
         series = {
             (kind, nproc): run_series(
-                Job(nproc=nproc, steps=0, max_stall_s=options.max_stall),
+                Job(nproc=nproc, steps=0, max_stall_s=options.max_stall, slots=options.slots),
                 folder / f"{kind}-{nproc}",
                 kinds=[KINDS[kind]],
                 runs=options.runs,
@@ -105,6 +105,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--max-stall", type=float, default=2.0, help="max_stall_s of the job")
     made.add_argument("--gap", type=int, default=160, help="steps between two faults of a job")
     made.add_argument("--seed", type=int, default=0, help="decides seats, phases and moments")
+    made.add_argument("--slots", type=int, default=12, help="slots of the global batch")
     options = made.parse_args(argv)
     if options.runs is None:
         options.runs = 2 if options.quick else 20

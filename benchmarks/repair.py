@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with scratch("repair") as folder:
         series = [
             run_series(
-                Job(nproc=nproc, steps=0, slot_size=options.slot_size),
+                Job(nproc=nproc, steps=0, slot_size=options.slot_size, slots=options.slots),
                 folder / str(nproc),
                 kinds=[Kind.KILL],
                 runs=options.runs,
@@ -120,6 +120,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--seed", type=int, default=0, help="decides seats, phases and moments")
     made.add_argument("--step-s", type=float, default=0.05, help="step wanted; 0: as it comes")
     made.add_argument("--slot-size", type=int, default=2, help="samples of a slot to begin with")
+    made.add_argument("--slots", type=int, default=12, help="slots of the global batch")
     options = made.parse_args(argv)
     if options.runs is None:
         options.runs = 2 if options.quick else 20

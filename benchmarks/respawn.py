@@ -8,8 +8,9 @@ global batch trains beside it, as the survivors do. The two kinds of job alterna
 the figure is the ratio of the medians.
 
 The survivors' longest step while the newcomer joins: the longest interval between two commits
-of one survivor that ended between `spawn` and the newcomer's first commit, without the interval
-that the kill fell into. It is divided by the median step of the whole job, and, for judging the
+of one survivor, from its first commit after the repair to its commit of the step that is the
+newcomer's first. The interval that the kill fell into is repair (`repair`), not join. It is
+divided by the median step of the whole job, and, for judging the
 join apart from the load of a starting process on few cores, by the survivors' own median in the
 same time.
 
@@ -139,20 +140,29 @@ def respawns_of(events: Sequence[Event], *, nproc: int) -> list[Respawn]:
     for e in sorted(commits, key=lambda e: float(e["mono"])):
         first.setdefault(int(e["member"]), e)
     median_s = median_step(events, size=nproc)
+    faults = [e for e in events if e["kind"] == "drill"]
     found = list[Respawn]()
     for spawn in (e for e in events if e["kind"] == "spawn" and e["member"] >= nproc):
         member, start = int(spawn["member"]), float(spawn["mono"])
         if member not in first:
             continue
-        end = float(first[member]["mono"])
-        faults = [float(e["mono"]) for e in events if e["kind"] == "drill"]
-        if any(start < at < end for at in faults):
+        joined = first[member]
+        end = float(joined["mono"])
+        before = [e for e in faults if e["mono"] <= start]
+        if not before or any(start < e["mono"] < end for e in faults):
             continue
+        struck = max(
+            int(e["generation"]) for e in commits if e["mono"] <= float(before[-1]["mono"])
+        )
+        mine = [
+            e
+            for e in commits
+            if e["member"] != member and e["generation"] > struck and e["step"] <= joined["step"]
+        ]
         steps = [
             later - sooner
-            for survivor in {int(e["member"]) for e in commits} - {member}
-            for sooner, later in _intervals(commits, survivor)
-            if start <= later <= end and not any(sooner <= at <= later for at in faults)
+            for survivor in {int(e["member"]) for e in mine}
+            for sooner, later in _intervals(mine, survivor)
         ]
         if not steps:
             continue
