@@ -32,7 +32,8 @@ def test_the_same_exception_three_times_ends_the_job_with_its_words(tmp_path: Pa
     assert done.stop.code == 1
     assert re.search("failed 3 times at or near step [45] ", done.stop.reason)
     assert "ZeroDivisionError: the same every time" in done.stop.reason
-    assert spawned(done) <= 5
+    # Rank 0 raises, and whoever is rank 0 without it: seat 0 three times, seat 1 twice.
+    assert spawned(done) <= 6
 
 
 @pytest.mark.parametrize(
