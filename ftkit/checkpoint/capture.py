@@ -37,6 +37,10 @@ from ftkit.core.errors import StateChanged, UsageError
 from ftkit.core.ids import Generation, Step
 
 
+#: Niceness of the capture thread. Linux counts it by thread, and anybody may raise his own.
+NICE = 10
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CaptureStats:
     """What one snapshot cost the training thread."""
@@ -270,6 +274,8 @@ class Capture:
 
     def _run(self) -> None:
         """The capture thread."""
+        # The kernel lets training and communication go first; `gate` copies what is left.
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         while True:
             with self._changed:
                 # The training thread lets go of a job without this lock: look at one value.

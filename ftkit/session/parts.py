@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,9 @@ from ftkit.detection.status import StatusBoard
 from ftkit.session.control import Control
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
+
+#: Longest time in seconds that one Python thread keeps the interpreter from another.
+SWITCH_S = 0.0005
 
 #: How long links may take to come up for a rank that is alone: it has none.
 ALONE_STALL_S = 30.0
@@ -59,6 +63,9 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
       OSError: nothing can listen on the rank's address.
     """
     last = contextlib.ExitStack()
+    # The communication thread needs the interpreter for microseconds, many times a step: it
+    # must not wait for the 5 ms that a thread which computes in Python may keep it.
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_S))
     seat = Seat(env.seat if env else 0)
     member = MemberId(env.member if env else 0)
     control = Control(env) if env else None
