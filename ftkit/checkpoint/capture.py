@@ -36,7 +36,6 @@ from ftkit.checkpoint.writer import SlotWriter
 from ftkit.core.errors import StateChanged, UsageError
 from ftkit.core.ids import Generation, Step
 
-
 #: Niceness of the capture thread. Linux counts it by thread, and anybody may raise his own.
 NICE = 10
 
