@@ -81,7 +81,8 @@ class Report:
             "computed": dict(self.computed),
             "problems": list(self.problems),
             "notes": list(self.notes),
-            "options": {k: _plain(v) for k, v in self.options.items()},
+            # Where a result is kept says nothing about it.
+            "options": {k: _plain(v) for k, v in self.options.items() if k != "save"},
             "samples": self.samples,
             "machine": machine(),
             "versions": versions(),
