@@ -41,6 +41,8 @@ RING_RECORDS: Final = 256
 SEATS_MAX: Final = 4096
 
 _HEADER: Final = struct.Struct("<8sIIII")
+#: The board's file name in a node's folder of shared memory.
+BOARD: Final = "board"
 _MAGIC: Final = b"ftkboard"
 _FORMAT: Final = 1
 _RING_BYTES: Final = RING_RECORDS * RECORD_BYTES

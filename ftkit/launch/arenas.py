@@ -13,11 +13,10 @@ from ftkit.checkpoint.layout import StateLayout
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.detection.process import process_facts
-from ftkit.detection.status import StatusBoard
+from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import ALIVE, MemberFacts
 
-BOARD = "board"
 OWNER = "owner.pid"
 
 

@@ -36,17 +36,14 @@ def run_drills(
     **job_options: Any,
 ) -> int:
     """Run `count` drills, with the seeds from `seed` on. Returns the exit code."""
-    job = _job(job_options)
+    job = Job(**job_options)
     drills = [
         choose(fault, at, seed=seed + i, nproc=job.world_size, steps=job.steps)
         for i in range(count)
     ]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
-    with _shown(root / "reference", console, job.steps, "undisturbed run", quiet=as_json):
-        stop, reference = job.run(root / "reference")
-    if stop.code:
-        raise FtkitError(f"the undisturbed run failed: {stop.reason}")
+    reference = _undisturbed(job, root / "reference", console, quiet=as_json)
     answers: Counter[Answer] = Counter()
     results = []
     for drill in drills:
@@ -71,13 +68,10 @@ def run_drills(
 def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **given: Any) -> int:
     """The main job: lose one rank in the middle of a step, and show that nothing was lost."""
     run_dir = given.pop("run_dir")
-    job = _job(given | {"steps": max(given["steps"], DEMO_STEPS), "data": data})
+    job = Job(**given | {"steps": max(given["steps"], DEMO_STEPS), "data": data})
     root = (run_dir or Path("runs") / f"demo-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
-    with _shown(root / "reference", console, job.steps, "undisturbed run", quiet=as_json):
-        stop, reference = job.run(root / "reference")
-    if stop.code:
-        raise FtkitError(f"the undisturbed run failed: {stop.reason}")
+    reference = _undisturbed(job, root / "reference", console, quiet=as_json)
     drill = Drill(
         fault=Kind.KILL.value,
         phase=Point.ALL_REDUCE,
@@ -99,8 +93,13 @@ def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **giv
     return CODES[outcome.outcome]
 
 
-def _job(options: dict[str, Any]) -> Job:
-    return Job(**options)
+def _undisturbed(job: Job, run_dir: Path, console: Console, *, quiet: bool) -> list[dict[str, Any]]:
+    """The events of the run that drills are compared with. FtkitError when it fails."""
+    with _shown(run_dir, console, job.steps, "undisturbed run", quiet=quiet):
+        stop, events = job.run(run_dir)
+    if stop.code:
+        raise FtkitError(f"the undisturbed run failed: {stop.reason}")
+    return events
 
 
 def _line(outcome: Outcome, drill: Drill) -> str:

@@ -16,7 +16,7 @@ from ftkit.core.rank_env import RankEnv
 from ftkit.core.trace import Trace
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.recorder import Recorder
-from ftkit.detection.status import StatusBoard
+from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.session.control import Control
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
@@ -111,10 +111,10 @@ def _recorder(env: RankEnv | None, member: MemberId, last: contextlib.ExitStack)
     """The recorder on the node's status board, or on one of its own when alone."""
     if env is None:
         folder = Path(last.enter_context(tempfile.TemporaryDirectory()))
-        board = StatusBoard.create(folder / "board", seats=1)
+        board = StatusBoard.create(folder / BOARD, seats=1)
         last.callback(board.close)
         return Recorder(board.attach(0, member), MonotonicClock())
-    board = StatusBoard.open(Path(env.shm_dir) / "board")
+    board = StatusBoard.open(Path(env.shm_dir) / BOARD)
     last.callback(board.close)
     return Recorder(
         board.attach(env.local_seat, member),
