@@ -8,6 +8,7 @@
 Every page ends with the xxh3_64 of all that precedes it, the slot's page holds the digests of
 the layout and small state and of the digest table, and the table holds one digest for each
 chunk of data: whoever trusts the page can check the rest. All numbers are little-endian.
+The data is one part of a snapshot: whole chunks of its layout, from `first_byte` on.
 
 Write order: page "writing", meta, data and digests in any order, page "sealed" last. A
 process killed between any two stores leaves "writing" or a page whose own digest fails.
@@ -28,14 +29,15 @@ from ftkit.checkpoint.chunks import chunk_count
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.core.errors import IntegrityError, ProtocolError
 from ftkit.core.ids import Generation, Step
+from ftkit.core.inventory import Part
 
 PAGE = 4096
 SLOTS = 3
 CHUNK_BYTES_MAX = 16 << 20
-_FILE_MAGIC = b"ftarena1"
-_SLOT_MAGIC = b"ftslot_1"
+_FILE_MAGIC = b"ftarena2"
+_SLOT_MAGIC = b"ftslot_2"
 _FILE = struct.Struct("<8sQQQQ")
-_SLOT = struct.Struct("<8sQqqQQQQQQ")
+_SLOT = struct.Struct("<8sQqqQQQQQQQQQQ")
 _DIGEST = struct.Struct("<Q")
 
 
@@ -118,7 +120,15 @@ class Sealed:
     layout_bytes: int = 0
     small_bytes: int = 0
     data_bytes: int = 0
+    """Bytes of tensor data in this slot: the part."""
     chunk_bytes: int = 1
+    first_byte: int = 0
+    """Where the part begins in the data of the layout, a multiple of `chunk_bytes`."""
+    total_bytes: int = 0
+    """Bytes of data of the whole layout."""
+    layout_digest: int = 0
+    layouts: int = 1
+    """How many different layouts make up the job's state."""
     meta_digest: int = 0
     """Of the layout's and the small state's bytes, one after the other."""
     table_digest: int = 0
@@ -128,6 +138,17 @@ class Sealed:
     def version(self) -> tuple[Generation, Step]:
         """Its place in the order of snapshots: a newer generation wins over a higher step."""
         return self.generation, self.step
+
+    @property
+    def part(self) -> Part:
+        """Which part of the snapshot it is."""
+        return Part(
+            layout=f"{self.layout_digest:016x}",
+            first=self.first_byte,
+            end=self.first_byte + self.data_bytes,
+            total=self.total_bytes,
+            layouts=self.layouts,
+        )
 
     @property
     def table_bytes(self) -> int:
@@ -149,6 +170,10 @@ class Sealed:
                 self.small_bytes,
                 self.data_bytes,
                 self.chunk_bytes,
+                self.first_byte,
+                self.total_bytes,
+                self.layout_digest,
+                self.layouts,
                 self.meta_digest,
                 self.table_digest,
             )
@@ -159,9 +184,8 @@ class Sealed:
         """What a sealed page says; None when it is empty, being written, or torn."""
         if not _whole(page):
             return None
-        magic, state, generation, step, layout, small, data, chunk, meta, table = _SLOT.unpack_from(
-            page
-        )
+        magic, state, generation, step, *rest = _SLOT.unpack_from(page)
+        layout, small, data, chunk, first, total, digest, layouts, meta, table = rest
         if magic != _SLOT_MAGIC or state != SlotState.SEALED or not 0 < chunk <= CHUNK_BYTES_MAX:
             return None
         return cls(
@@ -171,6 +195,10 @@ class Sealed:
             small_bytes=small,
             data_bytes=data,
             chunk_bytes=chunk,
+            first_byte=first,
+            total_bytes=total,
+            layout_digest=digest,
+            layouts=layouts,
             meta_digest=meta,
             table_digest=table,
         )
@@ -184,7 +212,27 @@ class Head:
     layout: StateLayout
     small: dict[str, Any]
     digests: NDArray[np.uint64]
-    """One per chunk, shape (chunks,)."""
+    """One per chunk of the part, shape (chunks,)."""
+
+    @property
+    def first_chunk(self) -> int:
+        """The part's first chunk, as a chunk of the layout."""
+        return self.sealed.first_byte // self.sealed.chunk_bytes
+
+    def span(self, first: int, end: int) -> range:
+        """The chunks, counted from the part's first, of bytes `first` to `end` of the layout.
+
+        Raises:
+          IntegrityError: they are not whole chunks of this part.
+        """
+        part, size = self.sealed.part, self.sealed.chunk_bytes
+        aligned = first % size == 0 and (end % size == 0 or end == part.total)
+        if not aligned or not part.first <= first <= end <= part.end:
+            raise IntegrityError(
+                f"bytes {first} to {end} of step {self.sealed.step} are not whole chunks of the "
+                f"part that is here: bytes {part.first} to {part.end} in chunks of {size}"
+            )
+        return range((first - part.first) // size, -(-(end - part.first) // size))
 
     @classmethod
     def parse(cls, data: bytes) -> "Head":
@@ -214,11 +262,18 @@ class Head:
             small = json.loads(data[small_at:table_at])
         except (ProtocolError, ValueError) as error:
             raise IntegrityError(f"step {sealed.step} was sealed with nonsense: {error}") from error
-        if layout.total_bytes != sealed.data_bytes or not isinstance(small, dict):
+        part = sealed.part
+        if (part.total, part.layout) != (
+            layout.total_bytes,
+            layout.digest,
+        ) or part.end > part.total:
             raise IntegrityError(
-                f"step {sealed.step} has {sealed.data_bytes} bytes of data, its layout "
-                f"{layout.total_bytes}"
+                f"step {sealed.step} is said to hold bytes {part.first} to {part.end} of "
+                f"{part.total} of layout {part.layout}; its layout is {layout.digest} of "
+                f"{layout.total_bytes} bytes"
             )
+        if not isinstance(small, dict):
+            raise IntegrityError(f"the small state of step {sealed.step} is no mapping")
         return cls(
             sealed=sealed,
             layout=layout,
@@ -227,7 +282,7 @@ class Head:
         )
 
     def check(self, chunk: int, data: memoryview) -> None:
-        """Raise IntegrityError unless `data` is what was captured as this chunk."""
+        """Raise IntegrityError unless `data` is what was captured as this chunk of the part."""
         found = xxhash.xxh3_64_intdigest(data)
         if found != int(self.digests[chunk]):
             raise IntegrityError(
