@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,11 +27,12 @@ from ftkit.checkpoint.slots import (
     SLOTS,
     Geometry,
     Head,
+    Pin,
     Sealed,
     choose_slot,
 )
 from ftkit.checkpoint.writer import SlotWriter
-from ftkit.core.errors import CapacityError, IntegrityError, UsageError
+from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
 SHM = Path("/dev/shm")
@@ -128,7 +129,7 @@ class Arena:
           data_bytes: tensor bytes of the largest part of a snapshot.
           meta_bytes: bytes of layout and small state of one snapshot.
           chunk_bytes: bytes under one digest.
-          slots: snapshots held, at least 3.
+          slots: snapshots held: 3, and one for each tier below that pins one.
           keep: an arena of the same `chunk_bytes` whose good snapshots are carried over
             where they fit.
 
@@ -176,6 +177,7 @@ class Arena:
         *,
         replicas: int = 1,
         chunk_bytes: int = CHUNK_BYTES,
+        slots: int = SLOTS,
     ) -> "Arena":
         """Open the arena at `path` for writing, made or made larger so that `layout` fits.
 
@@ -189,6 +191,7 @@ class Arena:
           layout: of the state.
           replicas: among how many the state is shared out; the arena holds one share.
           chunk_bytes: as `create`; an arena that is there keeps its own.
+          slots: as `create`; an arena that is there keeps its own.
 
         Raises:
           CapacityError: as `create`; the old arena is untouched.
@@ -199,7 +202,13 @@ class Arena:
         try:
             old = cls(path, writable=True)
         except (FileNotFoundError, IntegrityError):
-            return cls.create(path, data_bytes=need, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes)
+            return cls.create(
+                path,
+                data_bytes=need,
+                meta_bytes=meta_bytes,
+                chunk_bytes=chunk_bytes,
+                slots=slots,
+            )
         if old.fits(layout, need):
             return old
         with old:
@@ -208,6 +217,7 @@ class Arena:
                 data_bytes=need,
                 meta_bytes=meta_bytes,
                 chunk_bytes=old.geometry.chunk_bytes,
+                slots=old.geometry.slots,
                 keep=old,
             )
 
@@ -253,6 +263,26 @@ class Arena:
                 continue
             return sealed
         return None
+
+    def pins(self, slot: int) -> tuple[bool, ...]:
+        """Which tiers have pinned a slot, in the order of `Pin`."""
+        at = self.geometry.pin_at(slot, Pin(0))
+        return tuple(map(bool, self._map[at : at + len(Pin)]))
+
+    def pin(self, sealed: Sealed, pin: Pin, *, on: bool = True) -> bool:
+        """Keep a snapshot from being overwritten, or (`on=False`) let go of it.
+
+        For the agent and the writing process alike; the arena must be writable. A writer that
+        has just chosen the slot takes it nevertheless: readers check what they read.
+
+        Returns:
+          Whether the snapshot is there.
+        """
+        for slot, held in enumerate(self.slots()):
+            if held == sealed:
+                self._map[self.geometry.pin_at(slot, pin)] = on
+                return True
+        return False
 
     def find(self, step: Step, generation: Generation | None = None) -> Sealed:
         """The snapshot of a step, of its newest generation unless one is named.
@@ -325,6 +355,7 @@ class Arena:
         share: Share = WHOLE,
         layouts: int = 1,
         complete: Step | None = None,
+        pins: Collection[Pin] = (),
     ) -> SlotWriter:
         """Begin to overwrite the slot that can best be spared (`choose_slot`).
 
@@ -334,16 +365,18 @@ class Arena:
           layout: of the state.
           share: the part to be written.
           layouts: how many different layouts make up the job's state.
-          complete: the newest step complete on every rank; its slot is not overwritten.
+          complete: the newest step complete on every rank; its slot is kept where possible.
+          pins: the tiers for which the new snapshot is pinned from the start.
 
         Raises:
           CapacityError: the part does not fit; call `ensure` first.
+          AllPinned: no slot can be spared.
         """
         if not self.writable:
             raise UsageError(f"{self.path.name} was opened read-only")
         size = self.geometry.chunk_bytes
         chunks = share.chunks(chunk_count(layout.total_bytes, size))
-        return self._writer(step, generation, layout, chunks, layouts, complete)
+        return self._writer(step, generation, layout, chunks, layouts, complete, pins)
 
     def _writer(
         self,
@@ -353,6 +386,7 @@ class Arena:
         chunks: range,
         layouts: int,
         complete: Step | None = None,
+        pins: Collection[Pin] = (),
     ) -> SlotWriter:
         need = min(len(chunks) * self.geometry.chunk_bytes, layout.total_bytes)
         if not self.fits(layout, need):
@@ -361,8 +395,16 @@ class Arena:
                 f"meta; {self.path.name} has {self.geometry.data_bytes} and "
                 f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
             )
-        slot = choose_slot(self._held, complete)
+        pinned = [slot for slot in range(self.geometry.slots) if any(self.pins(slot))]
+        slot = choose_slot(self._held, complete, pinned)
+        if slot is None:
+            raise AllPinned(
+                f"{self.path.name} has no slot to spare for step {step}: {len(pinned)} of "
+                f"{self.geometry.slots} are being read by the tiers below"
+            )
         self._held[slot] = None
+        for pin in Pin:
+            self._map[self.geometry.pin_at(slot, pin)] = pin in pins
         return SlotWriter(
             self._bytes, self.geometry, slot, step, generation, layout, chunks, layouts, self._seal
         )

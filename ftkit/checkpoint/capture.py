@@ -19,6 +19,7 @@ import atexit
 import os
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self
@@ -31,6 +32,7 @@ from ftkit.checkpoint.chunks import PADDING, WHOLE, Share, Unit, chunk_count, un
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.memory import Sources, fill
 from ftkit.checkpoint.ports import TraceHook
+from ftkit.checkpoint.slots import Pin
 from ftkit.checkpoint.state import Picture, ProtectedState
 from ftkit.checkpoint.writer import SlotWriter
 from ftkit.core.errors import StateChanged, UsageError
@@ -174,6 +176,7 @@ class Capture:
         share: Share = WHOLE,
         layouts: int = 1,
         complete: Step | None = None,
+        pins: Collection[Pin] = (),
     ) -> float:
         """Start to capture this rank's share of the state of a committed step.
 
@@ -184,7 +187,8 @@ class Capture:
           generation: the generation this rank is in.
           share: its share among the replicas that hold the same state.
           layouts: how many different layouts make up the job's state.
-          complete: the newest step complete on every rank; its slot is not overwritten.
+          complete: the newest step complete on every rank; its slot is kept where possible.
+          pins: the tiers below that will read this snapshot.
 
         Returns:
           Seconds blocked.
@@ -192,6 +196,7 @@ class Capture:
         Raises:
           StateChanged: parameters were added, removed or moved since the layout was made.
           CapacityError: the share does not fit into the arena: `Arena.ensure`, then `rebind`.
+          AllPinned: the tiers below read all that could be overwritten: skip this snapshot.
           Exception: what the capture thread failed with before, if `gate` did not say so.
         """
         start = time.monotonic()
@@ -199,7 +204,13 @@ class Capture:
         picture = self._state.picture()
         cut = self._cut_for(picture.layout, share)
         writer = self._arena.start(
-            step, generation, picture.layout, share=share, layouts=layouts, complete=complete
+            step,
+            generation,
+            picture.layout,
+            share=share,
+            layouts=layouts,
+            complete=complete,
+            pins=pins,
         )
         self._sources.bind(picture.live, cut.entries)
         if self._sources.whole != cut.whole:

@@ -2,13 +2,16 @@
 
 ::
 
-    file page | slot 0                                      | slot 1 | slot 2
-              | page | layout, small | digests | data       |
+    file page | pins | slot 0                                      | slot 1 | slot 2 ...
+                     | page | layout, small | digests | data       |
 
 Every page ends with the xxh3_64 of all that precedes it, the slot's page holds the digests of
 the layout and small state and of the digest table, and the table holds one digest for each
 chunk of data: whoever trusts the page can check the rest. All numbers are little-endian.
 The data is one part of a snapshot: whole chunks of its layout, from `first_byte` on.
+
+The page of pins has one byte a slot and tier (`Pin`), not 0 while that tier reads the slot; it
+has no digest. A pin keeps a slot from being chosen, no more: whoever reads still checks.
 
 Write order: page "writing", meta, data and digests in any order, page "sealed" last. A
 process killed between any two stores leaves "writing" or a page whose own digest fails.
@@ -16,7 +19,7 @@ process killed between any two stores leaves "writing" or a page whose own diges
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -41,6 +44,15 @@ _SLOT = struct.Struct("<8sQqqQQQQQQQQQQ")
 _DIGEST = struct.Struct("<Q")
 
 
+class Pin(IntEnum):
+    """Who keeps a slot from being overwritten."""
+
+    PARITY = 0
+    """Its parity is being made, or is the newest there is."""
+    PERSIST = 1
+    """It is on its way to disk."""
+
+
 class SlotState(IntEnum):
     """What a slot's page says. A page of zeros is a slot never written."""
 
@@ -62,7 +74,7 @@ class Geometry:
             raise ValueError(f"sizes may not be negative: {self}")
         if not 0 < self.chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(f"chunks are 1 to {CHUNK_BYTES_MAX} bytes, not {self.chunk_bytes}")
-        if self.slots < SLOTS:
+        if not SLOTS <= self.slots <= PAGE // len(Pin):
             # Ranks differ by a step when a fault strikes: one slot being written, one sealed,
             # one that may be the last complete everywhere.
             raise ValueError(f"an arena has at least {SLOTS} slots, not {self.slots}")
@@ -83,11 +95,15 @@ class Geometry:
 
     @property
     def file_bytes(self) -> int:
-        return PAGE + self.slots * self.slot_bytes
+        return 2 * PAGE + self.slots * self.slot_bytes
 
     def slot_at(self, slot: int) -> int:
         """Offset of a slot in the file."""
-        return PAGE + slot * self.slot_bytes
+        return 2 * PAGE + slot * self.slot_bytes
+
+    def pin_at(self, slot: int, pin: Pin) -> int:
+        """Offset of a slot's pin in the file."""
+        return PAGE + slot * len(Pin) + pin
 
     def to_page(self) -> bytes:
         return _page(
@@ -291,30 +307,28 @@ class Head:
             )
 
 
-def choose_slot(slots: Sequence[Sealed | None], complete: Step | None = None) -> int:
-    """The slot to overwrite next.
+def choose_slot(
+    slots: Sequence[Sealed | None], complete: Step | None = None, pinned: Collection[int] = ()
+) -> int | None:
+    """The slot to overwrite next, or None when none can be spared; pure.
 
     Args:
       slots: what each slot holds; None for one that is empty, torn or half written.
-      complete: the newest step known to be complete on every rank. It is kept, for it may be
-        the one all ranks return to.
+      complete: the newest step known to be complete on every rank. It is kept where possible,
+        for it may be the one all ranks return to.
+      pinned: slots that a tier below reads.
 
     Returns:
-      A slot without a snapshot if there is one, else the oldest that is neither the newest
-      nor `complete`.
+      A slot without a snapshot if there is one, else the oldest that is neither the newest,
+      nor pinned, nor, unless only such are left, `complete`.
     """
-    held = list[tuple[tuple[Generation, Step], int]]()
     for slot, sealed in enumerate(slots):
         if sealed is None:
             return slot
-        held.append((sealed.version, slot))
-    held.sort()
-    *older, _newest = held
-    for (_, step), slot in older:
-        if step != complete:
-            return slot
-    # Only copies of `complete` itself, from two generations, can be left: keep the newer one.
-    return older[0][1]
+    held = sorted((s.version, slot) for slot, s in enumerate(slots) if s is not None)
+    older = [(step, slot) for (_, step), slot in held[:-1] if slot not in pinned]
+    spare = [slot for step, slot in older if step != complete] or [slot for _, slot in older]
+    return spare[0] if spare else None
 
 
 def _paged(count: int) -> int:

@@ -23,7 +23,13 @@ from ftkit.checkpoint.fetch import list_copies
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.restore import execute, plan
 from ftkit.checkpoint.state import ProtectedState
-from ftkit.core.errors import CapacityError, GenerationAborted, IntegrityError, WireError
+from ftkit.core.errors import (
+    AllPinned,
+    CapacityError,
+    GenerationAborted,
+    IntegrityError,
+    WireError,
+)
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
 from ftkit.core.world import World
@@ -107,13 +113,16 @@ class Snapshots:
         if step == self._begun:
             capture.abandon()  # the share due in an older world
         self._begun = step
-        capture.begin(
-            step,
-            world.generation,
-            share=Share(replicas.index(member), len(replicas)),
-            layouts=len(set(holds.values())),
-            complete=Step(step - SEALED_BEHIND),
-        )
+        try:
+            capture.begin(
+                step,
+                world.generation,
+                share=Share(replicas.index(member), len(replicas)),
+                layouts=len(set(holds.values())),
+                complete=Step(step - SEALED_BEHIND),
+            )
+        except AllPinned as error:
+            self._trace.event("snapshot-skipped", step=step, reason=str(error))
 
     def gate(self) -> None:
         """Wait for what is left of the capture under way: the state is about to change."""
