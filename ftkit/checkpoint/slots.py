@@ -13,8 +13,8 @@ The data is one part of a snapshot: whole chunks of its layout, from `first_byte
 The page of pins has one byte a slot and tier (`Pin`), not 0 while that tier reads the slot; it
 has no digest. A pin keeps a slot from being chosen, no more: whoever reads still checks.
 
-Write order: page "writing", meta, data and digests in any order, page "sealed" last. A
-process killed between any two stores leaves "writing" or a page whose own digest fails.
+Write order: the page is zeroed, then meta, data and digests in any order, and the page last. A
+process killed between any two stores leaves zeros or a page whose own digest fails: no snapshot.
 """
 
 import json
@@ -40,7 +40,7 @@ CHUNK_BYTES_MAX = 16 << 20
 _FILE_MAGIC = b"ftarena2"
 _SLOT_MAGIC = b"ftslot_2"
 _FILE = struct.Struct("<8sQQQQ")
-_SLOT = struct.Struct("<8sQqqQQQQQQQQQQ")
+_SLOT = struct.Struct("<8sqqQQQQQQQQQQ")
 _DIGEST = struct.Struct("<Q")
 
 
@@ -51,13 +51,6 @@ class Pin(IntEnum):
     """Its parity is being made, or is the newest there is."""
     PERSIST = 1
     """It is on its way to disk."""
-
-
-class SlotState(IntEnum):
-    """What a slot's page says. A page of zeros is a slot never written."""
-
-    WRITING = 1
-    SEALED = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +123,6 @@ class Geometry:
 class Sealed:
     """What the page of a sealed slot says."""
 
-    state: SlotState = SlotState.SEALED
     generation: Generation
     step: Step
     layout_bytes: int = 0
@@ -179,7 +171,6 @@ class Sealed:
         return _page(
             _SLOT.pack(
                 _SLOT_MAGIC,
-                self.state,
                 self.generation,
                 self.step,
                 self.layout_bytes,
@@ -197,12 +188,12 @@ class Sealed:
 
     @classmethod
     def from_page(cls, page: bytes) -> "Sealed | None":
-        """What a sealed page says; None when it is empty, being written, or torn."""
+        """What a page says; None when it is empty, its slot being written, or torn."""
         if not _whole(page):
             return None
-        magic, state, generation, step, *rest = _SLOT.unpack_from(page)
+        magic, generation, step, *rest = _SLOT.unpack_from(page)
         layout, small, data, chunk, first, total, digest, layouts, meta, table = rest
-        if magic != _SLOT_MAGIC or state != SlotState.SEALED or not 0 < chunk <= CHUNK_BYTES_MAX:
+        if magic != _SLOT_MAGIC or not 0 < chunk <= CHUNK_BYTES_MAX:
             return None
         return cls(
             generation=generation,

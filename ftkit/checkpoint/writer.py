@@ -1,4 +1,4 @@
-"""SlotWriter: one slot of an arena on its way from "writing" to "sealed"."""
+"""SlotWriter: one slot of an arena while it is written."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,13 +8,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import PAGE, Geometry, Sealed, SlotState
+from ftkit.checkpoint.slots import PAGE, Geometry, Sealed
 from ftkit.core.errors import CapacityError
 from ftkit.core.ids import Generation, Step
 
 
 class SlotWriter:
-    """One slot between "writing" and "sealed". Parts may be written by several threads."""
+    """One slot until it is sealed. Parts of it may be written by several threads."""
 
     def __init__(
         self,
@@ -28,7 +28,7 @@ class SlotWriter:
         layouts: int,
         sealed: Callable[[int, Sealed], None],
     ) -> None:
-        """Mark the slot as being written: from here on its old snapshot is gone.
+        """From here on the old snapshot of the slot is gone.
 
         Args:
           file: the arena.
@@ -50,7 +50,6 @@ class SlotWriter:
         first = chunks.start * geometry.chunk_bytes
         end = min(chunks.stop * geometry.chunk_bytes, layout.total_bytes)
         self._sealed = Sealed(
-            state=SlotState.WRITING,
             generation=generation,
             step=step,
             data_bytes=end - first,
@@ -60,7 +59,7 @@ class SlotWriter:
             layout_digest=int(layout.digest, 16),
             layouts=layouts,
         )
-        self._put_page(self._sealed)
+        self._page[:] = 0
         self.slot = slot
         self.step = step
         self.generation = generation
@@ -93,15 +92,11 @@ class SlotWriter:
         self._meta[: len(meta)] = np.frombuffer(meta, dtype=np.uint8)
         sealed = replace(
             self._sealed,
-            state=SlotState.SEALED,
             layout_bytes=len(self._layout.encoded),
             small_bytes=len(small),
             meta_digest=xxhash.xxh3_64_intdigest(meta),
             table_digest=xxhash.xxh3_64_intdigest(self.table.data),
         )
-        self._put_page(sealed)
+        self._page[:] = np.frombuffer(sealed.to_page(), dtype=np.uint8)
         self._tell(self.slot, sealed)
         return sealed
-
-    def _put_page(self, sealed: Sealed) -> None:
-        self._page[:] = np.frombuffer(sealed.to_page(), dtype=np.uint8)
