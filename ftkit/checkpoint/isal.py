@@ -1,0 +1,64 @@
+"""ISA-L, Intel's storage arithmetic (BSD-3), found on this machine and bound with ctypes.
+
+The wheel of PyEClib carries a recent build for x86-64 and aarch64, with the vector units'
+code chosen at run time. Its own API copies everything twice and is 20 to 40 times slower than
+the functions bound here, which work on any memory in place. ctypes lets go of the GIL for the
+time of a call.
+
+The name of the library inside the wheel is nobody's promise: whoever uses it tests it first
+(`crc`, `erasure`) and has something else to fall back on.
+"""
+
+import ctypes
+import logging
+from collections.abc import Iterator
+from ctypes import POINTER, c_int, c_ubyte, c_uint, c_void_p
+from functools import cache
+from importlib import metadata
+
+logger = logging.getLogger(__name__)
+
+#: ISA-L takes lengths as C int; pieces of this size keep vectors aligned as they were.
+CALL_BYTES_MAX = 1 << 30
+
+
+class Isal:
+    """The functions of one ISA-L library that ftkit calls."""
+
+    def __init__(self, path: str) -> None:
+        """Bind the library at `path`. OSError or AttributeError when it is not ISA-L."""
+        library = ctypes.CDLL(path)
+        self.path = path
+        rows = POINTER(c_void_p)
+        self.crc32_iscsi = library.crc32_iscsi
+        """(data, bytes, register) -> register; inverted neither before nor after."""
+        self.crc32_iscsi.argtypes = [c_void_p, c_int, c_uint]
+        self.crc32_iscsi.restype = c_uint
+        self.ec_init_tables = library.ec_init_tables
+        """(k, rows, coefficients of rows x k, tables of 32 x k x rows bytes to fill)."""
+        self.ec_init_tables.argtypes = [c_int, c_int, POINTER(c_ubyte), POINTER(c_ubyte)]
+        self.ec_init_tables.restype = None
+        self.ec_encode_data = library.ec_encode_data
+        """(bytes, k, rows, tables, k sources, rows targets): targets = matrix x sources."""
+        self.ec_encode_data.argtypes = [c_int, c_int, c_int, POINTER(c_ubyte), rows, rows]
+        self.ec_encode_data.restype = None
+
+
+@cache
+def load() -> Isal | None:
+    """The first ISA-L that can be bound, None when there is none. Looks once a process."""
+    for path in _candidates():
+        try:
+            return Isal(path)
+        except (OSError, AttributeError) as error:
+            logger.debug("%s is no usable ISA-L: %s", path, error)
+    return None
+
+
+def _candidates() -> Iterator[str]:
+    try:
+        files = metadata.files("pyeclib") or []
+    except metadata.PackageNotFoundError:
+        files = []
+    yield from (str(f.locate()) for f in files if f.name.startswith("libisal"))
+    yield "libisal.so.2"
