@@ -11,10 +11,13 @@ The name of the library inside the wheel is nobody's promise: whoever uses it te
 
 import ctypes
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_int, c_ubyte, c_uint, c_void_p
 from functools import cache
 from importlib import metadata
+
+from ftkit.checkpoint.galois import Matrix
+from ftkit.checkpoint.raw import Bytes, address
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,37 @@ class Isal:
         """(bytes, k, rows, tables, k sources, rows targets): targets = matrix x sources."""
         self.ec_encode_data.argtypes = [c_int, c_int, c_int, POINTER(c_ubyte), rows, rows]
         self.ec_encode_data.restype = None
+
+
+class Tables:
+    """One GF(256) matrix, ready to be multiplied by ISA-L. Any number of threads may."""
+
+    #: Whole megabytes keep the processor's prefetch going; the GIL is taken between two.
+    BLOCK_BYTES = 1 << 20
+
+    def __init__(self, library: Isal, matrix: Matrix) -> None:
+        self._library = library
+        self._rows, self._columns = len(matrix), len(matrix[0])
+        values = [value for row in matrix for value in row]
+        # ISA-L expands each coefficient to 32 bytes for its vector instructions.
+        self._tables = (c_ubyte * (32 * len(values)))()
+        library.ec_init_tables(
+            self._columns, self._rows, (c_ubyte * len(values))(*values), self._tables
+        )
+
+    def multiply(self, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> None:
+        """Set targets = matrix x sources, all of one length; targets overlap nothing."""
+        read, written = [address(s) for s in sources], [address(t) for t in targets]
+        length = targets[0].nbytes
+        for at in range(0, length, self.BLOCK_BYTES):
+            self._library.ec_encode_data(
+                min(self.BLOCK_BYTES, length - at),
+                self._columns,
+                self._rows,
+                self._tables,
+                (c_void_p * self._columns)(*(a + at for a in read)),
+                (c_void_p * self._rows)(*(a + at for a in written)),
+            )
 
 
 @cache
