@@ -18,7 +18,17 @@ from ftkit.core.errors import IntegrityError, UsageError
 from ftkit.core.ids import NodeId
 
 CODES = [(1, 1), (2, 1), (3, 1), (2, 2), (3, 2), (4, 2), (3, 3)]
-WORLDS = [(4, 3, 1), (4, 2, 2), (5, 2, 1), (5, 3, 2), (6, 2, 1), (6, 4, 2), (7, 2, 2), (9, 2, 1), (9, 3, 3)]
+WORLDS = [
+    (4, 3, 1),
+    (4, 2, 2),
+    (5, 2, 1),
+    (5, 3, 2),
+    (6, 2, 1),
+    (6, 4, 2),
+    (7, 2, 2),
+    (9, 2, 1),
+    (9, 3, 3),
+]
 
 parts_of = st.lists(st.lists(st.integers(0, 60), max_size=3), min_size=1, max_size=14)
 
