@@ -158,7 +158,7 @@ def _begin(state: ParityState) -> Moved:
         return state, ()
     common = frozenset.intersection(*(state.held.get(n, frozenset()) for n in state.nodes))
     new = [v for v in common if state.done is None or v > state.done]
-    # An older generation's snapshots lie in stripes of an older world's groups, if in any.
+    # An older generation's may belong to a history that was given up.
     new = [v for v in new if v[0] == state.generation]
     if not new:
         return state, ()

@@ -152,7 +152,7 @@ def test_the_old_stripes_stay_until_the_new_world_has_its_own():
     story = with_published(1)
     story.tell(Lost(C))
     assert story.tell(world(2, frozenset([A, B, D]))) == []
-    assert story.sealed(version(1)) == [], "of a world whose groups are gone"
+    assert story.sealed(version(1), version(9)) == [], "9 may be of a history that was given up"
     assert story.sealed(version(1), version(2, 2)) == [Encode(version(2, 2))]
     assert story.published() == version(1)
     assert story.acknowledged(version(2, 2)) == [Publish(version(2, 2)), Release(version(1))]
@@ -168,6 +168,13 @@ def test_a_late_acknowledgement_of_an_older_generation_is_dropped():
     assert story.tell(Acknowledged(C, version(2)), Sent(C, version(2))) == []
     assert story.tell(world(1), world(2)) == [], "nor a world that is not newer"
     assert story.state == before
+
+
+def test_a_world_that_is_told_again_brings_nobody_back():
+    story = with_published(1)
+    story.tell(Lost(C))
+    assert story.tell(world(1)) == []
+    assert story.state.gone == {C}
 
 
 def test_words_of_strangers_change_nothing():
