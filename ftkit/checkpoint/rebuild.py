@@ -15,8 +15,8 @@ from ftkit.core.ids import NodeId
 
 
 @dataclass(frozen=True, slots=True)
-class Rebuild:
-    """The work on one stripe.
+class StripeWork:
+    """The work on one stripe of a rebuild.
 
     `erasure.Codec.rebuild` takes the reads, and an empty buffer for each piece without bytes:
     what is known to be empty is neither read nor lost.
@@ -28,12 +28,12 @@ class Rebuild:
     reads: tuple[tuple[Place, NodeId], ...]
     """As many shards as suffice, and who holds each."""
     outputs: tuple[Place, ...]
-    """What is computed; each lost shard is the output of one rebuild only."""
+    """What is computed; each lost shard is the output of one stripe only."""
 
 
 def plan_rebuild(
     plan: StripePlan, held: Mapping[Place, NodeId], *, parity: bool = False
-) -> tuple[Rebuild, ...]:
+) -> tuple[StripeWork, ...]:
     """How to compute all data that nobody holds.
 
     When another node dies meanwhile, plan again from what is held then: what was rebuilt by
@@ -62,7 +62,7 @@ def plan_rebuild(
     }
     _check_possible(plan, missing)
     sent, computed = Counter[NodeId](), Counter[NodeId]()
-    found = list[Rebuild]()
+    found = list[StripeWork]()
     # The longest first: the short ones then even out what is left uneven.
     for number in sorted(missing, key=lambda n: (-plan.stripes[n].length, n)):
         stripe = plan.stripes[number]
@@ -84,7 +84,7 @@ def plan_rebuild(
             if node != worker:
                 sent[node] += stripe.shard_bytes(place.shard)
         places = tuple(Place(number, shard) for shard in outputs)
-        found.append(Rebuild(number, worker, tuple(sorted(reads)), places))
+        found.append(StripeWork(number, worker, tuple(sorted(reads)), places))
     return tuple(found)
 
 
