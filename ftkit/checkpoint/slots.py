@@ -22,6 +22,7 @@ import struct
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -211,6 +212,12 @@ class Sealed:
         )
 
 
+@lru_cache(maxsize=8)
+def _decode(encoded: bytes) -> StateLayout:
+    """All parts of a snapshot, and all snapshots of a job, have the same layout or a few."""
+    return StateLayout.decode(encoded)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """Everything about a snapshot but its data, checked."""
@@ -265,7 +272,7 @@ class Head:
             raise IntegrityError(f"digest table of step {sealed.step} does not match its digest")
         small_at = PAGE + sealed.layout_bytes
         try:
-            layout = StateLayout.decode(data[PAGE:small_at])
+            layout = _decode(data[PAGE:small_at])
             small = json.loads(data[small_at:table_at])
         except (ProtocolError, ValueError) as error:
             raise IntegrityError(f"step {sealed.step} was sealed with nonsense: {error}") from error

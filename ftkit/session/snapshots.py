@@ -21,7 +21,7 @@ from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.restore import execute, plan
+from ftkit.checkpoint.restore import RestorePlan, execute, look_ahead, plan
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import (
     AllPinned,
@@ -129,6 +129,16 @@ class Snapshots:
         if self._capture is not None:
             self._capture.gate()
 
+    def look_ahead(self) -> None:
+        """Do early what a restore does first, so that others wait less for this newcomer."""
+        if self._env is None or self._control is None:
+            return
+        try:
+            chosen = self._plan(None)
+        except IntegrityError:
+            return  # nothing is there yet
+        look_ahead(chosen, secret=bytes.fromhex(self._env.secret))
+
     def restore(self, step: Step, world: World, membership: Membership) -> None:
         """Load the state of `step` from the nearest arenas that hold it.
 
@@ -146,14 +156,9 @@ class Snapshots:
             if not membership.active or membership.generation != world.generation:
                 raise GenerationAborted(f"generation {world.generation} ended during a restore")
             try:
-                chosen = plan(
-                    self._inventory(step),
-                    seat=Seat(self._env.seat),
-                    node=NodeId(self._env.node),
-                    servers=self._servers(),
-                    step=step,
+                done = execute(
+                    self._plan(step), self._state, secret=bytes.fromhex(self._env.secret)
                 )
-                done = execute(chosen, self._state, secret=bytes.fromhex(self._env.secret))
             except IntegrityError as error:
                 logger.debug("step %s is not there yet: %s", step, error)
                 membership.wait_changed(LOOK_S)
@@ -230,12 +235,24 @@ class Snapshots:
             self._larger = None
         self._layout = None
 
-    def _inventory(self, step: Step) -> Inventory:
-        """What this node holds, and the others too when `step` is not all here."""
-        assert self._env is not None, "asked by restore"
+    def _plan(self, step: Step | None) -> RestorePlan:
+        """Where to read `step`, or the newest one, from. IntegrityError: it is not complete."""
+        assert self._env is not None, "asked by a member of a job"
+        return plan(
+            self._inventory(step),
+            seat=Seat(self._env.seat),
+            node=NodeId(self._env.node),
+            servers=self._servers(),
+            step=step,
+        )
+
+    def _inventory(self, step: Step | None) -> Inventory:
+        """What this node holds, and the others too when `step` (any step) is not all here."""
+        assert self._env is not None, "asked by a member of a job"
         node = NodeId(self._env.node)
         copies = local_copies(JobId(self._env.job), Path(self._env.shm_dir), node)
-        if step not in Inventory(copies=tuple(copies)).complete():
+        complete = Inventory(copies=tuple(copies)).complete()
+        if not complete if step is None else step not in complete:
             secret = bytes.fromhex(self._env.secret)
             for other, address in self._servers().items():
                 try:
@@ -245,8 +262,8 @@ class Snapshots:
         return Inventory(copies=tuple(copies))
 
     def _servers(self) -> dict[NodeId, tuple[str, int]]:
-        assert self._env is not None, "asked by restore"
-        assert self._control is not None, "asked by restore"
+        assert self._env is not None, "asked by a member of a job"
+        assert self._control is not None, "asked by a member of a job"
         return {
             NodeId(int(node)): (str(address[0]), int(address[1]))
             for node, address in self._control.stores.items()

@@ -55,6 +55,8 @@ class Worlds:
             parts.recorder.phase(Phase.RECOVERY)
             match task:
                 case Link(world):
+                    if self._snapshots is not None:
+                        self._snapshots.look_ahead()
                     try:
                         parts.group.connect(world.members, timeout_s=parts.stall_s)
                     except WireError:
