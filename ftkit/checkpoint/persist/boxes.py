@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from types import EllipsisType
 
 Shape = tuple[int, ...]
 
@@ -53,12 +54,13 @@ class Box:
         """The same box, `sign` times `by` further on."""
         return Box(tuple(o + sign * b for o, b in zip(self.offsets, by, strict=True)), self.shape)
 
-    def within(self, origin: "Box") -> tuple[slice, ...]:
-        """Slices that pick this box out of an array that holds `origin`."""
-        return tuple(
+    def within(self, origin: "Box") -> tuple[slice | EllipsisType, ...]:
+        """What picks this box out of an array that holds `origin`, as a view of its memory."""
+        sides = (
             slice(o - first, o - first + s)
             for o, first, s in zip(self.offsets, origin.offsets, self.shape, strict=True)
         )
+        return *sides, ...  # without the dots, numpy would copy a scalar out
 
     def __str__(self) -> str:
         return "[" + ", ".join(map("{}:{}".format, self.offsets, self.ends)) + "]"

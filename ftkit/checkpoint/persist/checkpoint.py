@@ -257,7 +257,11 @@ def steps(store: Store) -> list[Step]:
 
 
 def open_checkpoint(
-    store: Store, step: Step | None = None, *, below: Step | None = None
+    store: Store,
+    step: Step | None = None,
+    *,
+    below: Step | None = None,
+    verify: bool = False,
 ) -> Checkpoint:
     """Open a checkpoint.
 
@@ -268,6 +272,7 @@ def open_checkpoint(
       store: the root.
       step: which; None for the newest good one, passing over damaged ones (`skipped`).
       below: only older ones than this, for who found that one damaged while reading it.
+      verify: read all of a checkpoint before calling it good.
 
     Raises:
       UsageError: there is none; or it, or one newer than all good ones, has a format that this
@@ -277,18 +282,23 @@ def open_checkpoint(
     """
     if step is not None:
         try:
-            return load(store, step)
+            found = load(store, step)
         except FileNotFoundError:
             there = [s for s in steps(store) if COMMIT in store.sizes(step_folder(s))]
             raise UsageError(
                 f"step {step} has no checkpoint in {store.url}; there are {there}"
             ) from None
+        if verify:
+            found.verify()
+        return found
     skipped = dict[Step, str]()
     for candidate in reversed(steps(store)):
         if below is not None and candidate >= below:
             continue
         try:
             found = load(store, candidate)
+            if verify:
+                found.verify()
         except FileNotFoundError:
             continue  # never committed: not a checkpoint
         except IntegrityError as error:

@@ -152,7 +152,7 @@ def commit(
     small = _merged(fragments)
     rows = [row for fragment in fragments for row in fragment.rows]
     bare = [a for a in _arrays(plan) if not a.grid.box.size]  # no writer has a first box of these
-    rows += [metadata_row(array) for array in bare]
+    rows += [metadata_row(array, array.metadata) for array in bare]
     why = missing(plan, rows)
     if why is not None:
         raise UsageError(f"step {step} cannot be committed: {why}")

@@ -8,6 +8,9 @@ MANIFEST = "manifest.parquet"
 STATE = "state.json"
 COMMIT = "commit.json"
 
+#: Files in the root that begin so were being written when their writer died.
+PART = ".part-"
+
 _STEP = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ftkit.checkpoint.persist.checkpoint import Checkpoint, load, steps
-from ftkit.checkpoint.persist.folder import COMMIT, step_folder
+from ftkit.checkpoint.persist.folder import COMMIT, PART, step_folder
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.retention import Kept, Policy, to_keep
 from ftkit.checkpoint.persist.store import Store
@@ -83,6 +83,9 @@ def gc(
         # The lease may have been lost while the newest was read, or others removed.
         lease.check()
         remove(store, step)
+    for name in store.names():
+        if name.startswith(PART):
+            store.remove(name)
     return Collected(
         kept=tuple(sorted(keep)),
         removed=tuple(sorted(removed)),

@@ -73,11 +73,14 @@ def _grid(box: Box, shard: Shape, item_bytes: int, chunk_bytes: int) -> Grid:
     # Where one shard spans a dimension, it may reach over the edge: then a side that is a
     # prime (a vocabulary of 50257) costs a few rows of padding instead of thousands of chunks.
     free = tuple(s >= n for s, n in zip(shard, box.shape, strict=True))
-    chunk = min(
-        _chunk_shapes(shard, free, item_bytes, chunk_bytes),
-        key=lambda c: (round(abs(log2(prod(c) * item_bytes / chunk_bytes)), 1), _strides(c, shard)),
-        default=shard,
-    )
+
+    def cost(chunk: Shape) -> tuple[int, int, int, float]:
+        # Half or twice the size is as good; then no padding, then one run of memory.
+        off = abs(log2(prod(chunk) * item_bytes / chunk_bytes))
+        stored = prod(ceil(s / c) * c for s, c in zip(shard, chunk, strict=True))
+        return int(off), stored, _strides(chunk, shard), off
+
+    chunk = min(_chunk_shapes(shard, free, item_bytes, chunk_bytes), key=cost, default=shard)
     shard = tuple(ceil(s / c) * c for s, c in zip(shard, chunk, strict=True))
     return Grid(box, shard, chunk)
 

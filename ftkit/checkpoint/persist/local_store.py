@@ -7,6 +7,7 @@ a quarter of the time that one thread took. Folders are fsynced last, the root i
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from ftkit.checkpoint.persist.folder import PART
 from ftkit.checkpoint.persist.store import Buffer, confined, failed
 from ftkit.core.errors import IntegrityError, StoreError
 
@@ -109,7 +111,8 @@ class LocalStore:
 
     def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         target = self.path(path)
-        part = target.with_name(f"{target.name}.{os.getpid()}.part")
+        # Not beside the target: left there by a writer that died, it would be a file too many.
+        part = self.root / f"{PART}{os.getpid()}-{threading.get_ident()}"
         with self.reporting(f"writing {path}"):
             target.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -124,7 +124,14 @@ class Fragment:
                 small=head["small"],
                 profile=SaveProfile(**head["profile"]),
             )
-        except (pa.ArrowException, ValueError, KeyError, TypeError, IntegrityError) as error:
+        except (
+            pa.ArrowException,
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IntegrityError,
+        ) as error:
             raise ProtocolError(f"not a fragment of a manifest: {error}") from error
 
 

@@ -123,8 +123,9 @@ class _Writing:
                 buffers = self._file(array, file, part, elements, box)
             self._create(batch, f"{folder}/{file}", buffers)
         if box.offsets == array.grid.box.offsets:  # one writer has the array's first box
-            self._create(batch, f"{folder}/{array.path}/{METADATA}", [array.metadata])
-            self._rows.append(metadata_row(array))
+            data = array.metadata
+            self._create(batch, f"{folder}/{array.path}/{METADATA}", [data])
+            self._rows.append(metadata_row(array, data))
         self._profile.tensor_bytes += piece.data.nbytes
 
     def _file(
@@ -172,9 +173,8 @@ class _Writing:
             )
 
 
-def metadata_row(array: Array) -> Row:
-    """The manifest's row of an array's zarr.json."""
-    data = array.metadata
+def metadata_row(array: Array, data: bytes) -> Row:
+    """The manifest's row of an array's zarr.json, which holds `data`."""
     return Row(
         Kind.METADATA, array.name, array.dtype, array.whole, array.grid.box.offsets,
         array.grid.box.shape, (), f"{array.path}/{METADATA}", 0, len(data),

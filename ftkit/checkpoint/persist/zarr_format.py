@@ -81,13 +81,13 @@ def array_metadata(grid: Grid, *, name: str, dtype: str, whole: Shape, codec: Co
             "name": name, "dtype": dtype, "shape": whole, "offsets": grid.box.offsets,
         },
     }  # fmt: skip
-    return json.dumps(value, indent=1).encode()
+    return json.dumps(value).encode()
 
 
 def group_metadata(attributes: Mapping[str, object]) -> bytes:
     """The zarr.json of a group."""
     value = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    return json.dumps(value, indent=1).encode()
+    return json.dumps(value).encode()
 
 
 def chunk_key(index: Shape) -> str:
