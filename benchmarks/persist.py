@@ -51,9 +51,15 @@ def gpt_state(total_bytes: int) -> dict[str, torch.Tensor]:
     """Weights, moments and counters of a GPT of about that size; the same for every run."""
     generator = torch.Generator().manual_seed(0)
     width = 768
-    layer = {"attn.qkv": (3 * width, width), "attn.out": (width, width), "norm": (width,),
-             "mlp.up": (4 * width, width), "mlp.down": (width, 4 * width), "mlp.bias": (4 * width,)}  # fmt: skip
-    shapes = {"wte": (8000, width)}
+    layer: dict[str, tuple[int, ...]] = {
+        "attn.qkv": (3 * width, width),
+        "attn.out": (width, width),
+        "norm": (width,),
+        "mlp.up": (4 * width, width),
+        "mlp.down": (width, 4 * width),
+        "mlp.bias": (4 * width,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {"wte": (8000, width)}
     number = 0
     while 12 * sum(torch.Size(s).numel() for s in shapes.values()) < total_bytes:
         shapes |= {f"layers.{number}.{name}": shape for name, shape in layer.items()}

@@ -36,14 +36,14 @@ def diff(left: Checkpoint, right: Checkpoint) -> Difference:
     both = sorted(left.tensors.keys() & right.tensors.keys())
     pairs = [(left.tensors[n], right.tensors[n]) for n in both]
     alike = [a for a, b in pairs if a == b]
-    same = [t.name for t in alike if _same(left, right, t)]
+    same = {t.name for t in alike if _same(left, right, t)}
     nothing = object()
     return Difference(
         only_left=tuple(sorted(left.tensors.keys() - right.tensors.keys())),
         only_right=tuple(sorted(right.tensors.keys() - left.tensors.keys())),
         reshaped=tuple((a, b) for a, b in pairs if a != b),
-        changed=tuple(t.name for t in alike if t.name not in set(same)),
-        same=tuple(same),
+        changed=tuple(t.name for t in alike if t.name not in same),
+        same=tuple(sorted(same)),
         small=tuple(
             key
             for key in sorted(left.small.keys() | right.small.keys())

@@ -38,9 +38,11 @@ class LocalBatch:
         self._folders = {store.root}
 
     def create(self, path: str, buffers: Sequence[Buffer]) -> None:
-        target = self._store.path(path)
+        target = self._store.root / confined(path)
         with self._store.reporting(f"writing {path}"):
-            self._enter(target.parent)
+            if target.parent not in self._folders:
+                self._store.path(path)  # once a folder; O_EXCL follows no link as the last part
+                self._enter(target.parent)
             fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             try:
                 write_all(fd, buffers)
@@ -72,8 +74,6 @@ class LocalBatch:
         self._pool.shutdown(wait=True)
 
     def _enter(self, folder: Path) -> None:
-        if folder in self._folders:
-            return
         folder.mkdir(parents=True, exist_ok=True)
         while folder != self._store.root:
             self._folders.add(folder)

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 import xxhash
 
-from ftkit.checkpoint.layout import ITEM_BYTES
+from ftkit.checkpoint.layout import ITEM_BYTES, StateLayout
 from ftkit.checkpoint.persist.boxes import Box, Shape, tiles, uncovered
 from ftkit.checkpoint.persist.codecs import Codec, CodecPolicy
 from ftkit.checkpoint.persist.grid import CHUNK_BYTES, Grid, grids
@@ -49,6 +49,19 @@ class Piece(NamedTuple):
     shape: Shape
     data: memoryview
     """The box's elements in C order, little-endian, contiguous. Read, and not kept."""
+
+
+def pieces(layout: StateLayout, data: memoryview) -> Iterator[Piece]:
+    """The entries of a snapshot, in place.
+
+    Args:
+      layout: how the data is laid out.
+      data: the snapshot's data, a slot of an arena for one. It must not change until the pieces
+        have been written: what does is noticed only by the checksums, when it is read.
+    """
+    for e in layout.entries:
+        view = data[e.at : e.at + e.bytes]
+        yield Piece(e.name, e.dtype, e.global_shape, e.offsets, e.shape, view)
 
 
 @dataclass(frozen=True, slots=True)

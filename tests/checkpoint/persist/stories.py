@@ -17,6 +17,7 @@ from ftkit.checkpoint.persist.lease import LEASE, Lease
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.store import Buffer, Store, confined
 from ftkit.checkpoint.persist.write import write
+from ftkit.core.errors import StoreError
 from ftkit.core.ids import JobId, Step
 
 CHUNK = 256
@@ -203,7 +204,8 @@ class ModelBatch:
         self._made = list[str]()
 
     def create(self, path: str, buffers: Sequence[Buffer]) -> None:
-        assert confined(path) not in self._store.files, f"{path} would be overwritten"
+        if confined(path) in self._store.files:
+            raise StoreError(f"{path} exists")
         data = b"".join(buffers)
         self._store.files[path] = data[: len(data) // 2]
         self._store.unsynced.add(path)

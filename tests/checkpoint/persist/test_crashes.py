@@ -153,6 +153,7 @@ def in_child(story: Callable[[], None]) -> int:
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(300)  # 200 processes
 def test_sigkill_at_any_system_call_leaves_a_good_checkpoint(in_memory):
     """A real process, real files: killed at 200 of its calls, half-written files included."""
     tmp_path = in_memory

@@ -11,15 +11,19 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ftkit.checkpoint.layout import ITEM_BYTES
+from ftkit.checkpoint.layout import ITEM_BYTES, StateLayout
 from ftkit.checkpoint.persist.boxes import Box
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint, steps
 from ftkit.checkpoint.persist.codecs import Codec, CodecPolicy
+from ftkit.checkpoint.persist.commit import commit
 from ftkit.checkpoint.persist.compare import diff
+from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.local_store import LocalStore
+from ftkit.checkpoint.persist.plan import CheckpointPlan, pieces
+from ftkit.checkpoint.persist.write import write
 from ftkit.checkpoint.persist.zarr_format import stored_dtype
 from ftkit.core.errors import UsageError
-from ftkit.core.ids import Step
+from ftkit.core.ids import JobId, Step
 
 from .stories import MIXED, ModelStore, assert_holds, contents, newest, read, rows, save
 from .test_grid import cut_tensors
@@ -119,6 +123,19 @@ def test_a_box_costs_only_the_chunks_it_meets(tmp_path):
     assert checkpoint.read("model/weight", Box((9, 0), (1, 11)), out) <= 256 + 4 + 100
     everything = memoryview(bytearray(23 * 11 * 4))
     assert checkpoint.read("model/weight", Box.whole((23, 11)), everything) > 23 * 11 * 4
+
+
+def test_a_snapshot_is_saved_from_its_own_memory():
+    layout = StateLayout.of([("a", "bfloat16", (5, 3)), ("b", "float32", ()), ("c", "int8", (0,))])
+    data = memoryview(bytes(i % 251 for i in range(layout.total_bytes)))
+    store, plan = ModelStore(), CheckpointPlan.of(layout.entries)
+    with Lease.take(store, JobId("story")) as lease:
+        written = write(store, Step(1), plan, pieces(layout, data))
+        commit(store, Step(1), plan, [written], lease)
+    found = open_checkpoint(store, verify=True)
+    for entry in layout.entries:
+        wanted = data[entry.at : entry.at + entry.bytes]
+        assert read(found, entry.name, Box.whole(entry.shape)) == wanted
 
 
 def test_the_newest_is_opened_and_others_by_their_step():

@@ -110,8 +110,6 @@ def test_what_is_removed_is_gone(store):
 
 
 def test_a_batch_overwrites_nothing(store):
-    if isinstance(store, ModelStore):
-        pytest.skip("the model asserts it")
     store.put("a/x", b"1")
     with pytest.raises(StoreError, match="a/x"), store.batch() as batch:  # noqa: PT012
         batch.create("a/x", [b"2"])
