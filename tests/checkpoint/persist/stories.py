@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ftkit.checkpoint.layout import ITEM_BYTES
 from ftkit.checkpoint.persist.boxes import Box, Shape
-from ftkit.checkpoint.persist.checkpoint import Checkpoint, open_checkpoint
+from ftkit.checkpoint.persist.checkpoint import Checkpoint, load, open_checkpoint, steps
 from ftkit.checkpoint.persist.codecs import CodecPolicy
 from ftkit.checkpoint.persist.commit import CommitRecord, begin, commit
 from ftkit.checkpoint.persist.lease import LEASE, Lease
@@ -117,6 +117,15 @@ def newest(store: Store, tensors: Tensors = MIXED) -> Checkpoint:
     return found
 
 
+def assert_whole_or_none(store: Store) -> None:
+    """Every step either opens or was never committed: none is half there."""
+    for step in steps(store):
+        try:
+            load(store, step)
+        except FileNotFoundError:
+            continue
+
+
 class ModelStore:
     """A store in memory that keeps apart what is written and what would survive a power cut.
 
@@ -192,7 +201,7 @@ class ModelStore:
         self.files.pop(confined(path), None)
 
     def remove_tree(self, path: str) -> None:
-        for name in sorted(self.files):
+        for name in sorted(self.files, reverse=True):  # what is most in the way: the record last
             if name.startswith(confined(path) + "/"):
                 self.change()
                 del self.files[name]

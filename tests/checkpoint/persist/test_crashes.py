@@ -32,6 +32,7 @@ from .stories import (
     Died,
     ModelStore,
     assert_holds,
+    assert_whole_or_none,
     flip,
     newest,
     pieces_of,
@@ -75,6 +76,7 @@ def test_a_power_cut_at_any_change_leaves_a_good_checkpoint():
                 save(store, 2, codec=LZ4)
                 collect(store)
             again = store.after_power_cut(rng)
+            assert_whole_or_none(again)
             left = newest(again)
             found.add(left.step)
             if point > saved:
@@ -205,6 +207,7 @@ def test_sigkill_at_any_system_call_leaves_a_good_checkpoint(in_memory):
         # fsyncs run in threads, so a point near the end may not be reached every time.
         assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
         store = LocalStore(root)
+        assert_whole_or_none(store)
         left = newest(store, FEW)
         steps.append(left.step)
         assert left.skipped == {}
