@@ -10,9 +10,11 @@ arguments are `ValueError` where they come in. What remains::
     ├── JobStopped               the job ends, with the reason
     ├── UsageError               the script or command line asks for something impossible
     │   ├── OutsideStep          an optimizer stepped outside `with step:`
+    │   ├── RootInUse            another job writes checkpoints there
     │   ├── StateChanged         state appeared, moved or changed shape after `protect`
     │   └── NotDeterministic     the data differed between two readings of the same step
     ├── CapacityError            not enough memory, shared memory or disk; says how much
+    ├── StoreError               a store of checkpoints failed or was too slow
     ├── IntegrityError           bytes are not what was written; treated as lost
     └── WireError                a connection broke or spoke wrongly
         ├── AuthenticationError  the peer does not hold the job's secret
@@ -51,6 +53,10 @@ class OutsideStep(UsageError):
     """A protected optimizer was stepped outside `with step:`."""
 
 
+class RootInUse(UsageError):
+    """Another job holds the lease of this root of checkpoints; the message says whose it is."""
+
+
 class StateChanged(UsageError):
     """Protected state appeared, moved or changed shape after `protect`."""
 
@@ -65,6 +71,10 @@ class CapacityError(FtkitError):
 
 class AllPinned(CapacityError):
     """Every slot of an arena that could be spared is being read by a tier below."""
+
+
+class StoreError(FtkitError):
+    """A store of checkpoints failed or was too slow; nothing was half committed."""
 
 
 class IntegrityError(FtkitError):

@@ -1,0 +1,205 @@
+"""Lease: one job writes checkpoints below a root; a second is refused, and told by whom.
+
+The lease is a file of JSON in the root. Its holder renews it while it lives and shows it before
+each commit; readers need none. One of a process that is dead on this host, or that has not been
+renewed for its term, may be taken over.
+
+On a local disk taking over is exclusive (a lock that the kernel drops with its process). An
+object store has no such thing: of two jobs that take the same stale lease over in the same
+instant, the later keeps it, and the other is refused at its next `check`, before it commits.
+"""
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from time import time
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from ftkit.checkpoint.persist.local_store import LocalStore
+from ftkit.checkpoint.persist.store import Store
+from ftkit.core.errors import RootInUse
+from ftkit.core.ids import JobId
+
+LEASE = "lease.json"
+
+#: Unix seconds. Hosts must agree on them better than to a term.
+WallClock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds a lease."""
+
+    job: str
+    host: str
+    boot: str
+    """The host's boot, so that a process of before a reboot is known to be dead."""
+    pid: int
+    started: float
+    """When the process started, so that a reused pid is not taken for it."""
+    nonce: str
+    renewed_at: float
+    term_s: float
+
+    @classmethod
+    def this_process(cls, job: JobId, *, now: float, term_s: float) -> "Holder":
+        return cls(
+            job=job,
+            host=socket.gethostname(),
+            boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            pid=os.getpid(),
+            started=psutil.Process().create_time(),
+            nonce=secrets.token_hex(8),
+            renewed_at=now,
+            term_s=term_s,
+        )
+
+    def encode(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> "Holder | None":
+        """Read `encode`; None for what nobody can have written, which holds nothing."""
+        try:
+            value = json.loads(data)
+            holder = cls(**value)
+            float(holder.renewed_at), float(holder.term_s), int(holder.pid)
+        except (ValueError, TypeError):
+            return None
+        return holder
+
+    def __str__(self) -> str:
+        return f"job {self.job!r} (process {self.pid} on {self.host})"
+
+
+def free(holder: Holder, me: Holder, *, alive: Callable[[Holder], bool]) -> bool:
+    """Whether `me` may take the place of `holder`; pure.
+
+    Args:
+      holder: who holds the lease.
+      me: who asks, now.
+      alive: whether a process of this host and boot still runs.
+    """
+    if me.renewed_at - holder.renewed_at > holder.term_s:
+        return True
+    if holder.host != me.host:
+        return False
+    return holder.boot != me.boot or not alive(holder)
+
+
+class Lease:
+    """This process's right to write below a root. Use as a context, or `release` it."""
+
+    def __init__(self, store: Store, holder: Holder, wall: WallClock) -> None:
+        """Use `Lease.take`."""
+        self._store = store
+        self._holder = holder
+        self._wall = wall
+
+    @classmethod
+    def take(
+        cls, store: Store, job: JobId, *, term_s: float = 60.0, wall: WallClock = time
+    ) -> Self:
+        """Take the lease of a store's root.
+
+        Args:
+          store: the root.
+          job: this job's name.
+          term_s: after so many seconds without `renew` or `check`, another may take it.
+          wall: Unix seconds.
+
+        Raises:
+          RootInUse: another holds it. The message says who, and for how long at most.
+          StoreError, CapacityError: the store failed.
+        """
+        me = Holder.this_process(job, now=wall(), term_s=term_s)
+        with _exclusive(store):
+            try:
+                store.put(LEASE, me.encode(), exclusive=True)
+            except FileExistsError:
+                holder = Holder.decode(store.get(LEASE))
+                if holder is not None and not free(holder, me, alive=_alive):
+                    left = holder.renewed_at + holder.term_s - me.renewed_at
+                    raise RootInUse(
+                        f"{store.url} is in use by {holder}. Give this job another root, or end "
+                        f"that one; a lease that is not renewed runs out in {left:.0f} s"
+                    ) from None
+                store.put(LEASE, me.encode())
+        return cls(store, me, wall)
+
+    def check(self) -> None:
+        """Show that the lease is still this process's, and renew it.
+
+        Raises:
+          RootInUse: another has taken it over.
+        """
+        with _exclusive(self._store):
+            try:
+                holder = Holder.decode(self._store.get(LEASE))
+            except FileNotFoundError:
+                holder = None
+            if holder is None or holder.nonce != self._holder.nonce:
+                raise RootInUse(
+                    f"the lease of {self._store.url} was taken over by {holder or 'nobody known'}: "
+                    f"job {self._holder.job!r} had not renewed it for {self._holder.term_s:g} s"
+                )
+            self._holder = replace(self._holder, renewed_at=self._wall())
+            self._store.put(LEASE, self._holder.encode())
+
+    renew = check
+
+    def release(self) -> None:
+        """Give the lease up, if it is still this process's."""
+        with _exclusive(self._store):
+            try:
+                holder = Holder.decode(self._store.get(LEASE))
+            except FileNotFoundError:
+                return
+            if holder is not None and holder.nonce == self._holder.nonce:
+                self._store.remove(LEASE)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+@contextmanager
+def _exclusive(store: Store) -> Iterator[None]:
+    """Keep other processes of this host from changing the lease meanwhile."""
+    if not isinstance(store, LocalStore):
+        yield
+        return
+    with store.reporting("locking the lease"):
+        store.root.mkdir(parents=True, exist_ok=True)
+        fd = os.open(store.root / ".lease.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _alive(holder: Holder) -> bool:
+    try:
+        # A start time is told to about 10 ms; a pid is not used twice within a second.
+        return abs(psutil.Process(holder.pid).create_time() - holder.started) < 1
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True

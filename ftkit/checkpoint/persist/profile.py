@@ -1,0 +1,45 @@
+"""SaveProfile: where the time of a checkpoint went."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+
+from ftkit.core.clock import Clock
+
+
+@dataclass(slots=True)
+class SaveProfile:
+    """Seconds of the writing thread, and bytes. Of several writers: their sums."""
+
+    codec_s: float = 0.0
+    """Compression, checksums, and copies of chunks that are no single run of memory."""
+    write_s: float = 0.0
+    """Handing bytes to the store, and waiting where too many were on their way."""
+    fsync_s: float = 0.0
+    """Waiting, after the last write, until everything was durable."""
+    commit_s: float = 0.0
+    """Checking the fragments, the manifest and the commit record."""
+    tensor_bytes: int = 0
+    """Bytes of the tensors."""
+    stored_bytes: int = 0
+    """Bytes of the files that hold them."""
+    files: int = 0
+
+    @contextmanager
+    def timing(self, part: str, clock: Clock) -> Iterator[None]:
+        """Add the time of a block to `<part>_s`."""
+        start = clock.now()
+        try:
+            yield
+        finally:
+            name = f"{part}_s"
+            setattr(self, name, getattr(self, name) + clock.now() - start)
+
+    def to_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+    @classmethod
+    def total(cls, profiles: Iterable["SaveProfile"]) -> "SaveProfile":
+        """The sums over several writers; pure."""
+        found = list(profiles)
+        return cls(**{f.name: sum(getattr(p, f.name) for p in found) for f in fields(cls)})
