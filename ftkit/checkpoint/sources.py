@@ -88,8 +88,10 @@ class SnapshotSource:
 
     def read(self, name: str, box: Box, out: memoryview, /) -> None:
         """See `BoxSource.read`. ValueError when the box is not inside one of the entries."""
+        if not box.elements:
+            return
         for entry in self._entries[name]:
-            if not box.elements or entry.box.intersect(box) == box:
+            if entry.box.intersect(box) == box:
                 break
         else:
             raise ValueError(f"{self} does not hold {box} of {name}")
@@ -145,8 +147,6 @@ def _elements(entry: Entry, data: memoryview, shape: tuple[int, ...]) -> NDArray
 
 def _touched(entry: Entry, box: Box, chunk_bytes: int) -> NDArray[np.intp]:
     """The chunks that elements `box` of an entry lie in, ascending."""
-    if not box.elements:
-        return np.empty(0, dtype=np.intp)
     strides = [ITEM_BYTES[entry.dtype]]
     for size in reversed(entry.shape[1:]):
         strides.insert(0, strides[0] * size)

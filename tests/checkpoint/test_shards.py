@@ -1,7 +1,13 @@
 """DTensors as boxes, every rank of a mesh played in turn on a process group that says nothing."""
 
+import json
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,8 +20,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ftkit.checkpoint.box import Box
+from ftkit.checkpoint.chunks import units
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.shards import boxes_of
+from ftkit.checkpoint.memory import Sources
+from ftkit.checkpoint.shards import boxes_of, local_of
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import StateChanged, UsageError
 
@@ -92,10 +100,10 @@ def test_what_has_no_boxes_is_refused():
         partial = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
         with pytest.raises(UsageError, match=r"x/w is a DTensor with an unreduced placement"):
             boxes_of("x/w", partial)
-        odd = DTensor.from_local(torch.ones(3), mesh, [Shard(0)], run_check=False, shape=(5,),
+        odd = DTensor.from_local(torch.ones(3), mesh, [Shard(0)], run_check=False, shape=torch.Size([5]),
                                  stride=(1,))  # fmt: skip
         assert boxes_of("w", odd)[0][0] == Box((0,), (3,))
-        odd = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False, shape=(5,),
+        odd = DTensor.from_local(torch.ones(2), mesh, [Shard(0)], run_check=False, shape=torch.Size([5]),
                                  stride=(1,))  # fmt: skip
         with pytest.raises(UsageError, match=r"should hold \[3\] of it and holds \[2\]"):
             boxes_of("w", odd)
@@ -171,6 +179,83 @@ def test_several_boxes_of_a_tensor_and_an_empty_one_are_entries_of_their_own():
         assert [t.tolist() for t in state.tensors()] == [[3], [7], []]
 
 
+class Strided(nn.Module):
+    """A parameter and a buffer, each several boxes, columns of a matrix."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        full = torch.arange(60.0).view(5, 12)
+        place = [_StridedShard(1, split_factor=3)]
+        self.w = nn.Parameter(distribute_tensor(full, mesh, place, src_data_rank=None))
+        self.register_buffer("b", distribute_tensor(-full, mesh, place, src_data_rank=None))
+
+
+def take(state: ProtectedState) -> tuple[StateLayout, bytes, dict[str, Any]]:
+    """A snapshot as a capture makes it."""
+    picture = state.picture()
+    sources, data = Sources(), np.zeros(picture.layout.total_bytes, dtype=np.uint8)
+    sources.bind(picture.live)
+    for unit in units(picture.layout, 64, sources.whole):
+        sources.copy(unit, data)
+    return picture.layout, data.tobytes(), json.loads(picture.small)
+
+
+def test_several_boxes_are_captured_and_restored_in_place():
+    with rank_of(1, (2,)) as mesh:
+        net = Strided(mesh)
+        state = ProtectedState(model=net)
+        layout, data, small = take(state)
+        assert len(layout.entries) == 6
+        memory = [local_of(t) for t in (net.w, net.get_buffer("b"))]
+        before = [t.clone() for t in memory]
+        for tensor in memory:
+            tensor.detach().zero_()
+        state.load(layout, [data], small)
+        assert [local_of(t) for t in (net.w, net.get_buffer("b"))] == memory
+        assert all(map(torch.equal, memory, before))
+        assert before[0][0].tolist() == [2, 3, 6, 7, 10, 11]
+
+
+def trained_fsdp(mesh: DeviceMesh, *, steps: int = 1) -> tuple[Net, ProtectedState]:
+    net = Net()
+    fully_shard(net, mesh=mesh)
+    optimizer = torch.optim.AdamW(net.parameters())
+    for step in range(steps):
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, step + 1)
+        optimizer.step()
+    return net, ProtectedState(model=net, optimizer=optimizer)
+
+
+def test_a_fresh_optimizer_gets_sharded_moments():
+    with rank_of(1, (2,)) as mesh:
+        layout, data, small = take(trained_fsdp(mesh, steps=2)[1])
+        net, state = trained_fsdp(mesh, steps=0)
+        state.load(layout, [data], small)
+        assert take(state) == (layout, data, small)
+        moment = state.targets().tensors({"optimizer/state/model/first.weight/exp_avg":
+                                          ("float32", (8, 5))})  # fmt: skip
+        ((_, tensor),) = moment.items()
+        assert isinstance(tensor, DTensor)
+        assert tensor.placements == net.get_parameter("first.weight").placements  # type: ignore[attr-defined]
+
+
+def test_another_ranks_boxes_are_refused_untouched():
+    with rank_of(1, (2,)) as mesh:
+        layout, data, small = take(trained_fsdp(mesh)[1])
+    with rank_of(0, (2,)) as mesh:
+        _, state = trained_fsdp(mesh, steps=0)
+        before = take(state)
+        with pytest.raises(StateChanged, match=r"model/first.bias: .*load_state loads it"):
+            state.load(layout, [data], small)
+        bare = StateLayout.of_boxes(e.signature for e in layout.entries if "state" in e.name)
+        mine = StateLayout.of_boxes([e.signature for e in before[0].entries])
+        mixed = StateLayout.of_boxes([e.signature for e in (*mine.entries, *bare.entries)])
+        with pytest.raises(StateChanged, match=r"first.bias/exp_avg: the state was sharded other"):
+            state.load(mixed, [bytes(mixed.total_bytes)], small)
+        assert take(state) == before
+
+
 def test_the_optimizer_goes_by_names_and_its_moments_by_boxes():
     with rank_of(1, (2, 2)) as mesh:
         net = tp_fsdp(mesh)
@@ -230,3 +315,30 @@ def test_a_dtensor_inside_a_value_is_refused():
         tensor = distribute_tensor(torch.zeros(4), mesh, [Shard(0)], src_data_rank=None)
         with pytest.raises(UsageError, match=r"kept/a/0 is a DTensor inside a value"):
             ProtectedState(model=nn.Linear(1, 1), kept=Kept(tensor)).layout()
+
+
+PLAIN = """
+import sys, torch
+from pathlib import Path
+from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.load import load_state
+from ftkit.checkpoint.sources import SnapshotSource
+from ftkit.checkpoint.state import ProtectedState
+from tests.checkpoint.helpers import make_arena
+# No optimizer: torch's import much of torch when they are made.
+state = ProtectedState(model=torch.nn.Linear(2, 2))
+with make_arena(Path(sys.argv[1]), state.layout()) as arena:
+    with Capture(arena, state) as capture:
+        capture.begin(1, 1)
+    head = arena.head(arena.newest())
+    state.load(head.layout, arena.blocks(head), head.small)
+    load_state(state, [SnapshotSource.of_arena(arena, 1)])
+assert "torch.distributed.tensor" not in sys.modules
+"""
+
+
+@pytest.mark.multiproc
+def test_replicated_state_never_imports_what_it_does_not_need(tmp_path):
+    root = Path(__file__).parents[2]
+    code = [sys.executable, "-c", PLAIN, str(tmp_path / "arena")]
+    subprocess.run(code, cwd=root, check=True, timeout=60)
