@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,18 +20,19 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from ftkit.checkpoint.chunks import CHUNK_BYTES, scatter
+from ftkit.checkpoint.chunks import CHUNK_BYTES, WHOLE, Share, chunk_count
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.slots import (
     PAGE,
     SLOTS,
     Geometry,
     Head,
+    Pin,
     Sealed,
     choose_slot,
 )
 from ftkit.checkpoint.writer import SlotWriter
-from ftkit.core.errors import CapacityError, IntegrityError, UsageError
+from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
 SHM = Path("/dev/shm")
@@ -94,6 +95,8 @@ class Arena:
         self.path = path
         self.writable = writable
         self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        # A writer is alone: what it has sealed since is what there is.
+        self._held = list(self.slots()) if writable else []
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> "Arena":
@@ -123,11 +126,12 @@ class Arena:
 
         Args:
           path: where to; its directory decides the memory (/dev/shm) or disk used.
-          data_bytes: tensor bytes of one snapshot.
+          data_bytes: tensor bytes of the largest part of a snapshot.
           meta_bytes: bytes of layout and small state of one snapshot.
           chunk_bytes: bytes under one digest.
-          slots: snapshots held, at least 3.
-          keep: an arena whose good snapshots are carried over where they fit.
+          slots: snapshots held: 3, and one for each tier below that pins one.
+          keep: an arena of the same `chunk_bytes` whose good snapshots are carried over
+            where they fit.
 
         Raises:
           CapacityError: the file system has not enough room; nothing was written.
@@ -166,36 +170,66 @@ class Arena:
         return cls(path, writable=True)
 
     @classmethod
-    def ensure(cls, path: Path, layout: StateLayout, *, chunk_bytes: int = CHUNK_BYTES) -> "Arena":
+    def ensure(
+        cls,
+        path: Path,
+        layout: StateLayout,
+        *,
+        replicas: int = 1,
+        chunk_bytes: int = CHUNK_BYTES,
+        slots: int = SLOTS,
+    ) -> "Arena":
         """Open the arena at `path` for writing, made or made larger so that `layout` fits.
 
         Good snapshots of a smaller arena are carried over before it is replaced, so there is
-        no moment without one. A damaged arena is replaced by an empty one. Call between
-        captures: whoever has the old file mapped must open the new one.
+        no moment without one. A damaged arena is replaced by an empty one. Whoever has the old
+        file mapped must open the new one; what is captured into the old one until then is
+        in the new one no more.
+
+        Args:
+          path: where the arena lies, or is to lie.
+          layout: of the state.
+          replicas: among how many the state is shared out; the arena holds one share.
+          chunk_bytes: as `create`; an arena that is there keeps its own.
+          slots: as `create`; an arena that is there keeps its own.
 
         Raises:
           CapacityError: as `create`; the old arena is untouched.
         """
         # Layouts that grow by a name or two should not need a new file.
         meta_bytes = layout.meta_bytes + len(layout.encoded) // 4
-        need = layout.total_bytes
+        need = Share(0, replicas).bytes_max(layout.total_bytes, chunk_bytes)
         try:
             old = cls(path, writable=True)
         except (FileNotFoundError, IntegrityError):
-            return cls.create(path, data_bytes=need, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes)
-        if old.fits(layout):
+            return cls.create(
+                path,
+                data_bytes=need,
+                meta_bytes=meta_bytes,
+                chunk_bytes=chunk_bytes,
+                slots=slots,
+            )
+        if old.fits(layout, need):
             return old
         with old:
             return cls.create(
-                path, data_bytes=need, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, keep=old
+                path,
+                data_bytes=need,
+                meta_bytes=meta_bytes,
+                chunk_bytes=old.geometry.chunk_bytes,
+                slots=old.geometry.slots,
+                keep=old,
             )
 
-    def fits(self, layout: StateLayout) -> bool:
-        """Whether a snapshot of this layout has room in a slot."""
-        return (
-            layout.total_bytes <= self.geometry.data_bytes
-            and layout.meta_bytes <= self.geometry.meta_bytes
-        )
+    def fits(self, layout: StateLayout, part_bytes: int | None = None) -> bool:
+        """Whether a part of this many bytes, or all of the layout's, has room in a slot."""
+        need = layout.total_bytes if part_bytes is None else part_bytes
+        return need <= self.geometry.data_bytes and layout.meta_bytes <= self.geometry.meta_bytes
+
+    def fits_share(self, layout: StateLayout, replicas: int) -> bool:
+        """Whether any share of a state that so many replicas hold has room in a slot."""
+        share = Share(0, replicas)
+        return self.fits(layout, share.bytes_max(layout.total_bytes, self.geometry.chunk_bytes))
 
     def slots(self) -> tuple[Sealed | None, ...]:
         """What each slot's page says, by slot; None for one without a sealed page."""
@@ -230,6 +264,26 @@ class Arena:
             return sealed
         return None
 
+    def pins(self, slot: int) -> tuple[bool, ...]:
+        """Which tiers have pinned a slot, in the order of `Pin`."""
+        at = self.geometry.pin_at(slot, Pin(0))
+        return tuple(map(bool, self._map[at : at + len(Pin)]))
+
+    def pin(self, sealed: Sealed, pin: Pin, *, on: bool = True) -> bool:
+        """Keep a snapshot from being overwritten, or (`on=False`) let go of it.
+
+        For the agent and the writing process alike; the arena must be writable. A writer that
+        has just chosen the slot takes it nevertheless: readers check what they read.
+
+        Returns:
+          Whether the snapshot is there.
+        """
+        for slot, held in enumerate(self.slots()):
+            if held == sealed:
+                self._map[self.geometry.pin_at(slot, pin)] = on
+                return True
+        return False
+
     def find(self, step: Step, generation: Generation | None = None) -> Sealed:
         """The snapshot of a step, of its newest generation unless one is named.
 
@@ -259,17 +313,21 @@ class Arena:
         return Head.parse(self.head_bytes(sealed))
 
     def data(self, sealed: Sealed) -> memoryview:
-        """The snapshot's data, unchecked and read-only; it may change under the reader.
+        """The part's data, unchecked and read-only; it may change under the reader.
 
         The view must be released before `close`. IntegrityError when overwritten.
         """
         at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
         return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
 
-    def blocks(self, head: Head) -> Iterator[memoryview]:
-        """The data of a snapshot, a chunk at a time, each checked before it is handed out.
+    def blocks(self, head: Head, chunks: range | None = None) -> Iterator[memoryview]:
+        """The data of a part, a chunk at a time, each checked before it is handed out.
 
         The views are read-only and valid until `close`.
+
+        Args:
+          head: of the part.
+          chunks: which chunks, counted from the part's first (`Head.span`); None for all.
 
         Raises:
           IntegrityError: a chunk fails, or the slot was overwritten meanwhile: what was
@@ -277,56 +335,82 @@ class Arena:
         """
         data = self.data(head.sealed)
         size = head.sealed.chunk_bytes
-        for chunk in range(len(head.digests)):
+        for chunk in chunks if chunks is not None else range(len(head.digests)):
             block = data[chunk * size : (chunk + 1) * size]
             head.check(chunk, block)
             yield block
         self._slot_of(head.sealed)
 
     def verify(self, sealed: Sealed) -> None:
-        """Read the whole snapshot; IntegrityError unless every byte is what was captured."""
+        """Read the whole part; IntegrityError unless every byte is what was captured."""
         for _ in self.blocks(self.head(sealed)):
             pass
 
-    def read_into(self, step: Step, views: Sequence[memoryview]) -> Head:
-        """Copy a snapshot's tensors into memory of the caller's, in the order of its layout.
-
-        Args:
-          step: which snapshot.
-          views: one writable buffer of bytes (format "B") per entry, of the entry's size.
-
-        Raises:
-          IntegrityError: it is not here or damaged; the buffers may hold part of it.
-          ValueError: the buffers do not match the layout.
-        """
-        head = self.head(self.find(step))
-        scatter(head.layout, self.blocks(head), views)
-        return head
-
     def start(
-        self, step: Step, generation: Generation, layout: StateLayout, complete: Step | None = None
-    ) -> "SlotWriter":
+        self,
+        step: Step,
+        generation: Generation,
+        layout: StateLayout,
+        *,
+        share: Share = WHOLE,
+        layouts: int = 1,
+        complete: Step | None = None,
+        pins: Collection[Pin] = (),
+    ) -> SlotWriter:
         """Begin to overwrite the slot that can best be spared (`choose_slot`).
 
+        Args:
+          step: of the snapshot.
+          generation: in which it is captured.
+          layout: of the state.
+          share: the part to be written.
+          layouts: how many different layouts make up the job's state.
+          complete: the newest step complete on every rank; its slot is kept where possible.
+          pins: the tiers for which the new snapshot is pinned from the start.
+
         Raises:
-          CapacityError: the layout does not fit; call `ensure` first.
+          CapacityError: the part does not fit; call `ensure` first.
+          AllPinned: no slot can be spared.
         """
         if not self.writable:
             raise UsageError(f"{self.path.name} was opened read-only")
-        if not self.fits(layout):
+        size = self.geometry.chunk_bytes
+        chunks = share.chunks(chunk_count(layout.total_bytes, size))
+        return self._writer(step, generation, layout, chunks, layouts, complete, pins)
+
+    def _writer(
+        self,
+        step: Step,
+        generation: Generation,
+        layout: StateLayout,
+        chunks: range,
+        layouts: int,
+        complete: Step | None = None,
+        pins: Collection[Pin] = (),
+    ) -> SlotWriter:
+        need = min(len(chunks) * self.geometry.chunk_bytes, layout.total_bytes)
+        if not self.fits(layout, need):
             raise CapacityError(
-                f"a snapshot needs {layout.total_bytes} bytes of data and {layout.meta_bytes} of "
+                f"a snapshot needs {need} bytes of data and {layout.meta_bytes} of "
                 f"meta; {self.path.name} has {self.geometry.data_bytes} and "
                 f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
             )
+        pinned = [slot for slot in range(self.geometry.slots) if any(self.pins(slot))]
+        slot = choose_slot(self._held, complete, pinned)
+        if slot is None:
+            raise AllPinned(
+                f"{self.path.name} has no slot to spare for step {step}: {len(pinned)} of "
+                f"{self.geometry.slots} are being read by the tiers below"
+            )
+        self._held[slot] = None
+        for pin in Pin:
+            self._map[self.geometry.pin_at(slot, pin)] = pin in pins
         return SlotWriter(
-            self._bytes,
-            self.geometry,
-            choose_slot(self.slots(), complete),
-            step,
-            generation,
-            layout,
+            self._bytes, self.geometry, slot, step, generation, layout, chunks, layouts, self._seal
         )
+
+    def _seal(self, slot: int, sealed: Sealed) -> None:
+        self._held[slot] = sealed
 
     def close(self) -> None:
         """Unmap the file. Views handed out keep the memory until they are gone."""
@@ -369,17 +453,17 @@ class Arena:
         for sealed in self.snapshots():
             try:
                 head = self.head(sealed)
-                if not new.fits(head.layout):
+                part, size = sealed.part, sealed.chunk_bytes
+                if not new.fits(head.layout, sealed.data_bytes):
                     continue
-                writer = new.start(sealed.step, sealed.generation, head.layout)
-                at = 0
+                chunks = range(part.first // size, -(-part.end // size))
+                writer = new._writer(
+                    sealed.step, sealed.generation, head.layout, chunks, part.layouts
+                )
                 for chunk, block in enumerate(self.blocks(head)):
+                    at = chunk * size
                     writer.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
-                    at += len(block)
-                    if head.sealed.chunk_bytes == new.geometry.chunk_bytes:
-                        writer.table[chunk] = head.digests[chunk]
-                if head.sealed.chunk_bytes != new.geometry.chunk_bytes:
-                    writer.digest(range(len(writer.table)))
+                writer.digest(range(len(writer.table)))
                 small_at = PAGE + sealed.layout_bytes
                 writer.seal(self.head_bytes(sealed)[small_at : small_at + sealed.small_bytes])
             except IntegrityError:

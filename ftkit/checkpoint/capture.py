@@ -19,6 +19,7 @@ import atexit
 import os
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Self
@@ -27,10 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.chunks import Unit, units
+from ftkit.checkpoint.chunks import PADDING, WHOLE, Share, Unit, chunk_count, units
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.memory import Sources, fill
 from ftkit.checkpoint.ports import TraceHook
+from ftkit.checkpoint.slots import Pin
 from ftkit.checkpoint.state import Picture, ProtectedState
 from ftkit.checkpoint.writer import SlotWriter
 from ftkit.core.errors import StateChanged, UsageError
@@ -47,6 +49,7 @@ class CaptureStats:
     step: Step
     generation: Generation
     bytes: int
+    """Bytes of this rank's share."""
     begin_s: float
     """Seconds in `begin`."""
     gate_s: float
@@ -61,6 +64,19 @@ class CaptureStats:
         return self.begin_s + self.gate_s
 
 
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What a share of a layout is made of."""
+
+    layout: StateLayout
+    share: Share
+    whole: frozenset[int]
+    units: tuple[Unit, ...]
+
+    entries: range
+    """The layout's entries that have bytes in it."""
+
+
 class _Job:
     """One snapshot under way. What is below the line belongs to Capture's lock."""
 
@@ -68,12 +84,12 @@ class _Job:
         self,
         writer: SlotWriter,
         picture: Picture,
-        todo: tuple[Unit, ...],
+        todo: "_Cut",
         shadow: NDArray[np.uint8] | None,
     ) -> None:
         self.writer = writer
         self.picture = picture
-        self.units = todo
+        self.units = todo.units
         self.shadow = shadow
         """A copy made at once, to validate against; then the gate seals, not the workers."""
         # ---- under the lock ----
@@ -133,7 +149,7 @@ class Capture:
         self._trace = trace
         self._validate = validate
         self._sources = Sources()
-        self._units: tuple[tuple[StateLayout, int, frozenset[int]], tuple[Unit, ...]] | None = None
+        self._cut: _Cut | None = None
         self._begun = 0.0, 0.0
         self._pid = os.getpid()
         self._changed = threading.Condition()
@@ -152,32 +168,55 @@ class Capture:
         self.bytes = 0
         """Bytes captured in all."""
 
-    def begin(self, step: Step, generation: Generation, *, complete: Step | None = None) -> float:
-        """Start to capture the state of a committed step.
+    def begin(
+        self,
+        step: Step,
+        generation: Generation,
+        *,
+        share: Share = WHOLE,
+        layouts: int = 1,
+        complete: Step | None = None,
+        pins: Collection[Pin] = (),
+    ) -> float:
+        """Start to capture this rank's share of the state of a committed step.
 
         Blocks for the early tensors, and for a capture that was never gated.
 
         Args:
           step: the step just committed.
-          generation: the generation it was committed in.
-          complete: the newest step complete on every rank; its slot is not overwritten.
+          generation: the generation this rank is in.
+          share: its share among the replicas that hold the same state.
+          layouts: how many different layouts make up the job's state.
+          complete: the newest step complete on every rank; its slot is kept where possible.
+          pins: the tiers below that will read this snapshot.
 
         Returns:
           Seconds blocked.
 
         Raises:
           StateChanged: parameters were added, removed or moved since the layout was made.
-          CapacityError: the layout grew beyond the arena: `Arena.ensure`, then `rebind`.
+          CapacityError: the share does not fit into the arena: `Arena.ensure`, then `rebind`.
+          AllPinned: the tiers below read all that could be overwritten: skip this snapshot.
           Exception: what the capture thread failed with before, if `gate` did not say so.
         """
         start = time.monotonic()
         self.gate()
         picture = self._state.picture()
-        writer = self._arena.start(step, generation, picture.layout, complete)
-        self._sources.bind(picture.live)
-        todo = self._cut(picture.layout)
-        shadow = self._copy_now(picture.layout, todo) if self._validate else None
-        job = _Job(writer, picture, todo, shadow)
+        cut = self._cut_for(picture.layout, share)
+        writer = self._arena.start(
+            step,
+            generation,
+            picture.layout,
+            share=share,
+            layouts=layouts,
+            complete=complete,
+            pins=pins,
+        )
+        self._sources.bind(picture.live, cut.entries)
+        if self._sources.whole != cut.whole:
+            cut = self._cut_for(picture.layout, share)
+        shadow = self._copy_now(writer, cut.units) if self._validate else None
+        job = _Job(writer, picture, cut, shadow)
         spent = time.monotonic() - start
         self._begun = start, spent
         self.blocked_s += spent
@@ -345,14 +384,19 @@ class Capture:
             job.error = job.error or error
             self._changed.notify_all()
 
-    def _cut(self, layout: StateLayout) -> tuple[Unit, ...]:
-        key = layout, self._arena.geometry.chunk_bytes, self._sources.whole
-        if self._units is None or self._units[0] != key:
-            self._units = key, units(*key)
-        return self._units[1]
+    def _cut_for(self, layout: StateLayout, share: Share) -> _Cut:
+        whole, known = self._sources.whole, self._cut
+        if known is None or (known.layout, known.share, known.whole) != (layout, share, whole):
+            size = self._arena.geometry.chunk_bytes
+            chunks = share.chunks(chunk_count(layout.total_bytes, size))
+            made = units(layout, size, whole, chunks)
+            touched = [p.entry for unit in made for p in unit.pieces if p.entry != PADDING]
+            entries = range(min(touched), max(touched) + 1) if touched else range(0)
+            self._cut = known = _Cut(layout, share, whole, made, entries)
+        return known
 
-    def _copy_now(self, layout: StateLayout, todo: tuple[Unit, ...]) -> NDArray[np.uint8]:
-        data = np.empty(layout.total_bytes, dtype=np.uint8)
+    def _copy_now(self, writer: SlotWriter, todo: tuple[Unit, ...]) -> NDArray[np.uint8]:
+        data = np.empty_like(writer.data)
         self._sources.wait()
         for unit in todo:
             self._sources.copy(unit, data)
@@ -360,18 +404,19 @@ class Capture:
 
     def _compare(self, job: _Job, shadow: NDArray[np.uint8]) -> None:
         """StateChanged unless slot and live tensors still are what they were at `begin`."""
-        now = self._copy_now(job.picture.layout, job.units)
-        for entry in job.picture.layout.entries:
-            box = slice(entry.at, entry.at + entry.bytes)
-            for found, where in ((now, "live"), (job.writer.data, "captured")):
-                if not np.array_equal(shadow[box], found[box]):
-                    first = int(np.flatnonzero(shadow[box] != found[box])[0])
-                    raise StateChanged(
-                        f"{entry.name} was changed after step {job.writer.step} was committed and "
-                        f"before the next optimizer step (the {where} bytes differ from byte "
-                        f"{first} of {entry.bytes} on). Protected state may change in the "
-                        "optimizer's step only; wait for Capture.gate() before changing it"
-                    )
+        now = self._copy_now(job.writer, job.units)
+        for found, where in ((now, "live"), (job.writer.data, "captured")):
+            if np.array_equal(shadow, found):
+                continue
+            at = int(np.flatnonzero(shadow != found)[0])
+            piece = next(p for u in job.units for p in u.pieces if p.at <= at < p.at + p.count)
+            entry = job.picture.layout.entries[piece.entry]
+            raise StateChanged(
+                f"{entry.name} was changed after step {job.writer.step} was committed and "
+                f"before the next optimizer step (the {where} bytes differ from byte "
+                f"{piece.offset + at - piece.at} of {entry.bytes} on). Protected state may change "
+                "in the optimizer's step only; wait for Capture.gate() before changing it"
+            )
 
     def _count(self, job: _Job, gate_s: float) -> None:
         begun_at, begin_s = self._begun
@@ -379,7 +424,7 @@ class Capture:
         self.last = CaptureStats(
             step=job.writer.step,
             generation=job.writer.generation,
-            bytes=job.picture.layout.total_bytes,
+            bytes=job.writer.data.nbytes,
             begin_s=begin_s,
             gate_s=gate_s,
             assisted_bytes=job.assisted_bytes,

@@ -14,8 +14,32 @@ PADDING = -1
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """One replica's share of the chunks of a layout that `count` replicas hold alike."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"there is no share {self.index} of {self.count}")
+
+    def chunks(self, chunks: int) -> range:
+        """Which of so many chunks: shares differ by one chunk at most, and cover all."""
+        return range(self.index * chunks // self.count, (self.index + 1) * chunks // self.count)
+
+    def bytes_max(self, data_bytes: int, chunk_bytes: int) -> int:
+        """The most bytes that any share of this size can have."""
+        return min(data_bytes, -(-chunk_count(data_bytes, chunk_bytes) // self.count) * chunk_bytes)
+
+
+#: The only share of a state that nobody else holds.
+WHOLE = Share()
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of one entry: `count` of them from `offset`, to byte `at` of the data."""
+    """Bytes of one entry: `count` of them from `offset`, to byte `at` of the part's data."""
 
     entry: int
     offset: int
@@ -28,11 +52,13 @@ class Unit:
     """What one worker copies and then digests: usually one chunk.
 
     A `whole` entry cannot be cut (its memory is strided), so all chunks it touches are one
-    unit: otherwise one worker could digest a chunk that another is still writing.
+    unit: otherwise one worker could digest a chunk that another is still writing. Only the
+    bounds of the part cut it.
     """
 
     pieces: tuple[Piece, ...]
     chunks: range
+    """Counted from the part's first."""
 
 
 def chunk_count(data_bytes: int, chunk_bytes: int) -> int:
@@ -40,38 +66,47 @@ def chunk_count(data_bytes: int, chunk_bytes: int) -> int:
     return -(-data_bytes // chunk_bytes)
 
 
-def units(layout: StateLayout, chunk_bytes: int, whole: Collection[int] = ()) -> tuple[Unit, ...]:
-    """Cut a layout into units that together write every byte of the data exactly once.
+def units(
+    layout: StateLayout,
+    chunk_bytes: int,
+    whole: Collection[int] = (),
+    chunks: range | None = None,
+) -> tuple[Unit, ...]:
+    """Cut a part of a layout into units that together write each of its bytes exactly once.
 
     Args:
       layout: what to cut.
-      chunk_bytes: bytes of each chunk; the last may be shorter.
+      chunk_bytes: bytes of each chunk; the layout's last may be shorter.
       whole: indices of entries that must be copied in one piece.
+      chunks: the part, as chunks of the layout; None for all of it.
     """
-    count = chunk_count(layout.total_bytes, chunk_bytes)
+    if chunks is None:
+        chunks = range(chunk_count(layout.total_bytes, chunk_bytes))
+    count = len(chunks)
+    first_byte = chunks.start * chunk_bytes
+    end_byte = min(chunks.stop * chunk_bytes, layout.total_bytes)
     pieces: list[list[Piece]] = [[] for _ in range(count)]
     joined = [False] * (count + 1)  # chunk i belongs to the same unit as chunk i - 1
 
-    def cut(entry: int, at: int, size: int) -> None:
-        start = at
-        while at < start + size:
-            chunk = at // chunk_bytes
-            length = min(start + size, (chunk + 1) * chunk_bytes) - at
-            pieces[chunk].append(Piece(entry, at - start, at, length))
-            at += length
+    def cut(entry: int, at: int, size: int, *, in_one: bool = False) -> None:
+        """Bytes `at` to `at + size` of the layout come from `entry`, as far as they are here."""
+        start, end = max(at, first_byte), min(at + size, end_byte)
+        if in_one and start < end:
+            low, high = (start - first_byte) // chunk_bytes, (end - 1 - first_byte) // chunk_bytes
+            joined[low + 1 : high + 1] = [True] * (high - low)
+            pieces[low].append(Piece(entry, start - at, start - first_byte, end - start))
+            return
+        while start < end:
+            chunk = (start - first_byte) // chunk_bytes
+            length = min(end, first_byte + (chunk + 1) * chunk_bytes) - start
+            pieces[chunk].append(Piece(entry, start - at, start - first_byte, length))
+            start += length
 
     end = 0
     for index, entry in enumerate(layout.entries):
         cut(PADDING, end, entry.at - end)
         end = entry.at + entry.bytes
-        if not entry.bytes:
-            continue
-        if index in whole:
-            first, last = entry.at // chunk_bytes, (end - 1) // chunk_bytes
-            joined[first + 1 : last + 1] = [True] * (last - first)
-            pieces[first].append(Piece(index, 0, entry.at, entry.bytes))
-        else:
-            cut(index, entry.at, entry.bytes)
+        cut(index, entry.at, entry.bytes, in_one=index in whole)
     cut(PADDING, end, layout.total_bytes - end)
 
     found, first = list[Unit](), 0

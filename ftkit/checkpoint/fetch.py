@@ -9,14 +9,14 @@ from ftkit.checkpoint.serve import RANGE_BYTES_MAX
 from ftkit.checkpoint.slots import Head
 from ftkit.core.errors import IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import Generation, NodeId, Seat, Step
-from ftkit.core.inventory import Copy
+from ftkit.core.inventory import Copy, Part
 from ftkit.core.wire import authenticate, connect, receive_message, send_message
 
 HEAD_BYTES_MAX = 256 << 20
 
 
 class Remote:
-    """A connection that reads one snapshot. Use from one thread."""
+    """A connection that reads one part of a snapshot. Use from one thread."""
 
     def __init__(self, sock: socket.socket, request: dict[str, object]) -> None:
         """Take over `sock`, authenticated, and read the head; see `fetch`."""
@@ -24,21 +24,27 @@ class Remote:
         self._request = request
         self.head = Head.parse(bytes(self._ask({"op": "head"}, HEAD_BYTES_MAX)))
 
-    def blocks(self) -> Iterator[memoryview]:
+    def blocks(self, chunks: range | None = None) -> Iterator[memoryview]:
         """The data in order, a chunk at a time, each checked; valid until the next is asked for.
 
         The next range travels while this one is used: at most 32 MiB are held.
+
+        Args:
+          chunks: which chunks, counted from the part's first (`Head.span`); None for all.
 
         Raises:
           IntegrityError: a chunk is damaged, or the snapshot is no longer there.
           WireError: the server is gone, silent or mad.
         """
-        total, size = self.head.sealed.data_bytes, self.head.sealed.chunk_bytes
+        size = self.head.sealed.chunk_bytes
+        if chunks is None:
+            chunks = range(len(self.head.digests))
+        end = min(chunks.stop * size, self.head.sealed.data_bytes)
         stride = RANGE_BYTES_MAX // size * size
-        spans = [(at, min(stride, total - at)) for at in range(0, total, stride)]
+        spans = [(at, min(stride, end - at)) for at in range(chunks.start * size, end, stride)]
         if spans:
             self._request_range(*spans[0])
-        chunk = 0
+        chunk = chunks.start
         for index, (_, count) in enumerate(spans):
             data = memoryview(self._reply(count))
             if len(data) != count:
@@ -108,7 +114,7 @@ def fetch(
     *,
     timeout_s: float = 10.0,
 ) -> Remote:
-    """Open a snapshot in a remote arena. Blocks until its head has been read and checked.
+    """Open a part in a remote arena. Blocks until its head has been read and checked.
 
     Args:
       address: of an `ArenaServer`.
@@ -144,7 +150,7 @@ def fetch(
 def list_copies(
     address: tuple[str, int], secret: bytes, node: NodeId, *, timeout_s: float = 10.0
 ) -> list[Copy]:
-    """The sealed snapshots that a byte server has. Blocks.
+    """The sealed parts that a byte server has. Blocks.
 
     Args:
       address: of an `ArenaServer`.
@@ -166,6 +172,7 @@ def list_copies(
                 path=str(found["arena"]),
                 step=Step(int(found["step"])),
                 generation=Generation(int(found["generation"])),
+                part=Part.from_json(found["part"]),
             )
             for found in answer["copies"]
         ]

@@ -41,8 +41,9 @@ class Sources:
 
     def __init__(self) -> None:
         self._live: Sequence[Live] = ()
+        self._wanted = range(0)
         self._plain = False
-        self._addresses: list[int] = []
+        self._addresses: dict[int, int] = {}
         self._strided: dict[int, NDArray[Any]] = {}
         self._private: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
@@ -53,26 +54,32 @@ class Sources:
         """Indices of entries that must be copied in one piece."""
         return frozenset(self._strided)
 
-    def bind(self, live: Sequence[Live]) -> None:
+    def bind(self, live: Sequence[Live], wanted: range) -> None:
         """Point at these tensors, and copy at once what may change at once.
 
         Given the very sequence of the last call, the tensors must lie where they lay then.
 
         Blocks for the early CPU tensors (small). For CUDA tensors it only enqueues copies; the
         current stream waits on the device for the early ones.
+
+        Args:
+          live: all tensors, in the order of the layout.
+          wanted: indices of those that will be copied.
         """
-        if live is self._live and self._plain:
+        if live is self._live and wanted == self._wanted and self._plain:
             return  # the same tensors at the same addresses, and none needs a copy
         self._live = live
+        self._wanted = wanted
         self._plain = True
         self._strided = {}
-        self._addresses = []
+        self._addresses = {}
         self._arrived = None
-        on_cuda = [item for item in live if item.tensor.device.type == "cuda"]
+        on_cuda = [live[i] for i in wanted if live[i].tensor.device.type == "cuda"]
         if on_cuda:
             self._plain = False
             self._stage(on_cuda)
-        for index, item in enumerate(live):
+        for index in wanted:
+            item = live[index]
             tensor = item.tensor
             if tensor.device.type == "cuda":
                 tensor = self._private[item.key]
@@ -81,7 +88,7 @@ class Sources:
                 tensor = self._copy_early(item)
             elif not tensor.is_contiguous():
                 self._strided[index] = as_numpy(tensor)
-            self._addresses.append(tensor.data_ptr())
+            self._addresses[index] = tensor.data_ptr()
 
     def wait(self) -> None:
         """Block until everything enqueued by `bind` is in host memory. Any thread."""
@@ -89,7 +96,7 @@ class Sources:
             self._arrived.synchronize()
 
     def copy(self, unit: Unit, data: NDArray[np.uint8]) -> None:
-        """Write one unit of the snapshot's data. Any thread; releases the GIL."""
+        """Write one unit of the part's data. Any thread; releases the GIL."""
         base = int(data.ctypes.data)
         for piece in unit.pieces:
             if piece.entry == PADDING:
@@ -97,8 +104,12 @@ class Sources:
                 ctypes.memset(base + piece.at, 0, piece.count)
             elif piece.entry in self._strided:
                 source = self._strided[piece.entry]
-                target = data[piece.at : piece.at + piece.count].view(source.dtype)
-                np.copyto(target.reshape(source.shape), source)
+                target = data[piece.at : piece.at + piece.count]
+                if piece.count == source.nbytes:
+                    np.copyto(target.view(source.dtype).reshape(source.shape), source)
+                else:  # cut by the bounds of the part
+                    packed = np.ascontiguousarray(source).reshape(-1).view(np.uint8)
+                    target[:] = packed[piece.offset : piece.offset + piece.count]
             else:
                 source_at = self._addresses[piece.entry] + piece.offset
                 ctypes.memmove(base + piece.at, source_at, piece.count)

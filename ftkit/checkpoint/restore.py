@@ -1,28 +1,33 @@
-"""Restore: from an inventory to live tensors, by the nearest copy that proves whole.
+"""Restore: from an inventory to live tensors, by the nearest parts that prove whole.
 
-`plan` is pure: it orders the copies of one step, own arena first, then other arenas on this
-node, then arenas of other nodes through their agents' byte servers. `execute` tries them in
-that order, checks every byte, and treats what is damaged or unreachable as lost.
+`plan` is pure: it orders the parts of one step, own arena first, then other arenas on this
+node, then arenas of other nodes through their agents' byte servers. `cover` picks from them
+what makes up the whole layout. `execute` loads that, checks every byte, and treats what is
+damaged or unreachable as lost: the next parts in line take its place.
 """
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.fetch import fetch
+from ftkit.checkpoint.slots import Head
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, WireError
-from ftkit.core.ids import Generation, NodeId, Seat, Step
-from ftkit.core.inventory import Copy, Inventory, Tier
+from ftkit.core.ids import NodeId, Seat, Step
+from ftkit.core.inventory import Copy, Inventory, Tier, covered_layouts
 
 Address = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One copy, and how to reach it."""
+    """One part, and how to reach it."""
 
     copy: Copy
     server: Address | None = None
@@ -34,10 +39,23 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """Bytes `first` to `end` of the layout's data, from one source."""
+
+    source: Source
+    first: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RestorePlan:
-    """Which step, and from where, best first."""
+    """Which step of which layout, and from where, best first."""
 
     step: Step
+    layout: str
+    """Digest of the layout."""
+    total: int
+    """Bytes of its data."""
     sources: tuple[Source, ...]
     unreachable: tuple[Copy, ...] = ()
     """Copies of that step that no known path leads to: other tiers, nodes without a server."""
@@ -47,9 +65,8 @@ class RestorePlan:
 class Restored:
     """What `execute` did."""
 
-    source: Source
     step: Step
-    generation: Generation
+    reads: tuple[Read, ...]
     bytes: int
     seconds: float
     failures: tuple[tuple[Source, str], ...]
@@ -63,9 +80,11 @@ def plan(
     node: NodeId,
     servers: Mapping[NodeId, Address],
     step: Step | None = None,
-    seats: Collection[Seat] = (),
 ) -> RestorePlan:
-    """Order the copies a seat can restore from.
+    """Order the parts a seat can restore from.
+
+    Where a job's state is sharded, that is where it has several layouts, it is the one that
+    this seat has a part of.
 
     Args:
       inventory: the copies known.
@@ -73,25 +92,28 @@ def plan(
       node: the node it is on.
       servers: the byte server of each node that has one.
       step: the step all ranks agreed on; None for the newest complete one.
-      seats: the seats of a sharded state, as in `Inventory.newest_complete`. Then a seat can
-        only use copies of its own part; replicated state can use any.
 
     Raises:
-      IntegrityError: no snapshot is complete, or no copy of the step suits this seat.
+      IntegrityError: no snapshot is complete, or the step is not complete for this seat.
     """
     if step is None:
-        newest = inventory.newest_complete(seats)
+        newest = inventory.newest_complete()
         if newest is None:
             raise IntegrityError(
                 f"no snapshot is complete among {len(inventory.copies)} known copies"
             )
         step = newest[1]
-    suitable = [c for c in inventory.at(step) if not seats or c.seat == seat]
-    if not suitable:
+    copies = inventory.at(step)
+    layouts = covered_layouts(c.part for c in copies)
+    own = [c.part.layout for c in copies if c.seat == seat and c.part.layout in layouts]
+    if not own and len(layouts) == 1 and all(c.part.layouts == 1 for c in copies):
+        own = list(layouts)
+    if not own:
         raise IntegrityError(
-            f"no copy of step {step} is known for seat {seat}; known are steps "
-            f"{sorted({c.step for c in inventory.copies})}"
+            f"step {step} is not complete for seat {seat} among {len(copies)} parts of it; known "
+            f"are steps {sorted({c.step for c in inventory.copies})}"
         )
+    suitable = [c for c in copies if c.part.layout == own[0]]
     sources, unreachable = list[Source](), list[Copy]()
     for copy in suitable:
         local = copy.node == node
@@ -99,23 +121,61 @@ def plan(
             unreachable.append(copy)
         else:
             sources.append(Source(copy=copy, server=None if local else servers[copy.node]))
+    # Older parts of the same step may be of a history that was given up: the last resort.
+    current = inventory.complete().get(step, 0)
     sources.sort(
         key=lambda s: (
-            -s.copy.generation,
+            s.copy.generation < current,
             s.server is not None,
+            -s.copy.generation,
             s.copy.seat != seat,
             # Seats begin at different servers, so that many joiners do not queue at one.
             (s.copy.node - node) % (1 + max(c.node for c in suitable)),
             s.copy.seat,
         )
     )
-    return RestorePlan(step=step, sources=tuple(sources), unreachable=tuple(unreachable))
+    return RestorePlan(
+        step=step,
+        layout=own[0],
+        total=suitable[0].part.total,
+        sources=tuple(sources),
+        unreachable=tuple(unreachable),
+    )
+
+
+def cover(sources: Sequence[Source], total: int) -> tuple[Read, ...]:
+    """What to read from where, so that bytes 0 to `total` are read once, in order; pure.
+
+    Args:
+      sources: best first; each gives what no better one has.
+      total: bytes of the layout's data.
+
+    Raises:
+      IntegrityError: some bytes are in no source.
+    """
+    reads = list[Read]()
+    missing = [(0, total)] if total else []
+    for source in sources:
+        part, left = source.copy.part, list[tuple[int, int]]()
+        for first, end in missing:
+            low, high = max(first, part.first), min(end, part.end)
+            if low >= high:
+                left.append((first, end))
+                continue
+            reads.append(Read(source=source, first=low, end=high))
+            left += [(a, b) for a, b in ((first, low), (high, end)) if a < b]
+        missing = left
+    if missing:
+        raise IntegrityError(f"bytes {missing} of {total} are in none of {len(sources)} parts")
+    if not reads and sources:
+        return (Read(source=sources[0], first=0, end=0),)
+    return tuple(sorted(reads, key=lambda r: r.first))
 
 
 def execute(
     plan: RestorePlan, state: ProtectedState, *, secret: bytes = b"", timeout_s: float = 10.0
 ) -> Restored:
-    """Load the first source of the plan that is whole. Blocks.
+    """Load the best sources of the plan that are whole. Blocks.
 
     Args:
       plan: where from.
@@ -124,47 +184,98 @@ def execute(
       timeout_s: the longest silence of a byte server.
 
     Raises:
-      IntegrityError: no source was whole; the message says what was wrong with each. The state
-        may be partly loaded and must not be trained on.
+      IntegrityError: what is whole does not make up the snapshot; the message says what was
+        wrong with each source. The state may be partly loaded and must not be trained on.
       StateChanged: the snapshot is of another model. The state is unchanged.
     """
+    start, left = time.monotonic(), list(plan.sources)
     failures = list[tuple[Source, str]]()
-    for source in plan.sources:
-        start = time.monotonic()
+    while True:
         try:
-            moved = _load(source, state, secret, timeout_s)
-        except (IntegrityError, WireError, OSError) as error:
-            failures.append((source, str(error)))
+            reads = cover(left, plan.total)
+            if not reads:
+                raise IntegrityError("there is none to read")
+        except IntegrityError as error:
+            tried = "".join(f"; {source}: {why}" for source, why in failures)
+            raise IntegrityError(
+                f"step {plan.step} cannot be restored from any of {len(plan.sources)} copies: "
+                f"{error}{tried}. {len(plan.unreachable)} more are out of reach. Choose an older "
+                "step"
+            ) from error
+        try:
+            _load(plan, reads, state, secret, timeout_s)
+        except _Unusable as error:
+            failures.append((error.source, str(error)))
+            left.remove(error.source)
             continue
         return Restored(
-            source=source,
             step=plan.step,
-            generation=source.copy.generation,
-            bytes=moved,
+            reads=reads,
+            bytes=plan.total,
             seconds=time.monotonic() - start,
             failures=tuple(failures),
         )
-    tried = "; ".join(f"{source}: {why}" for source, why in failures) or "there was none to try"
-    raise IntegrityError(
-        f"step {plan.step} cannot be restored from any of {len(plan.sources)} copies ({tried}). "
-        f"{len(plan.unreachable)} more are out of reach. Choose an older step"
-    )
 
 
-def _load(source: Source, state: ProtectedState, secret: bytes, timeout_s: float) -> int:
-    copy = source.copy
+class _Unusable(Exception):
+    """One source is damaged or cannot be reached."""
+
+    def __init__(self, source: Source, error: Exception) -> None:
+        super().__init__(str(error))
+        self.source = source
+
+
+def _load(
+    plan: RestorePlan,
+    reads: Sequence[Read],
+    state: ProtectedState,
+    secret: bytes,
+    timeout_s: float,
+) -> None:
+    with ExitStack() as opened:
+
+        def open_part(read: Read) -> _Part:
+            with _unusable(read.source):
+                part = _open(read.source, secret, timeout_s, opened)
+                if part.head.layout.digest != plan.layout:
+                    raise IntegrityError(
+                        f"its layout is {part.head.layout.digest}, not {plan.layout}"
+                    )
+                return part
+
+        def blocks(first: _Part) -> Iterator[memoryview]:
+            for read in reads:
+                part = first if read is reads[0] else open_part(read)
+                with _unusable(read.source):
+                    yield from part.blocks(part.head.span(read.first, read.end))
+
+        first = open_part(reads[0])
+        state.load(first.head.layout, blocks(first), first.head.small)
+
+
+@contextmanager
+def _unusable(source: Source) -> Iterator[None]:
+    """What goes wrong in here is the source's fault."""
+    try:
+        yield
+    except (IntegrityError, WireError, OSError) as error:
+        raise _Unusable(source, error) from error
+
+
+class _Part(NamedTuple):
+    """A part that is open for reading, here or on another node."""
+
+    head: Head
+    blocks: Callable[[range], Iterator[memoryview]]
+
+
+def _open(source: Source, secret: bytes, timeout_s: float, opened: ExitStack) -> _Part:
+    copy, path = source.copy, Path(source.copy.path)
     if source.server is None:
-        with Arena.open(Path(copy.path)) as arena:
-            head = arena.head(arena.find(copy.step, copy.generation))
-            state.load(head.layout, arena.blocks(head), head.small)
-            return head.layout.total_bytes
-    with fetch(
-        source.server,
-        secret,
-        Path(copy.path).name,
-        copy.step,
-        copy.generation,
-        timeout_s=timeout_s,
-    ) as remote:
-        state.load(remote.head.layout, remote.blocks(), remote.head.small)
-        return remote.head.layout.total_bytes
+        arena = opened.enter_context(Arena.open(path))
+        head = arena.head(arena.find(copy.step, copy.generation))
+        return _Part(head, partial(arena.blocks, head))
+    remote = opened.enter_context(
+        fetch(source.server, secret, path.name, copy.step, copy.generation, timeout_s=timeout_s)
+    )
+    return _Part(remote.head, remote.blocks)

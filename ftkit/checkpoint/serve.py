@@ -15,17 +15,17 @@ file name of this job's arenas and nothing else; links are not followed.
 
 import contextlib
 import logging
-import re
 import socket
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.checkpoint.arena import Arena
+from ftkit.checkpoint.copies import arena_name, local_copies
 from ftkit.checkpoint.slots import Sealed
 from ftkit.core.errors import IntegrityError, ProtocolError, WireError
-from ftkit.core.ids import Generation, JobId, Seat, Step
+from ftkit.core.ids import Generation, JobId, NodeId, Step
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
 
 logger = logging.getLogger(__name__)
@@ -62,8 +62,8 @@ class ArenaServer:
           OSError: the address cannot be bound.
         """
         self._directory = directory
-        stem = arena_path(job, Seat(0), directory).name.removesuffix("0.arena")
-        self._name = re.compile(re.escape(stem) + r"(\d+)\.arena")
+        self._job = job
+        self._name = arena_name(job)
         self._secret = secret
         self._idle_s = idle_s
         self._lock = threading.Lock()
@@ -149,27 +149,16 @@ class ArenaServer:
             send_message(sock, {"error": str(error), "lost": False})
 
     def _list(self) -> list[dict[str, object]]:
-        found = list[dict[str, object]]()
-        for path in sorted(self._directory.iterdir()):
-            match = self._name.fullmatch(path.name)
-            if match is None:
-                continue
-            try:
-                with Arena.open(path) as arena:
-                    snapshots = arena.snapshots()
-            except (OSError, IntegrityError):
-                # It was replaced or removed this instant, or is damaged: it has nothing to give.
-                continue
-            found += (
-                {
-                    "arena": path.name,
-                    "seat": int(match[1]),
-                    "step": s.step,
-                    "generation": s.generation,
-                }
-                for s in snapshots
-            )
-        return found
+        return [
+            {
+                "arena": Path(copy.path).name,
+                "seat": copy.seat,
+                "step": copy.step,
+                "generation": copy.generation,
+                "part": copy.part.to_json(),
+            }
+            for copy in local_copies(self._job, self._directory, NodeId(0))
+        ]
 
     def _send(self, sock: socket.socket, request: dict[str, Any]) -> None:
         name = request.get("arena")

@@ -2,20 +2,24 @@
 
 ::
 
-    file page | slot 0                                      | slot 1 | slot 2
-              | page | layout, small | digests | data       |
+    file page | pins | slot 0                                      | slot 1 | slot 2 ...
+                     | page | layout, small | digests | data       |
 
 Every page ends with the xxh3_64 of all that precedes it, the slot's page holds the digests of
 the layout and small state and of the digest table, and the table holds one digest for each
 chunk of data: whoever trusts the page can check the rest. All numbers are little-endian.
+The data is one part of a snapshot: whole chunks of its layout, from `first_byte` on.
 
-Write order: page "writing", meta, data and digests in any order, page "sealed" last. A
-process killed between any two stores leaves "writing" or a page whose own digest fails.
+The page of pins has one byte a slot and tier (`Pin`), not 0 while that tier reads the slot; it
+has no digest. A pin keeps a slot from being chosen, no more: whoever reads still checks.
+
+Write order: the page is zeroed, then meta, data and digests in any order, and the page last. A
+process killed between any two stores leaves zeros or a page whose own digest fails: no snapshot.
 """
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
@@ -28,22 +32,25 @@ from ftkit.checkpoint.chunks import chunk_count
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.core.errors import IntegrityError, ProtocolError
 from ftkit.core.ids import Generation, Step
+from ftkit.core.inventory import Part
 
 PAGE = 4096
 SLOTS = 3
 CHUNK_BYTES_MAX = 16 << 20
-_FILE_MAGIC = b"ftarena1"
-_SLOT_MAGIC = b"ftslot_1"
+_FILE_MAGIC = b"ftarena2"
+_SLOT_MAGIC = b"ftslot_2"
 _FILE = struct.Struct("<8sQQQQ")
-_SLOT = struct.Struct("<8sQqqQQQQQQ")
+_SLOT = struct.Struct("<8sqqQQQQQQQQQQ")
 _DIGEST = struct.Struct("<Q")
 
 
-class SlotState(IntEnum):
-    """What a slot's page says. A page of zeros is a slot never written."""
+class Pin(IntEnum):
+    """Who keeps a slot from being overwritten."""
 
-    WRITING = 1
-    SEALED = 2
+    PARITY = 0
+    """Its parity is being made, or is the newest there is."""
+    PERSIST = 1
+    """It is on its way to disk."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +67,7 @@ class Geometry:
             raise ValueError(f"sizes may not be negative: {self}")
         if not 0 < self.chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(f"chunks are 1 to {CHUNK_BYTES_MAX} bytes, not {self.chunk_bytes}")
-        if self.slots < SLOTS:
+        if not SLOTS <= self.slots <= PAGE // len(Pin):
             # Ranks differ by a step when a fault strikes: one slot being written, one sealed,
             # one that may be the last complete everywhere.
             raise ValueError(f"an arena has at least {SLOTS} slots, not {self.slots}")
@@ -81,11 +88,15 @@ class Geometry:
 
     @property
     def file_bytes(self) -> int:
-        return PAGE + self.slots * self.slot_bytes
+        return 2 * PAGE + self.slots * self.slot_bytes
 
     def slot_at(self, slot: int) -> int:
         """Offset of a slot in the file."""
-        return PAGE + slot * self.slot_bytes
+        return 2 * PAGE + slot * self.slot_bytes
+
+    def pin_at(self, slot: int, pin: Pin) -> int:
+        """Offset of a slot's pin in the file."""
+        return PAGE + slot * len(Pin) + pin
 
     def to_page(self) -> bytes:
         return _page(
@@ -112,13 +123,20 @@ class Geometry:
 class Sealed:
     """What the page of a sealed slot says."""
 
-    state: SlotState = SlotState.SEALED
     generation: Generation
     step: Step
     layout_bytes: int = 0
     small_bytes: int = 0
     data_bytes: int = 0
+    """Bytes of tensor data in this slot: the part."""
     chunk_bytes: int = 1
+    first_byte: int = 0
+    """Where the part begins in the data of the layout, a multiple of `chunk_bytes`."""
+    total_bytes: int = 0
+    """Bytes of data of the whole layout."""
+    layout_digest: int = 0
+    layouts: int = 1
+    """How many different layouts make up the job's state."""
     meta_digest: int = 0
     """Of the layout's and the small state's bytes, one after the other."""
     table_digest: int = 0
@@ -128,6 +146,17 @@ class Sealed:
     def version(self) -> tuple[Generation, Step]:
         """Its place in the order of snapshots: a newer generation wins over a higher step."""
         return self.generation, self.step
+
+    @property
+    def part(self) -> Part:
+        """Which part of the snapshot it is."""
+        return Part(
+            layout=f"{self.layout_digest:016x}",
+            first=self.first_byte,
+            end=self.first_byte + self.data_bytes,
+            total=self.total_bytes,
+            layouts=self.layouts,
+        )
 
     @property
     def table_bytes(self) -> int:
@@ -142,13 +171,16 @@ class Sealed:
         return _page(
             _SLOT.pack(
                 _SLOT_MAGIC,
-                self.state,
                 self.generation,
                 self.step,
                 self.layout_bytes,
                 self.small_bytes,
                 self.data_bytes,
                 self.chunk_bytes,
+                self.first_byte,
+                self.total_bytes,
+                self.layout_digest,
+                self.layouts,
                 self.meta_digest,
                 self.table_digest,
             )
@@ -156,13 +188,12 @@ class Sealed:
 
     @classmethod
     def from_page(cls, page: bytes) -> "Sealed | None":
-        """What a sealed page says; None when it is empty, being written, or torn."""
+        """What a page says; None when it is empty, its slot being written, or torn."""
         if not _whole(page):
             return None
-        magic, state, generation, step, layout, small, data, chunk, meta, table = _SLOT.unpack_from(
-            page
-        )
-        if magic != _SLOT_MAGIC or state != SlotState.SEALED or not 0 < chunk <= CHUNK_BYTES_MAX:
+        magic, generation, step, *rest = _SLOT.unpack_from(page)
+        layout, small, data, chunk, first, total, digest, layouts, meta, table = rest
+        if magic != _SLOT_MAGIC or not 0 < chunk <= CHUNK_BYTES_MAX:
             return None
         return cls(
             generation=generation,
@@ -171,6 +202,10 @@ class Sealed:
             small_bytes=small,
             data_bytes=data,
             chunk_bytes=chunk,
+            first_byte=first,
+            total_bytes=total,
+            layout_digest=digest,
+            layouts=layouts,
             meta_digest=meta,
             table_digest=table,
         )
@@ -184,7 +219,27 @@ class Head:
     layout: StateLayout
     small: dict[str, Any]
     digests: NDArray[np.uint64]
-    """One per chunk, shape (chunks,)."""
+    """One per chunk of the part, shape (chunks,)."""
+
+    @property
+    def first_chunk(self) -> int:
+        """The part's first chunk, as a chunk of the layout."""
+        return self.sealed.first_byte // self.sealed.chunk_bytes
+
+    def span(self, first: int, end: int) -> range:
+        """The chunks, counted from the part's first, of bytes `first` to `end` of the layout.
+
+        Raises:
+          IntegrityError: they are not whole chunks of this part.
+        """
+        part, size = self.sealed.part, self.sealed.chunk_bytes
+        aligned = first % size == 0 and (end % size == 0 or end == part.total)
+        if not aligned or not part.first <= first <= end <= part.end:
+            raise IntegrityError(
+                f"bytes {first} to {end} of step {self.sealed.step} are not whole chunks of the "
+                f"part that is here: bytes {part.first} to {part.end} in chunks of {size}"
+            )
+        return range((first - part.first) // size, -(-(end - part.first) // size))
 
     @classmethod
     def parse(cls, data: bytes) -> "Head":
@@ -214,11 +269,18 @@ class Head:
             small = json.loads(data[small_at:table_at])
         except (ProtocolError, ValueError) as error:
             raise IntegrityError(f"step {sealed.step} was sealed with nonsense: {error}") from error
-        if layout.total_bytes != sealed.data_bytes or not isinstance(small, dict):
+        part = sealed.part
+        if (part.total, part.layout) != (
+            layout.total_bytes,
+            layout.digest,
+        ) or part.end > part.total:
             raise IntegrityError(
-                f"step {sealed.step} has {sealed.data_bytes} bytes of data, its layout "
-                f"{layout.total_bytes}"
+                f"step {sealed.step} is said to hold bytes {part.first} to {part.end} of "
+                f"{part.total} of layout {part.layout}; its layout is {layout.digest} of "
+                f"{layout.total_bytes} bytes"
             )
+        if not isinstance(small, dict):
+            raise IntegrityError(f"the small state of step {sealed.step} is no mapping")
         return cls(
             sealed=sealed,
             layout=layout,
@@ -227,7 +289,7 @@ class Head:
         )
 
     def check(self, chunk: int, data: memoryview) -> None:
-        """Raise IntegrityError unless `data` is what was captured as this chunk."""
+        """Raise IntegrityError unless `data` is what was captured as this chunk of the part."""
         found = xxhash.xxh3_64_intdigest(data)
         if found != int(self.digests[chunk]):
             raise IntegrityError(
@@ -236,30 +298,28 @@ class Head:
             )
 
 
-def choose_slot(slots: Sequence[Sealed | None], complete: Step | None = None) -> int:
-    """The slot to overwrite next.
+def choose_slot(
+    slots: Sequence[Sealed | None], complete: Step | None = None, pinned: Collection[int] = ()
+) -> int | None:
+    """The slot to overwrite next, or None when none can be spared; pure.
 
     Args:
       slots: what each slot holds; None for one that is empty, torn or half written.
-      complete: the newest step known to be complete on every rank. It is kept, for it may be
-        the one all ranks return to.
+      complete: the newest step known to be complete on every rank. It is kept where possible,
+        for it may be the one all ranks return to.
+      pinned: slots that a tier below reads.
 
     Returns:
-      A slot without a snapshot if there is one, else the oldest that is neither the newest
-      nor `complete`.
+      A slot without a snapshot if there is one, else the oldest that is neither the newest,
+      nor pinned, nor, unless only such are left, `complete`.
     """
-    held = list[tuple[tuple[Generation, Step], int]]()
     for slot, sealed in enumerate(slots):
         if sealed is None:
             return slot
-        held.append((sealed.version, slot))
-    held.sort()
-    *older, _newest = held
-    for (_, step), slot in older:
-        if step != complete:
-            return slot
-    # Only copies of `complete` itself, from two generations, can be left: keep the newer one.
-    return older[0][1]
+    held = sorted((s.version, slot) for slot, s in enumerate(slots) if s is not None)
+    older = [(step, slot) for (_, step), slot in held[:-1] if slot not in pinned]
+    spare = [slot for step, slot in older if step != complete] or [slot for _, slot in older]
+    return spare[0] if spare else None
 
 
 def _paged(count: int) -> int:

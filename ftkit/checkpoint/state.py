@@ -109,6 +109,7 @@ class ProtectedState:
         self._lazy: tuple[Live, ...] = ()
         self._lazy_signatures: list[TensorBox] = []
         self._early: list[Live] = []
+        self._fixed: tuple[StateLayout, tuple[Live, ...]] | None = None
 
     def layout(self) -> StateLayout:
         """Accept the state as it is now, and say how it is laid out.
@@ -132,6 +133,8 @@ class ProtectedState:
             self._walk()
         loose = dict[str, torch.Tensor]()
         small = json.dumps(self._small(loose, unchanged), separators=(",", ":")).encode()
+        if unchanged and not loose and self._fixed is not None:
+            return Picture(*self._fixed, small)
         # What must be captured at once is kept together at the end.
         early = self._early + [
             item for name, tensor in loose.items() for item in _inner(name, tensor)
@@ -143,6 +146,7 @@ class ProtectedState:
         if self._layout is None or signatures != self._signatures:
             self._layout = StateLayout.of_boxes(signatures, small_bytes=self._small_bytes)
             self._signatures = signatures
+        self._fixed = None if loose else (self._layout, live)
         return Picture(self._layout, live, small)
 
     def tensors(self) -> list[torch.Tensor]:
@@ -313,5 +317,6 @@ def _numbered(name: str, value: object) -> dict[str, object]:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor as bytes, writable, no copy."""
-    flat = tensor.detach().reshape(-1)
+    # Not reshape(-1): a single element may have any stride and still be contiguous.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())

@@ -37,17 +37,18 @@ class Watch:
         self._identities = list(map(id, self._contents))
         self._tensors = tensors
         self._addresses = [t.data_ptr() for t in tensors]
-        self._sizes = [t.size() for t in tensors]
         # A DTensor may get another local tensor and stay the same object (FSDP2 does that).
         self._sharded: list[Any] = [t for t in self._contents if is_dtensor(t)]
         self._shard_addresses = [local_of(t).data_ptr() for t in self._sharded]
 
     def holds(self) -> bool:
-        """Whether nothing was added, removed, replaced, moved or resized since."""
+        """Whether nothing was added, removed, replaced or moved since.
+
+        Sizes are not looked at, which would cost as much again: a tensor that grows moves.
+        """
         return (
             list(map(id, self._found())) == self._identities
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
-            and list(map(torch.Tensor.size, self._tensors)) == self._sizes
             and [t._local_tensor.data_ptr() for t in self._sharded] == self._shard_addresses
         )
 

@@ -1,17 +1,20 @@
-"""SlotWriter: one slot of an arena on its way from "writing" to "sealed"."""
+"""SlotWriter: one slot of an arena while it is written."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import PAGE, Geometry, Sealed, SlotState
+from ftkit.checkpoint.slots import PAGE, Geometry, Sealed
 from ftkit.core.errors import CapacityError
 from ftkit.core.ids import Generation, Step
 
 
 class SlotWriter:
-    """One slot between "writing" and "sealed". Parts may be written by several threads."""
+    """One slot until it is sealed. Parts of it may be written by several threads."""
 
     def __init__(
         self,
@@ -21,32 +24,53 @@ class SlotWriter:
         step: Step,
         generation: Generation,
         layout: StateLayout,
+        chunks: range,
+        layouts: int,
+        sealed: Callable[[int, Sealed], None],
     ) -> None:
-        """Mark the slot as being written: from here on its old snapshot is gone."""
+        """From here on the old snapshot of the slot is gone.
+
+        Args:
+          file: the arena.
+          geometry: the arena's.
+          slot: which slot.
+          step: of the snapshot.
+          generation: in which it is captured.
+          layout: of the state.
+          chunks: the part, as chunks of the layout.
+          layouts: how many different layouts make up the job's state.
+          sealed: told the slot and its page once it is sealed.
+        """
         at = geometry.slot_at(slot)
         self._page = file[at : at + PAGE]
         self._meta = file[at + PAGE : at + PAGE + geometry.meta_bytes]
         self._chunk_bytes = geometry.chunk_bytes
         self._layout = layout
+        self._tell = sealed
+        first = chunks.start * geometry.chunk_bytes
+        end = min(chunks.stop * geometry.chunk_bytes, layout.total_bytes)
         self._sealed = Sealed(
-            state=SlotState.WRITING,
             generation=generation,
             step=step,
-            data_bytes=layout.total_bytes,
+            data_bytes=end - first,
             chunk_bytes=geometry.chunk_bytes,
+            first_byte=first,
+            total_bytes=layout.total_bytes,
+            layout_digest=int(layout.digest, 16),
+            layouts=layouts,
         )
-        self._put_page(self._sealed)
+        self._page[:] = 0
         self.slot = slot
         self.step = step
         self.generation = generation
-        self.data = file[at + geometry.data_at : at + geometry.data_at + layout.total_bytes]
-        """uint8, shape (total bytes,): where the tensors go. Shared memory."""
+        self.data = file[at + geometry.data_at : at + geometry.data_at + end - first]
+        """uint8, shape (bytes of the part,): where the tensors go. Shared memory."""
         table_at = at + geometry.table_at
         self.table = file[table_at : table_at + self._sealed.table_bytes].view("<u8")
-        """uint64, shape (chunks,): the digests. Shared memory."""
+        """uint64, shape (chunks of the part,): the digests. Shared memory."""
 
     def digest(self, chunks: range) -> None:
-        """Enter the digests of these chunks, whose data is complete."""
+        """Enter the digests of these chunks of the part, whose data is complete."""
         for chunk in chunks:
             at = chunk * self._chunk_bytes
             self.table[chunk] = xxhash.xxh3_64_intdigest(
@@ -66,18 +90,13 @@ class SlotWriter:
             )
         meta = self._layout.encoded + small
         self._meta[: len(meta)] = np.frombuffer(meta, dtype=np.uint8)
-        sealed = Sealed(
-            generation=self._sealed.generation,
-            step=self._sealed.step,
+        sealed = replace(
+            self._sealed,
             layout_bytes=len(self._layout.encoded),
             small_bytes=len(small),
-            data_bytes=self._sealed.data_bytes,
-            chunk_bytes=self._sealed.chunk_bytes,
             meta_digest=xxhash.xxh3_64_intdigest(meta),
             table_digest=xxhash.xxh3_64_intdigest(self.table.data),
         )
-        self._put_page(sealed)
-        return sealed
-
-    def _put_page(self, sealed: Sealed) -> None:
         self._page[:] = np.frombuffer(sealed.to_page(), dtype=np.uint8)
+        self._tell(self.slot, sealed)
+        return sealed

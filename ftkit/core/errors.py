@@ -63,6 +63,10 @@ class CapacityError(FtkitError):
     """Not enough room; the message says how much is needed and how much there is."""
 
 
+class AllPinned(CapacityError):
+    """Every slot of an arena that could be spared is being read by a tier below."""
+
+
 class IntegrityError(FtkitError):
     """Stored bytes do not match their checksum."""
 

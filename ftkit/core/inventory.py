@@ -1,10 +1,13 @@
-"""Inventory: which copy of which snapshot lives where.
+"""Inventory: which copy of which part of which snapshot lives where.
 
-Detection and checkpoint report copies, recovery chooses a step from them, and restore turns
-the choice into bytes. It is a plain value, so a choice can be replayed from its JSON.
+Ranks with the same layout hold the same state, and each captures a part of it: a range of
+bytes of the layout's data. A snapshot is complete where the parts of every layout of the
+job cover that layout. Checkpoint reports copies, recovery chooses a step from them, and
+restore turns the choice into bytes. All are plain values, so a choice can be replayed from
+its JSON.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -22,18 +25,49 @@ class Tier(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A range of bytes of the data of one layout."""
+
+    layout: str
+    """Digest of the layout: equal for ranks that hold the same state (replicas)."""
+    first: int
+    """Its first byte in the layout's data."""
+    end: int
+    """The byte after its last."""
+    total: int
+    """Bytes of the layout's data."""
+    layouts: int = 1
+    """How many different layouts make up the job's state; 1 when it is replicated."""
+
+    def to_json(self) -> list[object]:
+        return [self.layout, self.first, self.end, self.total, self.layouts]
+
+    @classmethod
+    def from_json(cls, value: object) -> "Part":
+        """Read what `to_json` wrote. Raises ProtocolError on anything else."""
+        if not isinstance(value, list) or [type(v) for v in value] != [str, int, int, int, int]:
+            raise ProtocolError(f"not a part of a snapshot: {value!r}")
+        layout, first, end, total, layouts = value
+        part = cls(layout=layout, first=first, end=end, total=total, layouts=layouts)
+        if not 0 <= part.first <= part.end <= part.total or part.layouts < 1:
+            raise ProtocolError(f"part of a snapshot makes no sense: {value!r}")
+        return part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """One sealed copy of one seat's part of a snapshot."""
+    """One sealed copy of one part of a snapshot."""
 
     seat: Seat
-    """The seat whose state it is."""
+    """The seat that captured it."""
     node: NodeId
     """The node that holds the bytes."""
     path: str
     """Where on that node: for an arena, the path of its file."""
     step: Step
     generation: Generation
-    """The generation in which the step was committed."""
+    """The generation in which it was captured."""
+    part: Part
     tier: Tier = Tier.ARENA
 
     def to_json(self) -> dict[str, object]:
@@ -43,6 +77,7 @@ class Copy:
             "path": self.path,
             "step": self.step,
             "generation": self.generation,
+            "part": self.part.to_json(),
             "tier": self.tier.value,
         }
 
@@ -58,6 +93,7 @@ class Copy:
                 path=str(value["path"]),
                 step=Step(int(value["step"])),
                 generation=Generation(int(value["generation"])),
+                part=Part.from_json(value["part"]),
                 tier=Tier(value["tier"]),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -70,33 +106,30 @@ class Inventory:
 
     copies: tuple[Copy, ...] = ()
 
-    def newest_complete(self, seats: Collection[Seat] = ()) -> tuple[Generation, Step] | None:
+    def complete(self) -> dict[Step, Generation]:
+        """The steps that can be restored whole, each with the generation it counts for.
+
+        That is the newest one whose parts, together with those of newer generations, cover
+        every layout: a step whose parts were captured in two generations (a vote that was cut
+        in half and rolled forward) counts for the older of the two.
+        """
+        found: dict[Step, Generation] = {}
+        for step in {c.step for c in self.copies}:
+            copies = self.at(step)
+            for generation in sorted({c.generation for c in copies}, reverse=True):
+                parts = [c.part for c in copies if c.generation >= generation]
+                if len(covered_layouts(parts)) >= max(p.layouts for p in parts):
+                    found[step] = generation
+                    break
+        return found
+
+    def newest_complete(self) -> tuple[Generation, Step] | None:
         """The newest snapshot from which training can go on, or None when there is none.
 
-        Args:
-          seats: the seats whose parts are all needed, when state is sharded. Empty when it
-            is replicated: then any single copy is a whole snapshot.
-
         Newest is by generation first: after a roll back, an old step with a higher number may
-        still lie in some arena, and it belongs to a history that was given up. A step whose
-        parts were committed in two generations (a vote that was cut in half and rolled
-        forward) counts as the older of the two.
+        still lie in some arena, and it belongs to a history that was given up.
         """
-        if not seats:
-            return max(((c.generation, c.step) for c in self.copies), default=None)
-        best: dict[Step, dict[Seat, Generation]] = {}
-        for copy in self.copies:
-            parts = best.setdefault(copy.step, {})
-            parts[copy.seat] = max(parts.get(copy.seat, copy.generation), copy.generation)
-        needed = set(seats)
-        return max(
-            (
-                (min(parts[seat] for seat in needed), step)
-                for step, parts in best.items()
-                if needed <= parts.keys()
-            ),
-            default=None,
-        )
+        return max(((g, step) for step, g in self.complete().items()), default=None)
 
     def at(self, step: Step) -> tuple[Copy, ...]:
         """The copies of one step, from the newest generation to the oldest."""
@@ -116,3 +149,15 @@ class Inventory:
         if not isinstance(value, Mapping) or not isinstance(value.get("copies"), list):
             raise ProtocolError(f"not an inventory: {value!r}")
         return cls(copies=tuple(Copy.from_json(c) for c in value["copies"]))
+
+
+def covered_layouts(parts: Iterable[Part]) -> set[str]:
+    """The layouts of which these parts together hold every byte; pure."""
+    found, ends = set[str](), dict[str, int]()
+    for part in sorted(parts, key=lambda p: (p.layout, p.first)):
+        end = ends.get(part.layout, 0)
+        if part.first <= end:
+            ends[part.layout] = end = max(end, part.end)
+        if end >= part.total:
+            found.add(part.layout)
+    return found

@@ -294,18 +294,21 @@ class Agent:
                     )
                     self._spawn_missing()
                 case "arena":
-                    self._make_arena(member, facts.seat, message["layout"])
+                    self._make_arena(
+                        member, facts.seat, message["layout"], int(message["replicas"])
+                    )
                 case other:
                     logger.warning("member %s sent an unknown message %r", member, other)
         except (KeyError, TypeError, ValueError) as error:
             logger.warning("member %s sent a malformed message: %s", member, error)
 
-    def _make_arena(self, member: MemberId, seat: Seat, layout: object) -> None:
+    def _make_arena(self, member: MemberId, seat: Seat, layout: object, replicas: int) -> None:
         """Allocating gigabytes takes a while: do it aside, answer when it is there."""
 
         def make() -> None:
             try:
-                answer: dict[str, object] = {"path": str(self._arenas.ensure(seat, layout))}
+                path = self._arenas.ensure(seat, layout, replicas)
+                answer: dict[str, object] = {"path": str(path)}
             except (FtkitError, OSError) as error:
                 answer = {"error": str(error)}
             line = self._lines.get(member)
@@ -425,7 +428,7 @@ class Agent:
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
                 ],
-                "snapshots": self._arenas.sealed_steps(),
+                "copies": self._arenas.copies(),
                 "rows": rows,
                 "store": [host, port],
                 "plan": self._plan.to_json(),

@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 
 from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, NodeId, Seat
@@ -41,30 +42,29 @@ class Arenas:
         part.write_text(_identity(psutil.Process()))
         part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
+        self._node = node
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
 
-    def ensure(self, seat: Seat, layout: object) -> Path:
-        """The seat's arena, with room for `layout` (`StateLayout.to_json`). Slow: allocates.
+    def ensure(self, seat: Seat, layout: object, replicas: int) -> Path:
+        """The seat's arena, with room for a share of the state. Slow: allocates.
+
+        Args:
+          seat: whose.
+          layout: of the state (`StateLayout.to_json`).
+          replicas: among how many it is shared out.
 
         Raises:
           CapacityError: there is not enough shared memory; says how much is needed.
           ProtocolError: `layout` is not one.
         """
         path = arena_path(self._job, seat, self.directory)
-        Arena.ensure(path, StateLayout.from_json(layout)).close()
+        Arena.ensure(path, StateLayout.from_json(layout), replicas=replicas).close()
         return path
 
-    def sealed_steps(self) -> list[list[int]]:
-        """[seat, step, generation] of every sealed snapshot on this node."""
-        found: list[list[int]] = []
-        for path in sorted(self.directory.glob("*.arena")):
-            try:
-                with Arena.open(path) as arena:
-                    found += [[seat_of(path), s.step, s.generation] for s in arena.snapshots()]
-            except (FtkitError, OSError):
-                continue  # being made, or damaged: it holds nothing that counts
-        return found
+    def copies(self) -> list[dict[str, object]]:
+        """Every sealed part of a snapshot on this node (`Copy.to_json`)."""
+        return [c.to_json() for c in local_copies(self._job, self.directory, self._node)]
 
     def rows(self, members: Iterable[MemberFacts]) -> list[dict[str, Any]]:
         """The status rows of the members that run, with what /proc says of them."""
@@ -88,11 +88,6 @@ class Arenas:
         """Unmap the board and remove the folder with everything in it."""
         self._board.close()
         shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def seat_of(path: Path) -> int:
-    """The seat whose arena has this path (`arena_path`)."""
-    return int(path.stem.rsplit("-", 1)[-1])
 
 
 def check_root(root: Path) -> None:

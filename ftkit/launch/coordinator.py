@@ -17,7 +17,8 @@ from typing import Any
 
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, WireError
-from ftkit.core.ids import MemberId, NodeId, Step, Term
+from ftkit.core.ids import MemberId, NodeId, Term
+from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Channel, connect
 from ftkit.launch.config import JobConfig
@@ -217,15 +218,18 @@ class Coordinator:
                 evidence=dict(verdict.evidence),
                 generation=self._plan.world.generation if self._plan.world else 0,
             )
+        lost = self._lost_nodes(now)
+        copies = tuple(
+            Copy.from_json(copy)
+            for node, report in self._reports.items()
+            if node not in lost
+            for copy in report["copies"]
+        )
         return JobFacts(
             members=self._members,
-            snapshots=frozenset(
-                Step(int(step))
-                for report in self._reports.values()
-                for _, step, _ in report["snapshots"]
-            ),
+            snapshots=frozenset(Inventory(copies=copies).complete()),
             evictions=verdicts.evictions,
-            nodes_lost=self._lost_nodes(now),
+            nodes_lost=lost,
             interrupted=self._interrupted,
         )
 

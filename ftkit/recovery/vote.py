@@ -2,8 +2,8 @@
 
 Cast just before the first optimizer changes anything. Each rank counts the same votes, so
 all reach the same result, or none does: if any rank saw it pass, all had reduced and voted.
-The vote also carries what would otherwise need a message of its own: the slots' losses, and
-which newcomers' world each rank is ready to switch to.
+The vote also carries what would otherwise need a message of its own: the slots' losses, what
+state each rank holds, and which newcomers' world each rank is ready to switch to.
 """
 
 import struct
@@ -14,7 +14,7 @@ from enum import StrEnum, auto
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQ?I")
+_HEAD = struct.Struct("<QQQQQQ?I")
 _LOSS = struct.Struct("<Id")
 
 
@@ -30,6 +30,8 @@ class Ballot:
     """64-bit digest of the reduced gradients: the same on all ranks, or one is corrupt."""
     data_digest: int = 0
     """64-bit digest of what every rank read alike, 0 where ranks read different samples."""
+    layout: int = 0
+    """64-bit digest of the layout of the state this rank holds: equal for replicas."""
     prepared: Generation = Generation(0)
     """The newcomers' world this rank is linked for, 0 for none."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Ballot:
             self.step,
             self.digest,
             self.data_digest,
+            self.layout,
             self.prepared,
             self.ok,
             len(self.losses),
@@ -51,7 +54,7 @@ class Ballot:
         """Read what `pack` wrote. Raises ProtocolError on anything else."""
         if len(data) < _HEAD.size:
             raise ProtocolError(f"a ballot has at least {_HEAD.size} bytes, got {len(data)}")
-        generation, step, digest, data_digest, prepared, ok, count = _HEAD.unpack_from(data)
+        generation, step, digest, data_digest, layout, prepared, ok, count = _HEAD.unpack_from(data)
         if len(data) != _HEAD.size + count * _LOSS.size:
             raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
         return cls(
@@ -60,6 +63,7 @@ class Ballot:
             ok=ok,
             digest=digest,
             data_digest=data_digest,
+            layout=layout,
             prepared=Generation(prepared),
             losses={Slot(s): v for s, v in _LOSS.iter_unpack(data[_HEAD.size :])},
         )

@@ -48,8 +48,12 @@ class Control:
         except WireError:
             logger.debug("the agent is gone; the receiving thread will see it too")
 
-    def arena(self, layout: object) -> str:
-        """Have the agent make this seat's arena for `layout`, JSON-safe. Blocks.
+    def arena(self, layout: object, replicas: int) -> str:
+        """Have the agent make this seat's arena, or a larger one. Blocks. One call at a time.
+
+        Args:
+          layout: of the state, JSON-safe.
+          replicas: among how many ranks the state is shared out.
 
         Returns:
           The path of the arena, owned by the agent and outliving this process.
@@ -57,7 +61,7 @@ class Control:
         Raises:
           CapacityError: the node's shared memory is too small; says how much is needed.
         """
-        self.report({"type": "arena", "layout": layout})
+        self.report({"type": "arena", "layout": layout, "replicas": replicas})
         try:
             answer = self._answers.get(timeout=ARENA_S)
         except queue.Empty:

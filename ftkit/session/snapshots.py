@@ -1,23 +1,37 @@
-"""Snapshots: this rank's state, captured at every commit and restored after a failure.
+"""Snapshots: this rank's share of the state, captured at every commit, restored after a failure.
 
-The arena belongs to the agent and outlives this process. It is made at the first commit,
-when the optimizer's state exists and its size is known.
+Ranks that hold the same state, by its layout, are replicas, and each captures one share of
+it. Who holds what, every rank learns from the ballots of the last vote. The arena belongs to
+the agent and outlives this process. It is made at the first commit, when the optimizer's
+state exists and its size is known, with room for the share that is due after the loss of one
+replica; when more are lost, the agent makes a larger one while training goes on.
 """
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.chunks import Share
+from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
+from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.restore import execute, plan
 from ftkit.checkpoint.state import ProtectedState
-from ftkit.core.errors import GenerationAborted, IntegrityError, WireError
-from ftkit.core.ids import Generation, NodeId, Seat, Step
-from ftkit.core.inventory import Copy, Inventory
+from ftkit.core.errors import (
+    AllPinned,
+    CapacityError,
+    GenerationAborted,
+    IntegrityError,
+    WireError,
+)
+from ftkit.core.ids import JobId, MemberId, NodeId, Seat, Step
+from ftkit.core.inventory import Inventory
 from ftkit.core.world import World
 from ftkit.session.membership import Membership
 from ftkit.session.parts import Parts
@@ -26,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 #: Between two looks for a snapshot that is still being captured by a peer.
 LOOK_S = 0.002
+
+#: A vote for step s passes once all have sealed this many steps before it: each of them has
+#: gated the snapshot of step s - 2 before it committed step s - 1.
+SEALED_BEHIND = 2
 
 
 class Snapshots:
@@ -51,23 +69,60 @@ class Snapshots:
         self._env = parts.env
         self._control = parts.control
         self._trace = parts.trace
+        self._holds: Mapping[MemberId, int] = {}
+        self._layout: StateLayout | None = None
         self._capture: Capture | None = None
         self._arena: Arena | None = None
+        self._begun = Step(0)
+        self._larger: Future[Path] | None = None
+        """The agent is making a larger arena."""
 
-    def begin(self, step: Step, generation: Generation) -> None:
-        """Begin to capture the state of `step`, which was just committed.
+    @property
+    def layout(self) -> int:
+        """Digest of the layout of this rank's state: equal for replicas.
+
+        Before the first commit the optimizers have no state, and the model speaks for them.
+        """
+        return int((self._layout or self._state.layout()).digest, 16)
+
+    def heard(self, holds: Mapping[MemberId, int]) -> None:
+        """Take note of every member's `layout`, as told in the last vote."""
+        self._holds = holds
+
+    def begin(self, step: Step, world: World) -> None:
+        """Begin to capture this rank's share of `step`, the newest committed.
+
+        A member that has been restored and has not voted yet takes no share.
 
         Raises:
           CapacityError: shared memory has no room for the arena.
           StateChanged: the state is not what it was.
         """
-        if self._control is None:
+        if self._control is None or self._env is None:
             return
-        if self._capture is None:
-            layout = self._state.layout()
-            self._arena = Arena.open(Path(self._control.arena(layout.to_json())), writable=True)
-            self._capture = Capture(self._arena, self._state, self._trace.event)
-        self._capture.begin(step, generation)
+        member = MemberId(self._env.member)
+        if member not in self._holds:
+            return
+        holds = {m: self._holds[m] for m in sorted(world.member_ids) if m in self._holds}
+        replicas = [m for m, layout in holds.items() if layout == holds[member]]
+        self._layout = self._state.picture().layout
+        capture = self._ready(self._layout, len(replicas))
+        if capture is None:
+            self._trace.event("snapshot-skipped", step=step, reason="a larger arena is being made")
+            return
+        if step == self._begun:
+            capture.abandon()  # the share due in an older world
+        self._begun = step
+        try:
+            capture.begin(
+                step,
+                world.generation,
+                share=Share(replicas.index(member), len(replicas)),
+                layouts=len(set(holds.values())),
+                complete=Step(step - SEALED_BEHIND),
+            )
+        except AllPinned as error:
+            self._trace.event("snapshot-skipped", step=step, reason=str(error))
 
     def gate(self) -> None:
         """Wait for what is left of the capture under way: the state is about to change."""
@@ -75,9 +130,10 @@ class Snapshots:
             self._capture.gate()
 
     def restore(self, step: Step, world: World, membership: Membership) -> None:
-        """Load the state of `step` from the nearest arena that holds it.
+        """Load the state of `step` from the nearest arenas that hold it.
 
-        Blocks until a peer has sealed it, which takes it as long as its forward pass at most.
+        Blocks until the peers have sealed it, which takes them as long as a forward pass at
+        most.
 
         Raises:
           GenerationAborted: `world` ended meanwhile.
@@ -106,7 +162,7 @@ class Snapshots:
                 "restore",
                 step=step,
                 generation=world.generation,
-                source=str(done.source),
+                source=", ".join(dict.fromkeys(str(read.source) for read in done.reads)),
                 seconds=done.seconds,
                 bytes=done.bytes,
             )
@@ -116,6 +172,52 @@ class Snapshots:
         """Finish the snapshot under way and let go of the arena, which stays."""
         self._release()
 
+    def _ready(self, layout: StateLayout, replicas: int) -> Capture | None:
+        """The capture, with an arena that has room for a share; None while one is being made.
+
+        The first arena is waited for, so that too little shared memory is known at once.
+        """
+        if self._capture is None:
+            path = self._ask_arena(layout, replicas).result()
+            self._arena = Arena.open(path, writable=True)
+            self._capture = Capture(self._arena, self._state, self._trace.event)
+        assert self._arena is not None, "a capture has an arena"
+        if self._larger is not None and self._larger.done():
+            self._enlarge(self._larger)
+            self._larger = None
+        if self._arena.fits_share(layout, replicas):
+            return self._capture
+        if self._larger is None:
+            self._larger = self._ask_arena(layout, replicas)
+        return None
+
+    def _ask_arena(self, layout: StateLayout, replicas: int) -> Future[Path]:
+        """Have the agent make an arena, with room for the share after one more loss."""
+        assert self._control is not None, "asked for by begin"
+        control, answer = self._control, Future[Path]()
+
+        def ask() -> None:
+            try:
+                answer.set_result(Path(control.arena(layout.to_json(), max(1, replicas - 1))))
+            except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it
+                answer.set_exception(error)
+
+        threading.Thread(target=ask, name="ftkit-arena", daemon=True).start()
+        return answer
+
+    def _enlarge(self, larger: Future[Path]) -> None:
+        """Use the larger arena from now on, if there is one: training goes on without."""
+        assert self._capture is not None, "there was one to enlarge"
+        assert self._arena is not None, "there was one to enlarge"
+        try:
+            arena = Arena.open(larger.result(), writable=True)
+        except (CapacityError, IntegrityError, OSError) as error:
+            self._trace.event("snapshot-failed", error=str(error))
+            return
+        self._capture.rebind(arena)
+        self._arena.close()
+        self._arena = arena
+
     def _release(self) -> None:
         capture, self._capture = self._capture, None
         if capture is not None:
@@ -123,33 +225,23 @@ class Snapshots:
         arena, self._arena = self._arena, None
         if arena is not None:
             arena.close()
+        if self._larger is not None:
+            wait([self._larger])  # the agent's answer must not reach who asks next
+            self._larger = None
+        self._layout = None
 
     def _inventory(self, step: Step) -> Inventory:
-        """What this node holds, and the others too when `step` is not here."""
+        """What this node holds, and the others too when `step` is not all here."""
         assert self._env is not None, "asked by restore"
-        copies = []
-        for path in sorted(Path(self._env.shm_dir).glob("*.arena")):
-            try:
-                with Arena.open(path) as arena:
-                    copies += [
-                        Copy(
-                            seat=Seat(int(path.stem.rsplit("-", 1)[-1])),
-                            node=NodeId(self._env.node),
-                            path=str(path),
-                            step=sealed.step,
-                            generation=sealed.generation,
-                        )
-                        for sealed in arena.snapshots()
-                    ]
-            except (IntegrityError, OSError):
-                continue  # being made, or damaged: it holds nothing that counts
-        if not any(copy.step == step for copy in copies):
+        node = NodeId(self._env.node)
+        copies = local_copies(JobId(self._env.job), Path(self._env.shm_dir), node)
+        if step not in Inventory(copies=tuple(copies)).complete():
             secret = bytes.fromhex(self._env.secret)
-            for node, address in self._servers().items():
+            for other, address in self._servers().items():
                 try:
-                    copies += list_copies(address, secret, node)
+                    copies += list_copies(address, secret, other)
                 except WireError as error:
-                    logger.debug("node %s does not answer: %s", node, error)
+                    logger.debug("node %s does not answer: %s", other, error)
         return Inventory(copies=tuple(copies))
 
     def _servers(self) -> dict[NodeId, tuple[str, int]]:

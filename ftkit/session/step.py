@@ -232,6 +232,7 @@ class Step:
             step=number,
             digest=self._digest,
             data_digest=self._loop.feed.digest(number),
+            layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
             losses=self._losses,
         )
@@ -244,13 +245,18 @@ class Step:
         try:
             cast = parts.group.exchange(ballot.pack())
             parts.injector.at(Point.VOTE, number)
-            result = tally([Ballot.unpack(b) for b in cast.wait()])
+            ballots = [Ballot.unpack(b) for b in cast.wait()]
+            result = tally(ballots)
         except GenerationAborted:
             pass  # cut in half: what became of it is decided below, with the others
         if result is not None:
             if not result.passed:
                 self._refused(result)
             self.loss = result.loss
+            members = parts.group.world.members
+            self._loop.snapshots.heard(
+                {m.member: b.layout for m, b in zip(members, ballots, strict=True)}
+            )
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
@@ -282,7 +288,8 @@ class Step:
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
         self._loop.feed.committed(self._number)
         self._loop.read.clear()
-        self._loop.snapshots.begin(self._number, self._generation)
+        if parts.membership.active:  # else it is captured on entering the next world
+            self._loop.snapshots.begin(self._number, parts.group.world)
         parts.injector.at(Point.CAPTURE, self._number)
         if self._newcomers is not None and parts.membership.active:
             self._loop.worlds.switch(self._newcomers, self._number)

@@ -93,6 +93,10 @@ class Worlds:
         # Before the step loop only the initial state counts as held: there is nothing else.
         has_it = held == step and step > 0 if stepping else step == 0
         parts.membership.entered(world, step if has_it else None)
+        if has_it and step > 0 and not entry.admitted:
+            # Shares of this step are gone with the members that are: take them anew.
+            assert self._snapshots is not None, "stepping"
+            self._snapshots.begin(step, world)
         if has_it or not stepping:
             return
         try:

@@ -1,13 +1,16 @@
 """A model with everything that makes state hard, and a training step that is a pure function."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.slots import SLOTS, Pin
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.ids import Generation, Step
 
@@ -64,8 +67,10 @@ def assert_same(left: ProtectedState, right: ProtectedState) -> None:
     assert small == other_small
 
 
-def make_arena(path: Path, layout: StateLayout, *, chunk_bytes: int = 1024) -> Arena:
-    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes)
+def make_arena(
+    path: Path, layout: StateLayout, *, chunk_bytes: int = 1024, slots: int = SLOTS
+) -> Arena:
+    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes, slots=slots)
 
 
 def pattern(step: int, count: int) -> bytes:
@@ -73,10 +78,10 @@ def pattern(step: int, count: int) -> bytes:
     return bytes((step * 31 + i * 7) % 251 for i in range(251)) * (count // 251 + 1)
 
 
-def write_pattern(arena: Arena, layout: StateLayout, step: int, generation: int = 1) -> None:
-    import numpy as np
-
-    writer = arena.start(Step(step), Generation(generation), layout)
+def write_pattern(
+    arena: Arena, layout: StateLayout, step: int, generation: int = 1, pins: Sequence[Pin] = ()
+) -> None:
+    writer = arena.start(Step(step), Generation(generation), layout, pins=pins)
     writer.data[:] = np.frombuffer(
         pattern(step, layout.total_bytes)[: layout.total_bytes], dtype=np.uint8
     )

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from ftkit.checkpoint.arena import Arena, arena_path, remove_arenas
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import Geometry, Sealed, SlotState, choose_slot
-from ftkit.core.errors import CapacityError, IntegrityError, UsageError
+from ftkit.checkpoint.slots import Geometry, Pin, Sealed, choose_slot
+from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
 from .helpers import make_arena, pattern, write_pattern
@@ -53,17 +53,6 @@ def test_round_trip_while_another_maps_it_read_only(path):
     assert path.stat().st_blocks * 512 >= path.stat().st_size, "its pages must exist"
 
 
-def test_read_into_fills_the_callers_buffers(path):
-    with make_arena(path, LAYOUT) as arena:
-        write_pattern(arena, LAYOUT, 5)
-        views = [memoryview(bytearray(e.bytes)) for e in LAYOUT.entries]
-        arena.read_into(Step(5), views)
-        for view, entry in zip(views, LAYOUT.entries, strict=True):
-            assert bytes(view) == expected(5)[entry.at : entry.at + entry.bytes]
-        with pytest.raises(IntegrityError, match=r"step 4.*\[5\]"):
-            arena.read_into(Step(4), views)
-
-
 def test_three_slots_keep_the_newest_and_the_last_complete(path):
     with make_arena(path, LAYOUT) as arena:
         for step in range(1, 6):
@@ -80,21 +69,52 @@ sealed = st.builds(
 )
 
 
-@given(st.lists(st.none() | sealed, min_size=3, max_size=3), st.none() | st.integers(0, 4))
-def test_choose_slot_never_takes_what_may_be_needed(slots, complete):
-    chosen = choose_slot(slots, complete)
+@given(
+    st.lists(st.none() | sealed, min_size=3, max_size=5),
+    st.none() | st.integers(0, 4),
+    st.sets(st.integers(0, 4)),
+)
+def test_choose_slot_never_takes_what_may_be_needed(slots, complete, pinned):
+    chosen = choose_slot(slots, complete, pinned)
     held = [s for s in slots if s is not None]
-    if len(held) < 3:
+    if len(held) < len(slots):
+        assert chosen is not None
         assert slots[chosen] is None
         return
-    taken = slots[chosen]
     newest = max(s.version for s in held)
+    if chosen is None:
+        free = [s for i, s in enumerate(slots) if i not in pinned]
+        assert len(free) == 0 or [s.version for s in free] == [newest]
+        return
+    assert chosen not in pinned
     others = [s for i, s in enumerate(slots) if i != chosen]
     assert newest in [s.version for s in others]
-    if any(s.step == complete for s in held):
+    if not pinned and any(s.step == complete for s in held):
         assert any(s.step == complete for s in others)
-    if all(s.step != complete for s in held):
-        assert taken.version == min(s.version for s in held)
+    if not pinned and all(s.step != complete for s in held):
+        assert slots[chosen].version == min(s.version for s in held)
+
+
+def test_a_pinned_snapshot_stays_until_it_is_let_go(path):
+    with make_arena(path, LAYOUT, slots=4) as arena, Arena.open(path, writable=True) as agent:
+        write_pattern(arena, LAYOUT, 1, pins=[Pin.PERSIST])
+        write_pattern(arena, LAYOUT, 2)
+        first, second = agent.snapshots()
+        assert agent.pin(second, Pin.PARITY)
+        for step in range(3, 9):
+            write_pattern(arena, LAYOUT, step)
+        assert arena.sealed_steps() == (1, 2, 7, 8)
+        assert agent.pin(first, Pin.PARITY)
+        assert agent.pin(first, Pin.PERSIST, on=False)
+        write_pattern(arena, LAYOUT, 9)
+        assert arena.sealed_steps() == (1, 2, 8, 9), "parity still reads 1"
+        agent.pin(agent.find(Step(8)), Pin.PERSIST)
+        with pytest.raises(AllPinned, match="3 of 4 are being read"):
+            arena.start(Step(10), Generation(1), LAYOUT)
+        assert agent.pin(first, Pin.PARITY, on=False)
+        write_pattern(arena, LAYOUT, 10)
+        assert arena.sealed_steps() == (2, 8, 9, 10)
+        assert not agent.pin(first, Pin.PARITY), "it is gone"
 
 
 def test_a_newer_generation_wins_over_a_higher_step(path):
@@ -123,7 +143,7 @@ def test_growth_carries_good_snapshots_over(path):
     with make_arena(path, LAYOUT):
         assert path.stat().st_ino == inode, "large enough already"
     with Arena.ensure(path, StateLayout.of([("a", "uint8", (99999,))]), chunk_bytes=777) as arena:
-        assert data_of(arena, 1) == expected(1), "other chunks, same bytes"
+        assert data_of(arena, 1) == expected(1), "it keeps its own chunks"
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
@@ -303,8 +323,7 @@ def test_links_truncated_files_and_odd_names_are_refused(path, tmp_path):
         arena_path(JobId("../x"), Seat(0))
     with pytest.raises(ValueError, match="at least 3"):
         Geometry(data_bytes=1, meta_bytes=1, chunk_bytes=1, slots=2)
-    writing = Sealed(state=SlotState.WRITING, generation=Generation(1), step=Step(1))
-    assert Sealed.from_page(writing.to_page()) is None
+    assert Sealed.from_page(bytes(4096)) is None
 
 
 WRITER = """

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftkit.checkpoint.chunks import PADDING, scatter, units
+from ftkit.checkpoint.chunks import PADDING, Share, chunk_count, scatter, units
 from ftkit.checkpoint.layout import ALIGN, ITEM_BYTES, Entry, StateLayout
 from ftkit.core.errors import IntegrityError, ProtocolError
 
@@ -91,26 +91,45 @@ def test_differences_name_what_changed():
     assert left.differences(right, limit=1)[-1] == "and 2 more"
 
 
-@given(tensors, st.sampled_from([1, 5, 64, 100, 4096]), st.sets(st.integers(0, 11)))
-def test_units_write_every_byte_once_and_digest_every_chunk_once(found, chunk, whole):
+@given(
+    tensors,
+    st.sampled_from([1, 5, 64, 100, 4096]),
+    st.sets(st.integers(0, 11)),
+    st.integers(1, 4),
+)
+def test_the_units_of_all_shares_write_every_byte_once(found, chunk, whole, replicas):
     layout = layout_of(found)
-    cut = units(layout, chunk, whole)
-    seen = bytearray(layout.total_bytes)
-    chunks = list[int]()
-    for unit in cut:
-        chunks += unit.chunks
-        low, high = unit.chunks[0] * chunk, (unit.chunks[-1] + 1) * chunk
-        for piece in unit.pieces:
-            assert low <= piece.at
-            assert piece.at + piece.count <= high
-            for at in range(piece.at, piece.at + piece.count):
-                seen[at] += 1
-            if piece.entry != PADDING:
-                assert piece.at == layout.entries[piece.entry].at + piece.offset
-            if piece.entry in whole:
-                assert piece.count == layout.entries[piece.entry].bytes
+    total = chunk_count(layout.total_bytes, chunk)
+    seen, chunks = bytearray(layout.total_bytes), list[int]()
+    for index in range(replicas):
+        part = Share(index, replicas).chunks(total)
+        first, end = part.start * chunk, min(part.stop * chunk, layout.total_bytes)
+        assert end - first <= Share(index, replicas).bytes_max(layout.total_bytes, chunk)
+        for unit in units(layout, chunk, whole, part):
+            chunks += (part.start + c for c in unit.chunks)
+            low, high = unit.chunks[0] * chunk, (unit.chunks[-1] + 1) * chunk
+            for piece in unit.pieces:
+                assert low <= piece.at
+                assert piece.at + piece.count <= high
+                for at in range(piece.at, piece.at + piece.count):
+                    seen[first + at] += 1
+                if piece.entry != PADDING:
+                    entry = layout.entries[piece.entry]
+                    assert first + piece.at == entry.at + piece.offset
+                    if piece.entry in whole:  # cut by the bounds of the part alone
+                        assert piece.offset == 0 or piece.at == 0
+                        assert piece.offset + piece.count in (entry.bytes, end - entry.at)
     assert set(seen) <= {1}
-    assert chunks == list(range(-(-layout.total_bytes // chunk)))
+    assert chunks == list(range(total))
+
+
+@given(st.integers(0, 50), st.integers(1, 9))
+def test_shares_differ_by_a_chunk_at_most(chunks, replicas):
+    sizes = [len(Share(i, replicas).chunks(chunks)) for i in range(replicas)]
+    assert sum(sizes) == chunks
+    assert max(sizes) - min(sizes) <= 1
+    with pytest.raises(ValueError, match="no share"):
+        Share(replicas, replicas)
 
 
 @given(tensors, st.integers(1, 200))

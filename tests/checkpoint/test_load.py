@@ -1,5 +1,8 @@
 """Loading from boxes when something is wrong: damage, holes, names, values."""
 
+from contextlib import ExitStack
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,19 +10,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ftkit.checkpoint.arena import Arena
+from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.box import Box, TensorBox
 from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.chunks import Share
+from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.layout import ITEM_BYTES, StateLayout
 from ftkit.checkpoint.load import load_state, small_of_seats
+from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer
+from ftkit.checkpoint.slots import Head
 from ftkit.checkpoint.sources import SnapshotSource, snapshot_of_seats
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, StateChanged, WireError
-from ftkit.core.ids import Generation, Seat, Step
+from ftkit.core.ids import Generation, JobId, Seat, Step
 
 from .helpers import Training, assert_same, contents, make_arena, write_pattern
 
 STEP = Step(3)
+JOB = JobId("t")
 
 
 def damage(arena: Arena, name: str) -> None:
@@ -294,6 +302,24 @@ def snapshot(request, tmp_path_factory):
         yield arena.head(sealed), bytes(arena.data(sealed))
 
 
+def source_of(head: Head, data: bytes, *, in_place: bool) -> SnapshotSource:
+    """A part in memory, read in place or, as from far away, chunk by chunk."""
+    size = head.sealed.chunk_bytes
+
+    def blocks(chunks):
+        assert len(chunks) <= RANGE_BYTES_MAX // size or in_place
+        for chunk in chunks:
+            block = memoryview(data)[chunk * size : (chunk + 1) * size]
+            head.check(chunk, block)
+            yield block
+
+    return (
+        SnapshotSource(head, blocks, name="s", memory=lambda: memoryview(data))
+        if in_place
+        else SnapshotSource(head, blocks, name="s")
+    )
+
+
 def elements(entry, data: bytes):
     """The reference: an entry's elements, each as a row of bytes."""
     item = ITEM_BYTES[entry.dtype]
@@ -301,26 +327,31 @@ def elements(entry, data: bytes):
     return flat.reshape(*entry.shape, item)
 
 
-@given(data=st.data())
-def test_any_box_is_read_as_it_lies(snapshot, data):
+@given(data=st.data(), in_place=st.booleans())
+def test_any_boxes_are_read_as_they_lie(snapshot, data, in_place):
     head, raw = snapshot
+    source = source_of(head, raw, in_place=in_place)
+    for _ in range(data.draw(st.integers(1, 3))):
+        read_one(source, raw, data)
+
+
+def read_one(source, raw, data):
     entry = data.draw(st.sampled_from(LAYOUT.entries))
     ends = [sorted(data.draw(st.tuples(*[st.integers(0, n)] * 2))) for n in entry.shape]
     inner = Box(tuple(a for a, _ in ends), tuple(b - a for a, b in ends))
     out = bytearray(inner.elements * ITEM_BYTES[entry.dtype])
-    source = SnapshotSource(head, memoryview(raw), name="s")
     source.read(entry.name, inner.shifted(entry.offsets), memoryview(out))
     assert bytes(out) == elements(entry, raw)[inner.slices].tobytes()
 
 
-@given(data=st.data())
-def test_a_flipped_bit_is_noticed_by_whoever_reads_its_chunk_and_by_nobody_else(snapshot, data):
+@given(data=st.data(), in_place=st.booleans())
+def test_a_flipped_bit_is_noticed_by_who_reads_its_chunk_and_nobody_else(snapshot, data, in_place):
     head, raw = snapshot
     size = head.sealed.chunk_bytes
     at = data.draw(st.integers(0, len(raw) - 1))
     bad = bytearray(raw)
     bad[at] ^= 1 << data.draw(st.integers(0, 7))
-    source = SnapshotSource(head, memoryview(bad), name="s")
+    source = source_of(head, bytes(bad), in_place=in_place)
     for entry in LAYOUT.entries:
         for row in range(entry.shape[0] if entry.shape else 1):
             shape = (1, *entry.shape[1:]) if entry.shape else ()
@@ -336,16 +367,16 @@ def test_a_flipped_bit_is_noticed_by_whoever_reads_its_chunk_and_by_nobody_else(
                 source.read(entry.name, inner.shifted(entry.offsets), out)
 
 
-@given(data=st.data())
-def test_a_share_of_the_chunks_offers_the_boxes_inside_them(snapshot, data):
-    head, raw = snapshot
-    count = len(head.digests)
-    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, count)] * 2)))
-    size = head.sealed.chunk_bytes
-    # What lies outside the share was never written here.
-    blank = bytearray(len(raw))
-    blank[start * size : stop * size] = raw[start * size : stop * size]
-    source = SnapshotSource(head, memoryview(blank), name="s", chunks=range(start, stop))
+@given(data=st.data(), in_place=st.booleans())
+def test_a_part_offers_the_boxes_that_lie_in_it(snapshot, data, in_place):
+    whole, raw = snapshot
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, len(whole.digests))] * 2)))
+    first, end = (min(c * whole.sealed.chunk_bytes, len(raw)) for c in (start, stop))
+    sealed = replace(
+        whole.sealed, first_byte=start * whole.sealed.chunk_bytes, data_bytes=end - first
+    )
+    head = replace(whole, sealed=sealed, digests=whole.digests[start:stop])
+    source = source_of(head, raw[first:end], in_place=in_place)
     offered = {(e.name, e.offsets): np.zeros(e.shape, dtype=int) for e in LAYOUT.entries}
     for name, dtype, _, box in source.entries():
         out = bytearray(box.elements * ITEM_BYTES[dtype])
@@ -358,15 +389,77 @@ def test_a_share_of_the_chunks_offers_the_boxes_inside_them(snapshot, data):
     for entry in LAYOUT.entries:
         item = ITEM_BYTES[entry.dtype]
         inside = [
-            start * size <= entry.at + i * item and entry.at + (i + 1) * item <= stop * size
+            first <= entry.at + i * item and entry.at + (i + 1) * item <= end
             for i in range(entry.bytes // item)
         ]
         assert offered[entry.name, entry.offsets].reshape(-1).tolist() == list(map(int, inside))
 
 
+@pytest.fixture
+def shared_out(tmp_path):
+    """Three replicas, each with its share of one state."""
+    training = Training(seed=1)
+    training.train(1)
+    paths = [arena_path(JOB, Seat(seat), tmp_path) for seat in range(3)]
+    for seat, path in enumerate(paths):
+        with (
+            make_arena(path, training.state.layout()) as arena,
+            Capture(arena, training.state) as capture,
+        ):
+            capture.begin(STEP, Generation(1), share=Share(seat, 3))
+    return training, paths
+
+
+def test_the_shares_of_replicas_are_one_state(shared_out):
+    training, paths = shared_out
+    with ExitStack() as opened:
+        arenas = {Seat(s): opened.enter_context(Arena.open(p)) for s, p in enumerate(paths)}
+        sources, by_seat = snapshot_of_seats(arenas, STEP, seat=Seat(1))
+        other = Training(seed=2)
+        report = load_state(other.state, sources, small=by_seat[Seat(2)].head.small)
+        assert_same(training.state, other.state)
+        assert min(report.bytes_by_source) > 0
+        with pytest.raises(IntegrityError, match="no good copy is left"):
+            load_state(other.state, sources[1:], small=by_seat[Seat(2)].head.small)
+
+
+def test_parts_on_another_node_are_read_through_its_byte_server(shared_out, tmp_path):
+    """A damaged chunk is an answer like others: what is asked after it is answered too."""
+    training, paths = shared_out
+    with Arena.open(paths[0], writable=True) as arena:
+        sealed = arena.find(STEP)
+        slot = arena.slots().index(sealed)
+        arena._bytes[arena.geometry.slot_at(slot) + arena.geometry.data_at] ^= 1
+        small = arena.head(sealed).small
+        first = arena.head(sealed).layout.entries[0].name
+    server = ArenaServer(tmp_path, JOB, b"secret")
+    try:
+        with ExitStack() as opened:
+            sources = [
+                SnapshotSource.of_remote(
+                    opened.enter_context(
+                        fetch(server.address, b"secret", path.name, STEP, Generation(1))
+                    ),
+                    f"far {path.name}",
+                )
+                for path in paths
+            ]
+            other = Training(seed=2)
+            with pytest.raises(IntegrityError, match=rf"{first}.*far .*-0\.arena: chunk 0 of"):
+                load_state(other.state, sources, small=small)
+            names = [n for n in contents(training.state)[0] if n.startswith("model/4")]
+            report = load_state(other.state, sources, names="model/4.*")
+            assert report.tensors == len(names)
+            assert not report.fallbacks
+    finally:
+        server.close()
+    found, saved = contents(other.state)[0], contents(training.state)[0]
+    assert all(torch.equal(found[n], saved[n]) for n in names)
+
+
 def test_a_box_that_is_not_held_is_the_callers_mistake(snapshot):
     head, raw = snapshot
-    source = SnapshotSource(head, memoryview(raw), name="s")
+    source = source_of(head, raw, in_place=True)
     with pytest.raises(ValueError, match=r"s does not hold \[2, 5\] at \[7, 0\] of a"):
         source.read("a", Box((7, 0), (2, 5)), memoryview(bytearray(40)))
 

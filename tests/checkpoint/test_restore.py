@@ -2,6 +2,7 @@ import json
 import os
 import socket
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.fetch import fetch
-from ftkit.checkpoint.restore import execute, plan
+from ftkit.checkpoint.restore import Source, cover, execute, plan
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer
 from ftkit.checkpoint.slots import Head
 from ftkit.core.errors import (
@@ -24,7 +26,7 @@ from ftkit.core.errors import (
     WireError,
 )
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
-from ftkit.core.inventory import Copy, Inventory, Tier
+from ftkit.core.inventory import Copy, Inventory, Part, Tier
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
 
 from .helpers import Training, assert_same, contents, make_arena
@@ -32,6 +34,12 @@ from .helpers import Training, assert_same, contents, make_arena
 JOB = JobId("t")
 SECRET = b"secret"
 G = Generation(1)
+WHOLE_PART = Part(layout="a", first=0, end=3, total=3)
+
+
+def thirds(*held: int) -> Iterator[Part]:
+    for third in held:
+        yield Part(layout="a", first=third, end=third + 1, total=3)
 
 
 def copy_of(
@@ -42,6 +50,7 @@ def copy_of(
     generation: int = 1,
     path: object = "",
     tier: Tier = Tier.ARENA,
+    part: Part = WHOLE_PART,
 ) -> Copy:
     return Copy(
         seat=Seat(seat),
@@ -50,9 +59,19 @@ def copy_of(
         step=Step(step),
         generation=Generation(generation),
         tier=tier,
+        part=part,
     )
 
 
+parts = st.builds(
+    lambda layout, a, b, layouts: Part(
+        layout=layout, first=min(a, b), end=max(a, b), total=3, layouts=layouts
+    ),
+    st.sampled_from("ab"),
+    st.integers(0, 3),
+    st.integers(0, 3),
+    st.integers(1, 2),
+)
 copies = st.builds(
     copy_of,
     st.integers(0, 2),
@@ -60,6 +79,7 @@ copies = st.builds(
     node=st.integers(0, 2),
     generation=st.integers(0, 2),
     tier=st.sampled_from(Tier),
+    part=parts,
 )
 inventories = st.lists(copies, max_size=10).map(lambda c: Inventory(copies=tuple(c)))
 
@@ -76,29 +96,60 @@ def test_inventory_refuses_nonsense(value):
 
 
 @given(inventories)
-def test_newest_complete_has_every_seat(inventory):
-    seats = [Seat(0), Seat(1)]
-    newest = inventory.newest_complete(seats)
-    complete = {s for s in range(5) if {c.seat for c in inventory.at(Step(s))} >= set(seats)}
-    if newest is None:
-        assert not complete
-    else:
-        assert newest[1] in complete
-    versions = [(c.generation, c.step) for c in inventory.copies]
-    assert inventory.newest_complete() == max(versions, default=None)
+def test_a_complete_step_has_every_byte_of_every_layout(inventory):
+    def whole(copies: list[Copy]) -> bool:
+        held = {
+            layout: {
+                byte
+                for c in copies
+                if c.part.layout == layout
+                for byte in range(c.part.first, c.part.end)
+            }
+            for layout in {c.part.layout for c in copies}
+        }
+        enough = max((c.part.layouts for c in copies), default=9)
+        return sum(found == {0, 1, 2} for found in held.values()) >= enough
+
+    expected = {
+        step: max(generations)
+        for step in range(5)
+        if (
+            generations := [
+                g
+                for g in range(3)
+                if whole([c for c in inventory.at(Step(step)) if c.generation >= g])
+            ]
+        )
+    }
+    # A generation in which nothing was captured stands for the next one that has something.
+    assert inventory.complete().keys() == expected.keys()
+    assert all(inventory.complete()[Step(s)] >= g for s, g in expected.items())
+    newest = max(((g, s) for s, g in inventory.complete().items()), default=None)
+    assert inventory.newest_complete() == newest
 
 
 def test_newest_complete_stories():
-    one_behind = Inventory(copies=(copy_of(0, 7), copy_of(0, 6), copy_of(1, 6)))
-    assert one_behind.newest_complete([Seat(0), Seat(1)]) == (1, 6)
-    assert one_behind.newest_complete() == (1, 7)
     rolled_back = Inventory(copies=(copy_of(0, 7), copy_of(0, 5, generation=2)))
     assert rolled_back.newest_complete() == (2, 5)
-    forward = Inventory(
-        copies=(copy_of(0, 8), copy_of(1, 8, generation=2), copy_of(0, 7), copy_of(1, 7))
+    a, b, c = thirds(0, 1, 2)
+    one_late = Inventory(
+        copies=(
+            *(copy_of(seat, 6, part=p) for seat, p in enumerate((a, b, c))),
+            copy_of(0, 7, part=a),
+            copy_of(2, 7, part=c),
+        )
     )
-    assert forward.newest_complete([Seat(0), Seat(1)]) == (1, 8)
-    assert forward.without(copy_of(0, 8)).newest_complete([Seat(0), Seat(1)]) == (1, 7)
+    assert one_late.newest_complete() == (1, 6)
+    again = Inventory(copies=(*one_late.copies, copy_of(0, 7, generation=2, part=b)))
+    assert again.complete() == {6: 1, 7: 1}, "shares of two generations make up step 7"
+    sharded = Part(layout="b", first=0, end=9, total=9, layouts=2)
+    assert not Inventory(copies=(copy_of(0, 7, part=sharded),)).complete()
+    other = Part(layout="a", first=0, end=9, total=9, layouts=2)
+    both = Inventory(copies=(copy_of(0, 7, part=sharded), copy_of(1, 7, part=other)))
+    assert both.newest_complete() == (1, 7)
+    assert plan(both, seat=Seat(1), node=NodeId(0), servers={}).layout == "a"
+    with pytest.raises(IntegrityError, match="not complete for seat 2"):
+        plan(both, seat=Seat(2), node=NodeId(0), servers={})
 
 
 def test_plan_prefers_own_then_near_then_far():
@@ -122,20 +173,35 @@ def test_plan_prefers_own_then_near_then_far():
     assert {c.tier for c in made.unreachable} == {Tier.ARENA, Tier.DISK}
     older = plan(found, seat=Seat(0), node=NodeId(0), servers={}, step=Step(6))
     assert [s.copy.step for s in older.sources] == [6]
-    sharded = plan(
-        found, seat=Seat(1), node=NodeId(0), servers={}, step=Step(7), seats=[Seat(0), Seat(1)]
-    )
-    assert [s.copy.seat for s in sharded.sources] == [1]
     with pytest.raises(IntegrityError, match=r"step 9.*\[6, 7\]"):
         plan(found, seat=Seat(0), node=NodeId(0), servers={}, step=Step(9))
     with pytest.raises(IntegrityError, match="no snapshot is complete"):
         plan(Inventory(), seat=Seat(0), node=NodeId(0), servers={})
 
 
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6))
+def test_cover_reads_every_byte_once_from_the_best_that_has_it(bounds):
+    sources = [
+        Source(copy=copy_of(i, 1, part=Part(layout="a", first=min(b), end=max(b), total=9)))
+        for i, b in enumerate(bounds)
+    ]
+    best = {
+        byte: next((i for i, b in enumerate(bounds) if min(b) <= byte < max(b)), None)
+        for byte in range(9)
+    }
+    if None in best.values():
+        with pytest.raises(IntegrityError, match="in none of"):
+            cover(sources, 9)
+        return
+    reads = cover(sources, 9)
+    got = [(byte, read.source.copy.seat) for read in reads for byte in range(read.first, read.end)]
+    assert got == sorted(best.items())
+
+
 class Job:
     """Three seats with equal state at step 3, seat 2 on another node behind a server."""
 
-    def __init__(self, tmp_path: Path, chunk_bytes: int = 1024) -> None:
+    def __init__(self, tmp_path: Path, chunk_bytes: int = 1024, shares: int = 1) -> None:
         self.training = Training(seed=1)
         for step in range(1, 4):
             self.training.train(step)
@@ -149,11 +215,17 @@ class Job:
                 make_arena(self.paths[seat], layout, chunk_bytes=chunk_bytes) as arena,
                 Capture(arena, self.training.state) as capture,
             ):
-                capture.begin(Step(3), G)
+                capture.begin(Step(3), G, share=Share(seat % shares, shares))
+        self.parts = []
+        for path in self.paths:
+            with Arena.open(path) as arena:
+                self.parts.append(arena.find(Step(3)).part)
         self.server = ArenaServer(tmp_path / "far", JOB, SECRET)
 
     def plan(self):
-        found = [copy_of(s, 3, node=s // 2, path=self.paths[s]) for s in range(3)]
+        found = [
+            copy_of(s, 3, node=s // 2, path=self.paths[s], part=self.parts[s]) for s in range(3)
+        ]
         return plan(
             Inventory(copies=tuple(found)),
             seat=Seat(0),
@@ -182,7 +254,7 @@ def test_restore_falls_back_from_source_to_source(job):
     for lost in range(3):
         fresh = Training(seed=7)
         done = execute(job.plan(), fresh.state, secret=SECRET)
-        assert done.source.copy.seat == lost
+        assert [read.source.copy.seat for read in done.reads] == [lost]
         assert len(done.failures) == lost
         assert done.bytes == job.training.state.picture().layout.total_bytes
         assert_same(fresh.state, job.training.state)
@@ -191,8 +263,25 @@ def test_restore_falls_back_from_source_to_source(job):
         elif lost == 1:
             job.paths[1].unlink()
     spoil(job.paths[2])
-    with pytest.raises(IntegrityError, match=r"any of 3 copies .*digest.*older step"):
+    with pytest.raises(IntegrityError, match=r"any of 3 copies.*digest.*older step"):
         execute(job.plan(), Training().state, secret=SECRET)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1024, 1234, 1 << 20])
+def test_shares_of_three_seats_make_up_the_state(tmp_path, chunk_bytes):
+    job = Job(tmp_path, chunk_bytes=chunk_bytes, shares=3)
+    try:
+        fresh = Training(seed=7)
+        done = execute(job.plan(), fresh.state, secret=SECRET)
+        assert_same(fresh.state, job.training.state)
+        assert done.bytes == job.parts[0].total
+        if chunk_bytes < 2000:
+            assert [read.source.copy.seat for read in done.reads] == [0, 1, 2]
+            job.paths[1].unlink()
+            with pytest.raises(IntegrityError, match=r"bytes \[\(\d+, \d+\)\].*in none of 2 parts"):
+                execute(job.plan(), Training().state, secret=SECRET)
+    finally:
+        job.server.close()
 
 
 def test_another_model_is_refused_without_trying_the_rest(job):
@@ -265,7 +354,8 @@ def test_only_arenas_of_this_job_in_this_directory_are_served(job, tmp_path):
         reply = ask(job.server, **(good | lost))
         assert reply.get("lost") is True, (lost, reply)
     listed = ask(job.server, op="list")["copies"]
-    assert listed == [{"arena": name, "seat": 2, "step": 3, "generation": 1}]
+    part = job.parts[2].to_json()
+    assert listed == [{"arena": name, "seat": 2, "step": 3, "generation": 1, "part": part}]
 
 
 def test_a_wrong_secret_gets_nothing(job):

@@ -194,7 +194,7 @@ def take(state: ProtectedState) -> tuple[StateLayout, bytes, dict[str, Any]]:
     """A snapshot as a capture makes it."""
     picture = state.picture()
     sources, data = Sources(), np.zeros(picture.layout.total_bytes, dtype=np.uint8)
-    sources.bind(picture.live)
+    sources.bind(picture.live, range(len(picture.live)))
     for unit in units(picture.layout, 64, sources.whole):
         sources.copy(unit, data)
     return picture.layout, data.tobytes(), json.loads(picture.small)

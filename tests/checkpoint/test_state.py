@@ -31,7 +31,7 @@ def take(state: ProtectedState) -> tuple[StateLayout, list[bytes], dict[str, Any
 
     picture = state.picture()
     sources, data = Sources(), np.zeros(picture.layout.total_bytes, dtype=np.uint8)
-    sources.bind(picture.live)
+    sources.bind(picture.live, range(len(picture.live)))
     for unit in units(picture.layout, 1000, sources.whole):
         sources.copy(unit, data)
     return picture.layout, [data.tobytes()], json.loads(picture.small)

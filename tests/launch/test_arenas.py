@@ -10,7 +10,7 @@ import pytest
 
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.core.ids import MemberId, NodeId, Seat
-from ftkit.launch.arenas import OWNER, Arenas, seat_of, sweep
+from ftkit.launch.arenas import OWNER, Arenas, sweep
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
 
@@ -75,7 +75,7 @@ def test_the_folders_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None
 def test_what_is_no_arena_holds_no_snapshot_and_no_row_is_made_up(tmp_path: Path) -> None:
     arenas = Arenas(config(tmp_path), NodeId(1))
     (arenas.directory / "ftkit-ab12-3.arena").write_bytes(b"torn")
-    assert arenas.sealed_steps() == []
+    assert arenas.copies() == []
     silent = MemberFacts(
         member=MemberId(2), seat=Seat(2), node=NodeId(1), stage=Stage.ACTIVE, pid=os.getpid()
     )
@@ -88,10 +88,10 @@ def test_an_arena_is_made_for_a_layout_and_for_nothing_else(tmp_path: Path) -> N
 
     arenas = Arenas(config(tmp_path), NodeId(1))
     with pytest.raises(ProtocolError):
-        arenas.ensure(Seat(3), {"entries": "none"})
-    path = arenas.ensure(Seat(3), StateLayout.of([]).to_json())
-    assert seat_of(path) == 3
+        arenas.ensure(Seat(3), {"entries": "none"}, 1)
+    path = arenas.ensure(Seat(3), StateLayout.of([]).to_json(), 1)
+    assert path.name == "ftkit-ab12-3.arena"
     assert path.parent == arenas.directory
     assert path.stat().st_mode & 0o777 == 0o600
-    assert arenas.sealed_steps() == []
+    assert arenas.copies() == []
     arenas.remove()

@@ -1,0 +1,45 @@
+"""Copies: what the arenas of one node hold."""
+
+import re
+from pathlib import Path
+
+from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.core.errors import IntegrityError
+from ftkit.core.ids import JobId, NodeId, Seat
+from ftkit.core.inventory import Copy
+
+
+def arena_name(job: JobId) -> re.Pattern[str]:
+    """What the file name of an arena of this job looks like; group 1 is its seat."""
+    stem = arena_path(job, Seat(0)).name.removesuffix("0.arena")
+    return re.compile(re.escape(stem) + r"(\d+)\.arena")
+
+
+def local_copies(job: JobId, directory: Path, node: NodeId) -> list[Copy]:
+    """Every sealed part in the arenas of a job in a directory, in no particular order.
+
+    Their data has not been checked. An arena that is being made, or damaged, holds nothing
+    that counts.
+    """
+    found, name = list[Copy](), arena_name(job)
+    for path in directory.iterdir():
+        match = name.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            with Arena.open(path) as arena:
+                snapshots = arena.snapshots()
+        except (OSError, IntegrityError):
+            continue
+        found += (
+            Copy(
+                seat=Seat(int(match[1])),
+                node=node,
+                path=str(path),
+                step=sealed.step,
+                generation=sealed.generation,
+                part=sealed.part,
+            )
+            for sealed in snapshots
+        )
+    return found
