@@ -289,14 +289,15 @@ def _match(layout: StateLayout, tensors: Mapping[str, torch.Tensor]) -> list[tor
         for name, tensor in tensors.items()
         for box, view in boxes_of(name, tensor)
     }
-    if views.keys() != {(e.name, e.box) for e in layout.entries}:
-        name, box = min(views.keys() ^ {(e.name, e.box) for e in layout.entries})
+    keys = [(e.name, e.box) for e in layout.entries]
+    if views.keys() != set(keys):
+        name, box = min(views.keys() ^ set(keys))
         where = "this rank" if (name, box) in views else "the snapshot"
         raise StateChanged(
             f"only {where} has {box} of {name}: the state was sharded otherwise. load_state "
             "loads it"
         )
-    return [views[e.name, e.box] for e in layout.entries]
+    return [views[key] for key in keys]
 
 
 def _inner(name: str, tensor: torch.Tensor) -> Iterable[Live]:
