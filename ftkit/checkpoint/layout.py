@@ -1,8 +1,9 @@
 """StateLayout: where each tensor of a snapshot lies, the same for every replica.
 
-A layout is fixed by names, dtypes and shapes alone, so ranks that hold the same model agree
-on it without talking, and its digest says whether they do. Offsets are multiples of 64
-bytes: whole cache lines, and what vectorised parity code wants.
+A layout is fixed by names, dtypes, shapes and the boxes held, so ranks that hold the same part
+of the same model agree on it without talking, and its digest says whether they do. A rank may
+hold several boxes of a tensor; name and offsets together identify an entry. Bytes lie at
+multiples of 64: whole cache lines, and what vectorised parity code wants.
 """
 
 import json
@@ -14,10 +15,12 @@ from typing import Any
 
 import xxhash
 
+from ftkit.checkpoint.box import Box, TensorBox
 from ftkit.core.errors import IntegrityError, ProtocolError
 
 ALIGN = 64
-VERSION = 1
+#: Since 2, several entries may share a name: boxes of one tensor.
+VERSION = 2
 SMALL_BYTES = 1 << 20
 
 #: Bytes per element. Names are torch's, without "torch.".
@@ -49,9 +52,13 @@ class Entry:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
-    def signature(self) -> tuple[str, str, tuple[int, ...]]:
-        """What a live tensor must match to be loaded from this entry."""
-        return self.name, self.dtype, self.shape
+    def box(self) -> Box:
+        return Box(self.offsets, self.shape)
+
+    @property
+    def signature(self) -> TensorBox:
+        """What live memory must match to be loaded from this entry."""
+        return TensorBox(self.name, self.dtype, self.global_shape, self.box)
 
 
 @dataclass(frozen=True)
@@ -66,13 +73,17 @@ class StateLayout:
     """The most the small state may take as JSON, in bytes."""
 
     def __post_init__(self) -> None:
-        end, names = 0, set[str]()
+        end, boxes = 0, set[tuple[str, tuple[int, ...]]]()
+        kinds = dict[str, tuple[str, tuple[int, ...]]]()
         for entry in self.entries:
             if entry.dtype not in ITEM_BYTES:
                 raise ValueError(f"{entry.name!r} has dtype {entry.dtype!r}, which is not known")
-            if entry.name in names:
-                raise ValueError(f"two entries are named {entry.name!r}")
-            names.add(entry.name)
+            if (entry.name, entry.offsets) in boxes:
+                raise ValueError(f"two entries are named {entry.name!r} at {list(entry.offsets)}")
+            boxes.add((entry.name, entry.offsets))
+            kind = entry.dtype, entry.global_shape
+            if kinds.setdefault(entry.name, kind) != kind:
+                raise ValueError(f"the entries of {entry.name!r} differ in dtype or global shape")
             if not len(entry.shape) == len(entry.global_shape) == len(entry.offsets):
                 raise ValueError(f"{entry.name!r}: shape, global_shape and offsets differ in rank")
             for size, whole, first in zip(
@@ -108,18 +119,32 @@ class StateLayout:
         Raises:
           ValueError: a dtype is unknown or a name comes twice.
         """
+        return cls.of_boxes(
+            (TensorBox(name, dtype, shape, Box.whole(shape)) for name, dtype, shape in tensors),
+            small_bytes=small_bytes,
+        )
+
+    @classmethod
+    def of_boxes(
+        cls, boxes: Iterable[TensorBox], *, small_bytes: int = SMALL_BYTES
+    ) -> "StateLayout":
+        """Lay out boxes of tensors in the order given.
+
+        Raises:
+          ValueError: a dtype is unknown, a box comes twice, or is not inside its tensor.
+        """
         entries, end = list[Entry](), 0
-        for name, dtype, shape in tensors:
+        for name, dtype, global_shape, box in boxes:
+            if dtype not in ITEM_BYTES:
+                raise ValueError(f"{name!r} has dtype {dtype!r}, which is not known")
             entry = Entry(
                 name=name,
                 dtype=dtype,
-                shape=shape,
-                global_shape=shape,
-                offsets=(0,) * len(shape),
+                shape=box.shape,
+                global_shape=global_shape,
+                offsets=box.offsets,
                 at=end,
             )
-            if dtype not in ITEM_BYTES:
-                raise ValueError(f"{name!r} has dtype {dtype!r}, which is not known")
             entries.append(entry)
             end = _aligned(end + entry.bytes)
         return cls(entries=tuple(entries), small_bytes=small_bytes)
@@ -196,20 +221,16 @@ class StateLayout:
 
     def differences(self, other: "StateLayout", *, limit: int = 5) -> list[str]:
         """What `other` has otherwise, in words, `limit` at most; empty when it is the same."""
-        mine = {e.name: e.signature[1:] for e in self.entries}
-        theirs = {e.name: e.signature[1:] for e in other.entries}
+        mine = {(e.name, e.offsets): e.signature for e in self.entries}
+        theirs = {(e.name, e.offsets): e.signature for e in other.entries}
         found = [
-            f"{name}: {_words(mine.get(name))} became {_words(theirs.get(name))}"
-            for name in sorted(mine.keys() | theirs.keys())
-            if mine.get(name) != theirs.get(name)
+            f"{key[0]}: {mine.get(key, 'nothing')} became {theirs.get(key, 'nothing')}"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)
         ]
         if len(found) > limit:
             return [*found[:limit], f"and {len(found) - limit} more"]
         return found
-
-
-def _words(signature: tuple[str, tuple[int, ...]] | None) -> str:
-    return f"{signature[0]}{list(signature[1])}" if signature else "nothing"
 
 
 def _aligned(count: int) -> int:

@@ -45,7 +45,7 @@ class Sources:
         self._plain = False
         self._addresses: dict[int, int] = {}
         self._strided: dict[int, NDArray[Any]] = {}
-        self._private: dict[str, torch.Tensor] = {}
+        self._private: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._arrived: torch.cuda.Event | None = None
 
@@ -82,7 +82,7 @@ class Sources:
             item = live[index]
             tensor = item.tensor
             if tensor.device.type == "cuda":
-                tensor = self._private[item.name]
+                tensor = self._private[item.key]
             elif item.early:
                 self._plain = False
                 tensor = self._copy_early(item)
@@ -115,10 +115,10 @@ class Sources:
                 ctypes.memmove(base + piece.at, source_at, piece.count)
 
     def _kept(self, item: Live, *, pinned: bool) -> torch.Tensor:
-        kept = self._private.get(item.name)
+        kept = self._private.get(item.key)
         if kept is None or kept.shape != item.tensor.shape or kept.dtype != item.tensor.dtype:
             kept = torch.empty(item.tensor.shape, dtype=item.tensor.dtype, pin_memory=pinned)
-            self._private[item.name] = kept
+            self._private[item.key] = kept
         return kept
 
     def _copy_early(self, item: Live) -> torch.Tensor:

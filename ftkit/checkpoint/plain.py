@@ -6,7 +6,7 @@ What it cannot say is written as an object with a single key that begins with "$
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -79,6 +79,19 @@ def decode(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
             return Counter({decode(k, tensor): decode(v, tensor) for k, v in items})
         case _:
             raise IntegrityError(f"small state has an unknown mark: {list(value)[:4]}")
+
+
+def tensor_names(value: Any) -> Iterator[str]:
+    """The names of the tensors that `decode` of this value, or a dict of such, would ask for."""
+    match value:
+        case {"$tensor": str(name)}:
+            yield name
+        case dict():
+            for inner in value.values():
+                yield from tensor_names(inner)
+        case list():
+            for inner in value:
+                yield from tensor_names(inner)
 
 
 def _encode_dict(

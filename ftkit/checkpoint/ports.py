@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+from ftkit.checkpoint.box import Box, TensorBox
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.core.ids import Generation, Step
 
@@ -32,3 +33,24 @@ class PersistTier(Protocol):
 
     def steps(self) -> list[Step]:
         """The steps with a complete checkpoint, ascending."""
+
+
+class BoxSource(Protocol):
+    """Saved tensors of one step that can be read box by box. `str()` of it names it to people."""
+
+    def entries(self) -> Iterable[TensorBox]:
+        """The boxes it holds, empty ones too: they say that a tensor exists."""
+
+    def read(self, name: str, box: Box, out: memoryview, /) -> None:
+        """Read part of one tensor. Blocks; used from one thread.
+
+        Args:
+          name: of the tensor.
+          box: the elements wanted, inside one of `entries`, counted in the whole tensor.
+          out: writable bytes (format "B"), exactly the box in C order. The caller's.
+
+        Raises:
+          IntegrityError: some of the bytes are not what was written; `out` holds anything.
+          WireError: the source is gone.
+          OSError: the source is gone.
+        """

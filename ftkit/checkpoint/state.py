@@ -9,14 +9,18 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ftkit.checkpoint.box import TensorBox
 from ftkit.checkpoint.chunks import scatter
 from ftkit.checkpoint.layout import SMALL_BYTES, StateLayout
-from ftkit.checkpoint.plain import decode, encode
+from ftkit.checkpoint.plain import encode
+from ftkit.checkpoint.shards import boxes_of, is_dtensor
+from ftkit.checkpoint.targets import Targets
 from ftkit.checkpoint.walk import (
     Live,
     OptimizerWalk,
-    check_kind,
+    live_boxes,
     module_tensors,
+    named_parameters,
     unwrap,
 )
 from ftkit.checkpoint.watch import Watch
@@ -97,13 +101,13 @@ class ProtectedState:
                         "load_state_dict()"
                     )
         self._names: dict[int, str] = {}
-        self._parameters: dict[str, tuple[int, str, tuple[int, ...]]] | None = None
+        self._parameters: dict[tuple[str, tuple[int, ...]], tuple[int, TensorBox]] | None = None
         self._layout: StateLayout | None = None
-        self._signatures: list[tuple[str, str, tuple[int, ...]]] = []
+        self._signatures: list[TensorBox] = []
         # What the last walk found, good for as long as the watch holds.
         self._watch: Watch | None = None
         self._lazy: tuple[Live, ...] = ()
-        self._lazy_signatures: list[tuple[str, str, tuple[int, ...]]] = []
+        self._lazy_signatures: list[TensorBox] = []
         self._early: list[Live] = []
         self._fixed: tuple[StateLayout, tuple[Live, ...]] | None = None
 
@@ -131,16 +135,16 @@ class ProtectedState:
         small = json.dumps(self._small(loose, unchanged), separators=(",", ":")).encode()
         if unchanged and not loose and self._fixed is not None:
             return Picture(*self._fixed, small)
-        for name, tensor in loose.items():
-            check_kind(name, tensor)
         # What must be captured at once is kept together at the end.
-        early = self._early + [Live(name, tensor, early=True) for name, tensor in loose.items()]
-        early.sort(key=lambda item: item.name)
+        early = self._early + [
+            item for name, tensor in loose.items() for item in _inner(name, tensor)
+        ]
+        early.sort(key=lambda item: item.key)
         # The same tuple as long as nothing moved: whoever reads it need not look again.
         live = (*self._lazy, *early) if early else self._lazy
         signatures = self._lazy_signatures + [item.signature for item in early]
         if self._layout is None or signatures != self._signatures:
-            self._layout = StateLayout.of(signatures, small_bytes=self._small_bytes)
+            self._layout = StateLayout.of_boxes(signatures, small_bytes=self._small_bytes)
             self._signatures = signatures
         self._fixed = None if loose else (self._layout, live)
         return Picture(self._layout, live, small)
@@ -170,45 +174,31 @@ class ProtectedState:
           small: its small state.
 
         Raises:
-          StateChanged: the model or an optimizer is not the one the snapshot is of. Nothing
-            was changed.
+          StateChanged: the model or an optimizer is not the one the snapshot is of, or this
+            rank holds other boxes of it (then `load_state` can help). Nothing was changed.
           IntegrityError: the blocks are not what the layout says, or whatever they raise.
         """
-        self._check_load(layout, small)
-        mine = {
-            item.name: item.tensor
-            for name, module in self._modules.items()
-            for item in module_tensors(name, module)
-        }
-        owners = [(walk, walk.parameters()) for walk in self._optimizers]
-
-        def goal_of(name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-            if name in mine:
-                return mine[name].detach()
-            kind: torch.dtype = getattr(torch, dtype)
-            for walk, parameters in owners:
-                if walk.owns(name):
-                    return walk.prepare(name, kind, shape, parameters)
-            return torch.empty(shape, dtype=kind)
-
-        goals = [goal_of(*entry.signature) for entry in layout.entries]
+        targets = self.targets()
+        self._check_boxes(layout)
+        targets.check_small(small)
+        tensors = targets.tensors({e.name: (e.dtype, e.global_shape) for e in layout.entries})
+        goals = _match(layout, tensors)
         hosts = [
             goal
             if goal.is_contiguous() and goal.device.type == "cpu"
             else torch.empty(goal.shape, dtype=goal.dtype)
             for goal in goals
         ]
-        scatter(layout, blocks, [_bytes_of(host) for host in hosts])
+        scatter(layout, blocks, [bytes_of(host) for host in hosts])
         with torch.no_grad():
             for goal, host in zip(goals, hosts, strict=True):
                 if goal is not host:
                     goal.copy_(host)
-            loaded = {e.name: goal for e, goal in zip(layout.entries, goals, strict=True)}
-            for walk in self._optimizers:
-                own = {name: t for name, t in loaded.items() if walk.owns(name)}
-                walk.load(small["optimizers"][walk.name], own, loaded.__getitem__)
-        for name, other in self._others.items():
-            other.load_state_dict(decode(small["others"][name], loaded.__getitem__))
+        targets.finish(tensors, small)
+
+    def targets(self) -> Targets:
+        """Where a load into the state as it is now goes; for `load.load_state`."""
+        return Targets(self._modules, self._optimizers, self._others)
 
     def _walk(self) -> None:
         """Find every live tensor anew."""
@@ -220,8 +210,10 @@ class ProtectedState:
         ]
         self._check_parameters(live)
         for optimizer in self._optimizers:
-            live += optimizer.tensors()
-        live.sort(key=lambda item: item.name)
+            for name, tensor in optimizer.named_tensors():
+                # They change in step() alone, as the parameters do.
+                live += live_boxes(name, tensor, early=False)
+        live.sort(key=lambda item: item.key)
         self._lazy = tuple(item for item in live if not item.early)
         self._lazy_signatures = [item.signature for item in self._lazy]
         self._early = [item for item in live if item.early]
@@ -244,20 +236,16 @@ class ProtectedState:
         name = self._names.get(id(parameter))
         if name is None:
             self._names = {
-                id(p): item.name
+                id(parameter): name
                 for key, module in self._modules.items()
-                for p, item in zip(
-                    unwrap(module).parameters(), module_tensors(key, module), strict=False
-                )
+                for name, parameter in named_parameters(key, module)
             }
             name = self._names.get(id(parameter))
         return name
 
     def _check_parameters(self, live: Iterable[Live]) -> None:
         found = {
-            item.name: (item.tensor.data_ptr(), *item.signature[1:])
-            for item in live
-            if not item.early
+            item.key: (item.tensor.data_ptr(), item.signature) for item in live if not item.early
         }
         if self._parameters is None:
             self._names.clear()
@@ -265,19 +253,19 @@ class ProtectedState:
         if found == self._parameters:
             return
         before = self._parameters
-        changed = sorted(n for n in before.keys() | found.keys() if before.get(n) != found.get(n))
+        changed = sorted(k for k in before.keys() | found.keys() if before.get(k) != found.get(k))
         what = [
-            f"{name} was {'added' if name not in before else 'removed'}"
-            if name not in before or name not in found
-            else f"{name} moved or changed from {before[name][1:]} to {found[name][1:]}"
-            for name in changed[:5]
+            f"{key[0]} was {'added' if key not in before else 'removed'}"
+            if key not in before or key not in found
+            else f"{key[0]} moved or changed from {before[key][1]} to {found[key][1]}"
+            for key in changed[:5]
         ]
         raise StateChanged(
             f"{len(changed)} parameters changed after protect(): {'; '.join(what)}. Call "
             "protect() again after changing the model"
         )
 
-    def _check_load(self, layout: StateLayout, small: Mapping[str, Any]) -> None:
+    def _check_boxes(self, layout: StateLayout) -> None:
         mine = [
             item.signature
             for name, module in self._modules.items()
@@ -285,22 +273,41 @@ class ProtectedState:
         ]
         prefixes = tuple(f"{name}/" for name in self._modules)
         stored = [e.signature for e in layout.entries if e.name.startswith(prefixes)]
-        differences = StateLayout.of(stored).differences(StateLayout.of(mine))
+        differences = StateLayout.of_boxes(stored).differences(StateLayout.of_boxes(mine))
         if differences:
             raise StateChanged(
                 f"the snapshot is of another model: {'; '.join(differences)} (snapshot, then "
-                "live). Build the model as the snapshot's job did"
+                "live). Build the model as the snapshot's job did; when only its sharding "
+                "differs, load_state loads it"
             )
-        for part, names in (
-            ("optimizers", {walk.name for walk in self._optimizers}),
-            ("others", set(self._others)),
-        ):
-            kept = small.get(part)
-            if not isinstance(kept, Mapping) or kept.keys() != names:
-                had = sorted(kept) if isinstance(kept, Mapping) else kept
-                raise StateChanged(f"the snapshot has {part} {had}, protected are {sorted(names)}")
-        for walk in self._optimizers:
-            walk.check(small["optimizers"][walk.name])
+
+
+def _match(layout: StateLayout, tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The memory each entry goes to. StateChanged when this rank holds other boxes."""
+    views = {
+        (name, box): view
+        for name, tensor in tensors.items()
+        for box, view in boxes_of(name, tensor)
+    }
+    keys = [(e.name, e.box) for e in layout.entries]
+    if views.keys() != set(keys):
+        name, box = min(views.keys() ^ set(keys))
+        where = "this rank" if (name, box) in views else "the snapshot"
+        raise StateChanged(
+            f"only {where} has {box} of {name}: the state was sharded otherwise. load_state "
+            "loads it"
+        )
+    return [views[key] for key in keys]
+
+
+def _inner(name: str, tensor: torch.Tensor) -> Iterable[Live]:
+    """A tensor found inside some value."""
+    if is_dtensor(tensor):
+        raise UsageError(
+            f"{name} is a DTensor inside a value, and nothing says how to shard it when it comes "
+            "back: protect the module that owns it instead"
+        )
+    return live_boxes(name, tensor, early=True)
 
 
 def _numbered(name: str, value: object) -> dict[str, object]:
@@ -309,7 +316,8 @@ def _numbered(name: str, value: object) -> dict[str, object]:
     return {name: value}
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor as bytes."""
-    flat = tensor.detach().reshape(-1)
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor as bytes, writable, no copy."""
+    # Not reshape(-1): a single element may have any stride and still be contiguous.
+    flat = tensor.detach().as_strided((tensor.numel(),), (1,))
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(bytearray())

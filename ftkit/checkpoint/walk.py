@@ -1,11 +1,12 @@
 """Walking live state: every tensor of modules and optimizers, by a name that survives.
 
-Names are fully qualified and free of wrappers (DDP's "module.", torch.compile's "_orig_mod.").
+Names are fully qualified and free of wrappers (DDP's "module.", torch.compile's "_orig_mod.",
+activation checkpointing's "_checkpoint_wrapped_module."). A DTensor appears as the boxes of it
+that are here.
 Optimizer state goes by the name of its parameter, not its index, so that a script may regroup
 its parameters and two ranks agree whatever order they were made in.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,22 +16,33 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from ftkit.checkpoint.box import Box, TensorBox
 from ftkit.checkpoint.plain import decode, encode
+from ftkit.checkpoint.shards import boxes_of, is_dtensor, local_of, register_shards
 from ftkit.core.errors import StateChanged, UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """One live tensor."""
+    """One live tensor, or one box of it that this rank holds."""
 
     name: str
     tensor: torch.Tensor
+    """The memory of the box: a plain tensor of the box's shape."""
     early: bool
     """Whether it may change outside the optimizer's step, and so must be captured at once."""
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
 
     @property
-    def signature(self) -> tuple[str, str, tuple[int, ...]]:
-        return self.name, dtype_name(self.tensor), tuple(self.tensor.shape)
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """What tells it from all others of this rank."""
+        return self.name, self.offsets
+
+    @property
+    def signature(self) -> TensorBox:
+        box = Box(self.offsets, tuple(self.tensor.shape))
+        return TensorBox(self.name, dtype_name(self.tensor), self.global_shape, box)
 
 
 def dtype_name(tensor: torch.Tensor) -> str:
@@ -49,16 +61,30 @@ def unwrap(module: nn.Module) -> nn.Module:
             return module
 
 
+def named_parameters(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Full name and parameter, each parameter once; FSDP2's are its sharded ones."""
+    module = unwrap(module)
+    register_shards(module)
+    for key, parameter in module.named_parameters():
+        yield f"{name}/{_clean(key)}", parameter
+
+
+def named_tensors(name: str, module: nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
+    """Full name, tensor, and whether it is a buffer. The non-persistent ones are among them."""
+    for full, parameter in named_parameters(name, module):
+        yield full, parameter, False
+    for key, buffer in unwrap(module).named_buffers():
+        yield f"{name}/{_clean(key)}", buffer, True
+
+
 def module_tensors(name: str, module: nn.Module) -> Iterator[Live]:
-    """Parameters, and all buffers with the non-persistent ones, each storage's name once.
+    """The boxes of parameters and buffers that are here.
 
     Raises:
       UsageError: a tensor is of a kind that cannot be captured; the message names it.
     """
-    for key, parameter in unwrap(module).named_parameters():
-        yield _live(f"{name}/{_clean(key)}", parameter, early=False)
-    for key, buffer in unwrap(module).named_buffers():
-        yield _live(f"{name}/{_clean(key)}", buffer, early=True)
+    for full, tensor, is_buffer in named_tensors(name, module):
+        yield from live_boxes(full, tensor, early=is_buffer)
 
 
 class OptimizerWalk:
@@ -89,13 +115,12 @@ class OptimizerWalk:
                 found[name] = parameter, group
         return found
 
-    def tensors(self) -> Iterator[Live]:
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that are direct values of a parameter's state: moments, step counts."""
         for name, (parameter, _) in self.parameters().items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):
-                    # They change in step() alone, as the parameters do.
-                    yield _live(self._state_name(name, key), value, early=False)
+                    yield self._state_name(name, key), value
 
     def small(self, tensors: dict[str, torch.Tensor], unchanged: bool = False) -> dict[str, object]:
         """Hyperparameters, and whatever else the state holds. Nested tensors join `tensors`.
@@ -154,21 +179,16 @@ class OptimizerWalk:
             already filled.
           tensor: gives a nested tensor by name.
         """
-        parameters = self.parameters()
-        state: dict[str, dict[str, Any]] = {}
-        for entry, value in saved.items():
-            name, key = self._split(entry)
-            state.setdefault(name, {})[key] = value
-        for name, rest in small["other"].items():
-            state.setdefault(name, {}).update(decode(rest, tensor))
-        for name, (parameter, _) in parameters.items():
-            if name not in state:
-                self.optimizer.state.pop(parameter, None)
-                continue
-            live = self.optimizer.state[parameter]
-            live.clear()
-            live.update(state[name])
-        for group, stored in zip(self.optimizer.param_groups, small["groups"], strict=True):
+        rest = {name: decode(value, tensor) for name, value in small["other"].items()}
+        for name, (parameter, _) in self.parameters().items():
+            if parameter in self.optimizer.state:
+                self.optimizer.state[parameter].clear()
+            if name in rest:
+                self.optimizer.state[parameter].update(rest[name])
+        self.put(saved)
+        for parameter in [p for p, state in self.optimizer.state.items() if not state]:
+            del self.optimizer.state[parameter]
+        for group, stored in zip(self.optimizer.param_groups, self._matched(small), strict=True):
             for key, value in decode(stored["hyper"], tensor).items():
                 old = group.get(key)
                 if isinstance(old, torch.Tensor) and isinstance(value, torch.Tensor):
@@ -177,23 +197,46 @@ class OptimizerWalk:
                 else:
                     group[key] = value
 
+    def put(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Make these the state of their parameters, and leave the rest as it is.
+
+        Args:
+          saved: tensors by entry name, as `prepare` returned them, already filled.
+        """
+        parameters = self.parameters()
+        for entry, value in saved.items():
+            name, key = self._split(entry)
+            self.optimizer.state[parameters[name][0]][key] = value
+
     def check(self, small: Mapping[str, Any]) -> None:
-        """StateChanged when the snapshot's groups hold other parameters than ours."""
-        stored = [group["params"] for group in small["groups"]]
+        """StateChanged when the snapshot's groups hold other parameters than ours.
+
+        The order of parameters in a group may differ: what belongs to one goes by its name.
+        """
+        self._matched(small)
+
+    def _matched(self, small: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The stored group of each live one."""
+        stored = list(small["groups"])
         live = [
-            [self._parameter_name(p) for p in group["params"]]
+            sorted(map(str, map(self._parameter_name, group["params"])))
             for group in self.optimizer.param_groups
         ]
-        if stored != live:
+        if [sorted(map(str, group["params"])) for group in stored] != live:
             raise StateChanged(
                 f"{self.name} has groups of {[len(g) for g in live]} parameters, the snapshot "
-                f"{[len(g) for g in stored]}, or their members differ: build it as the "
+                f"{[len(g['params']) for g in stored]}, or their members differ: build it as the "
                 "snapshot's job did"
             )
+        return stored
 
     def owns(self, entry: str) -> bool:
         """Whether an entry of the layout is a direct state tensor of this optimizer."""
         return entry.startswith(f"{self.name}/state/")
+
+    def parameter_of(self, entry: str) -> str:
+        """The parameter whose state an entry that this optimizer owns is."""
+        return self._split(entry)[0]
 
     def prepare(
         self,
@@ -204,14 +247,17 @@ class OptimizerWalk:
     ) -> torch.Tensor:
         """The live tensor to load an entry into, or a new one where the optimizer is fresh.
 
+        One as large as its parameter is placed as its parameter is.
+
         Args:
           entry: its name.
           dtype: its dtype.
-          shape: its shape.
+          shape: its global shape.
           parameters: what `parameters` returned.
 
         Raises:
-          StateChanged: no parameter of this optimizer has the entry's name.
+          StateChanged: no parameter of this optimizer has the entry's name, or it cannot be
+            told how to shard it.
         """
         name, key = self._split(entry)
         try:
@@ -230,6 +276,12 @@ class OptimizerWalk:
             return value
         if shape == tuple(parameter.shape) and key != "step":
             return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+        if shape and is_dtensor(parameter):
+            raise StateChanged(
+                f"{entry} is {list(shape)} and its parameter, a DTensor, {list(parameter.shape)}: "
+                f"how {self.name} shards it is not known before it made it. Take one step with "
+                "the optimizer before loading"
+            )
         # Optimizers keep step counts in host memory unless a kernel reads them.
         in_kernel = bool(group.get("capturable") or group.get("fused"))
         on_device = key != "step" or in_kernel
@@ -246,27 +298,24 @@ class OptimizerWalk:
 
 
 def _clean(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    return name
 
 
-def _live(name: str, tensor: torch.Tensor, *, early: bool) -> Live:
-    check_kind(name, tensor)
-    return Live(name, tensor.detach() if early else tensor, early)
+def live_boxes(name: str, tensor: torch.Tensor, *, early: bool) -> Iterator[Live]:
+    """The boxes of a tensor that are here; UsageError when it cannot be captured."""
+    check_kind(name, local_of(tensor))
+    for box, view in boxes_of(name, tensor):
+        memory = view.detach() if early else view
+        yield Live(name, memory, early, tuple(tensor.shape), box.offsets)
 
 
 def check_kind(name: str, tensor: torch.Tensor) -> None:
     """UsageError unless `tensor` is dense memory on a CPU or CUDA device."""
-    if _is_dtensor(tensor):
-        raise UsageError(f"{name} is a DTensor; only replicated state can be protected so far")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         raise UsageError(f"{name} is {tensor.layout}; only dense tensors can be protected")
     if tensor.device.type not in ("cpu", "cuda"):
         raise UsageError(f"{name} is on {tensor.device}; protect() after it has real memory")
     if tensor.is_conj() or tensor.is_neg():
         raise UsageError(f"{name} is a lazy conjugate; store tensor.resolve_conj()")
-
-
-def _is_dtensor(tensor: torch.Tensor) -> bool:
-    """Whether it is a DTensor, without importing what costs 0.9 s at the start of a rank."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)

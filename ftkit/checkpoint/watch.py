@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ftkit.checkpoint.shards import is_dtensor, local_of
+
 
 class Watch:
     """Remembers which objects sit where, and at which addresses their tensors lie.
@@ -35,6 +37,9 @@ class Watch:
         self._identities = list(map(id, self._contents))
         self._tensors = tensors
         self._addresses = [t.data_ptr() for t in tensors]
+        # A DTensor may get another local tensor and stay the same object (FSDP2 does that).
+        self._sharded: list[Any] = [t for t in self._contents if is_dtensor(t)]
+        self._shard_addresses = [local_of(t).data_ptr() for t in self._sharded]
 
     def holds(self) -> bool:
         """Whether nothing was added, removed, replaced or moved since.
@@ -44,6 +49,7 @@ class Watch:
         return (
             list(map(id, self._found())) == self._identities
             and list(map(torch.Tensor.data_ptr, self._tensors)) == self._addresses
+            and [t._local_tensor.data_ptr() for t in self._sharded] == self._shard_addresses
         )
 
     def _found(self) -> Iterator[Any]:

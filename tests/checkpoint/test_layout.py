@@ -46,7 +46,7 @@ GOOD = StateLayout.of([("a", "float32", (2,)), ("b", "int64", ())]).to_json()
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (("version",), 2),
+        (("version",), 1),
         (("entries",), "no"),
         (("entries", 0), ["a"]),
         (("entries", 0, 0), 7),
