@@ -1,7 +1,6 @@
 """ftkit: the command line. One function a command; the work is done elsewhere."""
 
 import json
-import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.logs import log_to_stderr
 
-logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
+log_to_stderr()
 
 RUNS = Path("runs")
 
@@ -52,7 +52,7 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -77,6 +77,7 @@ def run(
     from ftkit.launch.config import JobConfig, default_engine, new_job_id
     from ftkit.launch.job import python_command, run_job
 
+    log_to_stderr(quiet=quiet)
     job = new_job_id()
     folder = (run_dir or RUNS / job).resolve()
     config = JobConfig(
@@ -88,12 +89,13 @@ def run(
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
+        quiet=quiet,
     )
     _ = config.times  # an inconsistent set of times is refused before anything starts
     stop = run_job(config, engine=engine or default_engine())
     if as_json:
         click.echo(json.dumps({"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}))
-    elif stop.code and not quiet:
+    elif stop.code:
         click.echo(f"ftkit: {stop.reason} (events in {folder})", err=True)
     sys.exit(stop.code)
 
