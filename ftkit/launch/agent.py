@@ -251,9 +251,12 @@ class Agent:
         )
         if line := self._lines.pop(member, None):
             line.close()
+        # Its last row outlives it; the rows of the dead are not reported again.
+        rows = self._arenas.rows([facts])
         self._set(
             facts,
             stage=Stage.FINISHED if code == 0 else Stage.DEAD,
+            at_step=Step(rows[0]["row"]["step"]) if rows else facts.at_step,
             exit_code=code,
             error="" if code == 0 else rank.last_words(),
         )

@@ -58,7 +58,8 @@ class MemberFacts:
     entry_step: Step | None = None
     """The step it stood at when it first held state: where its own work begins."""
     at_step: Step = Step(0)
-    """The step its status row shows it playing: telemetry, for counting and for messages."""
+    """The step its status row shows it playing, or played last; 0 before its first. Telemetry,
+    for counting and for messages. DEAD: where it died."""
     voted: bool = False
     """HALTED: it holds the reduced gradients of step + 1 and has voted for them."""
     stepping: bool = False

@@ -142,7 +142,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
                 ),
             )
         blameless = plan.evicted.get(seat.member) == RESTART
-        step = max((max(f.step or 0, f.at_step) for f in facts.members.values()), default=0)
+        step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
         next_seat = respawn(
             replace(seat, failures=seat.failures - 1) if blameless else seat,
             dead,
