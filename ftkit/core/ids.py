@@ -5,6 +5,8 @@ word       meaning
 ========== =====================================================================
 job        one `ftkit run`: all processes, files and shared memory under one name
 node       a host; on the embedded engine, one agent and its own failure domain
+boot       one life of a node's agent. A new agent has another, and none of the
+           processes and memory of the one before
 seat       a rank's place in the job: fixed at launch, inherited by the process
            that replaces a dead one. Seats 0..N-1, `--nproc` of them on each node
 member     one incarnation of a seat: a process, from spawn to exit. Never reused
@@ -35,6 +37,7 @@ from typing import NewType
 
 JobId = NewType("JobId", str)
 NodeId = NewType("NodeId", int)
+Boot = NewType("Boot", str)
 Seat = NewType("Seat", int)
 MemberId = NewType("MemberId", int)
 Rank = NewType("Rank", int)

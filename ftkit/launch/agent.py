@@ -8,6 +8,7 @@ thread does everything; others only wait for something and put it into its queue
 import logging
 import os
 import queue
+import secrets
 import signal
 import socket
 import threading
@@ -18,7 +19,7 @@ from typing import Any
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
-from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
+from ftkit.core.ids import Boot, Generation, JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Channel, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
@@ -81,6 +82,8 @@ class Agent:
         self._store = ArenaServer(
             self._arenas.directory, JobId(config.job), self._secret, host=host
         )
+        # Not the process's number: that may be given again, and differs not between hosts.
+        self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
         self._stores: dict[str, Any] = {}
         self._ranks: dict[MemberId, RankProcess] = {}
@@ -361,13 +364,15 @@ class Agent:
         self._tell_coordinator()
 
     def _spawn_missing(self) -> None:
-        """Start the members the plan wants here and that never ran.
+        """Start the members the plan wants this agent to start, and that never ran.
 
         A replacement waits until the survivors on this node are in their new world, or for
         `SPAWN_LATEST_S`: starting Python takes a core for seconds, and they need it now.
         """
         missing = [
-            s for s in self._plan.seats if s.node == self._node and s.member not in self._facts
+            s
+            for s in self._plan.seats
+            if s.node == self._node and s.boot == self._boot and s.member not in self._facts
         ]
         if not missing or self._plan.stop:
             self._missing_since = None
@@ -423,7 +428,7 @@ class Agent:
             {
                 "type": "facts",
                 "node": self._node,
-                "boot": os.getpid(),
+                "boot": self._boot,
                 "members": [
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()

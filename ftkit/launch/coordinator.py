@@ -11,18 +11,17 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, WireError
-from ftkit.core.ids import MemberId, NodeId, Step, Term
+from ftkit.core.ids import Boot, MemberId, NodeId, Step, Term
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Channel, connect
 from ftkit.launch.config import JobConfig
 from ftkit.launch.watch import Watch
-from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
+from ftkit.recovery.facts import JobFacts, MemberFacts
 from ftkit.recovery.plan import Phase, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
 
@@ -122,12 +121,6 @@ class Coordinator:
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
-        before = self._reports.get(node)
-        if before is not None and before["boot"] != report["boot"]:
-            # Another agent: the ranks of the one before died with it.
-            for known in list(self._members.values()):
-                if known.node == node and known.stage is not Stage.FINISHED:
-                    self._members[known.member] = replace(known, stage=Stage.DEAD)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
         for member in members:
@@ -226,6 +219,7 @@ class Coordinator:
             ),
             evictions=verdicts.evictions,
             nodes_lost=self._lost_nodes(now),
+            boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
         )
 

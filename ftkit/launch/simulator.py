@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState
 from ftkit.launch.simulator_faults import Fault, Kind, schedule
-from ftkit.launch.simulator_hosts import SNAPSHOTS_KEPT, Disk, Report, SimAgent, SimCoordinator
+from ftkit.launch.simulator_hosts import SNAPSHOTS_KEPT, Report, SimAgent, SimCoordinator
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
@@ -107,7 +107,6 @@ class Simulation:
         )
         self.checker = Checker(self.slots)
         self.ranks: dict[MemberId, SimRank] = {}
-        self.disks = {NodeId(n): Disk() for n in range(self.nodes)}
         self.agents: dict[NodeId, SimAgent] = {}
         self.ended: Stop | None = None
         self.struck = 0
@@ -116,15 +115,17 @@ class Simulation:
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
         self._links: dict[tuple[MemberId, MemberId], _Link] = {}
-        self._deaf_until = dict.fromkeys(self.disks, 0.0)
-        self._slow_until = dict.fromkeys(self.disks, 0.0)
+        nodes = [NodeId(n) for n in range(self.nodes)]
+        self._deaf_until = dict.fromkeys(nodes, 0.0)
+        self._slow_until = dict.fromkeys(nodes, 0.0)
         self._fifo_s: dict[object, float] = {}
         self._passed: dict[str, int] = {}
         self._log: deque[tuple[float, str, MemberId | None, str]] = deque(maxlen=60)
         self._healed = False
         self._whole_again = False
-        for node, disk in self.disks.items():
-            self.agents[node] = SimAgent(self, node, disk)
+        self._boots = 0
+        for node in nodes:
+            self._boot(node)
         self._term = Term(1)
         self._detector = StallDetector(self.ranks)
         self.coordinator = SimCoordinator(self, self._detector, self._term)
@@ -316,15 +317,15 @@ class Simulation:
 
     def seal(self, node: NodeId, seat: Seat, state: TrainingState) -> None:
         """A snapshot is complete in a seat's arena, which keeps the newest few."""
-        arena = self.disks[node].arenas.setdefault(seat, [])
+        arena = self.agents[node].arenas.setdefault(seat, [])
         others = [s for s in arena if s.step != state.step]
         arena[:] = [*others[-(SNAPSHOTS_KEPT - 1) :], state]
 
     def forget_newer(self, seat: Seat, state: TrainingState) -> None:
         """What a predecessor left in this arena beyond `state` is of another history."""
-        for disk in self.disks.values():
-            if seat in disk.arenas:
-                disk.arenas[seat] = [s for s in disk.arenas[seat] if s.step <= state.step]
+        for agent in self.agents.values():
+            if seat in agent.arenas:
+                agent.arenas[seat] = [s for s in agent.arenas[seat] if s.step <= state.step]
 
     def snapshot(self, step: Step, attempt: Generation | None) -> TrainingState | None:
         """A sealed snapshot of `step`: of that attempt, or else of the newest one."""
@@ -332,9 +333,9 @@ class Simulation:
             return TrainingState()
         found = [
             s
-            for node, disk in self.disks.items()
-            if self.agents[node].alive
-            for arena in disk.arenas.values()
+            for agent in self.agents.values()
+            if agent.alive
+            for arena in agent.arenas.values()
             for s in arena
             if s.step == step and attempt in (None, s.attempt)
         ]
@@ -379,6 +380,9 @@ class Simulation:
                 self._kill_coordinator(fault.duration_s)
             case Kind.LOSE_NODE:
                 self._lose_node(node, fault.duration_s)
+            case Kind.LOSE_NODE_AND_COORDINATOR:
+                self._kill_coordinator(fault.duration_s)
+                self._lose_node(node, fault.duration_s)
             case Kind.STOP_RANK:
                 if victim.stopped_since is None:
                     victim.stopped_since = self.now
@@ -422,14 +426,18 @@ class Simulation:
 
     def _revive(self, node: NodeId) -> None:
         self.note("agent", None, f"node {node} is back")
-        self.agents[node] = SimAgent(self, node, self.disks[node])
+        self._boot(node)
+
+    def _boot(self, node: NodeId) -> None:
+        self._boots += 1
+        self.agents[node] = SimAgent(self, node, Boot(f"boot-{self._boots}"))
 
     # Liveness.
 
     def _heal(self) -> None:
         self._healed = True
         self.note("HEALED", None, "")
-        for node in self.disks:
+        for node in self.agents:
             self._deaf_until[node] = self._slow_until[node] = 0.0
         for link in self._links.values():
             link.blocked_until_s = 0.0

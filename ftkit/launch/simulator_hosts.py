@@ -1,14 +1,14 @@
 """SimAgent and SimCoordinator: the drivers around the pure protocol, as the simulator has them.
 
-What survives an agent is in its `Disk`: which members were ever spawned there, the newest
-plan, and the seats' arenas.
+An agent takes with it all it knew and all it held, the seats' arenas among it: the next one
+on its node begins with nothing but another `boot`.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.launch.simulator_checks import TrainingState
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
@@ -23,15 +23,6 @@ NODE_LIMIT_S = 2.0
 SNAPSHOTS_KEPT = 2
 
 
-@dataclass(slots=True)
-class Disk:
-    """What a node keeps when its agent dies. Owned by the node's agent and ranks."""
-
-    spawned: set[MemberId] = field(default_factory=set)
-    plan: Plan | None = None
-    arenas: dict[Seat, list[TrainingState]] = field(default_factory=dict)
-
-
 class Detector(Protocol):
     """What the coordinator asks of detection."""
 
@@ -42,20 +33,16 @@ class Detector(Protocol):
 class SimAgent:
     """The agent of one node: spawns and kills, relays standings up and plans down."""
 
-    def __init__(self, sim: "Simulation", node: NodeId, disk: Disk) -> None:
-        self.sim, self.node, self.disk = sim, node, disk
+    def __init__(self, sim: "Simulation", node: NodeId, boot: Boot) -> None:
+        self.sim, self.node, self.boot = sim, node, boot
         self.alive = True
         self.ranks: dict[Seat, SimRank] = {}
-        self.plan: Plan | None = disk.plan
+        self.arenas: dict[Seat, list[TrainingState]] = {}
+        self.plan: Plan | None = None
+        self._spawned: set[MemberId] = set()
         self._facts: dict[MemberId, MemberFacts] = {}
         self._dirty = False
-        sim.after(0.0, self._start)
-
-    def _start(self) -> None:
-        # The plan its predecessor left is carried out before a newer one is heard of: the
-        # newest may be this one, and nobody would send it again.
-        self._carry_out()
-        self._beat()
+        sim.after(0.0, self._beat)
 
     def _beat(self) -> None:
         if self.alive:
@@ -94,7 +81,7 @@ class SimAgent:
         if not self.alive or self.sim.is_deaf(self.node):
             return
         if self.plan is None or plan.order > self.plan.order:
-            self.plan = self.disk.plan = plan
+            self.plan = plan
             for rank in list(self.ranks.values()):
                 self.sim.after(0.001, rank.do, rank.take_plan, plan)
             self._carry_out()
@@ -107,16 +94,9 @@ class SimAgent:
                 # Those that can leave by themselves get a moment for it.
                 self.sim.after(0.1, self.sim.kill, rank)
         for seat in self.plan.seats:
-            if seat.node != self.node or seat.seat in self.ranks:
+            if seat.boot != self.boot or seat.seat in self.ranks or seat.member in self._spawned:
                 continue
-            if seat.member in self.disk.spawned:
-                # Spawned by an agent that died since, and all its ranks with it.
-                lost = MemberFacts(
-                    member=seat.member, seat=seat.seat, node=self.node, stage=Stage.DEAD
-                )
-                self._facts.setdefault(seat.member, lost)
-                continue
-            self.disk.spawned.add(seat.member)
+            self._spawned.add(seat.member)
             rank = self.ranks[seat.seat] = self.sim.spawn(seat.member, seat.seat, self.node)
             self._facts[seat.member] = rank.facts()
             if not self._passes_spawn(rank):
@@ -150,8 +130,9 @@ class SimAgent:
         # whole, so the agent relays it untouched.
         return Report(
             members=dict(self._facts),
-            snapshots=frozenset(s.step for arena in self.disk.arenas.values() for s in arena),
+            snapshots=frozenset(s.step for arena in self.arenas.values() for s in arena),
             plan=self.plan,
+            boot=self.boot,
         )
 
 
@@ -162,6 +143,7 @@ class Report:
     members: Mapping[MemberId, MemberFacts]
     snapshots: frozenset[Step]
     plan: Plan | None
+    boot: Boot
 
 
 class SimCoordinator:
@@ -250,6 +232,7 @@ class SimCoordinator:
             snapshots=frozenset(s for r in reachable for s in r.snapshots),
             evictions=self.detector.evictions(now),
             nodes_lost=lost,
+            boots={n: r.boot for n, r in self._reports.items()},
         )
 
 

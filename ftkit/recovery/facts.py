@@ -11,7 +11,7 @@ from enum import StrEnum, auto
 from typing import Any
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step
 
 
 class Stage(StrEnum):
@@ -112,5 +112,7 @@ class JobFacts:
     evictions: Mapping[MemberId, str] = field(default_factory=dict)
     """Members that detection wants removed, with the reason."""
     nodes_lost: frozenset[NodeId] = frozenset()
+    boots: Mapping[NodeId, Boot] = field(default_factory=dict)
+    """The agent of each node as last heard of; nodes never heard of are not in it."""
     interrupted: str = ""
     """Why the user or the cluster wants the job to end; empty while nobody does."""

@@ -12,7 +12,7 @@ from enum import StrEnum, auto
 from typing import Any
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.core.world import World
 
 
@@ -49,6 +49,9 @@ class Assignment:
     """Failures in a row without enough progress between them (`budget`)."""
     joined_step: Step = Step(0)
     """The step at which this incarnation was let in."""
+    boot: Boot | None = None
+    """The life of the node's agent that starts it, and no other does: an agent that knows
+    nothing of a member was not there when it was started. None: nobody starts it yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +100,9 @@ class Plan:
             "term": self.term,
             "version": self.version,
             "phase": self.phase.value,
-            "seats": [[a.seat, a.node, a.member, a.failures, a.joined_step] for a in self.seats],
+            "seats": [
+                [a.seat, a.node, a.member, a.failures, a.joined_step, a.boot] for a in self.seats
+            ],
             "world": self.world.to_json() if self.world else None,
             "resumed": [self.resumed, self.step],
             "joining": self.joining.to_json() if self.joining else None,
@@ -124,8 +129,9 @@ class Plan:
                         member=MemberId(int(member)),
                         failures=int(failures),
                         joined_step=Step(int(joined)),
+                        boot=None if boot is None else Boot(str(boot)),
                     )
-                    for seat, node, member, failures, joined in value["seats"]
+                    for seat, node, member, failures, joined, boot in value["seats"]
                 ),
                 world=None if world is None else World.from_json(world),
                 resumed=Generation(int(value["resumed"][0])),

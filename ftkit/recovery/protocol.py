@@ -30,6 +30,8 @@ Invariants (tests/recovery and the simulator check them on every state they reac
 * I6  A decision rests only on members that have acknowledged the halt it follows: what a
       member said before may have changed since. A new term ends everything older first
       (`adopt`): the predecessor's last plan may still be on its way to a member.
+* I7  No member is started twice: its seat names the life of the agent (`boot`) that starts
+      it, and when that is over so is the member, whether or not anybody knew it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -39,7 +41,7 @@ from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import Member, World
 from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
-from ftkit.recovery.plan import Phase, Plan, Stop
+from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
 
 #: Why innocent members are replaced: they had not begun to step, so their work is not a
 #: transaction that could be played again.
@@ -65,6 +67,7 @@ def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, li
     """
     decisions: list[Decision] = []
     while plan.phase is not Phase.ENDED:
+        facts = _with_lost(plan, facts)
         moved = _one_move(plan, facts, budget)
         if moved is None:
             break
@@ -78,6 +81,8 @@ def gone(plan: Plan, facts: JobFacts, member: MemberId) -> bool:
     seat = plan.seat_of(member)
     if seat is None or member in plan.evicted or seat.node in facts.nodes_lost:
         return True
+    if _lost_with_agent(seat, facts):
+        return True
     known = facts.members.get(member)
     return known is not None and known.stage is Stage.DEAD
 
@@ -90,6 +95,7 @@ def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
         return _end(plan, Stop(code=exit_codes.INTERRUPTED, reason=facts.interrupted))
     return (
         _finish(plan, facts)
+        or _assign(plan, facts)
         or _evict(plan, facts)
         or _replace_dead(plan, facts, budget)
         or {
@@ -103,6 +109,47 @@ def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
 def _end(plan: Plan, stop: Stop) -> Move:
     ended = plan.revised(phase=Phase.ENDED, stop=stop, halted=_issued(plan), joining=None)
     return ended, Decision(action="end", reason=stop.reason, fields={"code": stop.code})
+
+
+def _with_lost(plan: Plan, facts: JobFacts) -> JobFacts:
+    """The facts, with those members dead that were lost with their agent (I7).
+
+    The agent that has come since cannot tell of them, nor can a coordinator that has come
+    since.
+    """
+    lost = {
+        s.member: replace(
+            facts.members.get(s.member)
+            or MemberFacts(member=s.member, seat=s.seat, node=s.node, stage=Stage.DEAD),
+            stage=Stage.DEAD,
+            exit_code=None,
+        )
+        for s in plan.seats
+        if _lost_with_agent(s, facts)
+    }
+    return replace(facts, members={**facts.members, **lost}) if lost else facts
+
+
+def _lost_with_agent(seat: Assignment, facts: JobFacts) -> bool:
+    """Whether the agent that started the seat's member is no more; who had finished, had."""
+    known = facts.members.get(seat.member)
+    if seat.boot is None or (known is not None and known.stage is Stage.FINISHED):
+        return False
+    return facts.boots.get(seat.node, seat.boot) != seat.boot
+
+
+def _assign(plan: Plan, facts: JobFacts) -> Move | None:
+    """Have agents that are heard of for the first time start their seats."""
+    fresh = [s for s in plan.seats if s.boot is None and s.node in facts.boots]
+    if not fresh:
+        return None
+    return plan.revised(
+        seats=tuple(replace(s, boot=facts.boots[s.node]) if s in fresh else s for s in plan.seats)
+    ), Decision(
+        action="assign",
+        reason=f"the agents of nodes {sorted({s.node for s in fresh})} are up",
+        fields={"seats": [s.seat for s in fresh]},
+    )
 
 
 def _evict(plan: Plan, facts: JobFacts) -> Move | None:
@@ -153,6 +200,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
         )
         if isinstance(next_seat, Stop):
             return _end(plan, next_seat)
+        next_seat = replace(next_seat, boot=facts.boots.get(seat.node))
         reason = plan.evicted.get(seat.member, describe_exit(dead.exit_code))
         phase, halted = plan.phase, plan.halted
         if phase is Phase.RUNNING and plan.world and seat.member in plan.world.member_ids:

@@ -56,6 +56,16 @@ def test_going_back_behind_a_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -
         play(range(200))
 
 
+def test_members_lost_with_all_who_knew_them_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the boot in the plan the new agent is waited for, to tell of what it cannot know."""
+    fault = Fault(kind=Kind.LOSE_NODE_AND_COORDINATOR, target=0, point="committed", nth=3)
+    seeds = [s for s in range(20) if Simulation(s).nodes > 1]
+    assert all(Simulation(s, faults=[fault]).run().restarts for s in seeds)
+    monkeypatch.setattr(protocol, "_lost_with_agent", lambda seat, facts: False)
+    with pytest.raises(SimulationFailure):
+        _ = [Simulation(seed, faults=[fault]).run() for seed in seeds]
+
+
 def test_a_rank_that_waits_for_nobody_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator_rank, "tally", lambda ballots: Tally())
     monkeypatch.setattr(simulator_rank.SimRank, "_complete", lambda self, got: True)

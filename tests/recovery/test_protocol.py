@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step, Term
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
 from ftkit.recovery.plan import Phase, adopt, first_plan
@@ -427,3 +427,66 @@ def test_the_lost_node_takes_members_nobody_has_reported() -> None:
     assert gone(plan, facts, MemberId(1))
     assert not gone(plan, facts, MemberId(0))
     assert gone(plan, facts, MemberId(99)), "a member without a seat"
+
+
+# ---- agents that come and go
+
+
+A, B, C = Boot("a"), Boot("b"), Boot("c")
+
+
+def on_two_nodes() -> Story:
+    """Members 0 and 1 on node 0, 2 and 3 on node 1, at step 5; agents A and B started them."""
+    story = Story(2, 2).knows(boots={NodeId(0): A, NodeId(1): B})
+    story.all_say(Stage.READY)
+    assert story.moves() == ["assign", "form"]
+    story.all_say(Stage.ACTIVE, generation=Generation(1), step=Step(5), stepping=True)
+    assert story.moves() == []
+    return story
+
+
+def test_an_agent_starts_what_was_assigned_to_it_once_it_is_heard_of() -> None:
+    story = Story(2, 1)
+    assert story.moves() == []
+    assert [s.boot for s in story.plan.seats] == [None, None]
+    story.knows(boots={NodeId(1): B})
+    assert story.moves() == ["assign"]
+    story.knows(boots={NodeId(0): A, NodeId(1): B})
+    assert story.moves() == ["assign"]
+    assert [s.boot for s in story.plan.seats] == [A, B]
+    assert [s.member for s in story.plan.seats] == [0, 1], "nobody was lost"
+
+
+def test_members_that_only_a_lost_agent_and_a_lost_coordinator_knew_are_not_started_again() -> None:
+    """The new coordinator hears of node 0 from an agent that knows nothing."""
+    story = on_two_nodes()
+    story.plan = adopt([story.plan], term=Term(2))
+    story.knows(
+        members={m: f for m, f in story.facts.members.items() if f.node == 1},
+        boots={NodeId(0): C, NodeId(1): B},
+    )
+    assert story.moves() == ["respawn", "respawn"]
+    new = [s for s in story.plan.seats if s.node == 0]
+    assert [s.boot for s in new] == [C, C]
+    assert not {s.member for s in new} & {0, 1, 2, 3}
+    assert all(gone(story.plan, story.facts, MemberId(m)) for m in (0, 1))
+    for member in (2, 3):
+        story.says(member, Stage.HALTED, generation=story.plan.halted)
+    assert story.moves() == ["resume"]
+    assert (story.world, story.plan.step) == ([2, 3], 5)
+
+
+def test_a_coordinator_that_lives_on_takes_a_new_agent_for_the_end_of_the_old_ones_members() -> (
+    None
+):
+    story = on_two_nodes().knows(boots={NodeId(0): C, NodeId(1): B})
+    assert story.moves() == ["respawn", "respawn"]
+    assert [s.member for s in story.plan.seats] == [4, 5, 2, 3]
+
+
+def test_a_member_that_had_finished_does_not_run_again_with_a_new_agent() -> None:
+    story = on_two_nodes()
+    story.says(0, Stage.FINISHED, exit_code=0).knows(boots={NodeId(0): C, NodeId(1): B})
+    assert story.moves() == ["respawn"]
+    assert [s.member for s in story.plan.seats] == [0, 4, 2, 3]
+    assert [s.boot for s in story.plan.seats] == [A, C, B, B]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Slot, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Slot, Step, Term
 from ftkit.core.world import Member, World
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
@@ -37,6 +37,7 @@ plans = st.builds(
             member=members_ids,
             failures=numbers,
             joined_step=steps,
+            boot=st.none() | words.map(Boot),
         ),
         max_size=4,
     ).map(tuple),
