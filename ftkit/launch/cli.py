@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,23 +122,26 @@ def drill_list(as_json: bool) -> None:
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
 
-def drill_options(command: Any) -> Any:
-    """The options that every drill takes."""
-    for option in reversed(
-        [
+def drill_options(*, steps: int) -> Callable[[Any], Any]:
+    """The options that every drill takes; `steps` is the default length of the job."""
+
+    def add(command: Any) -> Any:
+        options = [
             click.option("--nproc", default=3, show_default=True, help="Ranks."),
             click.option("--nodes", default=1, show_default=True, help="Nodes."),
             click.option("--seed", default=0, show_default=True, help="Decides what is not given."),
-            click.option("--steps", default=200, show_default=True, help="Steps of the job."),
+            click.option("--steps", default=steps, show_default=True, help="Steps of the job."),
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
         ]
-    ):
-        command = option(command)
-    return command
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @drill.command("run")
@@ -146,7 +150,7 @@ def drill_options(command: Any) -> Any:
 @click.option(
     "--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many drills."
 )
-@drill_options
+@drill_options(steps=200)
 def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: Any) -> None:
     """Run the drill FAULT (see `ftkit drill list`; `all` picks faults by the seed).
 
@@ -160,7 +164,7 @@ def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: 
 @drill.command("demo")
 @click.option("--data", type=click.Path(path_type=Path), help="Text to train on.")
 @click.option("--report", type=click.Path(path_type=Path), default=Path("report.html"))
-@drill_options
+@drill_options(steps=240)
 def drill_demo(data: Path | None, report: Path, **options: Any) -> None:
     """The main job: train, lose a rank in the middle of a step, and end with the same bits."""
     from ftkit.launch.drill_command import run_demo
