@@ -296,6 +296,7 @@ class Agent:
                             else Step(int(step))
                         ),
                         voted=bool(message["voted"]),
+                        cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
                     )
                     self._spawn_missing()

@@ -42,7 +42,6 @@ class _Link:
 
     up: bool = False
     epoch: int = 0
-    blocked_until_s: float = 0.0
     last_s: dict[MemberId, float] = field(default_factory=dict)
 
 
@@ -57,6 +56,8 @@ class Outcome:
     faults: int
     """Faults that struck."""
     restarts: int
+    worlds: int
+    """Generations that were entered, or offered."""
 
 
 class StallDetector:
@@ -99,7 +100,7 @@ class Simulation:
             self.budget = BudgetConfig(same_place_max=1000, restarts_max=100_000)
         self.forgetful = rng.random() < 0.5
         self.unborn_say_halted = rng.random() < 0.5
-        self._step_s = rng.choice((0.05, 0.3)) if not self.endless else 0.4
+        self.step_s = rng.choice((0.05, 0.3)) if not self.endless else 0.4
         self.faults = (
             schedule(rng, count=rng.randint(0, 8), until_s=HEALED_S - 2)
             if faults is None
@@ -115,6 +116,8 @@ class Simulation:
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
         self._links: dict[tuple[MemberId, MemberId], _Link] = {}
+        #: Until when two seats cannot connect, whoever sits there.
+        self._cut_until: dict[frozenset[Seat], float] = {}
         nodes = [NodeId(n) for n in range(self.nodes)]
         self._deaf_until = dict.fromkeys(nodes, 0.0)
         self._slow_until = dict.fromkeys(nodes, 0.0)
@@ -134,6 +137,11 @@ class Simulation:
             if not fault.point:
                 self.after(fault.at_s, self._strike, fault, None)
         self.after(HEALED_S, self._heal)
+
+    @property
+    def size(self) -> int:
+        """Ranks of the whole job."""
+        return self.nodes * self.seats_per_node
 
     def run(self) -> Outcome:
         """Play the job to its end.
@@ -160,6 +168,7 @@ class Simulation:
             events=self.handled,
             faults=self.struck,
             restarts=plan.restarts if plan else 0,
+            worlds=self.checker.worlds,
         )
 
     def _play(self) -> None:
@@ -175,6 +184,8 @@ class Simulation:
         """Whether a fault can have made the job stop by rights."""
         if "before it joined the job" in stop.reason:
             return self.struck > 0
+        if "could not reach each other" in stop.reason:
+            return any(fault.kind is Kind.CUT_LINK for fault in self.faults)
         return self.tight_budget and "replac" in stop.reason
 
     # Time, chance and messages: what the simulated processes use.
@@ -192,7 +203,7 @@ class Simulation:
 
     def compute_s(self) -> float:
         """The time of a forward and backward pass."""
-        return self._step_s * self.rng.uniform(0.8, 1.3)
+        return self.step_s * self.rng.uniform(0.8, 1.3)
 
     def note(self, kind: str, rank: SimRank | None, text: str) -> None:
         """Remember an event for the report of a failure."""
@@ -216,7 +227,8 @@ class Simulation:
         if peer == rank.member:
             return True
         link, other = self._link(rank.member, peer), self.ranks[peer]
-        if not link.up and other.alive and self.now >= link.blocked_until_s:
+        cut_until = self._cut_until.get(frozenset({rank.seat, other.seat}), 0.0)
+        if not link.up and other.alive and self.now >= cut_until:
             link.up, link.epoch = True, link.epoch + 1
         return link.up
 
@@ -388,11 +400,11 @@ class Simulation:
                     victim.stopped_since = self.now
                     self.after(fault.duration_s, self._continue, victim)
             case Kind.CUT_LINK:
-                other = alive[(fault.target + 1) % len(alive)].member
-                if other != victim.member:
-                    link = self._link(victim.member, other)
-                    link.blocked_until_s = self.now + fault.duration_s
-                    self._break(victim.member, other, lossy=True)
+                other = alive[(fault.target + 1) % len(alive)]
+                if other is not victim:
+                    ends = frozenset({victim.seat, other.seat})
+                    self._cut_until[ends] = self.now + fault.duration_s
+                    self._break(victim.member, other.member, lossy=True)
             case Kind.DEAF_NODE:
                 self._deaf_until[node] = max(self._deaf_until[node], self.now + fault.duration_s)
             case Kind.SLOW_PLANS:
@@ -439,8 +451,7 @@ class Simulation:
         self.note("HEALED", None, "")
         for node in self.agents:
             self._deaf_until[node] = self._slow_until[node] = 0.0
-        for link in self._links.values():
-            link.blocked_until_s = 0.0
+        self._cut_until.clear()
         for rank in list(self.ranks.values()):
             self._continue(rank)
         self._look()

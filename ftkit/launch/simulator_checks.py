@@ -66,6 +66,11 @@ class Checker:
         self._commits: dict[tuple[Step, Generation], int] = {}
         self._attempt_lineage: dict[tuple[Step, Generation], int] = {}
 
+    @property
+    def worlds(self) -> int:
+        """How many worlds were issued."""
+        return len(self._worlds)
+
     def revised(
         self, before: Plan, after: Plan, facts: JobFacts, ranks: dict[MemberId, "SimRank"]
     ) -> None:

@@ -35,6 +35,7 @@ class SimRank:
         self.linked = Generation(0)
         self.prepared = Generation(0)
         self.voted = False
+        self.cut: frozenset[MemberId] = frozenset()
         self.stepping = False
         self.broken_setup = False
         self.refuses = False
@@ -70,6 +71,7 @@ class SimRank:
             linked=self.linked,
             step=self.step,
             voted=self.voted,
+            cut=self.cut,
             stepping=self.stepping,
             port=1 if self._greeted else 0,
         )
@@ -214,8 +216,10 @@ class SimRank:
 
     def _resume(self, world: World, step: Step) -> None:
         self.sim.checker.resumes(self, step)
-        if not all(self.sim.connect(self, m.member) for m in world.members):
-            self.halt(world.generation, "a member cannot be reached")
+        away = [m.member for m in world.members if not self.sim.connect(self, m.member)]
+        if away:
+            self.cut = frozenset(away)
+            self.halt(world.generation, f"members {away} cannot be reached")
             self.heed()
             return
         forward = self._state is not None and step == self._state.step + 1
@@ -245,6 +249,7 @@ class SimRank:
         self.stage, self.world = Stage.ACTIVE, world
         self.generation = world.generation
         self.linked = self.prepared = Generation(0)
+        self.cut = frozenset()
         self._sequence = 0
         self._doing = ""
         self._offers = {g: w for g, w in self._offers.items() if g > self.generation}
@@ -427,6 +432,7 @@ class SimRank:
         if self.stage is Stage.ACTIVE:
             self._abort()
             self.broken_setup = not self.stepping
+            self.cut = frozenset(p for p in self._peers() if not self.sim.linked(self.member, p))
             unborn = not self.stepping and self.sim.unborn_say_halted
             self.stage = Stage.HALTED if self._state is not None or unborn else Stage.READY
             self.sim.note("halt", self, f"{reason}; step {self.step} voted {self.voted}")

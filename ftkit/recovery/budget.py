@@ -24,9 +24,13 @@ class BudgetConfig:
     """Steps a replaced process must commit for its seat's failures to be forgotten."""
     restarts_max: int = 100
     """Processes a job may replace in all."""
+    cuts_max: int = 3
+    """Generations in a row that may end with the same link broken, without progress between
+    them, before one of its ends has to go (`partition`)."""
 
     def __post_init__(self) -> None:
-        if self.same_place_max < 1 or self.progress_steps < 1 or self.restarts_max < 0:
+        counts = (self.same_place_max, self.progress_steps, self.cuts_max)
+        if min(counts) < 1 or self.restarts_max < 0:
             raise ValueError(f"a budget cannot be negative, got {self}")
 
 

@@ -62,6 +62,8 @@ class MemberFacts:
     for counting and for messages. DEAD: where it died."""
     voted: bool = False
     """HALTED: it holds the reduced gradients of step + 1 and has voted for them."""
+    cut: frozenset[MemberId] = frozenset()
+    """Members of the world it stands still after, or could not enter, that it had no link to."""
     stepping: bool = False
     """It has entered its step loop, so its work can be played again."""
     host: str = ""
@@ -73,7 +75,7 @@ class MemberFacts:
     """DEAD: the last lines it wrote, when they are known."""
 
     def to_json(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__} | {"cut": sorted(self.cut)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "MemberFacts":
@@ -91,6 +93,7 @@ class MemberFacts:
                 entry_step=None if entry is None else Step(int(entry)),
                 at_step=Step(int(value["at_step"])),
                 voted=bool(value["voted"]),
+                cut=frozenset(MemberId(int(m)) for m in value["cut"]),
                 stepping=bool(value["stepping"]),
                 host=str(value["host"]),
                 port=int(value["port"]),

@@ -14,6 +14,7 @@ from typing import Any
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.core.world import World
+from ftkit.recovery.partition import Cut
 
 
 class Phase(StrEnum):
@@ -76,6 +77,8 @@ class Plan:
     """Every generation up to this one is over."""
     evicted: Mapping[MemberId, str] = field(default_factory=dict)
     """Members whose processes must go, with the reason."""
+    cuts: tuple[Cut, ...] = ()
+    """Links that were broken when the last generation ended, and how often in a row."""
     stop: Stop | None = None
     next_generation: Generation = Generation(1)
     next_member: MemberId = MemberId(0)
@@ -108,6 +111,7 @@ class Plan:
             "joining": self.joining.to_json() if self.joining else None,
             "halted": self.halted,
             "evicted": [[m, r] for m, r in self.evicted.items()],
+            "cuts": [[*c.seats, c.times, c.step, c.halted] for c in self.cuts],
             "stop": [self.stop.code, self.stop.reason] if self.stop else None,
             "next": [self.next_generation, self.next_member],
             "restarts": self.restarts,
@@ -139,6 +143,15 @@ class Plan:
                 joining=None if joining is None else World.from_json(joining),
                 halted=Generation(int(value["halted"])),
                 evicted={MemberId(int(m)): str(r) for m, r in value["evicted"]},
+                cuts=tuple(
+                    Cut(
+                        seats=(Seat(int(one)), Seat(int(other))),
+                        times=int(times),
+                        step=Step(int(step)),
+                        halted=Generation(int(halted)),
+                    )
+                    for one, other, times, step, halted in value["cuts"]
+                ),
                 stop=None if stop is None else Stop(code=int(stop[0]), reason=str(stop[1])),
                 next_generation=Generation(int(value["next"][0])),
                 next_member=MemberId(int(value["next"][1])),

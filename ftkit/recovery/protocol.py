@@ -39,8 +39,10 @@ from dataclasses import dataclass, field, replace
 from ftkit.core import exit_codes
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import Member, World
+from ftkit.recovery import partition
 from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
+from ftkit.recovery.partition import Cut
 from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
 
 #: Why innocent members are replaced: they had not begun to step, so their work is not a
@@ -93,17 +95,23 @@ Move = tuple[Plan, Decision]
 def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     if facts.interrupted:
         return _end(plan, Stop(code=exit_codes.INTERRUPTED, reason=facts.interrupted))
-    return (
+    whatever = (
         _finish(plan, facts)
         or _assign(plan, facts)
         or _evict(plan, facts)
         or _replace_dead(plan, facts, budget)
-        or {
-            Phase.FORMING: _form,
-            Phase.RUNNING: _run,
-            Phase.HALTING: _resume,
-        }[plan.phase](plan, facts)
     )
+    match plan.phase:
+        case _ if whatever:
+            return whatever
+        case Phase.FORMING:
+            return _form(plan, facts, budget)
+        case Phase.RUNNING:
+            return _run(plan, facts)
+        case Phase.HALTING:
+            return _resume(plan, facts, budget)
+        case Phase.ENDED:
+            return None
 
 
 def _end(plan: Plan, stop: Stop) -> Move:
@@ -234,7 +242,7 @@ def _finish(plan: Plan, facts: JobFacts) -> Move | None:
     return _end(plan, Stop(code=0, reason="every rank finished"))
 
 
-def _form(plan: Plan, facts: JobFacts) -> Move | None:
+def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     """Enter the first world, or one after everybody died, once every seat is ready.
 
     A member with state may come back meanwhile, its node having been out of reach: then the
@@ -245,7 +253,7 @@ def _form(plan: Plan, facts: JobFacts) -> Move | None:
     ]
     if returned and all(f.generation >= plan.halted for f in returned):
         if any(f.stage is Stage.HALTED and _has_state(plan, f) for f in returned):
-            return _resume(plan, facts)
+            return _resume(plan, facts, budget)
         evicted = {**plan.evicted, **{f.member: RESTART for f in returned}}
         return plan.revised(evicted=evicted), Decision(
             action="restart",
@@ -351,7 +359,7 @@ def _halt(plan: Plan, reason: str) -> Move:
     )
 
 
-def _resume(plan: Plan, facts: JobFacts) -> Move | None:
+def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     """Go on with those left, once each of them stands still and has said where (I3)."""
     world = plan.world
     assert world is not None, "what was halted was a world"
@@ -361,21 +369,43 @@ def _resume(plan: Plan, facts: JobFacts) -> Move | None:
     if any(f.stage is Stage.ACTIVE or f.generation < plan.halted for f in alive):
         return None
     halted = [f for f in alive if f.stage is Stage.HALTED]
+    # What those outside the last world could not reach says nothing of it.
+    inside = [f for f in alive if _in_world(plan, f.member)]
+    survivors = [f for f in halted if _has_state(plan, f)]
+    plan = replace(
+        plan,
+        cuts=partition.count(
+            plan.cuts,
+            inside,
+            step=max((f.step for f in survivors if f.step is not None), default=Step(0)),
+            halted=plan.halted,
+            progress_steps=budget.progress_steps,
+        ),
+    )
+    lasting = partition.lasting(plan.cuts, budget.cuts_max)
     if unborn := [
         f.member
         for f in alive
         if (f.stage is Stage.HALTED and not f.stepping) or _torn_in_setup(plan, f)
     ]:
+        if lasting is not None:
+            return _end(plan, _never_linked(lasting))
         evicted = {**plan.evicted, **{f.member: RESTART for f in alive}}
         return plan.revised(phase=Phase.FORMING, evicted=evicted, joining=None), Decision(
             action="restart",
             reason=f"members {sorted(unborn)} were still setting up",
         )
-    survivors = [f for f in halted if _has_state(plan, f)]
     if not survivors:
         return plan.revised(phase=Phase.FORMING, joining=None), Decision(
             action="reform", reason="no member with state is left; starting from snapshots"
         )
+    if lasting is not None:
+        needed = {f.member for f in survivors} if len(survivors) == 1 else frozenset()
+        member, reason = partition.culprit(lasting, inside, needed=needed)
+        return plan.revised(
+            evicted={**plan.evicted, member.member: reason},
+            cuts=tuple(c for c in plan.cuts if member.seat not in c.seats),
+        ), Decision(action="evict", reason=reason, fields={"members": [member.member]})
     # Those that are through with training saw the last vote pass, and count as witnesses.
     through = [
         f
@@ -428,8 +458,22 @@ def _has_state(plan: Plan, member: MemberFacts) -> bool:
     A member whose node was out of reach while others went on may hold a step that was
     played again without it; the same number, and perhaps not the same state.
     """
+    return member.step is not None and _in_world(plan, member.member)
+
+
+def _in_world(plan: Plan, member: MemberId) -> bool:
+    """Whether `member` is in the last world, or in its growth."""
     worlds = [w for w in (plan.world, plan.joining) if w is not None]
-    return member.step is not None and any(w.rank_of(member.member) is not None for w in worlds)
+    return any(w.rank_of(member) is not None for w in worlds)
+
+
+def _never_linked(cut: Cut) -> Stop:
+    one, other = cut.seats
+    return Stop(
+        code=exit_codes.UNRECOVERABLE,
+        reason=f"the ranks in seats {one} and {other} could not reach each other in {cut.times} "
+        "attempts to begin; check the network and its filters between their nodes",
+    )
 
 
 def _torn_in_setup(plan: Plan, member: MemberFacts) -> bool:

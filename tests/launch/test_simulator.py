@@ -4,10 +4,11 @@ import pytest
 
 from ftkit.core.ids import Generation, Step
 from ftkit.launch import simulator_rank
-from ftkit.launch.simulator import Outcome, Simulation, main
+from ftkit.launch.simulator import HEALED_S, Outcome, Simulation, main
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.recovery import protocol
+from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.member import Duty
 from ftkit.recovery.vote import Tally
 
@@ -54,6 +55,30 @@ def test_going_back_behind_a_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(protocol, "_enter", lowest)
     with pytest.raises(SimulationFailure, match="I3"):
         play(range(200))
+
+
+def cut_for_good(seed: int, *, cuts_max: int = 3) -> Simulation:
+    """A job of at least three ranks, two of which lose each other until it ends."""
+    cut = Fault(kind=Kind.CUT_LINK, target=0, duration_s=100.0, point="committed", nth=12)
+    job = Simulation(seed, faults=[cut])
+    job.endless, job.until, job.step_s = False, 16, 0.05
+    job.budget = BudgetConfig(same_place_max=1000, restarts_max=1000, cuts_max=cuts_max)
+    return job
+
+
+def test_two_ranks_that_cannot_reach_each_other_do_not_keep_the_job_from_training() -> None:
+    seeds = [s for s in range(40) if cut_for_good(s).size > 2]
+    cut = []
+    for seed in seeds:
+        outcome = cut_for_good(seed).run()
+        cut += [seed] if outcome.worlds > 1 else []  # else the fault found nobody to cut off
+        assert outcome.stop.code == 0
+        assert outcome.virtual_s < HEALED_S, "it got to its end while the cut lasted"
+        assert outcome.worlds < 12, "a few attempts, an eviction, and the rest train on"
+    # Nobody is evicted: world after world is formed in vain until the cut is mended.
+    in_vain = [cut_for_good(seed, cuts_max=10**6).run() for seed in cut[:3]]
+    assert len(in_vain) == 3
+    assert all(o.virtual_s > HEALED_S and o.worlds > 40 for o in in_vain)
 
 
 def test_members_lost_with_all_who_knew_them_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Slot, Step, Term
 from ftkit.core.world import Member, World
 from ftkit.recovery.facts import MemberFacts, Stage
+from ftkit.recovery.partition import Cut
 from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
 from ftkit.recovery.vote import Ballot
 
@@ -47,6 +48,12 @@ plans = st.builds(
     joining=st.none() | worlds,
     halted=generations,
     evicted=st.dictionaries(members_ids, words, max_size=3),
+    cuts=st.lists(
+        st.builds(
+            Cut, seats=st.tuples(seats, seats), times=numbers, step=steps, halted=generations
+        ),
+        max_size=3,
+    ).map(tuple),
     stop=st.none() | st.builds(Stop, code=st.integers(0, 255), reason=words),
     next_generation=generations,
     next_member=members_ids,
@@ -62,6 +69,7 @@ facts = st.builds(
     linked=generations,
     step=st.none() | steps,
     voted=st.booleans(),
+    cut=st.frozensets(members_ids, max_size=3),
     stepping=st.booleans(),
     host=words,
     port=numbers,

@@ -53,12 +53,14 @@ class Rank:
     def __init__(self, member: int, folder: Path) -> None:
         self.said: list[dict[str, Any]] = []
         self.aborted: list[tuple[int, str]] = []
+        self.unlinked: set[int] = set()
         self.path = folder / "events.jsonl"
         self.trace = Trace(self.path)
         self.membership = Membership(
             MemberId(member),
             report=self.said.append,
             abort=lambda generation, reason: self.aborted.append((generation, reason)),
+            unlinked=lambda: frozenset(MemberId(m) for m in self.unlinked),
             trace=self.trace,
         )
 
@@ -296,9 +298,19 @@ def test_a_world_that_cannot_be_entered_is_reported_as_over(active: Rank) -> Non
     second = world(2, 0, 2)
     active.membership.take_plan(running(3, second, 5, members=(0, 11, 2)))
     active.membership.next_task()
-    active.membership.refused(second, "no link to member 2")
+    active.membership.refused(second, "no link to member 2", cut=frozenset({MemberId(2)}))
     assert (active.last["stage"], active.last["generation"]) == ("halted", 2)
+    assert active.last["cut"] == [2]
     assert active.membership.step == 5
+
+
+def test_a_rank_names_the_links_it_lost_itself_and_not_what_others_told_it(active: Rank) -> None:
+    active.unlinked = {1}
+    active.membership.take_fault(Generation(1), frozenset({MemberId(2)}), "as told by another")
+    assert active.last["cut"] == [1]
+    active.membership.take_plan(running(2, world(2, 0, 1, 2), 5))
+    active.membership.entered(world(2, 0, 1, 2), Step(5))
+    assert active.last["cut"] == []
 
 
 def test_a_rank_that_had_no_state_yet_is_ready_again(rank: Rank) -> None:
