@@ -18,9 +18,14 @@ term       a number that rises with every coordinator, so that orders from one
            that was replaced are refused
 step       an optimizer step that was committed. Step t is the t-th, counted from
            1; state "at step 0" is the initial one
+mode       what the job as a whole is doing: forming, running, halting, ended
+phase      where a rank stands in a step, or before and after its training
+standing   a rank's own account of where it is; a track is what detection knows of it
+link       the data connection between two members; a line is a control connection,
+           and a channel an ordered set of members with collectives of their own
 attempt    one try at playing a step, in one generation
 slot       a fixed place in the global batch whose gradient is one term of the
-           canonical sum
+           canonical sum. A place for a snapshot is always called an arena's slot
 snapshot   the state captured at a step
 shard      one rank's part of a snapshot
 stripe     the shards that share parity

@@ -24,7 +24,7 @@ from ftkit.launch.simulator_hosts import SNAPSHOTS_KEPT, Report, SimAgent, SimCo
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
-from ftkit.recovery.plan import Phase, Plan, Stop
+from ftkit.recovery.plan import Mode, Plan, Stop
 
 #: Virtual time at which every fault is over.
 HEALED_S = 10.0
@@ -467,7 +467,7 @@ class Simulation:
 
     def _whole(self) -> bool:
         plan = self.coordinator.plan
-        if plan is None or plan.phase is not Phase.RUNNING or plan.world is None:
+        if plan is None or plan.mode is not Mode.RUNNING or plan.world is None:
             return False
         members = [self.ranks[m] for m in plan.world.member_ids]
         return len(members) == len(plan.seats) and all(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import World
 from ftkit.recovery.facts import JobFacts, Stage
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 from ftkit.recovery.protocol import gone
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Checker:
             f"I1: generations fell between {before} and {after}",
         )
         self._require(
-            before.phase is not Phase.ENDED, f"I5: plan {after.order} follows one that ended"
+            before.mode is not Mode.ENDED, f"I5: plan {after.order} follows one that ended"
         )
         for world in (after.world, after.joining):
             if world is None or self._worlds.get(world.generation) == world.member_ids:

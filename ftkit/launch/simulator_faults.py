@@ -31,7 +31,7 @@ class Kind(StrEnum):
     SLOW_PLANS = auto()
     """Plans to a node are late."""
     REFUSE = auto()
-    """A rank votes against its next step."""
+    """A rank votes with other gradients than the rest, so that its next step does not pass."""
 
 
 #: Points that every step passes; the others come a few times in a job.

@@ -12,7 +12,7 @@ from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.launch.simulator_checks import TrainingState
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
-from ftkit.recovery.plan import Phase, Plan, adopt, first_plan
+from ftkit.recovery.plan import Mode, Plan, adopt, first_plan
 from ftkit.recovery.protocol import advance
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class SimAgent:
             self._carry_out()
 
     def _carry_out(self) -> None:
-        if not self.alive or self.plan is None or self.plan.phase is Phase.ENDED:
+        if not self.alive or self.plan is None or self.plan.mode is Mode.ENDED:
             return
         for rank in list(self.ranks.values()):
             if rank.member in self.plan.evicted or self.plan.seat_of(rank.member) is None:
@@ -188,7 +188,7 @@ class SimCoordinator:
             return
         assert self.plan is not None, "taken over"
         before = self.plan
-        if before.phase is Phase.ENDED:
+        if before.mode is Mode.ENDED:
             return
         facts = self._facts()
         after = before

@@ -13,7 +13,7 @@ from ftkit.core.world import World
 from ftkit.launch.simulator_checks import TrainingState, slots_of
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.member import Duty, Standing, react
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 from ftkit.recovery.vote import Ballot, tally
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class SimRank:
         self.plan = plan
         if not self._begun:
             self._begun = True
-            if plan.world is None or plan.phase is Phase.FORMING:
+            if plan.world is None or plan.mode is Mode.FORMING:
                 # Its script sets up inside a world, with collectives.
                 self._ready(False)
             else:
@@ -345,13 +345,13 @@ class SimRank:
     def _vote(self) -> None:
         assert self._state is not None, "a rank without state does not vote"
         self._doing = "vote"
-        self.voted, self._held = not self.refuses, self.generation
+        self.voted, self._held = True, self.generation
         if not self._point("reduced") or self.stage is not Stage.ACTIVE:
             return
         ballot = Ballot(
             generation=self.generation,
             step=Step(self._state.step + 1),
-            ok=not self.refuses,
+            digest=int(self.refuses),
             prepared=self.prepared,
         )
         self.refuses = False

@@ -17,7 +17,7 @@ from ftkit.core.world import World
 from ftkit.recovery.partition import Cut
 
 
-class Phase(StrEnum):
+class Mode(StrEnum):
     """Where the job is. `protocol` holds the moves between them."""
 
     FORMING = auto()
@@ -61,7 +61,7 @@ class Plan:
 
     term: Term = Term(0)
     version: int = 0
-    phase: Phase = Phase.FORMING
+    mode: Mode = Mode.FORMING
     seats: tuple[Assignment, ...] = ()
     world: World | None = None
     """The world that goes on, or went on last."""
@@ -102,7 +102,7 @@ class Plan:
         return {
             "term": self.term,
             "version": self.version,
-            "phase": self.phase.value,
+            "mode": self.mode.value,
             "seats": [
                 [a.seat, a.node, a.member, a.failures, a.joined_step, a.boot] for a in self.seats
             ],
@@ -125,7 +125,7 @@ class Plan:
             return cls(
                 term=Term(int(value["term"])),
                 version=int(value["version"]),
-                phase=Phase(value["phase"]),
+                mode=Mode(value["mode"]),
                 seats=tuple(
                     Assignment(
                         seat=Seat(int(seat)),
@@ -197,7 +197,7 @@ def adopt(copies: list[Plan], *, term: Term) -> Plan:
     first = new_term * NUMBERS_PER_TERM
     next_generation = Generation(max(newest.next_generation, first))
     halted = newest.halted
-    if newest.phase in (Phase.FORMING, Phase.HALTING):
+    if newest.mode in (Mode.FORMING, Mode.HALTING):
         # The predecessor may have formed a world since, in a plan that is on its way to its
         # members. They say again where they stand, now that they will not follow it.
         halted = Generation(next_generation - 1)

@@ -1,4 +1,4 @@
-"""The recovery protocol: every phase, every cause, every move of the job's plan.
+"""The recovery protocol: every mode, every cause, every move of the job's plan.
 
 Rule 1: whatever decides how a job gets from "a member is gone" to "training again" lives in
 this file. Rule 2: no I/O and no clock. `advance` is told what is (the facts) and answers
@@ -43,7 +43,7 @@ from ftkit.recovery import partition
 from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
 from ftkit.recovery.partition import Cut
-from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
+from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 #: Why innocent members are replaced: they had not begun to step, so their work is not a
 #: transaction that could be played again.
@@ -68,7 +68,7 @@ def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, li
       budget: how much failure the job takes.
     """
     decisions: list[Decision] = []
-    while plan.phase is not Phase.ENDED:
+    while plan.mode is not Mode.ENDED:
         facts = _with_lost(plan, facts)
         moved = _one_move(plan, facts, budget)
         if moved is None:
@@ -101,21 +101,21 @@ def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
         or _evict(plan, facts)
         or _replace_dead(plan, facts, budget)
     )
-    match plan.phase:
+    match plan.mode:
         case _ if whatever:
             return whatever
-        case Phase.FORMING:
+        case Mode.FORMING:
             return _form(plan, facts, budget)
-        case Phase.RUNNING:
+        case Mode.RUNNING:
             return _run(plan, facts)
-        case Phase.HALTING:
+        case Mode.HALTING:
             return _resume(plan, facts, budget)
-        case Phase.ENDED:
+        case Mode.ENDED:
             return None
 
 
 def _end(plan: Plan, stop: Stop) -> Move:
-    ended = plan.revised(phase=Phase.ENDED, stop=stop, halted=_issued(plan), joining=None)
+    ended = plan.revised(mode=Mode.ENDED, stop=stop, halted=_issued(plan), joining=None)
     return ended, Decision(action="end", reason=stop.reason, fields={"code": stop.code})
 
 
@@ -210,11 +210,11 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
             return _end(plan, next_seat)
         next_seat = replace(next_seat, boot=facts.boots.get(seat.node))
         reason = plan.evicted.get(seat.member, describe_exit(dead.exit_code))
-        phase, halted = plan.phase, plan.halted
-        if phase is Phase.RUNNING and plan.world and seat.member in plan.world.member_ids:
-            phase, halted = Phase.HALTING, _issued(plan)
+        mode, halted = plan.mode, plan.halted
+        if mode is Mode.RUNNING and plan.world and seat.member in plan.world.member_ids:
+            mode, halted = Mode.HALTING, _issued(plan)
         return plan.revised(
-            phase=phase,
+            mode=mode,
             halted=halted,
             seats=tuple(next_seat if s.seat == seat.seat else s for s in plan.seats),
             evicted={m: r for m, r in plan.evicted.items() if m != seat.member},
@@ -231,7 +231,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
 def _finish(plan: Plan, facts: JobFacts) -> Move | None:
     """End when every seat's process is through, or the world's are and newcomers remain."""
     expected = [s.member for s in plan.seats]
-    if plan.phase is Phase.RUNNING and plan.world is not None:
+    if plan.mode is Mode.RUNNING and plan.world is not None:
         expected = [m.member for m in plan.world.members]
     stages = [facts.members[m].stage if m in facts.members else None for m in expected]
     if any(stage is not Stage.FINISHED for stage in stages):
@@ -354,7 +354,7 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
 
 
 def _halt(plan: Plan, reason: str) -> Move:
-    return plan.revised(phase=Phase.HALTING, halted=_issued(plan)), Decision(
+    return plan.revised(mode=Mode.HALTING, halted=_issued(plan)), Decision(
         action="halt", reason=reason, fields={"generation": _issued(plan)}
     )
 
@@ -391,12 +391,12 @@ def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
         if lasting is not None:
             return _end(plan, _never_linked(lasting))
         evicted = {**plan.evicted, **{f.member: RESTART for f in alive}}
-        return plan.revised(phase=Phase.FORMING, evicted=evicted, joining=None), Decision(
+        return plan.revised(mode=Mode.FORMING, evicted=evicted, joining=None), Decision(
             action="restart",
             reason=f"members {sorted(unborn)} were still setting up",
         )
     if not survivors:
-        return plan.revised(phase=Phase.FORMING, joining=None), Decision(
+        return plan.revised(mode=Mode.FORMING, joining=None), Decision(
             action="reform", reason="no member with state is left; starting from snapshots"
         )
     if lasting is not None:
@@ -423,7 +423,7 @@ def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
 def _enter(plan: Plan, members: list[MemberFacts], step: Step, *, action: str, reason: str) -> Move:
     world = World.of(plan.next_generation, [_address(f) for f in members])
     return plan.revised(
-        phase=Phase.RUNNING,
+        mode=Mode.RUNNING,
         world=world,
         resumed=world.generation,
         step=step,

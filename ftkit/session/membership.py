@@ -121,13 +121,6 @@ class Membership:
                 self._admission = entry
                 self._changed.notify_all()
 
-    def stop(self, reason: str) -> None:
-        """End this rank's part in the job: the next question raises JobStopped."""
-        with self._changed:
-            self._stopped = self._stopped or reason
-            self._changed.notify_all()
-        self._abort(self.generation, reason)
-
     # What the training thread asks and says.
 
     @property

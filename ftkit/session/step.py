@@ -34,7 +34,7 @@ from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
-from ftkit.recovery.data_cursor import derive
+from ftkit.recovery.data_cursor import derive, rng_key
 from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.loop import Loop
@@ -182,7 +182,7 @@ class Step:
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
         self._slot = slot
-        key = derive(self._loop.seed, "slot", self._number, slot) >> 1
+        key = rng_key(self._loop.seed, self._number, slot)
         torch.manual_seed(key)
         random.seed(key)
         numpy.random.seed(key & 0xFFFFFFFF)

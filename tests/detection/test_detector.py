@@ -10,7 +10,6 @@ from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.detector import Detector
 from ftkit.detection.observations import (
     Exited,
-    LinkLost,
     NodeSilent,
     ObserverLate,
     WorldChanged,
@@ -396,15 +395,6 @@ def test_a_step_with_an_allowance_or_an_accusation_is_no_slow_step() -> None:
         scene.set(seat, step=18)
     scene.tick()
     assert scene.detector.limit_s == LIMIT
-
-
-def test_a_lost_link_is_evidence() -> None:
-    scene = Scene(3)
-    scene.wait(0, 1)
-    scene.detector.ingest(LinkLost(reporter=MemberId(100), lost=MemberId(102), at=1000))
-    assert scene.tick() == []
-    verdicts = scene.until(LIMIT + TICKS)
-    assert verdicts[0].evidence["link_lost_by"] == [100]
 
 
 def test_long_compute_before_a_block_is_not_busy() -> None:

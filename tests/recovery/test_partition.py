@@ -9,7 +9,7 @@ from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.partition import Cut, count, culprit, lasting
-from ftkit.recovery.plan import Phase
+from ftkit.recovery.plan import Mode
 from tests.recovery.stories import Story, training
 
 
@@ -148,7 +148,7 @@ def test_ranks_that_never_reach_each_other_end_the_job_with_words(stage: Stage) 
             story.all_say(Stage.DEAD, exit_code=1)
             assert story.moves() == ["respawn"] * 3
     assert story.moves() == ["halt", "end"]
-    assert story.plan.phase is Phase.ENDED
+    assert story.plan.mode is Mode.ENDED
     assert story.plan.stop is not None
     assert story.plan.stop.code == exit_codes.UNRECOVERABLE
     assert "seats 0 and 1 could not reach each other in 2 attempts" in story.plan.stop.reason

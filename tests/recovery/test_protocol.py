@@ -5,7 +5,7 @@ import pytest
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step, Term
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
-from ftkit.recovery.plan import Phase, adopt, first_plan
+from ftkit.recovery.plan import Mode, adopt, first_plan
 from ftkit.recovery.protocol import RESTART, advance, gone
 from tests.recovery.stories import Story, newcomer, training
 
@@ -23,7 +23,7 @@ def test_one_is_killed_and_the_others_play_the_step_again() -> None:
     story = training(5)
     story.says(0, Stage.DEAD, exit_code=-9)
     assert story.moves() == ["respawn"]
-    assert story.plan.phase is Phase.HALTING
+    assert story.plan.mode is Mode.HALTING
     assert story.plan.halted == 1
     story.says(1, Stage.HALTED)
     assert story.moves() == [], "member 2 has not said where it stands"
@@ -68,7 +68,7 @@ def test_a_member_on_its_way_into_a_world_does_not_break_it() -> None:
     story.says(0, Stage.DEAD, exit_code=-9).moves()
     story.says(1, Stage.HALTED).says(2, Stage.HALTED).moves()
     story.says(1, Stage.ACTIVE, generation=Generation(2))
-    assert story.plan.phase is Phase.RUNNING
+    assert story.plan.mode is Mode.RUNNING
     assert story.moves() == [], "member 2 still says HALTED, of generation 1"
 
 
@@ -87,7 +87,7 @@ def test_a_newcomer_that_dies_while_linking_costs_the_others_nothing() -> None:
     story = newcomer()
     story.says(3, Stage.DEAD, exit_code=1)
     assert story.moves() == ["respawn"]
-    assert story.plan.phase is Phase.RUNNING
+    assert story.plan.mode is Mode.RUNNING
     assert story.plan.seats[0].member == 4
 
 
@@ -97,7 +97,7 @@ def test_a_newcomer_that_dies_while_members_prepare_is_withdrawn() -> None:
     story.says(3, Stage.DEAD, exit_code=1)
     assert story.moves() == ["respawn", "withdraw"]
     assert story.plan.joining is None
-    assert story.plan.phase is Phase.RUNNING
+    assert story.plan.mode is Mode.RUNNING
 
 
 def test_an_offer_is_withdrawn_from_seats_given_away_even_if_nobody_remembers_why() -> None:
@@ -151,7 +151,7 @@ def test_a_newcomer_that_dies_just_admitted_breaks_the_grown_world() -> None:
     story.moves()
     story.says(1, Stage.HALTED).says(2, Stage.HALTED)
     story.moves()
-    assert (story.plan.phase, story.world, story.plan.step) == (Phase.RUNNING, [1, 2], 6)
+    assert (story.plan.mode, story.world, story.plan.step) == (Mode.RUNNING, [1, 2], 6)
 
 
 def test_a_newcomer_that_switched_counts_as_a_survivor_before_the_plan_knows() -> None:
@@ -161,7 +161,7 @@ def test_a_newcomer_that_switched_counts_as_a_survivor_before_the_plan_knows() -
     story.says(1, Stage.DEAD, exit_code=-9).says(2, Stage.DEAD, exit_code=-9)
     story.says(3, Stage.HALTED, generation=Generation(3), step=Step(7))
     story.moves()
-    assert (story.plan.phase, story.world, story.plan.step) == (Phase.RUNNING, [3], 7)
+    assert (story.plan.mode, story.world, story.plan.step) == (Mode.RUNNING, [3], 7)
 
 
 def test_a_member_left_behind_in_the_older_world_breaks_one_that_grew() -> None:
@@ -212,7 +212,7 @@ def test_those_told_to_start_over_have_not_finished_when_they_exit_with_0() -> N
     story.all_say(Stage.HALTED).moves()
     story.all_say(Stage.FINISHED, exit_code=0)
     assert story.moves() == ["respawn"] * 3
-    assert story.plan.phase is Phase.FORMING
+    assert story.plan.mode is Mode.FORMING
 
 
 def test_the_same_place_three_times_stops_the_job_and_says_why() -> None:
@@ -223,7 +223,7 @@ def test_the_same_place_three_times_stops_the_job_and_says_why() -> None:
             story.says(seat.member, Stage.READY, seat=0)
         story.says(seat.member, Stage.DEAD, exit_code=7, error="boom")
         story.moves()
-        assert (story.plan.phase is Phase.ENDED) == (death == 2)
+        assert (story.plan.mode is Mode.ENDED) == (death == 2)
     assert story.plan.stop is not None
     assert story.plan.stop.code == 7
     assert "seat 0 failed 3 times" in story.plan.stop.reason
@@ -402,7 +402,7 @@ def test_a_takeover_takes_the_newest_copy_and_issues_no_number_twice() -> None:
     older = story.plan
     story.says(0, Stage.DEAD, exit_code=-9).moves()
     taken = adopt([older, story.plan, older], term=Term(1))
-    assert taken.phase is Phase.HALTING
+    assert taken.mode is Mode.HALTING
     assert taken.order > story.plan.order
     assert taken.term == 2, "higher than the copy's, whatever the engine counted"
     assert taken.next_generation > story.plan.next_generation + 1000

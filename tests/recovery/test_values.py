@@ -13,7 +13,7 @@ from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Slot, Step,
 from ftkit.core.world import Member, World
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.partition import Cut
-from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
+from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 from ftkit.recovery.vote import Ballot
 
 numbers = st.integers(0, 2**40)
@@ -29,7 +29,7 @@ plans = st.builds(
     Plan,
     term=numbers.map(Term),
     version=numbers,
-    phase=st.sampled_from(Phase),
+    mode=st.sampled_from(Mode),
     seats=st.lists(
         st.builds(
             Assignment,
@@ -81,7 +81,6 @@ ballots = st.builds(
     Ballot,
     generation=generations,
     step=steps,
-    ok=st.booleans(),
     digest=st.integers(0, 2**64 - 1),
     data_digest=st.integers(0, 2**64 - 1),
     prepared=generations,

@@ -1,4 +1,4 @@
-"""Watch: puts agents' reports before the detector, and its verdicts before the protocol."""
+"""Judge: puts agents' reports before the detector, and its verdicts before the protocol."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from ftkit.detection.observations import (
 from ftkit.detection.row import Row
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 
 #: Stages of a member that has said hello and has to answer to the plan.
 ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
@@ -31,7 +31,7 @@ RESTORE_LIMITS = 3
 
 @dataclass(slots=True)
 class Findings:
-    """What the watch says at one moment."""
+    """What the judge says at one moment."""
 
     fresh: list[Verdict] = field(default_factory=list)
     """Verdicts not said before: for the event stream."""
@@ -39,7 +39,7 @@ class Findings:
     """Members to remove, with the reason: levels, said again while they hold."""
 
 
-class Watch:
+class Judge:
     """Feeds one detector. Owned by the coordinator's thread."""
 
     def __init__(self, config: JobConfig) -> None:
@@ -60,7 +60,7 @@ class Watch:
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
             self._detector.ingest(WorldChanged(world=plan.world, at=at))
-        if plan.phase is not Phase.HALTING:
+        if plan.mode is not Mode.HALTING:
             self._halting_since = None
         elif self._halting_since is None:
             self._halting_since = at
@@ -99,7 +99,7 @@ class Watch:
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
-        if plan.phase is Phase.ENDED:
+        if plan.mode is Mode.ENDED:
             return findings
         for verdict in self._detector.tick(now):
             key = (verdict.member, verdict.fault)
@@ -119,7 +119,7 @@ class Watch:
                         member.member,
                         f"did not stand still within {self._times.halt_s:g} s of being told to",
                     )
-        if plan.phase is Phase.RUNNING and plan.world is not None:
+        if plan.mode is Mode.RUNNING and plan.world is not None:
             findings.evictions = {
                 **self._latecomers(plan.world, members, now),
                 **findings.evictions,
