@@ -194,6 +194,7 @@ class Session:
                 seed=seed,
                 shuffle=shuffle,
                 collate=collate,
+                tell=self.trace.event,
             ),
             slots=slots,
             seed=seed,
