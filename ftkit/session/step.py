@@ -87,6 +87,7 @@ class Step:
                 "that was rolled back round again"
             )
         self._loop.check_parameters()
+        self._loop.schedulers.begin(self._number, self._generation)
         self.entered = True
         self._loop.current = self
         self._parts.recorder.step(self._number)
@@ -283,6 +284,7 @@ class Step:
         self._loop.feed.committed(self._number)
         self._loop.read.clear()
         self._loop.snapshots.begin(self._number, self._generation)
+        self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
         if self._newcomers is not None and parts.membership.active:
             self._loop.worlds.switch(self._newcomers, self._number)
