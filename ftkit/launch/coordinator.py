@@ -20,7 +20,7 @@ from ftkit.core.ids import Boot, MemberId, NodeId, Step, Term
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect
 from ftkit.launch.config import JobConfig
-from ftkit.launch.judge import Judge
+from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
@@ -125,7 +125,13 @@ class Coordinator:
         self._heard[node] = self._clock.now()
         for member in members:
             self._members[member.member] = member
-        self._judge.take_report(node, report, members, at=self._clock.now())
+        self._judge.take_report(
+            node,
+            rows_from_json(report["rows"]),
+            members,
+            sent=float(report["at"]),
+            at=self._clock.now(),
+        )
 
     def _dial_missing(self) -> None:
         for node, address in self._agents.items():

@@ -1,6 +1,6 @@
 """Judge: puts agents' reports before the detector, and its verdicts before the protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 RESTORE_LIMITS = 3
 
 
+#: A seat, its row, and its process; None when that is gone.
+SeatRow = tuple[Seat, Row, ProcessFacts | None]
+
+
 @dataclass(slots=True)
 class Findings:
     """What the judge says at one moment."""
@@ -37,6 +41,18 @@ class Findings:
     """Verdicts not said before: for the event stream."""
     evictions: dict[MemberId, str] = field(default_factory=dict)
     """Members to remove, with the reason: levels, said again while they hold."""
+
+
+def rows_from_json(value: Iterable[Mapping[str, Any]]) -> list[SeatRow]:
+    """The rows of an agent's report. What is none is left out: the detector sees the silence."""
+    rows: list[SeatRow] = []
+    for item in value:
+        try:
+            facts = ProcessFacts.from_json(item["facts"]) if item["facts"] else None
+            rows.append((Seat(int(item["seat"])), Row.from_json(item["row"]), facts))
+        except (ProtocolError, KeyError):
+            continue
+    return rows
 
 
 class Judge:
@@ -66,20 +82,29 @@ class Judge:
             self._halting_since = at
 
     def take_report(
-        self, node: NodeId, report: Mapping[str, Any], members: list[MemberFacts], *, at: float
+        self,
+        node: NodeId,
+        rows: Iterable[SeatRow],
+        members: Sequence[MemberFacts],
+        *,
+        sent: float,
+        at: float,
     ) -> None:
-        """An agent reported its rows and its members' ends."""
+        """An agent reported its rows and its members' ends.
+
+        Args:
+          node: whose agent.
+          rows: seats' rows with what the kernel says of their processes.
+          members: the members it knows.
+          sent: when it reported, on its clock, which is that of the rows.
+          at: when that arrived here, on ours.
+        """
         # Rows carry the agent's clock; on one host the difference is the message's way here.
-        offset_ns = int((at - float(report["at"])) * 1e9) if node else 0
-        pids = {m.seat: m.member for m in members}
-        for item in report["rows"]:
-            try:
-                row = Row.from_json(item["row"]).shifted(offset_ns)
-                facts = ProcessFacts.from_json(item["facts"]) if item["facts"] else None
-            except (ProtocolError, KeyError):
-                continue  # the detector notices the silence
-            seat = Seat(int(item["seat"]))
-            if pids.get(seat) is not None:
+        offset_ns = int((at - sent) * 1e9) if node else 0
+        seats = {m.seat for m in members}
+        for seat, row, facts in rows:
+            if seat in seats:
+                row = row.shifted(offset_ns)
                 self._detector.ingest(
                     RowSeen(member=row.member, seat=seat, row=row, facts=facts, at=at)
                 )

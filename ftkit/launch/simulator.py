@@ -1,4 +1,4 @@
-"""Simulator: a whole job with the real protocol on a fake clock, network and set of machines.
+"""Simulator: a whole job with the real detector and protocol on fake clock, network and hosts.
 
 One seed decides everything: the job's shape, every delay, every fault. Safety is checked at
 every move (`simulator_checks`); then the faults stop, and within `RECOVERY_S` virtual seconds
@@ -12,12 +12,14 @@ import argparse
 import heapq
 import random
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.verdict import Fault as Wrong
+from ftkit.launch.config import JobConfig
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState
 from ftkit.launch.simulator_faults import Fault, Kind, schedule
 from ftkit.launch.simulator_hosts import SNAPSHOTS_KEPT, Report, SimAgent, SimCoordinator
@@ -30,8 +32,8 @@ from ftkit.recovery.plan import Mode, Plan, Stop
 HEALED_S = 10.0
 #: Virtual time after that within which the job must have recovered, and ended.
 RECOVERY_S = 60.0
-#: A rank that stands still longer than this is evicted.
-STALL_LIMIT_S = 1.5
+#: What the simulated job calls a stall; every other time of it follows from this.
+MAX_STALL_S = 2.0
 #: Where training never ends by itself, so that faults have time to happen.
 FOREVER = 1_000_000
 
@@ -58,32 +60,29 @@ class Outcome:
     restarts: int
     worlds: int
     """Generations that were entered, or offered."""
-
-
-class StallDetector:
-    """Evicts ranks that have been stopped for too long. Stands in for `ftkit.detection`."""
-
-    def __init__(self, ranks: Mapping[MemberId, SimRank]) -> None:
-        self._ranks = ranks
-
-    def evictions(self, now_s: float) -> Mapping[MemberId, str]:
-        """Members stopped for more than `STALL_LIMIT_S`."""
-        return {
-            member: f"stopped for {now_s - rank.stopped_since:.1f} s"
-            for member, rank in self._ranks.items()
-            if rank.alive
-            and rank.stopped_since is not None
-            and now_s - rank.stopped_since > STALL_LIMIT_S
-        }
+    verdicts: Mapping[Wrong, int]
+    """How often the detector concluded what."""
 
 
 class Simulation:
     """One job. `run` plays it to its end; single-threaded, used once."""
 
     def __init__(
-        self, seed: int, *, faults: list[Fault] | None = None, verbose: bool = False
+        self,
+        seed: int,
+        *,
+        faults: list[Fault] | None = None,
+        shape: tuple[int, int] | None = None,
+        verbose: bool = False,
     ) -> None:
-        """Draw the job from `seed`; `faults` replaces its schedule where a test wants one."""
+        """Draw the job from `seed`.
+
+        Args:
+          seed: decides everything that is not given.
+          faults: in place of its schedule of faults.
+          shape: nodes and seats on each, in place of its own.
+          verbose: print every event.
+        """
         self.seed = seed
         self.rng = rng = random.Random(seed)
         self.now = 0.0
@@ -91,6 +90,17 @@ class Simulation:
         self.seats_per_node = rng.randint(1, 3) if self.nodes > 1 else rng.randint(2, 5)
         if self.nodes * self.seats_per_node > 6:
             self.seats_per_node = 2
+        if shape is not None:
+            self.nodes, self.seats_per_node = shape
+        self.config = JobConfig(
+            job=f"sim-{seed}",
+            command=("simulated",),
+            nodes=self.nodes,
+            nproc=self.seats_per_node,
+            max_stall_s=MAX_STALL_S,
+        )
+        self.times = self.config.times
+        self.verdicts: Counter[Wrong] = Counter()
         self.slots = rng.randint(1, 8)
         self.endless = rng.random() < 0.5
         self.until = FOREVER if self.endless else rng.randint(6, 14)
@@ -130,8 +140,7 @@ class Simulation:
         for node in nodes:
             self._boot(node)
         self._term = Term(1)
-        self._detector = StallDetector(self.ranks)
-        self.coordinator = SimCoordinator(self, self._detector, self._term)
+        self.coordinator = SimCoordinator(self, self._term)
         self.coordinator.start()
         for fault in self.faults:
             if not fault.point:
@@ -169,6 +178,7 @@ class Simulation:
             faults=self.struck,
             restarts=plan.restarts if plan else 0,
             worlds=self.checker.worlds,
+            verdicts=dict(self.verdicts),
         )
 
     def _play(self) -> None:
@@ -424,7 +434,7 @@ class Simulation:
 
     def _new_coordinator(self) -> None:
         self._term = Term(self._term + 1)
-        self.coordinator = SimCoordinator(self, self._detector, self._term)
+        self.coordinator = SimCoordinator(self, self._term)
         self.coordinator.start()
 
     def _lose_node(self, node: NodeId, duration_s: float) -> None:

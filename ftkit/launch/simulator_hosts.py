@@ -4,11 +4,14 @@ An agent takes with it all it knew and all it held, the seats' arenas among it: 
 on its node begins with nothing but another `boot`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.detection.observations import ProcessFacts
+from ftkit.detection.row import Row
+from ftkit.launch.judge import Judge
 from ftkit.launch.simulator_checks import TrainingState
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
@@ -18,16 +21,7 @@ from ftkit.recovery.protocol import advance
 if TYPE_CHECKING:
     from ftkit.launch.simulator import Simulation
 
-HEARTBEAT_S = 0.5
-NODE_LIMIT_S = 2.0
 SNAPSHOTS_KEPT = 2
-
-
-class Detector(Protocol):
-    """What the coordinator asks of detection."""
-
-    def evictions(self, now_s: float) -> Mapping[MemberId, str]:
-        """Members to remove now, with the reason; said again while it holds."""
 
 
 class SimAgent:
@@ -47,7 +41,7 @@ class SimAgent:
     def _beat(self) -> None:
         if self.alive:
             self._flush(True)
-            self.sim.after(HEARTBEAT_S, self._beat)
+            self.sim.after(self.sim.times.tick_s, self._beat)
 
     def told(self, facts: MemberFacts) -> None:
         """A rank says where it stands."""
@@ -133,6 +127,7 @@ class SimAgent:
             snapshots=frozenset(s.step for arena in self.arenas.values() for s in arena),
             plan=self.plan,
             boot=self.boot,
+            rows=[(rank.seat, *rank.row()) for rank in self.ranks.values() if rank.alive],
         )
 
 
@@ -144,13 +139,16 @@ class Report:
     snapshots: frozenset[Step]
     plan: Plan | None
     boot: Boot
+    rows: Sequence[tuple[Seat, Row, ProcessFacts]]
 
 
 class SimCoordinator:
     """One coordinator: waits for every living agent, adopts, then advances the plan."""
 
-    def __init__(self, sim: "Simulation", detector: Detector, term: Term) -> None:
-        self.sim, self.detector, self.term = sim, detector, term
+    def __init__(self, sim: "Simulation", term: Term) -> None:
+        self.sim, self.term = sim, term
+        self._judge = Judge(sim.config)
+        self._evictions: Mapping[MemberId, str] = {}
         self.alive = True
         self.plan: Plan | None = None
         self._reports: dict[NodeId, Report] = {}
@@ -169,8 +167,11 @@ class SimCoordinator:
             for agent in self.sim.agents.values():
                 if agent.node not in self._reports:
                     self.sim.to_coordinator(agent, True)
+        if self.plan is not None:
+            # Once a tick, and not at every report: the simulation is fast enough so.
+            self._evictions = self._judged(self.plan)
         self._advance()
-        self.sim.after(0.25, self._tick)
+        self.sim.after(self.sim.times.tick_s, self._tick)
 
     def hear(self, agent: SimAgent, report: Report) -> None:
         """An agent's report arrives."""
@@ -178,6 +179,13 @@ class SimCoordinator:
             return
         self._reports[agent.node] = report
         self._heard[agent.node] = self.sim.now
+        self._judge.take_report(
+            agent.node,
+            report.rows,
+            list(report.members.values()),
+            sent=self.sim.now,
+            at=self.sim.now,
+        )
         self._advance()
         order = report.plan.order if report.plan else (-1, -1)
         if self.plan is not None and order < self.plan.order:
@@ -199,6 +207,7 @@ class SimCoordinator:
             self.sim.note(decision.action, None, f"{decision.reason} {decision.fields}")
         self.sim.checker.revised(before, after, facts, self.sim.ranks)
         self.plan = after
+        self._judge.take_plan(after, at=self.sim.now)
         for node in self.sim.agents:
             self.sim.to_agent(node, after)
         if after.stop is not None:
@@ -215,6 +224,7 @@ class SimCoordinator:
             self.plan = adopt(copies, term=self.term)
         else:
             self.plan = first_plan(self.sim.nodes, self.sim.seats_per_node, term=self.term)
+        self._judge.take_plan(self.plan, at=self.sim.now)
         self.sim.note("adopt", None, f"{len(copies)} copies, now {self.plan.order}")
         for node in self.sim.agents:
             self.sim.to_agent(node, self.plan)
@@ -222,18 +232,30 @@ class SimCoordinator:
 
     def _facts(self) -> JobFacts:
         now = self.sim.now
-        members = {m: f for r in self._reports.values() for m, f in r.members.items()}
         lost = frozenset(
-            n for n in self.sim.agents if now - self._heard.get(n, self._born_s) > NODE_LIMIT_S
+            n
+            for n in self.sim.agents
+            if now - self._heard.get(n, self._born_s) > self.sim.times.node_s
         )
         reachable = [r for n, r in self._reports.items() if n not in lost]
         return JobFacts(
-            members=members,
+            members=self._members(),
             snapshots=frozenset(s for r in reachable for s in r.snapshots),
-            evictions=self.detector.evictions(now),
+            evictions=self._evictions,
             nodes_lost=lost,
             boots={n: r.boot for n, r in self._reports.items()},
         )
+
+    def _members(self) -> dict[MemberId, MemberFacts]:
+        return {m: f for r in self._reports.values() for m, f in r.members.items()}
+
+    def _judged(self, plan: Plan) -> Mapping[MemberId, str]:
+        """Who has to go, as the real judge and detector see it."""
+        findings = self._judge.verdicts(plan, self._members(), self.sim.now)
+        for verdict in findings.fresh:
+            self.sim.note("verdict", None, f"{verdict.fault}: {verdict.reason}")
+            self.sim.verdicts[verdict.fault] += 1
+        return findings.evictions
 
 
 def _ended(told: MemberFacts, stage: Stage, code: int | None) -> MemberFacts:

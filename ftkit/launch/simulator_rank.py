@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.core.world import World
+from ftkit.detection.observations import ProcessFacts
+from ftkit.detection.row import Phase, Row
 from ftkit.launch.simulator_checks import TrainingState, slots_of
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.member import Duty, Standing, react
@@ -18,6 +20,10 @@ from ftkit.recovery.vote import Ballot, tally
 
 if TYPE_CHECKING:
     from ftkit.launch.simulator import Simulation
+
+
+#: What a rank is doing in a step, as its row says it; anything else is user code.
+_PHASES = {"reduce": Phase.REDUCE, "vote": Phase.VOTE}
 
 
 class SimRank:
@@ -53,12 +59,50 @@ class SimRank:
         self._shares: dict[tuple[Generation, int], dict[MemberId, range]] = {}
         self._ballots: dict[tuple[Generation, int], dict[MemberId, Ballot]] = {}
         self._unsealed: TrainingState | None = None
+        self._to_cast = 0
+        self._warm = False
+        self._shown = self._place()
+        self._moved_s = sim.now
         self._later(sim.rng.uniform(0.01, 0.4), self._hello)
 
     @property
     def step(self) -> Step | None:
         """Steps committed; None without state."""
         return self._state.step if self._state else None
+
+    def _place(self) -> tuple[Phase, Step, Generation]:
+        """Where the training thread stands, as it would put it into its row."""
+        played = Step(0 if self.step is None else self.step + 1)
+        if self.stage is Stage.ACTIVE:
+            phase = _PHASES.get(self._doing, Phase.FORWARD)
+            if self.step is None:
+                phase = Phase.RECOVERY if self.stepping else Phase.SETUP
+        else:
+            phase = {Stage.STARTING: Phase.STARTING, Stage.DONE: Phase.DONE}.get(
+                self.stage, Phase.RECOVERY
+            )
+        return phase, played, self.generation
+
+    def row(self) -> tuple[Row, ProcessFacts]:
+        """What its agent reads in shared memory, and in /proc. Its collectives leave no trace."""
+        phase, step, generation = self._shown
+        beat = self.sim.now if self.stopped_since is None else self.stopped_since
+        return Row(
+            member=self.member,
+            pid=self.member + 1,
+            generation=generation,
+            step=step,
+            phase=phase,
+            group=0,
+            entered=-1,
+            left=-1,
+            op="",
+            t_progress_ns=int(self._moved_s * 1e9),
+            t_enter_ns=0,
+            t_heartbeat_ns=int(beat * 1e9),
+            allowance_ns=0,
+            warm=self._warm,
+        ), ProcessFacts(state="S" if self.stopped_since is None else "T", cpu_ticks=0, rss_bytes=0)
 
     def facts(self) -> MemberFacts:
         """What its agent knows of it once told."""
@@ -84,6 +128,8 @@ class SimRank:
             self.backlog.append((action, args))
             return
         action(*args)
+        if (place := self._place()) != self._shown:
+            self._shown, self._moved_s = place, self.sim.now
 
     def wake(self) -> None:
         """SIGCONT: everything that waited happens at once, in order."""
@@ -355,6 +401,8 @@ class SimRank:
             prepared=self.prepared,
         )
         self.refuses = False
+        # Nobody leaves an exchange before his own part is on its way to all.
+        self._to_cast = len(self._peers())
         for i, peer in enumerate(self._peers()):
             # One after another, so that a fault can come between.
             self._train(0.0002 * i, self._cast, peer, self._key(), ballot)
@@ -363,6 +411,8 @@ class SimRank:
     def _cast(self, peer: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
         if self._point("ballot"):
             self.sim.send(self, peer, SimRank.take_ballot, self.member, key, ballot)
+            self._to_cast -= 1
+            self._count(key)
 
     def take_ballot(self, source: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
         """A peer's ballot; of an older generation it is refused."""
@@ -370,7 +420,13 @@ class SimRank:
             return
         ballots = self._ballots.setdefault(key, {})
         ballots[source] = ballot
+        self._count(key)
+
+    def _count(self, key: tuple[Generation, int]) -> None:
+        ballots = self._ballots.get(key, {})
         if self._doing != "vote" or key != self._key() or not self._complete(ballots):
+            return
+        if self._to_cast:
             return
         assert self.world is not None, "an active rank has a world"
         result = tally([ballots[m.member] for m in self.world.members])
@@ -392,7 +448,7 @@ class SimRank:
         assert before is not None, "a rank without state does not commit"
         self._seal()  # a capture must be done before the state changes again
         self._state = self._unsealed = before.after(attempt)
-        self.voted = False
+        self.voted, self._warm = False, True
         self.sim.checker.committed(self, before, self._state)
         self.sim.note("commit", self, f"step {self.step} of generation {attempt}")
         self._later(self.sim.rng.uniform(0.01, 0.2), self._seal_this, self._state)
