@@ -59,6 +59,11 @@ class View:
             return self.limit_s
         return max(self.limit_s, self.config.setup_stall_s)
 
+    def cannot_run(self, one: Track) -> bool:
+        """Whether this member is stopped, or so still that not even its heartbeat comes."""
+        age_s = one.heartbeat_age_s
+        return one.stopped or (age_s is not None and age_s > self.limit(one))
+
     @property
     def complete(self) -> bool:
         """Whether every member of the world is seen."""
@@ -113,12 +118,8 @@ def stuck_together(view: View) -> Verdicts:
     if view.gone or not view.all_wait:
         return {}
 
-    def cannot_run(one: Track) -> bool:
-        age_s = one.heartbeat_age_s
-        return one.stopped or (age_s is not None and age_s > view.limit(one))
-
-    stuck = [one for one in view.seen if cannot_run(one)]
-    waiters = [one for one in view.seen if not cannot_run(one)]
+    stuck = [one for one in view.seen if view.cannot_run(one)]
+    waiters = [one for one in view.seen if not view.cannot_run(one)]
     if not waiters:
         return {}
     verdicts: Verdicts = {}
@@ -195,7 +196,13 @@ def _may_be_victim(view: View, one: Track) -> bool:
     """Whether `one`, which waits, may be waiting for somebody other than those ahead of it."""
     if view.gone or not view.complete:
         return True  # it may wait for one that is gone, or that we cannot see
-    return any(behind(other, one) for other in view.seen if other is not one)
+    others = [other for other in view.seen if other is not one]
+    if any(behind(other, one) for other in others):
+        return True
+    # One that was stopped in the same place may have sent its part to those that went on, and
+    # not to this one.
+    beside = [w for w in others if w.waits_since is not None and _place(w) == _place(one)]
+    return not view.cannot_run(one) and any(view.cannot_run(w) for w in beside)
 
 
 def _hang(
@@ -253,9 +260,12 @@ def _by_place(waiting: Iterable[Track]) -> list[list[Track]]:
     """Those that wait, by what they wait in: `behind` is the same for all of one place."""
     places: dict[object, list[Track]] = {}
     for w in waiting:
-        key = w.pending if w.in_collective else (w.row.phase, w.row.step)
-        places.setdefault(key, []).append(w)
+        places.setdefault(_place(w), []).append(w)
     return list(places.values())
+
+
+def _place(waiter: Track) -> object:
+    return waiter.pending if waiter.in_collective else (waiter.row.phase, waiter.row.step)
 
 
 def _waits_since(waiter: Track) -> float:
