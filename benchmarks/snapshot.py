@@ -236,7 +236,9 @@ def report(result: dict[str, object], options: dict[str, object]) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
-    made.add_argument("--params", type=int, help="parameters of the model (85 million: 1 GB of state)")
+    made.add_argument(
+        "--params", type=int, help="parameters of the model (85 million: 1 GB of state)"
+    )
     made.add_argument("--steps", type=int, help="snapshots per mode and round (8; quick: 3)")
     made.add_argument("--rounds", type=int, help="rounds (2; quick: 1)")
     # As in the other benchmarks, but a file may be named: then the table is printed too.

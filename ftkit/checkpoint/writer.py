@@ -26,6 +26,8 @@ class SlotWriter:
         layout: StateLayout,
         chunks: range,
         layouts: int,
+        *,
+        reserve: Callable[[int, int], None],
         sealed: Callable[[int, Sealed], None],
     ) -> None:
         """From here on the old snapshot of the slot is gone.
@@ -39,6 +41,7 @@ class SlotWriter:
           layout: of the state.
           chunks: the part, as chunks of the layout.
           layouts: how many different layouts make up the job's state.
+          reserve: gives the slot pages for so many bytes of data.
           sealed: told the slot and its page once it is sealed.
         """
         at = geometry.slot_at(slot)
@@ -46,6 +49,7 @@ class SlotWriter:
         self._meta = file[at + PAGE : at + PAGE + geometry.meta_bytes]
         self._chunk_bytes = geometry.chunk_bytes
         self._layout = layout
+        self._reserve = reserve
         self._tell = sealed
         first = chunks.start * geometry.chunk_bytes
         end = min(chunks.stop * geometry.chunk_bytes, layout.total_bytes)
@@ -68,6 +72,16 @@ class SlotWriter:
         table_at = at + geometry.table_at
         self.table = file[table_at : table_at + self._sealed.table_bytes].view("<u8")
         """uint64, shape (chunks of the part,): the digests. Shared memory."""
+
+    def reserve(self) -> None:
+        """Have pages for the part; call it before the first byte is written. Any thread.
+
+        Blocks for about a second a gigabyte the first time a part is as large as this one.
+
+        Raises:
+          CapacityError: there is no memory for them.
+        """
+        self._reserve(self.slot, self.data.nbytes)
 
     def digest(self, chunks: range) -> None:
         """Enter the digests of these chunks of the part, whose data is complete."""

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Arenas:
         part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
         self._node = node
+        self._making = threading.Lock()
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
 
@@ -59,7 +61,9 @@ class Arenas:
           ProtocolError: `layout` is not one.
         """
         path = arena_path(self._job, seat, self.directory)
-        Arena.ensure(path, StateLayout.from_json(layout), replicas=replicas).close()
+        # A rank that dies while it waits leaves its request behind, and the next one asks too.
+        with self._making:
+            Arena.ensure(path, StateLayout.from_json(layout), replicas=replicas).close()
         return path
 
     def copies(self) -> list[dict[str, object]]:

@@ -224,9 +224,10 @@ class Coordinator:
             if node not in lost
             for copy in report["copies"]
         )
+        newest = Inventory(copies=copies).newest_complete()
         return JobFacts(
             members=self._members,
-            snapshots=frozenset(Inventory(copies=copies).complete()),
+            snapshots=frozenset({newest[1]} if newest else ()),
             evictions=verdicts.evictions,
             nodes_lost=lost,
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},

@@ -111,7 +111,7 @@ class JobFacts:
 
     members: Mapping[MemberId, MemberFacts]
     snapshots: frozenset[Step] = frozenset()
-    """Steps of which a complete and sealed snapshot exists in some arena."""
+    """Steps that can be restored whole: at most the newest."""
     evictions: Mapping[MemberId, str] = field(default_factory=dict)
     """Members that detection wants removed, with the reason."""
     nodes_lost: frozenset[NodeId] = frozenset()

@@ -2,8 +2,8 @@
 
 Cast just before the first optimizer changes anything. Each rank counts the same votes, so
 all reach the same result, or none does: if any rank saw it pass, all had reduced and voted.
-The vote also carries what would otherwise need a message of its own: the slots' losses, what
-state each rank holds, and which newcomers' world each rank is ready to switch to.
+The vote also carries what would otherwise need a message of its own: the slots' losses, and
+which newcomers' world each rank is ready to switch to.
 """
 
 import struct
@@ -29,7 +29,8 @@ class Ballot:
     data_digest: int = 0
     """64-bit digest of what every rank read alike, 0 where ranks read different samples."""
     layout: int = 0
-    """64-bit digest of the layout of the state this rank holds: equal for replicas."""
+    """64-bit digest of the layout of this rank's state: the same on all ranks, which share the
+    capture of it. 0 before the first snapshot."""
     prepared: Generation = Generation(0)
     """The newcomers' world this rank is linked for, 0 for none."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
@@ -70,6 +71,8 @@ class Refusal(StrEnum):
 
     OUT_OF_STEP = auto()
     """Ranks voted on different steps or generations."""
+    STATE = auto()
+    """Ranks hold state of different layouts, and could not restore each other."""
     DATA = auto()
     """Ranks read different data where all should read the same."""
     GRADIENTS = auto()
@@ -102,6 +105,11 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
         return Tally(
             refusal=Refusal.OUT_OF_STEP,
             reason=f"ranks vote on different (generation, step): {seen}",
+        )
+    if odd := minority([b.layout for b in ballots]):
+        return Tally(
+            refusal=Refusal.STATE,
+            reason=f"ranks {odd} hold other tensors than the rest at step {first.step}",
         )
     if odd := minority([b.data_digest for b in ballots]):
         return Tally(

@@ -246,18 +246,13 @@ class Step:
         try:
             cast = parts.group.exchange(ballot.pack())
             parts.injector.at(Point.VOTE, number)
-            ballots = [Ballot.unpack(b) for b in cast.wait()]
-            result = tally(ballots)
+            result = tally([Ballot.unpack(b) for b in cast.wait()])
         except GenerationAborted:
             pass  # cut in half: what became of it is decided below, with the others
         if result is not None:
             if not result.passed:
                 self._refused(result)
             self.loss = result.loss
-            members = parts.group.world.members
-            self._loop.snapshots.heard(
-                {m.member: b.layout for m, b in zip(members, ballots, strict=True)}
-            )
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
@@ -272,6 +267,11 @@ class Step:
         """A vote that did not pass is the job's fault; too many in a row are the script's."""
         self._parts.membership.vote_failed()
         self._parts.trace.event("refused", step=self._number, reason=result.reason)
+        if result.refusal is Refusal.STATE:
+            raise UsageError(
+                f"{result.reason}. Sharded state can be saved and loaded (ftkit.checkpoint), and not "
+                "yet be repaired in place: protect the same model and optimizers on all ranks"
+            )
         if result.refusal is Refusal.DATA:
             raise NotDeterministic(
                 f"{result.reason}. Every rank must read the same batches in the same order: "

@@ -56,7 +56,7 @@ class Worlds:
             match task:
                 case Link(world):
                     if self._snapshots is not None:
-                        self._snapshots.look_ahead()
+                        self._snapshots.look_ahead(world)
                     try:
                         parts.group.connect(world.members, timeout_s=parts.stall_s)
                     except WireError:
