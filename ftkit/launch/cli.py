@@ -52,6 +52,19 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
+@click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
+@click.option("--checkpoint-every", default=0, help="Steps between two checkpoints.")
+@click.option(
+    "--checkpoint-keep",
+    default="last:3",
+    show_default=True,
+    help="Which to keep: last:N, every:STEPS, or both with a comma; '' for all.",
+)
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Begin at step 0. Checkpoints that are there go when the first new one is complete.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but errors.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -64,6 +77,10 @@ def run(
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
+    checkpoint_dir: str,
+    checkpoint_every: int,
+    checkpoint_keep: str,
+    fresh: bool,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -88,7 +105,15 @@ def run(
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
+        checkpoint_dir=absolute(checkpoint_dir),
+        checkpoint_every=checkpoint_every,
+        checkpoint_keep=checkpoint_keep,
+        checkpoint_fresh=fresh,
     )
+    if checkpoint_dir:
+        from ftkit.checkpoint.persist.retention import parse_policies
+
+        parse_policies(checkpoint_keep)  # refused before anything starts
     _ = config.times  # an inconsistent set of times is refused before anything starts
     stop = run_job(config, engine=engine or default_engine())
     if as_json:
@@ -96,6 +121,11 @@ def run(
     elif stop.code and not quiet:
         click.echo(f"ftkit: {stop.reason} (events in {folder})", err=True)
     sys.exit(stop.code)
+
+
+def absolute(url: str) -> str:
+    """A path made absolute, as the job's processes may run elsewhere; URLs as they are."""
+    return url if not url or "://" in url else str(Path(url).resolve())
 
 
 @main.group()
