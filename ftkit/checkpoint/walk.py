@@ -203,10 +203,15 @@ class OptimizerWalk:
         Args:
           saved: tensors by entry name, as `prepare` returned them, already filled.
         """
-        parameters = self.parameters()
+        state: dict[str, dict[str, torch.Tensor]] = {}
         for entry, value in saved.items():
             name, key = self._split(entry)
-            self.optimizer.state[parameters[name][0]][key] = value
+            state.setdefault(name, {})[key] = value
+        # In the order of the parameters, as an optimizer that had stepped would have it: who
+        # walks through its state must not find another order after a restore.
+        for name, (parameter, _) in self.parameters().items():
+            if name in state:
+                self.optimizer.state[parameter].update(state[name])
 
     def check(self, small: Mapping[str, Any]) -> None:
         """StateChanged when the snapshot's groups hold other parameters than ours.
