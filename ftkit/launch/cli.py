@@ -215,12 +215,15 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
     from ftkit.core.trace import read_run
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
+    from ftkit.launch.storage_story import storage_story
 
     events = read_run(newest_run(run_dir))
+    storage = storage_story(events)
     if as_json:
-        click.echo(json.dumps({"incidents": [i.to_json() for i in incidents(events)]}))
+        told = {"incidents": [i.to_json() for i in incidents(events)]}
+        click.echo(json.dumps(told | {"storage": storage.to_json()}))
     else:
-        click.echo(explain_events(events))
+        click.echo("\n\n".join(t for t in (explain_events(events), storage.paragraph()) if t))
 
 
 @main.command()

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from ftkit.checkpoint.copies import local_copies
@@ -33,6 +34,7 @@ from ftkit.core.ids import JobId, NodeId
 from ftkit.core.trace import Trace
 from ftkit.launch.checkpointing import Order, Report, Stage
 from ftkit.launch.config import JobConfig
+from ftkit.launch.faulty_store import FaultyStore, StoreFault
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,8 @@ class Persister:
         self._closing = False
         # ---- of the thread ----
         self._began = 0.0
+        self._holding = False
+        """Whether parts may be pinned for the order before."""
         self._thread = threading.Thread(target=self._run, name="ftkit-persist", daemon=True)
         self._thread.start()
 
@@ -145,10 +149,11 @@ class Persister:
             order, stage = todo
             if order is None:
                 let_go(self._directory)
-                self._say(Report(attempt=self._report.attempt, done=Stage.COMMIT))
+                self._holding = False
                 continue
             if order.attempt != self._report.attempt:
                 let_go(self._directory)
+                self._holding = True
                 self._say(Report(attempt=order.attempt))
             error = self._guarded(self._do, order, stage, servers)
             if error:
@@ -160,8 +165,7 @@ class Persister:
         """(under the lock) The next thing to do; None when there is nothing."""
         order, mine = self._order, self._report
         if order is None:
-            at_rest = mine.attempt == 0 or (mine.done is Stage.COMMIT and not mine.error)
-            return None if at_rest else (None, Stage.NOTHING)
+            return (None, Stage.NOTHING) if self._holding else None
         if order.attempt != mine.attempt:
             return order, Stage.BEGIN
         if mine.error or mine.done >= order.stage or self._node not in order.nodes:
@@ -295,7 +299,10 @@ class Persister:
 
     def _open(self) -> Store:
         if self._store is None:
-            self._store = self._given or open_store(self._config.checkpoint_dir)
+            store = self._given or open_store(self._config.checkpoint_dir)
+            fault = StoreFault.from_environ(self._config.env, node=self._node)
+            run_dir = Path(self._config.run_dir)
+            self._store = FaultyStore(store, fault, run_dir) if fault else store
         return self._store
 
     def _renew(self) -> Lease:

@@ -53,8 +53,10 @@ def extents(copies: Iterable[Copy]) -> dict[str, tuple[Extent, ...]]:
                 raise IntegrityError(
                     f"byte {at} of {total} of layout {layout} is in none of {len(own)} parts"
                 )
-            runs.append(Extent(best, at, best.part.end))
-            at = best.part.end
+            better = own[: own.index(best)]
+            end = min([best.part.end, *(c.part.first for c in better if c.part.first > at)])
+            runs.append(Extent(best, at, end))
+            at = end
         found[layout] = tuple(runs) or (Extent(own[0], 0, 0),)
     return found
 

@@ -16,7 +16,7 @@ from ftkit.checkpoint.fetch import Remote, fetch
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.persist.division import Extent, Writing
 from ftkit.checkpoint.persist.plan import Piece
-from ftkit.checkpoint.slots import Head, Pin, Sealed
+from ftkit.checkpoint.slots import Head, Pin
 from ftkit.core.errors import IntegrityError
 from ftkit.core.ids import JobId, NodeId
 from ftkit.core.inventory import Copy
@@ -191,16 +191,15 @@ class Gather:
         return arena_path(self._job, copy.seat, self._directory)
 
 
-def let_go(directory: Path, *, but: Iterable[Sealed] = ()) -> None:
-    """Take the pins of writing off all parts in a folder, but those of `but`."""
-    kept = list(but)
+def let_go(directory: Path) -> None:
+    """Take the pins of writing off all parts in a folder."""
     for path in directory.glob("*.arena"):
         try:
             with Arena.open(path) as arena:
                 held = [
-                    s
-                    for slot, s in enumerate(arena.slots())
-                    if s and arena.pins(slot)[Pin.PERSIST] and s not in kept
+                    sealed
+                    for slot, sealed in enumerate(arena.slots())
+                    if sealed and arena.pins(slot)[Pin.PERSIST]
                 ]
             if held:
                 with Arena.open(path, writable=True) as arena:
