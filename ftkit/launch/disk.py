@@ -121,8 +121,8 @@ def refuse_or_take(config: JobConfig) -> JobConfig:
     from ftkit.checkpoint.persist.source import identities
     from ftkit.checkpoint.persist.store import open_store
 
-    store = open_store(config.checkpoint_dir)
     try:
+        store = open_store(config.checkpoint_dir)
         Lease.take(store, JobId(config.job))
         old = identities(store) if config.checkpoint_fresh else ()
     except RootInUse:

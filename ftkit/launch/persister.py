@@ -8,7 +8,7 @@ is a report. It never raises, and never keeps its agent waiting.
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ftkit.checkpoint.persist.gather import Gather, let_go
 from ftkit.checkpoint.persist.gc import gc, remove
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.manifest import Fragment
-from ftkit.checkpoint.persist.plan import CheckpointPlan
+from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.retention import parse_policies
 from ftkit.checkpoint.persist.source import identity
 from ftkit.checkpoint.persist.store import Store, open_store
@@ -47,6 +47,9 @@ WRITE_S = 600.0
 
 #: Between two renewals of the lease, which runs out after three of them.
 RENEW_S = 20.0
+
+#: How long the end of an agent waits for what is under way: its own end is waited for, too.
+CLOSE_S = 2.0
 
 
 class Persister:
@@ -92,6 +95,7 @@ class Persister:
         self._closing = False
         # ---- of the thread ----
         self._began = 0.0
+        self._renewed = 0.0
         self._holding = False
         """Whether parts may be pinned for the order before."""
         self._thread = threading.Thread(target=self._run, name="ftkit-persist", daemon=True)
@@ -125,7 +129,7 @@ class Persister:
             self._closing = True
             self._changed.notify_all()
         # It may hang in a store that does not answer; then it ends with the process.
-        self._thread.join(timeout=self._config.times.grace_s)
+        self._thread.join(timeout=CLOSE_S)
 
     def _run(self) -> None:
         """(persister thread) Do what is ordered, until closed."""
@@ -236,7 +240,7 @@ class Persister:
                 store,
                 order.step,
                 plan,
-                parts.pieces(divide(order.copies, layouts).get(self._node, ())),
+                self._renewing(parts.pieces(divide(order.copies, layouts).get(self._node, ()))),
                 small=parts.small(order.copies),
                 timeout_s=WRITE_S,
                 clock=self._clock,
@@ -305,8 +309,16 @@ class Persister:
             self._store = FaultyStore(store, fault, run_dir) if fault else store
         return self._store
 
+    def _renewing(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The same pieces; the lease is renewed between them, as writing may outlast it."""
+        for piece in pieces:
+            if self._lease is not None and self._clock.now() - self._renewed > RENEW_S:
+                self._renew()
+            yield piece
+
     def _renew(self) -> Lease:
         """The job's lease, taken or shown to be still ours."""
+        self._renewed = self._clock.now()
         if self._lease is None:
             job = JobId(self._config.job)
             self._lease = Lease.take(self._open(), job, term_s=3 * RENEW_S)

@@ -1,7 +1,11 @@
 """Where the time went, in a paragraph and in JSON."""
 
 import json
+from xml.etree import ElementTree
 
+import pytest
+
+from ftkit.launch.report_storage import storage_plot, storage_section
 from ftkit.launch.storage_story import storage_story
 
 
@@ -43,3 +47,26 @@ def test_a_run_is_told_in_a_paragraph() -> None:
 
 def test_a_run_without_any_has_nothing_to_tell() -> None:
     assert storage_story([{"kind": "commit", "step": 1}]).paragraph() == ""
+
+
+def test_the_bars_are_as_high_as_their_seconds() -> None:
+    bars = [(10, {"codec": 0.25, "write": 0.5}), (20, {"codec": 0.0, "write": 0.25})]
+    picture = ElementTree.fromstring(storage_plot(bars))
+    rects = picture.findall("rect")
+    heights = [float(r.attrib["height"]) for r in rects]
+    assert [r.attrib["class"] for r in rects] == ["codec", "write"] * 2
+    assert heights[1] == pytest.approx(2 * heights[0], abs=0.02)
+    assert heights[2] == 0
+    assert heights[3] == pytest.approx(heights[0], abs=0.02)
+    first, second = rects[:2]
+    assert float(second.attrib["y"]) + heights[1] == pytest.approx(
+        float(first.attrib["y"]), abs=0.1
+    )
+    assert [t.text for t in picture.findall("text")][-3:] == ["10", "20", "step"]
+
+
+def test_only_a_run_with_checkpoints_has_the_picture() -> None:
+    assert storage_section([snapshot(10, 0, 1.0)]) == ""
+    page = storage_section([snapshot(10, 0, 1.0), checkpoint(10), checkpoint(20)])
+    assert page.count("<rect") == 10
+    assert "2 checkpoints went to disk" in page
