@@ -37,6 +37,9 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
 }
 
+#: What "all" picks from: faults that any shape of job takes.
+ANYWHERE = [name for name in CATALOGUE if name not in set(StoreFaultKind)]
+
 #: Buckets of gradients that a drill may aim at; a job with fewer is hit at its last one.
 BUCKETS = 3
 
@@ -118,7 +121,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
       UsageError: there is no such fault or phase, or the job is too small for it.
     """
     rng = random.Random(f"{fault} {at} {seed}")
-    name = rng.choice(list(CATALOGUE)) if fault == "all" else fault
+    name = rng.choice(ANYWHERE) if fault == "all" else fault
     if name not in CATALOGUE:
         raise UsageError(f"there is no drill {name!r}; choose among {', '.join(CATALOGUE)}, all")
     point, bucket = _point(at, rng)

@@ -4,13 +4,11 @@ What the ranks did is judged as in any drill; here is what the disk holds: every
 was ever committed must be whole, to the last byte, right after the fault and at the end.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit.checkpoint.persist.checkpoint import load, steps
-from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.core.errors import IntegrityError
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
@@ -29,6 +27,10 @@ class OnDisk:
     @classmethod
     def read(cls, folder: Path) -> "OnDisk":
         """Read every byte of every committed checkpoint. Blocks."""
+        # Imported here: whoever only chooses a drill needs no pyarrow.
+        from ftkit.checkpoint.persist.checkpoint import load, steps
+        from ftkit.checkpoint.persist.local_store import LocalStore
+
         store, good, damaged = LocalStore(folder), list[int](), dict[int, str]()
         for step in steps(store):
             try:
@@ -73,7 +75,7 @@ class Witness:
 
 
 def judge(
-    outcome: Outcome, events: list[Mapping[str, Any]], at_fault: OnDisk | None, at_end: OnDisk
+    outcome: Outcome, events: Sequence[Mapping[str, Any]], at_fault: OnDisk | None, at_end: OnDisk
 ) -> Outcome:
     """The outcome with the rules of the disk added; pure.
 

@@ -61,13 +61,13 @@ def test_the_newest_good_one_counts_and_damaged_ones_are_told(tmp_path: Path) ->
         save(LocalStore(tmp_path), step)
     damage(tmp_path, 2)
     look = Look(tmp_path)
-    assert look.steps() == {Step(1)}
+    assert look.steps() == frozenset({Step(1)})
     ((kind, fields),) = look.told
     assert (kind, fields["step"]) == ("checkpoint-skipped", 2)
     save(LocalStore(tmp_path), 3)
-    assert look.disk.steps() == {Step(1)}, "the answer holds until it is used up"
+    assert look.disk.steps() == frozenset({Step(1)}), "the answer holds until it is used up"
     look.again()
-    assert look.steps() == {Step(3)}
+    assert look.steps() == frozenset({Step(3)})
 
 
 def test_when_all_are_damaged_the_job_does_not_begin_anew_by_itself(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_a_store_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(source, "newest_good", failing)
     monkeypatch.setattr(disk, "AGAIN_S", 0.0)
     look = Look(tmp_path)
-    assert look.steps() == {Step(1)}
+    assert look.steps() == frozenset({Step(1)})
     assert [kind for kind, _ in look.told] == ["checkpoint-unread"] * 2
 
 
