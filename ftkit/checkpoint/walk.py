@@ -203,15 +203,12 @@ class OptimizerWalk:
         Args:
           saved: tensors by entry name, as `prepare` returned them, already filled.
         """
-        state: dict[str, dict[str, torch.Tensor]] = {}
-        for entry, value in saved.items():
-            name, key = self._split(entry)
-            state.setdefault(name, {})[key] = value
-        # In the order of the parameters, as an optimizer that had stepped would have it: who
-        # walks through its state must not find another order after a restore.
-        for name, (parameter, _) in self.parameters().items():
-            if name in state:
-                self.optimizer.state[parameter].update(state[name])
+        entries = [(*self._split(entry), value) for entry, value in saved.items()]
+        # In the order of the parameters, as the optimizer itself makes it.
+        parameters = self.parameters()
+        order = {name: i for i, name in enumerate(parameters)}
+        for name, key, value in sorted(entries, key=lambda e: order[e[0]]):
+            self.optimizer.state[parameters[name][0]][key] = value
 
     def check(self, small: Mapping[str, Any]) -> None:
         """StateChanged when the snapshot's groups hold other parameters than ours.

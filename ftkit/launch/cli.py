@@ -1,8 +1,8 @@
 """ftkit: the command line. One function a command; the work is done elsewhere."""
 
 import json
-import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.logs import log_to_stderr
 
-logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
+log_to_stderr()
 
 RUNS = Path("runs")
 
@@ -65,7 +66,7 @@ def main() -> None:
     is_flag=True,
     help="Begin at step 0. Checkpoints that are there go when the first new one is complete.",
 )
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -94,6 +95,7 @@ def run(
     from ftkit.launch.config import JobConfig, default_engine, new_job_id
     from ftkit.launch.job import python_command, run_job
 
+    log_to_stderr(quiet=quiet)
     job = new_job_id()
     folder = (run_dir or RUNS / job).resolve()
     config = JobConfig(
@@ -109,6 +111,7 @@ def run(
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
         checkpoint_fresh=fresh,
+        quiet=quiet,
     )
     if checkpoint_dir:
         from ftkit.checkpoint.persist.retention import parse_policies
@@ -118,7 +121,7 @@ def run(
     stop = run_job(config, engine=engine or default_engine())
     if as_json:
         click.echo(json.dumps({"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}))
-    elif stop.code and not quiet:
+    elif stop.code:
         click.echo(f"ftkit: {stop.reason} (events in {folder})", err=True)
     sys.exit(stop.code)
 
@@ -149,23 +152,26 @@ def drill_list(as_json: bool) -> None:
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
 
-def drill_options(command: Any) -> Any:
-    """The options that every drill takes."""
-    for option in reversed(
-        [
+def drill_options(*, steps: int) -> Callable[[Any], Any]:
+    """The options that every drill takes; `steps` is the default length of the job."""
+
+    def add(command: Any) -> Any:
+        options = [
             click.option("--nproc", default=3, show_default=True, help="Ranks."),
             click.option("--nodes", default=1, show_default=True, help="Nodes."),
             click.option("--seed", default=0, show_default=True, help="Decides what is not given."),
-            click.option("--steps", default=200, show_default=True, help="Steps of the job."),
+            click.option("--steps", default=steps, show_default=True, help="Steps of the job."),
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
         ]
-    ):
-        command = option(command)
-    return command
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @drill.command("run")
@@ -174,7 +180,7 @@ def drill_options(command: Any) -> Any:
 @click.option(
     "--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many drills."
 )
-@drill_options
+@drill_options(steps=200)
 def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: Any) -> None:
     """Run the drill FAULT (see `ftkit drill list`; `all` picks faults by the seed).
 
@@ -188,7 +194,7 @@ def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: 
 @drill.command("demo")
 @click.option("--data", type=click.Path(path_type=Path), help="Text to train on.")
 @click.option("--report", type=click.Path(path_type=Path), default=Path("report.html"))
-@drill_options
+@drill_options(steps=240)
 def drill_demo(data: Path | None, report: Path, **options: Any) -> None:
     """The main job: train, lose a rank in the middle of a step, and end with the same bits."""
     from ftkit.launch.drill_command import run_demo

@@ -92,6 +92,8 @@ class JobConfig:
     same_place_max: int = 3
     restarts_max: int = 100
     master_port: int = 0
+    quiet: bool = False
+    """Agents and coordinators write errors only, no warnings."""
     checkpoint_dir: str = ""
     """Where checkpoints go and come from: a path, or any URL that fsspec knows; empty: nowhere."""
     checkpoint_every: int = 0

@@ -14,7 +14,7 @@ from enum import StrEnum, auto
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQQ?I")
+_HEAD = struct.Struct("<QQQQQQI")
 _LOSS = struct.Struct("<Id")
 
 
@@ -24,8 +24,6 @@ class Ballot:
 
     generation: Generation
     step: Step
-    ok: bool = True
-    """False: this rank cannot commit (its reduction or its data is not sound)."""
     digest: int = 0
     """64-bit digest of the reduced gradients: the same on all ranks, or one is corrupt."""
     data_digest: int = 0
@@ -44,7 +42,6 @@ class Ballot:
             self.data_digest,
             self.layout,
             self.prepared,
-            self.ok,
             len(self.losses),
         )
         return head + b"".join(_LOSS.pack(s, v) for s, v in sorted(self.losses.items()))
@@ -54,13 +51,12 @@ class Ballot:
         """Read what `pack` wrote. Raises ProtocolError on anything else."""
         if len(data) < _HEAD.size:
             raise ProtocolError(f"a ballot has at least {_HEAD.size} bytes, got {len(data)}")
-        generation, step, digest, data_digest, layout, prepared, ok, count = _HEAD.unpack_from(data)
+        generation, step, digest, data_digest, layout, prepared, count = _HEAD.unpack_from(data)
         if len(data) != _HEAD.size + count * _LOSS.size:
             raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
         return cls(
             generation=Generation(generation),
             step=Step(step),
-            ok=ok,
             digest=digest,
             data_digest=data_digest,
             layout=layout,
@@ -74,8 +70,6 @@ class Refusal(StrEnum):
 
     OUT_OF_STEP = auto()
     """Ranks voted on different steps or generations."""
-    UNSOUND = auto()
-    """A rank said that it cannot commit."""
     DATA = auto()
     """Ranks read different data where all should read the same."""
     GRADIENTS = auto()
@@ -108,10 +102,6 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
         return Tally(
             refusal=Refusal.OUT_OF_STEP,
             reason=f"ranks vote on different (generation, step): {seen}",
-        )
-    if refused := [rank for rank, b in enumerate(ballots) if not b.ok]:
-        return Tally(
-            refusal=Refusal.UNSOUND, reason=f"ranks {refused} cannot commit step {first.step}"
         )
     if odd := minority([b.data_digest for b in ballots]):
         return Tally(

@@ -34,7 +34,7 @@ from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
-from ftkit.recovery.data_cursor import derive
+from ftkit.recovery.data_cursor import derive, rng_key
 from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.loop import Loop
@@ -87,6 +87,7 @@ class Step:
                 "that was rolled back round again"
             )
         self._loop.check_parameters()
+        self._loop.schedulers.begin(self._number, self._generation)
         self.entered = True
         self._loop.current = self
         self._parts.recorder.step(self._number)
@@ -182,7 +183,7 @@ class Step:
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
         self._slot = slot
-        key = derive(self._loop.seed, "slot", self._number, slot) >> 1
+        key = rng_key(self._loop.seed, self._number, slot)
         torch.manual_seed(key)
         random.seed(key)
         numpy.random.seed(key & 0xFFFFFFFF)
@@ -290,6 +291,7 @@ class Step:
         self._loop.read.clear()
         if parts.membership.active:  # else it is captured on entering the next world
             self._loop.snapshots.begin(self._number, parts.group.world)
+        self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
         if self._newcomers is not None and parts.membership.active:
             self._loop.worlds.switch(self._newcomers, self._number)
