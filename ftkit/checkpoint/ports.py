@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from ftkit.checkpoint.box import Box, TensorBox
-from ftkit.checkpoint.layout import StateLayout
 from ftkit.core.ids import Generation, Step
 
 
@@ -23,16 +22,6 @@ class ParityTier(Protocol):
 
     def rebuild(self, step: Step, generation: Generation) -> Iterator[memoryview]:
         """The bytes of a lost snapshot, in order. IntegrityError when too few parts are left."""
-
-
-class PersistTier(Protocol):
-    """Durable storage: turns a sealed snapshot into a checkpoint."""
-
-    def persist(self, layout: StateLayout, step: Step, blocks: Iterable[memoryview]) -> None:
-        """Write a checkpoint and return once it would survive a power cut."""
-
-    def steps(self) -> list[Step]:
-        """The steps with a complete checkpoint, ascending."""
 
 
 class BoxSource(Protocol):

@@ -12,6 +12,7 @@ import psutil
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.slots import SLOTS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.detection.process import process_facts
@@ -45,6 +46,8 @@ class Arenas:
         self._job = JobId(config.job)
         self._node = node
         self._making = threading.Lock()
+        # One more, for the snapshot that is on its way to disk.
+        self._slots = SLOTS + (1 if config.checkpoint_every else 0)
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
 
@@ -63,7 +66,9 @@ class Arenas:
         path = arena_path(self._job, seat, self.directory)
         # A rank that dies while it waits leaves its request behind, and the next one asks too.
         with self._making:
-            Arena.ensure(path, StateLayout.from_json(layout), replicas=replicas).close()
+            Arena.ensure(
+                path, StateLayout.from_json(layout), replicas=replicas, slots=self._slots
+            ).close()
         return path
 
     def copies(self) -> list[dict[str, object]]:

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect
+from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, Report, judge
 from ftkit.launch.config import JobConfig
+from ftkit.launch.disk import Disk
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
@@ -60,8 +63,13 @@ class Coordinator:
         self._plan: Plan | None = None
         self._interrupted = ""
         self._judge = Judge(config)
+        self._order: Order | None = None
+        self._attempts = number * ATTEMPTS_MAX
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
+        )
+        self._disk = Disk(
+            config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
         )
 
     def interrupt(self, reason: str) -> None:
@@ -92,6 +100,7 @@ class Coordinator:
                     assert self._plan.stop is not None, "an ended plan says why"
                     return self._plan.stop
         finally:
+            self._disk.close()
             for line in self._lines.values():
                 line.close()
             self.trace.close()
@@ -168,6 +177,15 @@ class Coordinator:
                 return
             self._send_plan()
         facts = self._facts(now)
+        self._checkpoint(facts)
+        if self._plan.mode is not Mode.FORMING or facts.snapshots:
+            self._disk.forget()
+        else:
+            on_disk = self._disk.steps()
+            why = facts.interrupted or self._disk.refused
+            if on_disk is None and not why:
+                return  # what a world is formed from is not known yet
+            facts = replace(facts, snapshots=on_disk or frozenset(), interrupted=why)
         plan, decisions = advance(self._plan, facts, self._config.budget)
         if not decisions:
             return
@@ -234,6 +252,24 @@ class Coordinator:
             interrupted=self._interrupted,
         )
 
+    def _checkpoint(self, facts: JobFacts) -> None:
+        """Move the writing of a checkpoint on; it and the plan know nothing of each other."""
+        if not self._config.checkpoint_every:
+            return
+        reports = {
+            node: Report.from_json(report["persister"])
+            for node, report in self._reports.items()
+            if node not in facts.nodes_lost and node in self._lines and report.get("persister")
+        }
+        order, ended = judge(self._order, reports, last_attempt=self._attempts)
+        if ended is not None and ended.failed:
+            self.trace.event("checkpoint-failed", step=ended.step, reason=ended.failed)
+        if order == self._order:
+            return
+        self._order = order
+        self._attempts = order.attempt if order else self._attempts
+        self._send_plan()
+
     def _lost_nodes(self, now: float) -> frozenset[NodeId]:
         """Nodes whose agent cannot be reached, or is reached and says nothing, for too long."""
         limit = self._config.times.node_s
@@ -246,7 +282,13 @@ class Coordinator:
         if self._plan is None:
             return
         stores = {str(n): r["store"] for n, r in self._reports.items()}
-        message = {"type": "plan", "plan": self._plan.to_json(), "stores": stores}
+        message = {
+            "type": "plan",
+            "plan": self._plan.to_json(),
+            "stores": stores,
+            "checkpoint": self._order and self._order.to_json(),
+            "checkpoints_over": self._plan.mode is Mode.ENDED and self._order is None,
+        }
         for node, line in list(self._lines.items()):
             if only is not None and node != only:
                 continue

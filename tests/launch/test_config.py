@@ -68,3 +68,12 @@ def test_names_and_secrets_do_not_repeat() -> None:
 )
 def test_ray_is_used_where_there_is_a_cluster_to_join(environ: dict[str, str], engine: str) -> None:
     assert default_engine(environ) == engine
+
+
+def test_checkpoints_need_an_interval_that_is_one_and_a_place() -> None:
+    with pytest.raises(UsageError, match="--checkpoint-every is -1"):
+        JobConfig(job="a", command=("x",), checkpoint_dir="/d", checkpoint_every=-1)
+    with pytest.raises(UsageError, match="needs a --checkpoint-dir"):
+        JobConfig(job="a", command=("x",), checkpoint_every=5)
+    config = JobConfig(job="a", command=("x",), checkpoint_dir="/d", checkpoint_ignore=("ab",))
+    assert JobConfig.from_json(config.to_json()) == config

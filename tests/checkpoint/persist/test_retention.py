@@ -5,8 +5,15 @@ from hypothesis import strategies as st
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint, steps
 from ftkit.checkpoint.persist.gc import gc
 from ftkit.checkpoint.persist.lease import Lease
-from ftkit.checkpoint.persist.retention import KeepBest, KeepEvery, KeepLast, Kept, to_keep
-from ftkit.core.errors import RootInUse
+from ftkit.checkpoint.persist.retention import (
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    Kept,
+    parse_policies,
+    to_keep,
+)
+from ftkit.core.errors import RootInUse, UsageError
 from ftkit.core.ids import JobId, Step
 
 from .stories import ModelStore, newest, save
@@ -106,3 +113,15 @@ def test_gc_needs_the_lease():
     Lease.take(store, JobId("second"), wall=lambda: now[0])
     with pytest.raises(RootInUse):
         gc(store, [KeepLast(1)], lost)
+
+
+def test_policies_as_a_person_writes_them():
+    assert parse_policies("") == []
+    assert parse_policies("last:3") == [KeepLast(3)]
+    assert parse_policies("last:1,every:500") == [KeepLast(1), KeepEvery(500)]
+
+
+@pytest.mark.parametrize("text", ["3", "last", "last:", "last:0", "best:1", "last:3,", "every:-1"])
+def test_what_says_not_what_to_keep_is_refused(text):
+    with pytest.raises(UsageError, match="says not what to keep: give last:N"):
+        parse_policies(text)
