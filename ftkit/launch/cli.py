@@ -10,6 +10,7 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.ckpt_command import ckpt
 
 logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
 
@@ -209,6 +210,9 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
     outcome = check(events, undisturbed, expectation_of(events))
     write_report(out, events, undisturbed, outcome)
     click.echo(json.dumps({"report": str(out)}) if as_json else f"wrote {out}")
+
+
+main.add_command(ckpt)
 
 
 def newest_run(run_dir: Path | None) -> Path:

@@ -39,8 +39,10 @@ def cause(raised) -> BaseException:
 
 def damage(root: Path, step: int, tensor: str) -> Path:
     """Turn over one bit of a tensor's first chunk."""
-    file = root / f"step-{step}" / next(
-        r.file for r in open_checkpoint(LocalStore(root)).chunks[tensor]
+    file = (
+        root
+        / f"step-{step}"
+        / next(r.file for r in open_checkpoint(LocalStore(root)).chunks[tensor])
     )
     file.write_bytes(flip(file.read_bytes(), 3))
     return file
@@ -157,9 +159,10 @@ def test_a_step_is_never_overwritten(tmp_path):
 
 
 def test_another_job_on_the_root_is_named(tmp_path):
-    with Lease.take(LocalStore(tmp_path), JobId("other")), pytest.raises(
-        CheckpointException
-    ) as raised:
+    with (
+        Lease.take(LocalStore(tmp_path), JobId("other")),
+        pytest.raises(CheckpointException) as raised,
+    ):
         save(tmp_path, 1, {"n": 1})
     assert isinstance(cause(raised), RootInUse)
     assert "'other'" in str(cause(raised))
