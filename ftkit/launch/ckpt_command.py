@@ -6,7 +6,7 @@ the store failed; 130 interrupted.
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,7 @@ def ls(root: str, as_json: bool) -> None:
     from ftkit.checkpoint.persist.checkpoint import load, steps
 
     store = _store(root)
-    found = list[dict[str, Any]]()
+    found = list[dict[str, Any]]()  # JSON, as it will be printed
     for step in steps(store):
         line: dict[str, Any] = {"step": step, "state": "good", "why": ""}
         try:
@@ -99,7 +99,7 @@ def ls(root: str, as_json: bool) -> None:
 def show(step: str | None, root: str, as_json: bool) -> None:
     """Show the tensors of STEP (by default the newest), and where the time of its saving went."""
     checkpoint = _open(root, step)
-    tensors = [
+    tensors: list[dict[str, Any]] = [
         {
             "name": t.name,
             "dtype": t.dtype,
@@ -300,7 +300,7 @@ def _size(count: int) -> str:
     return f"{value:.3g} TB"
 
 
-def _table(heads: list[str], rows: list[tuple[str, ...]]) -> None:
+def _table(heads: list[str], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

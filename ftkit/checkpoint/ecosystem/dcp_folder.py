@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem, WriteItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from ftkit.checkpoint.ecosystem.dcp_writer import put
+from ftkit.checkpoint.ecosystem.dcp_names import put
 from ftkit.checkpoint.ecosystem.lazy import LazyState, LazyTensor, flatten
 from ftkit.checkpoint.layout import ITEM_BYTES
 from ftkit.checkpoint.persist.boxes import Box, uncovered
@@ -101,7 +101,10 @@ class _One(LoadPlanner):
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
         assert self._tensor is not None, "values are loaded by load_bytes"
         sides = zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        return self._tensor[*(slice(o, o + n) for o, n in sides), ...]
+        view = self._tensor
+        for d, (first, count) in enumerate(sides):
+            view = view.narrow(d, first, count)
+        return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None: ...
 

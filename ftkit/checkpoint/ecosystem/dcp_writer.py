@@ -14,24 +14,31 @@ results between ranks itself, as pickles of its own making; nothing pickled reac
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint import SavePlan, SavePlanner, StorageWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from ftkit.checkpoint.ecosystem.address import Path, resolve
-from ftkit.checkpoint.ecosystem.lazy import check_storable, flatten, memory_of
+from ftkit.checkpoint.ecosystem.dcp_names import (
+    Place,
+    box_of,
+    boxes,
+    check_names,
+    name_of,
+    skeleton_of,
+    tensor_data,
+)
+from ftkit.checkpoint.ecosystem.lazy import check_storable, memory_of
 from ftkit.checkpoint.ecosystem.skeleton import STATE_DICT
-from ftkit.checkpoint.layout import ITEM_BYTES
 from ftkit.checkpoint.persist.codecs import CodecPolicy
 from ftkit.checkpoint.persist.commit import begin, commit
 from ftkit.checkpoint.persist.lease import Lease
@@ -39,14 +46,9 @@ from ftkit.checkpoint.persist.manifest import Fragment
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.store import Store, open_store
 from ftkit.checkpoint.persist.write import write
-from ftkit.checkpoint.plain import decode, encode
+from ftkit.checkpoint.plain import encode
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, Step
-
-Shape = tuple[int, ...]
-
-#: Where a value stands in the nested state dict: keys, and indices of lists.
-Place = tuple[str | int, ...]
 
 #: A dead process of this host is noticed at once; one of another host after this long. DCP
 #: gives no sign of life between its calls, so it must be longer than a save takes.
@@ -185,9 +187,14 @@ class FtkitStorageWriter(StorageWriter):
         places = dict[str, Place]()
         for plan in plans:
             places |= plan.planner_data or {}
-        _check_names((i.index.fqn for p in plans for i in p.items if i.tensor_data), places)
-        boxes = [_box(item, places) for plan in plans for item in plan.items if item.tensor_data]
-        whole = CheckpointPlan.of(boxes, codec=self._codec)
+        check_names((i.index.fqn for p in plans for i in p.items if i.tensor_data), places)
+        held = (
+            box_of(name_of(i.index.fqn, places), tensor_data(i))
+            for p in plans
+            for i in p.items
+            if i.tensor_data
+        )
+        whole = CheckpointPlan.of(held, codec=self._codec)
         return [replace(p, storage_data=_share(whole, p, places)) for p in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -217,13 +224,13 @@ class FtkitStorageWriter(StorageWriter):
         with save.ending_on_error():
             fragments = [Fragment.decode(r.storage_data) for several in results for r in several]
             places: Mapping[str, Place] = metadata.planner_data or {}
-            whole = CheckpointPlan.of(_boxes(metadata, places), codec=self._codec)
+            whole = CheckpointPlan.of(boxes(metadata, places), codec=self._codec)
             values = {key: value for f in fragments for key, value in f.small.items()}
             skeleton = Fragment(
                 step=save.step,
                 plan_digest=whole.digest,
                 rows=(),
-                small={STATE_DICT: _skeleton(metadata, places, values)},
+                small={STATE_DICT: skeleton_of(metadata, places, values)},
             )
             fragments = [replace(f, small={}) for f in fragments]
             commit(save.store, save.step, whole, [*fragments, skeleton], save.lease)
@@ -248,54 +255,10 @@ def _release(lease: Lease) -> None:
         pass  # the store failed: the lease runs out by itself, or with this process
 
 
-def _name(fqn: str, places: Mapping[str, Place]) -> str:
-    return "/".join(map(str, places.get(fqn, (fqn,))))
-
-
-def _check_names(keys: Iterable[str], places: Mapping[str, Place]) -> None:
-    """UsageError when two of DCP's keys come to one name of ours."""
-    owners = dict[str, str]()
-    for fqn in keys:
-        name = _name(fqn, places)
-        if owners.setdefault(name, fqn) != fqn:
-            raise UsageError(
-                f"tensors {owners[name]!r} and {fqn!r} both come to the name {name!r}: a key has "
-                "'/' in it. Rename one"
-            )
-
-
 def _share(whole: CheckpointPlan, plan: SavePlan, places: Mapping[str, Place]) -> Share:
-    names = {i.index.fqn: _name(i.index.fqn, places) for i in plan.items if i.tensor_data}
+    names = {i.index.fqn: name_of(i.index.fqn, places) for i in plan.items if i.tensor_data}
     mine = CheckpointPlan({name: whole.arrays[name] for name in names.values()})
     return Share(mine, whole.digest, names)
-
-
-def _box(item: WriteItem, places: Mapping[str, Place]) -> Piece:
-    data = item.tensor_data
-    assert data is not None, "only tensors have boxes"
-    dtype = str(data.properties.dtype).removeprefix("torch.")
-    name, shapes = (
-        _name(item.index.fqn, places),
-        (data.size, data.chunk.offsets, data.chunk.sizes),
-    )
-    if dtype not in ITEM_BYTES:
-        raise UsageError(f"{name} has dtype {data.properties.dtype}, which cannot be stored")
-    return Piece(name, dtype, *map(tuple, shapes), memoryview(b""))
-
-
-def _boxes(metadata: Metadata, places: Mapping[str, Place]) -> Iterator[Piece]:
-    for fqn, about in metadata.state_dict_metadata.items():
-        if isinstance(about, TensorStorageMetadata):
-            dtype = str(about.properties.dtype).removeprefix("torch.")
-            for chunk in about.chunks:
-                yield Piece(
-                    _name(fqn, places),
-                    dtype,
-                    tuple(about.size),
-                    tuple(chunk.offsets),
-                    tuple(chunk.sizes),
-                    memoryview(b""),
-                )
 
 
 def _value(planner: SavePlanner, item: WriteItem) -> object:
@@ -319,46 +282,4 @@ def _piece(name: str, planner: SavePlanner, item: WriteItem) -> Piece:
     tensor = planner.resolve_data(item)
     assert isinstance(tensor, torch.Tensor), "DCP gives tensors for tensor items"
     check_storable(name, tensor)
-    about = item.tensor_data
-    assert about is not None, "only tensors have boxes"
-    kind = str(about.properties.dtype).removeprefix("torch.")
-    shapes = map(tuple, (about.size, about.chunk.offsets, about.chunk.sizes))
-    return Piece(name, kind, *shapes, memory_of(tensor))
-
-
-def _skeleton(
-    metadata: Metadata, places: Mapping[str, Place], values: Mapping[str, object]
-) -> dict[str, Any]:
-    """The state dict as it was given, with a placeholder for each tensor."""
-    nested = dict[str, Any]()
-    nothing = torch.empty(0)
-    for fqn, about in metadata.state_dict_metadata.items():
-        leaf: object = nothing
-        if not isinstance(about, TensorStorageMetadata):
-            leaf = decode(values[fqn], _no_tensor)
-        put(nested, places.get(fqn, (fqn,)), leaf)
-    return flatten(nested, "the state dict")[0]
-
-
-def _no_tensor(name: str) -> torch.Tensor:
-    raise AssertionError(f"{name}: tensors inside values are refused when they are written")
-
-
-def put(nested: dict[str, Any], place: Place, leaf: object) -> None:
-    """Put a leaf where it belongs, making dicts and lists on the way.
-
-    Args:
-      nested: the state dict so far.
-      place: where; an int is the index in a list.
-      leaf: what.
-    """
-    at: Any = nested
-    for key, following in pairwise(place):
-        if isinstance(at, list):
-            at.extend([None] * (int(key) + 1 - len(at)))
-        if (at[key] if isinstance(at, list) else at.get(key)) is None:
-            at[key] = [] if isinstance(following, int) else {}
-        at = at[key]
-    if isinstance(at, list):
-        at.extend([None] * (int(place[-1]) + 1 - len(at)))
-    at[place[-1]] = leaf
+    return box_of(name, tensor_data(item))._replace(data=memory_of(tensor))

@@ -71,13 +71,11 @@ class LazyState:
             come to the same name. The message names the key.
         """
         skeleton, tensors = flatten(state, what)
-        return cls(
-            skeleton,
-            {
-                name: LazyTensor(dtype_name(t), tuple(t.shape), lambda t=t: t)
-                for name, t in tensors.items()
-            },
-        )
+
+        def lazy(tensor: torch.Tensor) -> LazyTensor:
+            return LazyTensor(dtype_name(tensor), tuple(tensor.shape), lambda: tensor)
+
+        return cls(skeleton, {name: lazy(tensor) for name, tensor in tensors.items()})
 
 
 class _Once(dict[str, torch.Tensor]):

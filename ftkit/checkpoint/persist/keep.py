@@ -25,8 +25,8 @@ def policy(text: str) -> Policy:
                 largest = more[-1:] == ["max"]
                 numbers = more[:-1] if largest else more
                 if len(numbers) <= 1:
-                    count = int(numbers[0]) if numbers else 1
-                    return KeepBest(metric=metric, count=count, largest=largest)
+                    best = int(numbers[0]) if numbers else 1
+                    return KeepBest(metric=metric, count=best, largest=largest)
     except ValueError as error:
         raise UsageError(f"{text!r} is no policy of retention: {error}") from error
     raise UsageError(

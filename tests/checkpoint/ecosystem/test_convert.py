@@ -4,8 +4,10 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import weakref
 import zipfile
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -90,8 +92,8 @@ def test_the_safetensors_package_reads_what_is_written_and_the_other_way(tmp_pat
     torch.save({"model": state}, tmp_path / "a.pt")
     convert(tmp_path / "a.pt", tmp_path / "m.safetensors", to="safetensors", part="model")
     assert_equal(
-        {k: v for k, v in sorted(safetensors.torch.load_file(tmp_path / "m.safetensors").items())},
-        {k: v for k, v in sorted(state.items())},
+        dict(sorted(safetensors.torch.load_file(tmp_path / "m.safetensors").items())),
+        dict(sorted(state.items())),
     )
     theirs = {k: v.contiguous() for k, v in state.items()}
     safetensors.torch.save_file(theirs, tmp_path / "theirs.safetensors")
@@ -150,7 +152,7 @@ def test_a_training_jobs_checkpoint_has_the_usual_keys(tmp_path):
     assert_equal(found["scheduler"], training.scheduler.state_dict())
     moments = {"optimizer": {"state": {"0.bias": {"exp_avg": torch.zeros(8)}}}}
     dcp.load(moments, storage_reader=FtkitStorageReader(tmp_path / "job"))
-    live = training.optimizer.state[training.model[0].bias]["exp_avg"]
+    live = training.optimizer.state[training.model.get_parameter("0.bias")]["exp_avg"]
     assert torch.equal(moments["optimizer"]["state"]["0.bias"]["exp_avg"], live)
 
 
@@ -159,7 +161,7 @@ def test_only_one_tensor_is_read_at_a_time(tmp_path, monkeypatch):
     state = {str(i): torch.full((1000,), float(i)) for i in range(5)}
     torch.save(state, tmp_path / "a.pt")
     convert(tmp_path / "a.pt", tmp_path / "b" / "step-3", to="ftkit")
-    alive, most = weakref.WeakSet(), []
+    alive, most = weakref.WeakSet[torch.Tensor](), list[int]()
     real = of_ours
 
     def watched(checkpoint):
@@ -187,7 +189,7 @@ def test_only_one_tensor_is_read_at_a_time(tmp_path, monkeypatch):
 def test_progress_is_told_the_total_and_every_tensor(tmp_path):
     torch.save(everything(seed=1), tmp_path / "a.pt")
     for form in FORMATS:
-        totals, done = [], []
+        totals, done = list[int](), list[int]()
 
         def begun(total, totals=totals, done=done):
             totals.append(total)
@@ -213,12 +215,13 @@ def test_nothing_is_overwritten(tmp_path, form):
 def test_bad_questions_get_answers(tmp_path):
     torch.save({"model": {"w": torch.ones(3)}, "n": 1}, tmp_path / "a.pt")
     a = tmp_path / "a.pt"
-    for arguments, words in [
+    questions: list[tuple[dict[str, Any], str]] = [
         ({"to": "onnx"}, "'onnx' is no format"),
         ({"to": "ftkit"}, "which step"),
         ({"to": "torch", "part": "ema"}, "no part 'ema'"),
         ({"to": "torch", "part": "n"}, "no part 'n'"),
-    ]:
+    ]
+    for arguments, words in questions:
         with pytest.raises(UsageError, match=words):
             convert(a, tmp_path / "out", **arguments)
     with pytest.raises(UsageError, match="nothing at"):
@@ -409,7 +412,7 @@ def test_an_interrupt_leaves_no_half_result(tmp_path, form):
         def done(count):
             seen.append(count)
             if len(seen) == 4:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
 
         return done
 

@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def load(root, state, **options):
 
 def cause(raised) -> BaseException:
     (failure,) = raised.value.failures.values()
-    return failure[0]
+    error: BaseException = failure[0]
+    return error
 
 
 def damage(root: Path, step: int, tensor: str) -> Path:
@@ -69,20 +71,22 @@ def test_a_model_and_its_optimizer(tmp_path):
 
 
 def test_async_save_stores_what_was_there_when_it_was_called(tmp_path):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
-                                         world_size=1)  # fmt: skip
+    meeting = f"file://{tmp_path}/ranks"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
     try:
-        state = {"model": {"w": torch.arange(1000.0)}, "step": 3}
-        expected = state["model"]["w"].clone()
+        weight = torch.arange(1000.0)
+        state = {"model": {"w": weight}, "step": 3}
         writer = FtkitStorageWriter(tmp_path)
         future = dcp.async_save(state, checkpoint_id="3", storage_writer=writer)
-        state["model"]["w"].zero_()
+        weight.zero_()
+        assert isinstance(future, Future)
         future.result(timeout=60)
-        again = {"model": {"w": torch.empty(1000)}, "step": 0}
+        loaded = torch.empty(1000)
+        again = {"model": {"w": loaded}, "step": 0}
         dcp.load(again, storage_reader=FtkitStorageReader(tmp_path))
     finally:
         torch.distributed.destroy_process_group()
-    assert torch.equal(again["model"]["w"], expected)
+    assert torch.equal(loaded, torch.arange(1000.0))
     assert again["step"] == 3
 
 
