@@ -234,7 +234,7 @@ def convert(src: str, dst: str, to: str, part: str | None, as_json: bool) -> Non
 @ckpt.command("gc")
 @click.option(
     "--keep", "keep", multiple=True, required=True,
-    help="last=N, every=N or best=METRIC[:N][:max]; several add up. The newest good one stays.",
+    help="last:N, every:N or best:METRIC[:N][:max]; several add up. The newest good one stays.",
 )  # fmt: skip
 @_WHERE
 @_JSON
@@ -244,13 +244,13 @@ def gc(keep: tuple[str, ...], root: str, as_json: bool) -> None:
     The newest is read whole first, and nothing older goes unless it is good.
     """
     from ftkit.checkpoint.persist.gc import gc as collect
-    from ftkit.checkpoint.persist.keep import policy
+    from ftkit.checkpoint.persist.keep import policies
     from ftkit.checkpoint.persist.lease import Lease
 
-    policies = [policy(text) for text in keep]
+    wanted = policies(",".join(keep))
     store = _store(root)
     with Lease.take(store, JobId("ftkit ckpt gc"), term_s=600.0) as lease:
-        found = collect(store, policies, lease)
+        found = collect(store, wanted, lease)
     if as_json:
         click.echo(json.dumps(asdict(found)))
         return

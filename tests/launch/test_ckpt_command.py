@@ -108,15 +108,15 @@ def test_diff_says_what_changed(root):
 
 
 def test_gc_keeps_what_policies_want_and_the_newest(root):
-    for words in ("last=0", "newest=3", "best=", "every=x", "best=loss:1:2", "last"):
+    for words in ("last:0", "newest:3", "best:", "every:x", "best:loss:1:2", "last"):
         _, err = ftkit("gc", "--keep", words, "-d", root, code=64)
         assert words in err
-    found = as_json("gc", "--keep", "best=loss", "-d", root)
+    found = as_json("gc", "--keep", "best:loss", "-d", root)
     assert (found["kept"], found["removed"]) == ([2, 3], [1])
     assert sorted(p.name for p in root.glob("step-*")) == ["step-2", "step-3"]
-    assert as_json("gc", "--keep", "every=2", "--keep", "last=1", "-d", root)["kept"] == [2, 3]
-    assert as_json("gc", "--keep", "best=loss:1:max", "-d", root)["kept"] == [3]
-    out, _ = ftkit("gc", "--keep", "last=1", "-d", root)
+    assert as_json("gc", "--keep", "every:2,last:1", "-d", root)["kept"] == [2, 3]
+    assert as_json("gc", "--keep", "best:loss:1:max", "-d", root)["kept"] == [3]
+    out, _ = ftkit("gc", "--keep", "last:1", "-d", root)
     assert "kept: 3" in out
 
 

@@ -92,10 +92,11 @@ def of_checkpoint(names: Iterable[str], small: Mapping[str, Any]) -> dict[str, A
 
     Args:
       names: the checkpoint's tensors.
-      small: its small state. One with "state_dict" was written from a state dict; one with
-        "optimizers" is a training job's (`ProtectedState`), whose optimizer state is turned to
-        that of `torch.distributed.checkpoint.state_dict`, keyed by parameter names. Of any
-        other the tensors' names alone are told apart, at their first "/".
+      small: its small state. One with "state_dict" was written from a state dict; one with that
+        of a seat under the seat's number is a training job's (`ProtectedState`): the lowest
+        seat's values are given, and optimizer state in the form of
+        `torch.distributed.checkpoint.state_dict`, keyed by parameter names. Of any other the
+        tensors' names alone are told apart, at their first "/".
 
     Raises:
       IntegrityError: the small state names tensors that are not there.
@@ -103,8 +104,10 @@ def of_checkpoint(names: Iterable[str], small: Mapping[str, Any]) -> dict[str, A
     found = sorted(names)
     if STATE_DICT in small:
         return checked(small[STATE_DICT], found)
-    if isinstance(small.get("optimizers"), Mapping):
-        return checked(_of_job(found, small), found)
+    seats = [key for key in small if key.isdecimal()]
+    job = small[min(seats, key=int)] if seats else None
+    if isinstance(job, Mapping) and isinstance(job.get("optimizers"), Mapping):
+        return checked(_of_job(found, job), found)
     return _split(found)
 
 
@@ -131,7 +134,10 @@ def _of_job(names: list[str], small: Mapping[str, Any]) -> dict[str, Any]:
     nested = _split(modules)
     for optimizer, kept in optimizers.items():
         nested[optimizer] = _optimizer(optimizer, kept, names)
-    return nested | dict(others)
+    nested |= dict(others)
+    # What only another seat's values refer to is kept by its name.
+    nested |= {f"tensor/{n}": reference(n) for n in set(names) - set(tensor_names(nested))}
+    return nested
 
 
 def _optimizer(optimizer: str, kept: Mapping[str, Any], names: list[str]) -> dict[str, Any]:

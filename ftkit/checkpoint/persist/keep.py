@@ -1,22 +1,27 @@
-"""Retention policies as words: "last=3", "every=1000", "best=loss" (pure)."""
+"""Retention policies as words: "last:3,every:1000,best:loss" (pure)."""
 
 from ftkit.checkpoint.persist.retention import KeepBest, KeepEvery, KeepLast, Policy
 from ftkit.core.errors import UsageError
 
 
-def policy(text: str) -> Policy:
-    """Read one policy.
+def policies(text: str) -> list[Policy]:
+    """Read policies, which add up.
 
     Args:
-      text: "last=N", the newest N; "every=N", steps that N divides; "best=METRIC" or
-        "best=METRIC:N", the N with the least of a metric, or with ":max" at the end the most.
+      text: several with commas between them: "last:N", the newest N; "every:N", steps that N
+        divides; "best:METRIC" or "best:METRIC:N", the N with the least of a metric, or with
+        ":max" at the end the most.
 
     Raises:
-      UsageError: it is none of these.
+      UsageError: one is none of these.
     """
-    kind, _, rest = text.partition("=")
+    return [_policy(word) for word in text.split(",")]
+
+
+def _policy(text: str) -> Policy:
+    kind, *words = text.split(":")
     try:
-        match kind, rest.split(":"):
+        match kind, words:
             case "last", [count]:
                 return KeepLast(int(count))
             case "every", [steps]:
@@ -30,5 +35,5 @@ def policy(text: str) -> Policy:
     except ValueError as error:
         raise UsageError(f"{text!r} is no policy of retention: {error}") from error
     raise UsageError(
-        f"{text!r} is no policy of retention: say last=N, every=N, best=METRIC[:N][:max]"
+        f"{text!r} is no policy of retention: say last:N, every:N or best:METRIC[:N][:max]"
     )

@@ -137,7 +137,7 @@ def test_a_training_jobs_checkpoint_has_the_usual_keys(tmp_path):
     plan = CheckpointPlan.of(layout.entries)
     with Lease.take(store, JobId("job")) as lease:
         begin(store, Step(3), lease)
-        fragment = write(store, Step(3), plan, pieces(layout, memoryview(data)), small=small)
+        fragment = write(store, Step(3), plan, pieces(layout, memoryview(data)), small={"0": small})
         commit(store, Step(3), plan, [fragment], lease)
 
     convert(tmp_path / "job", tmp_path / "a.pt", to="torch")
