@@ -241,6 +241,12 @@ def _appearing(goal: Path) -> Iterator[Path]:
         raise UsageError(f"{goal} appeared in the meantime; it was left as it is") from error
     except OSError as error:
         failed(error, "writing", str(goal))
+    except RuntimeError as error:
+        # torch's writer fails a second time over the end of the file, and hides the reason.
+        reason = error.__context__
+        while reason is not None and not isinstance(reason, OSError):
+            reason = reason.__context__
+        failed(reason or error, "writing", str(goal))
 
 
 def _sync(path: Path) -> None:

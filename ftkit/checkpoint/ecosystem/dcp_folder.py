@@ -182,6 +182,7 @@ def write(path: Path, state: LazyState, progress: Callable[[int], None] = lambda
                 )
             return super().create_local_plan()
 
+    cause: BaseException | None = None
     try:
         with warnings.catch_warnings():
             # It says that one process saves, which is what is meant.
@@ -195,11 +196,10 @@ def write(path: Path, state: LazyState, progress: Callable[[int], None] = lambda
     except CheckpointException as error:
         # DCP catches everything, Ctrl-C too, and wraps it in what is no Exception.
         cause = next(iter(error.failures.values()))[0]
-        if isinstance(cause, ValueError) and "duplicated flatten key" in str(cause):
-            raise UsageError(
-                f"two keys are one to DCP, which joins them with '.': {cause}"
-            ) from cause
-        raise cause from None
+    if isinstance(cause, ValueError) and "duplicated flatten key" in str(cause):
+        raise UsageError(f"two keys are one to DCP, which joins them with '.': {cause}") from cause
+    if cause is not None:
+        raise cause  # here, and not in the handler, so that it keeps its own context
 
 
 def _holds_tensor(value: object) -> bool:

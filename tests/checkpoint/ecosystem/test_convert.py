@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import signal
 import weakref
@@ -26,7 +27,7 @@ from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.plan import CheckpointPlan, pieces
 from ftkit.checkpoint.persist.write import write
 from ftkit.checkpoint.plain import decode
-from ftkit.core.errors import FtkitError, IntegrityError, UsageError
+from ftkit.core.errors import CapacityError, FtkitError, IntegrityError, UsageError
 from ftkit.core.ids import JobId, Step
 from tests.checkpoint.ecosystem.states import (
     assert_equal,
@@ -423,6 +424,25 @@ def test_an_interrupt_leaves_no_half_result(tmp_path, form):
     assert left <= {"made", ".lease.lock"}  # of ours, the root that the next one will use
     convert(tmp_path / "a.pt", goal, to=form)
     assert detect(goal) == form
+
+
+@pytest.fixture
+def small_files():
+    """Files larger than 64 kB cannot be written, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_full_disk_is_told_and_leaves_no_half_result(tmp_path, form, request):
+    torch.save({"w": torch.zeros(1 << 16)}, tmp_path / "a.pt")
+    request.getfixturevalue("small_files")
+    with pytest.raises(CapacityError, match="full"):
+        convert(tmp_path / "a.pt", target(tmp_path / "out", form), to=form)
+    left = {p.name for p in (tmp_path / "out").rglob("*")}
+    assert left <= {"made", ".lease.lock"}
 
 
 def test_what_appeared_meanwhile_is_left_as_it_is(tmp_path):
