@@ -2,6 +2,7 @@
 
 import gc
 import pickle
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -150,6 +151,32 @@ def test_a_failed_save_does_not_keep_the_root_from_the_next(tmp_path):
     gc.collect()
     save(tmp_path, 2, {"good": 2})
     assert open_checkpoint(LocalStore(tmp_path), verify=True).step == 2
+
+
+def test_of_two_saves_that_overlap_the_second_is_refused_and_the_first_is_whole(tmp_path):
+    writer = FtkitStorageWriter(tmp_path)
+    refused = list[BaseException]()
+
+    def second():
+        with pytest.raises(CheckpointException) as raised:
+            dcp.save({"w": torch.zeros(3)}, checkpoint_id="2", storage_writer=writer)
+        refused.append(cause(raised))
+
+    class Slow(dcp.DefaultSavePlanner):
+        def resolve_data(self, write_item):
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+            return super().resolve_data(write_item)
+
+    state = {"w": torch.ones(3)}
+    dcp.save(state, checkpoint_id="1", storage_writer=writer, planner=Slow())
+    assert [type(error) for error in refused] == [RootInUse]
+    found = open_checkpoint(LocalStore(tmp_path), verify=True)
+    assert found.step == 1
+    again = blank(state)
+    load(tmp_path, again)
+    assert_equal(again, state)
 
 
 def test_a_step_is_never_overwritten(tmp_path):
