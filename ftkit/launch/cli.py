@@ -10,6 +10,7 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -114,9 +115,15 @@ def run(
         quiet=quiet,
     )
     if checkpoint_dir:
-        from ftkit.checkpoint.persist.retention import parse_policies
+        from ftkit.checkpoint.persist.keep import policies
+        from ftkit.checkpoint.persist.retention import KeepBest
 
-        parse_policies(checkpoint_keep)  # refused before anything starts
+        # Refused before anything starts.
+        if any(isinstance(policy, KeepBest) for policy in policies(checkpoint_keep)):
+            raise UsageError(
+                "--checkpoint-keep: a job's checkpoints carry no metric to choose the best by; use "
+                "last:N and every:N"
+            )
     _ = config.times  # an inconsistent set of times is refused before anything starts
     stop = run_job(config, engine=engine or default_engine())
     if as_json:
@@ -248,6 +255,9 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
     outcome = check(events, undisturbed, expectation_of(events))
     write_report(out, events, undisturbed, outcome)
     click.echo(json.dumps({"report": str(out)}) if as_json else f"wrote {out}")
+
+
+main.add_command(ckpt)
 
 
 def newest_run(run_dir: Path | None) -> Path:

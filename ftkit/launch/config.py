@@ -99,7 +99,7 @@ class JobConfig:
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0 for none, though the job may begin from one."""
     checkpoint_keep: str = "last:3"
-    """What to keep of them (`retention.parse_policies`)."""
+    """What to keep of them (`persist.keep.policies`)."""
     checkpoint_fresh: bool = False
     """Begin at step 0 whatever is there."""
     checkpoint_ignore: tuple[str, ...] = ()

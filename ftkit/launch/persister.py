@@ -20,10 +20,10 @@ from ftkit.checkpoint.persist.division import divide
 from ftkit.checkpoint.persist.folder import PART
 from ftkit.checkpoint.persist.gather import Gather, let_go
 from ftkit.checkpoint.persist.gc import gc, remove
+from ftkit.checkpoint.persist.keep import policies
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.manifest import Fragment
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
-from ftkit.checkpoint.persist.retention import parse_policies
 from ftkit.checkpoint.persist.source import identity
 from ftkit.checkpoint.persist.store import Store, open_store
 from ftkit.checkpoint.persist.write import write
@@ -276,11 +276,11 @@ class Persister:
 
     def _collect(self) -> None:
         """Remove what retention does not keep."""
-        policies = parse_policies(self._config.checkpoint_keep)
-        if not policies:
+        wanted = policies(self._config.checkpoint_keep)
+        if not wanted:
             return
         try:
-            found = gc(self._open(), policies, self._renew())
+            found = gc(self._open(), wanted, self._renew())
         except (FtkitError, OSError) as error:
             self._trace.event("checkpoint-not-removed", reason=str(error))
             return

@@ -1,10 +1,9 @@
 """Retention: which checkpoints to keep (pure). Policies are small values, and add up."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ftkit.core.errors import UsageError
 from ftkit.core.ids import Step
 
 
@@ -70,25 +69,6 @@ class KeepBest:
             (sign * v, -k.step) for k in found if (v := k.metrics.get(self.metric)) is not None
         ]
         return {Step(-step) for _, step in sorted(rated)[: self.count]}
-
-
-def parse_policies(text: str) -> list[Policy]:
-    """Policies as a person writes them: "last:3", "last:3,every:1000"; empty to keep all.
-
-    Raises:
-      UsageError: it is something else.
-    """
-    found = list[Policy]()
-    for word in text.split(",") if text else ():
-        name, _, number = word.partition(":")
-        kinds: dict[str, Callable[[int], Policy]] = {"last": KeepLast, "every": KeepEvery}
-        try:
-            found.append(kinds[name](int(number)))
-        except (KeyError, ValueError):
-            raise UsageError(
-                f"{word!r} says not what to keep: give last:N, every:STEPS, or both with a comma"
-            ) from None
-    return found
 
 
 def to_keep(found: Iterable[Kept], policies: Iterable[Policy]) -> set[Step]:

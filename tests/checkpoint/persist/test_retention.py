@@ -4,13 +4,13 @@ from hypothesis import strategies as st
 
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint, steps
 from ftkit.checkpoint.persist.gc import gc
+from ftkit.checkpoint.persist.keep import policies as policies_of
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.retention import (
     KeepBest,
     KeepEvery,
     KeepLast,
     Kept,
-    parse_policies,
     to_keep,
 )
 from ftkit.core.errors import RootInUse, UsageError
@@ -116,12 +116,16 @@ def test_gc_needs_the_lease():
 
 
 def test_policies_as_a_person_writes_them():
-    assert parse_policies("") == []
-    assert parse_policies("last:3") == [KeepLast(3)]
-    assert parse_policies("last:1,every:500") == [KeepLast(1), KeepEvery(500)]
+    assert policies_of("") == []
+    assert policies_of("last:3") == [KeepLast(3)]
+    assert policies_of("last:1,every:500") == [KeepLast(1), KeepEvery(500)]
+    assert policies_of("best:loss:2,best:score:max") == [
+        KeepBest(metric="loss", count=2),
+        KeepBest(metric="score", largest=True),
+    ]
 
 
-@pytest.mark.parametrize("text", ["3", "last", "last:", "last:0", "best:1", "last:3,", "every:-1"])
+@pytest.mark.parametrize("text", ["3", "last", "last:", "last:0", "best:", "last:3,", "every:-1"])
 def test_what_says_not_what_to_keep_is_refused(text):
-    with pytest.raises(UsageError, match="says not what to keep: give last:N"):
-        parse_policies(text)
+    with pytest.raises(UsageError, match="no policy of retention"):
+        policies_of(text)
