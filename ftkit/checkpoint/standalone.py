@@ -1,7 +1,6 @@
 """Save and load without a job: one process, one call, the same format."""
 
 import json
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from ftkit.checkpoint.load import load_state, small_of_seats
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint
 from ftkit.checkpoint.persist.commit import CommitRecord, begin, commit
-from ftkit.checkpoint.persist.lease import Lease
+from ftkit.checkpoint.persist.lease import Lease, one_time
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.source import CheckpointSource, small_by_seat
 from ftkit.checkpoint.persist.store import open_store
@@ -65,7 +64,7 @@ def save(
         for entry, live in zip(picture.layout.entries, picture.live, strict=True)
     ]
     plan, store = CheckpointPlan.of(pieces), open_store(url)
-    with Lease.take(store, JobId(f"save-{secrets.token_hex(4)}")) as lease:
+    with Lease.take(store, one_time(JobId("save"))) as lease:
         begin(store, Step(step), lease)
         fragment = write(store, Step(step), plan, pieces, small={"0": json.loads(picture.small)})
         return commit(store, Step(step), plan, [fragment], lease, metrics=metrics)

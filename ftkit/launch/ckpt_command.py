@@ -245,11 +245,11 @@ def gc(keep: tuple[str, ...], root: str, as_json: bool) -> None:
     """
     from ftkit.checkpoint.persist.gc import gc as collect
     from ftkit.checkpoint.persist.keep import policies
-    from ftkit.checkpoint.persist.lease import Lease
+    from ftkit.checkpoint.persist.lease import Lease, one_time
 
     wanted = policies(",".join(keep))
     store = _store(root)
-    with Lease.take(store, JobId("ftkit ckpt gc"), term_s=600.0) as lease:
+    with Lease.take(store, one_time(JobId("ftkit ckpt gc")), term_s=600.0) as lease:
         found = collect(store, wanted, lease)
     if as_json:
         click.echo(json.dumps(asdict(found)))

@@ -25,7 +25,7 @@ from ftkit.checkpoint.persist.checkpoint import Checkpoint, Tensor, open_checkpo
 from ftkit.checkpoint.persist.codecs import CodecPolicy
 from ftkit.checkpoint.persist.commit import begin, commit
 from ftkit.checkpoint.persist.folder import COMMIT, PART, step_folder
-from ftkit.checkpoint.persist.lease import Lease
+from ftkit.checkpoint.persist.lease import Lease, one_time
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.store import failed, open_store
 from ftkit.checkpoint.persist.write import write
@@ -206,7 +206,7 @@ def _into_ours(
         for name, t in state.tensors.items()
     )
     plan = CheckpointPlan.of(boxes, codec=codec)
-    with Lease.take(store, JobId("convert"), term_s=600.0) as lease:
+    with Lease.take(store, one_time(JobId("convert")), term_s=600.0) as lease:
         begin(store, step, lease)
         try:
             fragment = write(store, step, plan, pieces(), small={STATE_DICT: state.skeleton})

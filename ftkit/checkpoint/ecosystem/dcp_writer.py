@@ -41,7 +41,7 @@ from ftkit.checkpoint.ecosystem.lazy import check_storable, memory_of
 from ftkit.checkpoint.ecosystem.skeleton import STATE_DICT
 from ftkit.checkpoint.persist.codecs import CodecPolicy
 from ftkit.checkpoint.persist.commit import begin, commit
-from ftkit.checkpoint.persist.lease import Lease
+from ftkit.checkpoint.persist.lease import Lease, one_time
 from ftkit.checkpoint.persist.manifest import Fragment
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.store import Store, open_store
@@ -76,7 +76,8 @@ class _Save:
         self.lease: Lease | None = None
 
     def take(self, job: JobId) -> Lease:
-        self.lease = Lease.take(self.store, job, term_s=LEASE_S)
+        # Each save is a job of its own: two at once must not share the root.
+        self.lease = Lease.take(self.store, one_time(job), term_s=LEASE_S)
         # DCP tells nobody here when another rank failed: then it is given up with this object.
         self._finalizer = weakref.finalize(self, _release, self.lease)
         return self.lease

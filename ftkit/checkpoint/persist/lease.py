@@ -97,6 +97,11 @@ def free(holder: Holder, me: Holder, *, alive: Callable[[Holder], bool]) -> bool
     return holder.boot != me.boot or not alive(holder)
 
 
+def one_time(name: JobId) -> JobId:
+    """A job's name that nobody else bears, for who holds a lease once and alone."""
+    return JobId(f"{name}-{secrets.token_hex(4)}")
+
+
 class Lease:
     """This process's right to write below a root. Use as a context, or `release` it."""
 
