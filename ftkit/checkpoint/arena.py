@@ -31,7 +31,7 @@ from ftkit.checkpoint.slots import (
     Sealed,
     choose_slot,
 )
-from ftkit.checkpoint.writer import SlotWriter
+from ftkit.checkpoint.writer import SlotCopy, SlotWriter
 from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
@@ -196,26 +196,58 @@ class Arena:
         Raises:
           CapacityError: as `create`; the old arena is untouched.
         """
-        # Layouts that grow by a name or two should not need a new file.
-        meta_bytes = layout.meta_bytes + len(layout.encoded) // 4
-        need = Share(0, replicas).bytes_max(layout.total_bytes, chunk_bytes)
+        return cls.with_room(
+            path,
+            data_bytes=Share(0, replicas).bytes_max(layout.total_bytes, chunk_bytes),
+            meta_bytes=layout.meta_bytes,
+            # Layouts that grow by a name or two should not need a new file.
+            spare_bytes=len(layout.encoded) // 4,
+            chunk_bytes=chunk_bytes,
+            slots=slots,
+        )
+
+    @classmethod
+    def with_room(
+        cls,
+        path: Path,
+        *,
+        data_bytes: int,
+        meta_bytes: int,
+        spare_bytes: int = 0,
+        chunk_bytes: int = CHUNK_BYTES,
+        slots: int = SLOTS,
+    ) -> "Arena":
+        """As `ensure`, for a part of so many bytes of data and meta.
+
+        Args:
+          path: where the arena lies, or is to lie.
+          data_bytes: of the part.
+          meta_bytes: of its layout and small state.
+          spare_bytes: more room for meta, where a new file is made.
+          chunk_bytes: as `create`; an arena that is there keeps its own.
+          slots: as `create`; an arena that is there keeps its own.
+
+        Raises:
+          CapacityError: as `create`; the old arena is untouched.
+        """
+        wanted = meta_bytes + spare_bytes
         try:
             old = cls(path, writable=True)
         except (FileNotFoundError, IntegrityError):
             return cls.create(
                 path,
-                data_bytes=need,
-                meta_bytes=meta_bytes,
+                data_bytes=data_bytes,
+                meta_bytes=wanted,
                 chunk_bytes=chunk_bytes,
                 slots=slots,
             )
-        if old.fits(layout, need):
+        if data_bytes <= old.geometry.data_bytes and meta_bytes <= old.geometry.meta_bytes:
             return old
         with old:
             return cls.create(
                 path,
-                data_bytes=need,
-                meta_bytes=meta_bytes,
+                data_bytes=data_bytes,
+                meta_bytes=wanted,
                 chunk_bytes=old.geometry.chunk_bytes,
                 slots=old.geometry.slots,
                 keep=old,
@@ -268,21 +300,6 @@ class Arena:
         """Which tiers have pinned a slot, in the order of `Pin`."""
         at = self.geometry.pin_at(slot, Pin(0))
         return tuple(map(bool, self._map[at : at + len(Pin)]))
-
-    def pin(self, sealed: Sealed, pin: Pin, *, on: bool = True) -> bool:
-        """Keep a snapshot from being overwritten, or (`on=False`) let go of it.
-
-        For the agent and the writing process alike; the arena must be writable. A writer that
-        has just chosen the slot takes it nevertheless: readers check what they read.
-
-        Returns:
-          Whether the snapshot is there.
-        """
-        for slot, held in enumerate(self.slots()):
-            if held == sealed:
-                self._map[self.geometry.pin_at(slot, pin)] = on
-                return True
-        return False
 
     def find(self, step: Step, generation: Generation | None = None) -> Sealed:
         """The snapshot of a step, of its newest generation unless one is named.
@@ -376,25 +393,50 @@ class Arena:
             raise UsageError(f"{self.path.name} was opened read-only")
         size = self.geometry.chunk_bytes
         chunks = share.chunks(chunk_count(layout.total_bytes, size))
-        return self._writer(step, generation, layout, chunks, layouts, complete, pins)
-
-    def _writer(
-        self,
-        step: Step,
-        generation: Generation,
-        layout: StateLayout,
-        chunks: range,
-        layouts: int,
-        complete: Step | None = None,
-        pins: Collection[Pin] = (),
-    ) -> SlotWriter:
-        need = min(len(chunks) * self.geometry.chunk_bytes, layout.total_bytes)
+        need = min(len(chunks) * size, layout.total_bytes)
         if not self.fits(layout, need):
             raise CapacityError(
                 f"a snapshot needs {need} bytes of data and {layout.meta_bytes} of "
                 f"meta; {self.path.name} has {self.geometry.data_bytes} and "
                 f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
             )
+        slot = self._spare(step, complete, pins)
+        return SlotWriter(
+            self._bytes, self.geometry, slot, step, generation, layout, chunks, layouts, self._seal
+        )
+
+    def adopt(self, head: bytes, *, pins: Collection[Pin] = ()) -> SlotCopy:
+        """Begin to make an exact copy of a part of which only the head is at hand.
+
+        Args:
+          head: of the part, checked.
+          pins: the tiers for which it is pinned from the start.
+
+        Raises:
+          CapacityError: the part does not fit (`with_room`).
+          AllPinned: no slot can be spared.
+        """
+        if not self.writable:
+            raise UsageError(f"{self.path.name} was opened read-only")
+        sealed = Sealed.from_page(head[:PAGE])
+        assert sealed is not None, "the head was checked"
+        if not self._holds(sealed):
+            raise CapacityError(
+                f"a part of {sealed.data_bytes} bytes does not fit into {self.path.name}, which "
+                f"has slots of {self.geometry.data_bytes}"
+            )
+        slot = self._spare(sealed.step, None, pins)
+        return SlotCopy(self._bytes, self.geometry, slot, head, self._seal)
+
+    def data_to_mend(self, sealed: Sealed) -> memoryview:
+        """The part's data, writable, to put back bytes that rotted; as `data`."""
+        if not self.writable:
+            raise UsageError(f"{self.path.name} was opened read-only")
+        at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
+        return self._bytes[at : at + sealed.data_bytes].data
+
+    def _spare(self, step: Step, complete: Step | None, pins: Collection[Pin]) -> int:
+        """Take the slot that can best be spared, and pin it. AllPinned when there is none."""
         pinned = [slot for slot in range(self.geometry.slots) if any(self.pins(slot))]
         slot = choose_slot(self._held, complete, pinned)
         if slot is None:
@@ -405,9 +447,7 @@ class Arena:
         self._held[slot] = None
         for pin in Pin:
             self._map[self.geometry.pin_at(slot, pin)] = pin in pins
-        return SlotWriter(
-            self._bytes, self.geometry, slot, step, generation, layout, chunks, layouts, self._seal
-        )
+        return slot
 
     def _seal(self, slot: int, sealed: Sealed) -> None:
         self._held[slot] = sealed
@@ -450,23 +490,18 @@ class Arena:
         )
 
     def _copy_snapshots(self, new: "Arena") -> None:
-        for sealed in self.snapshots():
+        for slot, sealed in enumerate(self.slots()):
+            if sealed is None:
+                continue
             try:
                 head = self.head(sealed)
-                part, size = sealed.part, sealed.chunk_bytes
-                if not new.fits(head.layout, sealed.data_bytes):
-                    continue
-                chunks = range(part.first // size, -(-part.end // size))
-                writer = new._writer(
-                    sealed.step, sealed.generation, head.layout, chunks, part.layouts
-                )
+                pins = [pin for pin, on in zip(Pin, self.pins(slot), strict=True) if on]
+                copy = new.adopt(self.head_bytes(sealed), pins=pins)
                 for chunk, block in enumerate(self.blocks(head)):
-                    at = chunk * size
-                    writer.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
-                writer.digest(range(len(writer.table)))
-                small_at = PAGE + sealed.layout_bytes
-                writer.seal(self.head_bytes(sealed)[small_at : small_at + sealed.small_bytes])
-            except IntegrityError:
+                    at = chunk * sealed.chunk_bytes
+                    copy.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
+                copy.seal()
+            except (IntegrityError, CapacityError):
                 # A damaged snapshot is lost already; it must not keep the others back.
                 continue
 

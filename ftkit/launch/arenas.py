@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import psutil
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.slots import SLOTS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.detection.process import process_facts
@@ -19,6 +21,10 @@ from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import ALIVE, MemberFacts
 
 OWNER = "owner.pid"
+
+#: Slots that parity pins: the step that counts, and the one its successor is made of. With them
+#: gone there are still the three that a capture needs.
+PARITY_SLOTS = 2
 
 
 class Arenas:
@@ -42,6 +48,10 @@ class Arenas:
         part.write_text(_identity(psutil.Process()))
         part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
+        self.slots = SLOTS + (PARITY_SLOTS if config.code else 0)
+        """Of each arena."""
+        self.writing = threading.Lock()
+        """Held by whoever makes or fills an arena that no rank has open."""
         self._node = node
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
@@ -59,7 +69,9 @@ class Arenas:
           ProtocolError: `layout` is not one.
         """
         path = arena_path(self._job, seat, self.directory)
-        Arena.ensure(path, StateLayout.from_json(layout), replicas=replicas).close()
+        wanted = StateLayout.from_json(layout)
+        with self.writing:
+            Arena.ensure(path, wanted, replicas=replicas, slots=self.slots).close()
         return path
 
     def copies(self) -> list[dict[str, object]]:
