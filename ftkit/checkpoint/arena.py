@@ -334,8 +334,12 @@ class Arena:
 
         The view must be released before `close`. IntegrityError when overwritten.
         """
-        at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
+        at = self.data_offset(sealed)
         return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
+
+    def data_offset(self, sealed: Sealed) -> int:
+        """Where the part's data begins in the file. IntegrityError when overwritten."""
+        return self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
 
     def blocks(self, head: Head, chunks: range | None = None) -> Iterator[memoryview]:
         """The data of a part, a chunk at a time, each checked before it is handed out.
@@ -432,7 +436,7 @@ class Arena:
         """The part's data, writable, to put back bytes that rotted; as `data`."""
         if not self.writable:
             raise UsageError(f"{self.path.name} was opened read-only")
-        at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
+        at = self.data_offset(sealed)
         return self._bytes[at : at + sealed.data_bytes].data
 
     def _spare(self, step: Step, complete: Step | None, pins: Collection[Pin]) -> int:

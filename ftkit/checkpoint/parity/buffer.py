@@ -15,7 +15,8 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -215,6 +216,13 @@ def read_data(path: Path, at: int, count: int) -> bytes:
         return os.pread(fd, count, PAGE + paged(meta_bytes) + paged(table_bytes) + at)
 
 
+def data_offset(path: Path) -> int:
+    """Where the shards begin in a buffer's file. IntegrityError: it is not sealed."""
+    with _opened(path) as fd:
+        meta_bytes, table_bytes, _ = _sizes(fd)
+        return PAGE + paged(meta_bytes) + paged(table_bytes)
+
+
 def shard_spots(stripes: StripeSet, node: NodeId) -> dict[Place, tuple[int, int]]:
     """The first byte and the first chunk of each shard that a node keeps; pure."""
     return _layout(stripes, node)[0]
@@ -231,20 +239,17 @@ def _layout(stripes: StripeSet, node: NodeId) -> tuple[dict[Place, tuple[int, in
     return spots, chunks, at
 
 
-class _opened:  # noqa: N801  # used like a function
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
     """The descriptor of a buffer, for reading. IntegrityError when it cannot be opened."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise IntegrityError(f"{path.name} cannot be opened: {error.strerror}") from error
-
-    def __enter__(self) -> int:
-        return self._fd
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._fd)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise IntegrityError(f"{path.name} cannot be opened: {error.strerror}") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _sizes(fd: int) -> tuple[int, int, int]:

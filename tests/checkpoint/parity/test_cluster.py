@@ -416,21 +416,22 @@ def test_strangers_orders_are_refused(tmp_path):
         cluster.write(1)
         cluster.round()
         line = cluster.peers().line(A)
-        request: dict[str, object]
-        for request in (
+        wrong: list[dict[str, object]] = [
             {"op": "parity-make", "set": {}, "keep": None},
             {"op": "parity-make"},
             {"op": "parity-keep", "round": [1], "ballot": [1, 0]},
             {"op": "parity-state", "ballot": "x"},
             {"op": "parity-data", "round": [1, 1, [1, 0]], "place": [0]},
             {"op": "parity-unheard-of"},
-        ):
-            with pytest.raises(ProtocolError):
+        ]
+        for request in wrong:
+            with pytest.raises((ProtocolError, IntegrityError)):
                 line.ask(request)
-        for request in (
+        absent: list[dict[str, object]] = [
             {"op": "parity-head", "round": [5, 5, [5, 5]]},
             {"op": "parity-data", "round": [5, 5, [5, 5]], "place": [0, 0]},
-        ):
+        ]
+        for request in absent:
             with pytest.raises(IntegrityError):
                 line.ask(request)
         line.close()
