@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed=options.seed,
         shuffle=True,
         collate=None,
+        tell=lambda kind, **fields: None,
     )
     times, local = list[float](), 0.0
     for number in range(1, options.steps + 1):

@@ -12,7 +12,7 @@ training thread stands still is compared::
 DCP's wait for the previous upload, without which saves pile up, is shown beside it and not
 counted.
 
-    python -m benchmarks.snapshot --params 20000000 --steps 10 [--quick] [--json [FILE]] [--save]
+    python -m benchmarks.snapshot --params 85000000 --steps 8 [--quick] [--json [FILE]] [--save]
 """
 
 import hashlib
@@ -236,14 +236,16 @@ def report(result: dict[str, object], options: dict[str, object]) -> Report:
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
-    made.add_argument("--params", type=int, help="parameters of the model (20 million)")
+    made.add_argument(
+        "--params", type=int, help="parameters of the model (85 million: 1 GB of state)"
+    )
     made.add_argument("--steps", type=int, help="snapshots per mode and round (8; quick: 3)")
     made.add_argument("--rounds", type=int, help="rounds (2; quick: 1)")
     # As in the other benchmarks, but a file may be named: then the table is printed too.
     made.add_argument("--json", nargs="?", type=Path, const=Path("-"), default=None, metavar="FILE")
     options = made.parse_args(argv)
     quick = options.quick
-    params = options.params or (2_000_000 if quick else 20_000_000)
+    params = options.params or (2_000_000 if quick else 85_000_000)
     # DCP warns that there is no process group; there is not meant to be one.
     warnings.filterwarnings("ignore", module=r"torch\.distributed")
     with ended_by_sigterm():

@@ -6,12 +6,14 @@ anybody of the same user may map it read-only meanwhile. One writer at a time is
 duty: generations see to it.
 """
 
+import contextlib
 import errno
 import mmap
 import os
 import re
 import stat
 import sys
+import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,9 @@ from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageErr
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
 SHM = Path("/dev/shm")
+
+#: madvise(2), Linux 5.14: allocate and map all pages of a range, ready to be written.
+_POPULATE_WRITE = 23
 
 
 def arena_path(job: JobId, seat: Seat, directory: Path = SHM) -> Path:
@@ -86,12 +91,17 @@ class Arena:
             self._map = mmap.mmap(
                 fd,
                 status.st_size,
-                # A writer maps all pages now: a first touch costs as much as copying them.
-                flags=mmap.MAP_SHARED | (mmap.MAP_POPULATE if writable else 0),
+                flags=mmap.MAP_SHARED,
                 prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
             )
-        finally:
+        except BaseException:
             os.close(fd)
+            raise
+        self._fd = fd if writable else -1
+        if not writable:
+            os.close(fd)
+        self._reserved = [0] * self.geometry.slots
+        self._reserving = threading.Lock()
         self.path = path
         self.writable = writable
         self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
@@ -115,18 +125,21 @@ class Arena:
         *,
         data_bytes: int,
         meta_bytes: int,
+        part_bytes: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
         slots: int = SLOTS,
         keep: "Arena | None" = None,
     ) -> "Arena":
-        """Make an arena with all its pages and put it at `path`, replacing what is there.
+        """Make an arena with its pages and put it at `path`, replacing what is there.
 
-        Blocks for about a second a gigabyte. The file appears at `path` whole or not at all;
-        it is readable and writable by this user only.
+        Blocks for about a second a gigabyte of pages. The file appears at `path` whole or not
+        at all; it is readable and writable by this user only.
 
         Args:
           path: where to; its directory decides the memory (/dev/shm) or disk used.
-          data_bytes: tensor bytes of the largest part of a snapshot.
+          data_bytes: tensor bytes of the largest part a slot may ever hold.
+          part_bytes: of which each slot gets this many pages now; None for all. The rest is a
+            hole in the file until a larger part is written (`SlotWriter.reserve`).
           meta_bytes: bytes of layout and small state of one snapshot.
           chunk_bytes: bytes under one digest.
           slots: snapshots held: 3, and one for each tier below that pins one.
@@ -139,7 +152,9 @@ class Arena:
         geometry = Geometry(
             data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
         )
-        _check_room(path.parent, geometry.file_bytes)
+        part_bytes = data_bytes if part_bytes is None else part_bytes
+        holes = data_bytes - part_bytes
+        _check_room(path.parent, geometry.file_bytes - slots * holes)
         building = path.with_name(path.name + ".new")
         # Left by an agent that was killed right here, once.
         building.unlink(missing_ok=True)
@@ -148,14 +163,10 @@ class Arena:
         )
         try:
             try:
-                os.posix_fallocate(fd, 0, geometry.file_bytes)
-            except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
-                    raise
-                raise CapacityError(
-                    f"arena {path.name} needs {geometry.file_bytes} bytes and {path.parent} ran "
-                    f"out while they were reserved: {error.strerror}"
-                ) from error
+                os.ftruncate(fd, geometry.file_bytes)
+                _fallocate(fd, path, 0, geometry.slot_at(0))
+                for slot in range(slots):
+                    _fallocate(fd, path, geometry.slot_at(slot), geometry.data_at + part_bytes)
             finally:
                 os.close(fd)
             with building.open("r+b") as file:
@@ -182,86 +193,52 @@ class Arena:
         """Open the arena at `path` for writing, made or made larger so that `layout` fits.
 
         Good snapshots of a smaller arena are carried over before it is replaced, so there is
-        no moment without one. A damaged arena is replaced by an empty one. Whoever has the old
-        file mapped must open the new one; what is captured into the old one until then is
-        in the new one no more.
+        no moment without one. A damaged arena is replaced by an empty one. Call between
+        captures: whoever has the old file mapped must open the new one.
 
         Args:
           path: where the arena lies, or is to lie.
-          layout: of the state.
-          replicas: among how many the state is shared out; the arena holds one share.
+          layout: of the state; a slot can hold all of it.
+          replicas: among how many the state is shared out; there are pages for one share.
           chunk_bytes: as `create`; an arena that is there keeps its own.
           slots: as `create`; an arena that is there keeps its own.
 
         Raises:
           CapacityError: as `create`; the old arena is untouched.
         """
-        return cls.with_room(
-            path,
-            data_bytes=Share(0, replicas).bytes_max(layout.total_bytes, chunk_bytes),
-            meta_bytes=layout.meta_bytes,
-            # Layouts that grow by a name or two should not need a new file.
-            spare_bytes=len(layout.encoded) // 4,
-            chunk_bytes=chunk_bytes,
-            slots=slots,
-        )
-
-    @classmethod
-    def with_room(
-        cls,
-        path: Path,
-        *,
-        data_bytes: int,
-        meta_bytes: int,
-        spare_bytes: int = 0,
-        chunk_bytes: int = CHUNK_BYTES,
-        slots: int = SLOTS,
-    ) -> "Arena":
-        """As `ensure`, for a part of so many bytes of data and meta.
-
-        Args:
-          path: where the arena lies, or is to lie.
-          data_bytes: of the part.
-          meta_bytes: of its layout and small state.
-          spare_bytes: more room for meta, where a new file is made.
-          chunk_bytes: as `create`; an arena that is there keeps its own.
-          slots: as `create`; an arena that is there keeps its own.
-
-        Raises:
-          CapacityError: as `create`; the old arena is untouched.
-        """
-        wanted = meta_bytes + spare_bytes
+        # Layouts that grow by a name or two should not need a new file.
+        meta_bytes = layout.meta_bytes + len(layout.encoded) // 4
+        need, share = layout.total_bytes, Share(0, replicas)
         try:
             old = cls(path, writable=True)
         except (FileNotFoundError, IntegrityError):
             return cls.create(
                 path,
-                data_bytes=data_bytes,
-                meta_bytes=wanted,
+                data_bytes=need,
+                meta_bytes=meta_bytes,
+                part_bytes=share.bytes_max(need, chunk_bytes),
                 chunk_bytes=chunk_bytes,
                 slots=slots,
             )
-        if data_bytes <= old.geometry.data_bytes and meta_bytes <= old.geometry.meta_bytes:
+        if old.fits(layout):
             return old
         with old:
             return cls.create(
                 path,
-                data_bytes=data_bytes,
-                meta_bytes=wanted,
+                data_bytes=max(need, old.geometry.data_bytes),
+                meta_bytes=max(meta_bytes, old.geometry.meta_bytes),
+                part_bytes=share.bytes_max(need, old.geometry.chunk_bytes),
                 chunk_bytes=old.geometry.chunk_bytes,
                 slots=old.geometry.slots,
                 keep=old,
             )
 
-    def fits(self, layout: StateLayout, part_bytes: int | None = None) -> bool:
-        """Whether a part of this many bytes, or all of the layout's, has room in a slot."""
-        need = layout.total_bytes if part_bytes is None else part_bytes
-        return need <= self.geometry.data_bytes and layout.meta_bytes <= self.geometry.meta_bytes
-
-    def fits_share(self, layout: StateLayout, replicas: int) -> bool:
-        """Whether any share of a state that so many replicas hold has room in a slot."""
-        share = Share(0, replicas)
-        return self.fits(layout, share.bytes_max(layout.total_bytes, self.geometry.chunk_bytes))
+    def fits(self, layout: StateLayout) -> bool:
+        """Whether a snapshot of this layout has room in a slot."""
+        return (
+            layout.total_bytes <= self.geometry.data_bytes
+            and layout.meta_bytes <= self.geometry.meta_bytes
+        )
 
     def slots(self) -> tuple[Sealed | None, ...]:
         """What each slot's page says, by slot; None for one without a sealed page."""
@@ -301,6 +278,21 @@ class Arena:
         at = self.geometry.pin_at(slot, Pin(0))
         return tuple(map(bool, self._map[at : at + len(Pin)]))
 
+    def pin(self, sealed: Sealed, pin: Pin, *, on: bool = True) -> bool:
+        """Keep a snapshot from being overwritten, or (`on=False`) let go of it.
+
+        For the agent and the writing process alike; the arena must be writable. A writer that
+        has just chosen the slot takes it nevertheless: readers check what they read.
+
+        Returns:
+          Whether the snapshot is there.
+        """
+        for slot, held in enumerate(self.slots()):
+            if held == sealed:
+                self._map[self.geometry.pin_at(slot, pin)] = on
+                return True
+        return False
+
     def find(self, step: Step, generation: Generation | None = None) -> Sealed:
         """The snapshot of a step, of its newest generation unless one is named.
 
@@ -334,7 +326,7 @@ class Arena:
 
         The view must be released before `close`. IntegrityError when overwritten.
         """
-        at = self.data_offset(sealed)
+        at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
         return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
 
     def data_offset(self, sealed: Sealed) -> int:
@@ -397,16 +389,23 @@ class Arena:
             raise UsageError(f"{self.path.name} was opened read-only")
         size = self.geometry.chunk_bytes
         chunks = share.chunks(chunk_count(layout.total_bytes, size))
-        need = min(len(chunks) * size, layout.total_bytes)
-        if not self.fits(layout, need):
+        if not self.fits(layout):
             raise CapacityError(
-                f"a snapshot needs {need} bytes of data and {layout.meta_bytes} of "
+                f"a snapshot needs {layout.total_bytes} bytes of data and {layout.meta_bytes} of "
                 f"meta; {self.path.name} has {self.geometry.data_bytes} and "
                 f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
             )
-        slot = self._spare(step, complete, pins)
         return SlotWriter(
-            self._bytes, self.geometry, slot, step, generation, layout, chunks, layouts, self._seal
+            self._bytes,
+            self.geometry,
+            self._spare(step, complete, pins),
+            step,
+            generation,
+            layout,
+            chunks,
+            layouts,
+            reserve=self._reserve,
+            sealed=self._seal,
         )
 
     def adopt(self, head: bytes, *, pins: Collection[Pin] = ()) -> SlotCopy:
@@ -417,7 +416,7 @@ class Arena:
           pins: the tiers for which it is pinned from the start.
 
         Raises:
-          CapacityError: the part does not fit (`with_room`).
+          CapacityError: the part does not fit (`ensure`).
           AllPinned: no slot can be spared.
         """
         if not self.writable:
@@ -430,7 +429,9 @@ class Arena:
                 f"has slots of {self.geometry.data_bytes}"
             )
         slot = self._spare(sealed.step, None, pins)
-        return SlotCopy(self._bytes, self.geometry, slot, head, self._seal)
+        return SlotCopy(
+            self._bytes, self.geometry, slot, head, reserve=self._reserve, sealed=self._seal
+        )
 
     def data_to_mend(self, sealed: Sealed) -> memoryview:
         """The part's data, writable, to put back bytes that rotted; as `data`."""
@@ -453,12 +454,34 @@ class Arena:
             self._map[self.geometry.pin_at(slot, pin)] = pin in pins
         return slot
 
+    def _reserve(self, slot: int, part_bytes: int) -> None:
+        """Give a slot pages for a part of this size, and map them. Any thread; once a size."""
+        with self._reserving:
+            if part_bytes <= self._reserved[slot]:
+                return
+            at, count = self.geometry.slot_at(slot), self.geometry.data_at + part_bytes
+            _fallocate(self._fd, self.path, at, count)
+            # A first touch costs as much as copying the page: have them all in one call.
+            with contextlib.suppress(OSError):  # an old kernel; the touches will do it
+                self._map.madvise(_POPULATE_WRITE, at, count)
+            self._reserved[slot] = part_bytes
+
+    def drop(self, sealed: Sealed) -> None:
+        """Forget a snapshot that turned out to be damaged; nothing when it is overwritten."""
+        for slot, held in enumerate(self.slots()):
+            if held == sealed:
+                at = self.geometry.slot_at(slot)
+                self._bytes[at : at + PAGE] = 0
+
     def _seal(self, slot: int, sealed: Sealed) -> None:
         self._held[slot] = sealed
 
     def close(self) -> None:
         """Unmap the file. Views handed out keep the memory until they are gone."""
         self._bytes = np.empty(0, dtype=np.uint8)
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
         try:
             self._map.close()
         except BufferError:
@@ -501,6 +524,7 @@ class Arena:
                 head = self.head(sealed)
                 pins = [pin for pin, on in zip(Pin, self.pins(slot), strict=True) if on]
                 copy = new.adopt(self.head_bytes(sealed), pins=pins)
+                copy.reserve()
                 for chunk, block in enumerate(self.blocks(head)):
                     at = chunk * sealed.chunk_bytes
                     copy.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
@@ -508,6 +532,19 @@ class Arena:
             except (IntegrityError, CapacityError):
                 # A damaged snapshot is lost already; it must not keep the others back.
                 continue
+
+
+def _fallocate(fd: int, path: Path, at: int, count: int) -> None:
+    """Have pages for a range of the file, or CapacityError: a write without is a SIGBUS."""
+    try:
+        os.posix_fallocate(fd, at, count)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
+            raise
+        raise CapacityError(
+            f"arena {path.name} needs {count} bytes more and {path.parent} ran out while they "
+            f"were reserved: {error.strerror}"
+        ) from error
 
 
 def _check_room(directory: Path, need: int) -> None:

@@ -195,7 +195,7 @@ class Capture:
 
         Raises:
           StateChanged: parameters were added, removed or moved since the layout was made.
-          CapacityError: the share does not fit into the arena: `Arena.ensure`, then `rebind`.
+          CapacityError: the layout grew beyond the arena: `Arena.ensure`, then `rebind`.
           AllPinned: the tiers below read all that could be overwritten: skip this snapshot.
           Exception: what the capture thread failed with before, if `gate` did not say so.
         """
@@ -323,6 +323,7 @@ class Capture:
                     return
             assert job is not None, "the wait above ends only with a job"
             try:
+                job.writer.reserve()
                 self._sources.wait()
                 while self._work(job) is not None:
                     pass
@@ -331,6 +332,7 @@ class Capture:
 
     def _help(self, job: _Job) -> None:
         """Work on `job` in the training thread until it is settled; raise what it failed with."""
+        job.writer.reserve()
         self._sources.wait()
         while (copied := self._work(job)) is not None:
             job.assisted_bytes += copied

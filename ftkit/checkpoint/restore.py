@@ -8,7 +8,7 @@ damaged or unreachable as lost: the next parts in line take its place.
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.fetch import fetch
+from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.slots import Head
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, WireError
@@ -66,6 +67,7 @@ class Restored:
     """What `execute` did."""
 
     step: Step
+    layout: StateLayout
     reads: tuple[Read, ...]
     bytes: int
     seconds: float
@@ -203,13 +205,14 @@ def execute(
                 "step"
             ) from error
         try:
-            _load(plan, reads, state, secret, timeout_s)
+            layout = _load(plan, reads, state, secret, timeout_s)
         except _Unusable as error:
             failures.append((error.source, str(error)))
             left.remove(error.source)
             continue
         return Restored(
             step=plan.step,
+            layout=layout,
             reads=reads,
             bytes=plan.total,
             seconds=time.monotonic() - start,
@@ -217,15 +220,25 @@ def execute(
         )
 
 
-def look_ahead(plan: RestorePlan, *, secret: bytes = b"", timeout_s: float = 10.0) -> None:
+def look_ahead(plan: RestorePlan, *, secret: bytes = b"", timeout_s: float = 10.0) -> StateLayout:
     """Read the heads of a plan's parts: layouts are decoded once, pages and servers are warm.
 
     For who will restore another step soon, while others wait. Blocks; what is damaged or out
     of reach is passed over.
+
+    Returns:
+      The layout.
+
+    Raises:
+      IntegrityError: not one part can be read.
     """
+    layout = None
     for source in plan.sources:
-        with suppress(IntegrityError, WireError, OSError), ExitStack() as opened:
-            _open(source, secret, timeout_s, opened)
+        with suppress(_Unusable), _open(source, secret, timeout_s) as part:
+            layout = part.head.layout
+    if layout is None:
+        raise IntegrityError(f"none of {len(plan.sources)} parts of step {plan.step} can be read")
+    return layout
 
 
 class _Unusable(Exception):
@@ -242,35 +255,24 @@ def _load(
     state: ProtectedState,
     secret: bytes,
     timeout_s: float,
-) -> None:
-    with ExitStack() as opened:
+) -> StateLayout:
 
-        def open_part(read: Read) -> _Part:
-            with _unusable(read.source):
-                part = _open(read.source, secret, timeout_s, opened)
+    def blocks() -> Iterator[memoryview]:
+        for read in reads:
+            with _open(read.source, secret, timeout_s) as part:
                 if part.head.layout.digest != plan.layout:
-                    raise IntegrityError(
-                        f"its layout is {part.head.layout.digest}, not {plan.layout}"
+                    raise _Unusable(
+                        read.source,
+                        IntegrityError(
+                            f"its layout is {part.head.layout.digest}, not {plan.layout}"
+                        ),
                     )
-                return part
+                yield from part.blocks(part.head.span(read.first, read.end))
 
-        def blocks(first: _Part) -> Iterator[memoryview]:
-            for read in reads:
-                part = first if read is reads[0] else open_part(read)
-                with _unusable(read.source):
-                    yield from part.blocks(part.head.span(read.first, read.end))
-
-        first = open_part(reads[0])
-        state.load(first.head.layout, blocks(first), first.head.small)
-
-
-@contextmanager
-def _unusable(source: Source) -> Iterator[None]:
-    """What goes wrong in here is the source's fault."""
-    try:
-        yield
-    except (IntegrityError, WireError, OSError) as error:
-        raise _Unusable(source, error) from error
+    with _open(reads[0].source, secret, timeout_s) as part:
+        layout, small = part.head.layout, part.head.small
+    state.load(layout, blocks(), small)
+    return layout
 
 
 class _Part(NamedTuple):
@@ -280,13 +282,29 @@ class _Part(NamedTuple):
     blocks: Callable[[range], Iterator[memoryview]]
 
 
-def _open(source: Source, secret: bytes, timeout_s: float, opened: ExitStack) -> _Part:
+@contextmanager
+def _open(source: Source, secret: bytes, timeout_s: float) -> Iterator[_Part]:
+    """Open a part. What goes wrong while it is open is its fault: _Unusable.
+
+    A part in an arena of this node whose bytes are not what was sealed is struck from it, so
+    that nobody counts on it again.
+    """
     copy, path = source.copy, Path(source.copy.path)
-    if source.server is None:
-        arena = opened.enter_context(Arena.open(path))
-        head = arena.head(arena.find(copy.step, copy.generation))
-        return _Part(head, partial(arena.blocks, head))
-    remote = opened.enter_context(
-        fetch(source.server, secret, path.name, copy.step, copy.generation, timeout_s=timeout_s)
-    )
-    return _Part(remote.head, remote.blocks)
+    try:
+        if source.server is None:
+            with Arena.open(path) as arena:
+                sealed = arena.find(copy.step, copy.generation)
+                try:
+                    head = arena.head(sealed)
+                    yield _Part(head, partial(arena.blocks, head))
+                except IntegrityError:
+                    with Arena.open(path, writable=True) as writable:
+                        writable.drop(sealed)
+                    raise
+        else:
+            with fetch(
+                source.server, secret, path.name, copy.step, copy.generation, timeout_s=timeout_s
+            ) as remote:
+                yield _Part(remote.head, remote.blocks)
+    except (IntegrityError, WireError, OSError) as error:
+        raise _Unusable(source, error) from error

@@ -203,9 +203,11 @@ class OptimizerWalk:
         Args:
           saved: tensors by entry name, as `prepare` returned them, already filled.
         """
+        entries = [(*self._split(entry), value) for entry, value in saved.items()]
+        # In the order of the parameters, as the optimizer itself makes it.
         parameters = self.parameters()
-        for entry, value in saved.items():
-            name, key = self._split(entry)
+        order = {name: i for i, name in enumerate(parameters)}
+        for name, key, value in sorted(entries, key=lambda e: order[e[0]]):
             self.optimizer.state[parameters[name][0]][key] = value
 
     def check(self, small: Mapping[str, Any]) -> None:

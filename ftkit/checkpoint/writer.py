@@ -26,6 +26,8 @@ class SlotWriter:
         layout: StateLayout,
         chunks: range,
         layouts: int,
+        *,
+        reserve: Callable[[int, int], None],
         sealed: Callable[[int, Sealed], None],
     ) -> None:
         """From here on the old snapshot of the slot is gone.
@@ -39,6 +41,7 @@ class SlotWriter:
           layout: of the state.
           chunks: the part, as chunks of the layout.
           layouts: how many different layouts make up the job's state.
+          reserve: gives the slot pages for so many bytes of data.
           sealed: told the slot and its page once it is sealed.
         """
         at = geometry.slot_at(slot)
@@ -46,6 +49,7 @@ class SlotWriter:
         self._meta = file[at + PAGE : at + PAGE + geometry.meta_bytes]
         self._chunk_bytes = geometry.chunk_bytes
         self._layout = layout
+        self._reserve = reserve
         self._tell = sealed
         first = chunks.start * geometry.chunk_bytes
         end = min(chunks.stop * geometry.chunk_bytes, layout.total_bytes)
@@ -68,6 +72,16 @@ class SlotWriter:
         table_at = at + geometry.table_at
         self.table = file[table_at : table_at + self._sealed.table_bytes].view("<u8")
         """uint64, shape (chunks of the part,): the digests. Shared memory."""
+
+    def reserve(self) -> None:
+        """Have pages for the part; call it before the first byte is written. Any thread.
+
+        Blocks for about a second a gigabyte the first time a part is as large as this one.
+
+        Raises:
+          CapacityError: there is no memory for them.
+        """
+        self._reserve(self.slot, self.data.nbytes)
 
     def digest(self, chunks: range) -> None:
         """Enter the digests of these chunks of the part, whose data is complete."""
@@ -111,6 +125,8 @@ class SlotCopy:
         geometry: Geometry,
         slot: int,
         head: bytes,
+        *,
+        reserve: Callable[[int, int], None],
         sealed: Callable[[int, Sealed], None],
     ) -> None:
         """From here on the old snapshot of the slot is gone.
@@ -120,6 +136,7 @@ class SlotCopy:
           geometry: the arena's; the part fits.
           slot: which slot.
           head: of the part, checked (`Arena.head_bytes`).
+          reserve: gives the slot pages for so many bytes of data.
           sealed: told the slot and its page once it is sealed.
         """
         known = Sealed.from_page(head[:PAGE])
@@ -129,11 +146,16 @@ class SlotCopy:
         self._file = file
         self._geometry = geometry
         self._slot = slot
+        self._reserve = reserve
         self._tell = sealed
         at = geometry.slot_at(slot)
         file[at : at + PAGE] = 0
         self.data = file[at + geometry.data_at : at + geometry.data_at + known.data_bytes]
         """uint8, shape (bytes of the part,): where the data goes. Shared memory."""
+
+    def reserve(self) -> None:
+        """As `SlotWriter.reserve`."""
+        self._reserve(self._slot, self.data.nbytes)
 
     def seal(self) -> Sealed:
         """Write the head, the page as the last store. The data must be whole."""

@@ -46,7 +46,7 @@ def reduce_slots(
             at = index * op.segment
             target = mine[at : at + op.segment]
             stack: list[_Value] = []
-            for step in plan:
+            for number, step in enumerate(plan):
                 if isinstance(step, Take):
                     flow = flows.get((step.rank, step.position))
                     if flow is None:
@@ -56,8 +56,10 @@ def reduce_slots(
                         buffer = yield from flow.segment(index)
                         stack.append(_Value(buffer[: target.size], buffer, flow))
                 else:
-                    right = stack.pop()
-                    stack.append(_add(op, dtype, stack.pop(), right))
+                    right, left = stack.pop(), stack.pop()
+                    # The last sum goes where the result belongs: one pass over memory less.
+                    into = target if number == len(plan) - 1 else None
+                    stack.append(_add(op, dtype, left, right, into))
             value = stack.pop()
             if value.view.ctypes.data != target.ctypes.data:
                 copy(target, value.view)
@@ -81,7 +83,12 @@ class _Value(NamedTuple):
     flow: Inflow | None
 
 
-def _add(op: Op, dtype: torch.dtype, left: _Value, right: _Value) -> _Value:
+def _add(op: Op, dtype: torch.dtype, left: _Value, right: _Value, into: Bytes | None) -> _Value:
+    if into is not None:
+        combine("sum", dtype, into, left.view, right.view)
+        _free(op, left)
+        _free(op, right)
+        return _Value(into, None, None)
     # Sums live in scratch memory: the nodes are not ours to change.
     if left.buffer is not None:
         result, other = left, right

@@ -25,7 +25,7 @@ from ftkit.collectives.mesh import Mesh
 from ftkit.collectives.ports import NullRecorder, OpRecorder
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign, nodes_of
-from ftkit.core.errors import GenerationAborted, WireError
+from ftkit.core.errors import GenerationAborted, Unreachable, WireError
 from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
 from ftkit.core.world import Member, World
 
@@ -111,13 +111,18 @@ class Group:
         """Whether the current generation is over and waits to be replaced by an edit."""
         return self._engine.stopped(self.world.generation) is not None
 
+    @property
+    def unlinked(self) -> frozenset[MemberId]:
+        """The members of the current world to whom no link lives. Any thread; does not block."""
+        return frozenset(self._engine.net.missing(self.world.member_ids - {self.member}))
+
     def connect(self, members: Sequence[Member], *, timeout_s: float) -> None:
         """Dial those of `members` with a lower id than ours. For a newcomer; blocks.
 
         They may be training meanwhile, and learn nothing but that a link exists.
 
         Raises:
-          WireError: one of them cannot be reached, or does not let us in.
+          Unreachable: one of them cannot be reached, or does not let us in.
         """
         deadline = time.monotonic() + timeout_s
         for member in sorted(members, key=lambda m: m.member):
@@ -134,7 +139,7 @@ class Group:
         Raises:
           ValueError: the generation is not newer than ours, or we are not in this world.
           GenerationAborted: somebody aborted that generation before it began here.
-          WireError: a member cannot be reached, or did not connect in `timeout_s`. We are
+          Unreachable: a member cannot be reached, or did not connect in `timeout_s`. We are
             then in no living generation; edit to a later world to go on.
         """
         if world.generation <= self.world.generation:
@@ -322,19 +327,24 @@ class Group:
                 self._check_not_aborted(world)
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise WireError(
+                    raise Unreachable(
                         f"members {silent} did not connect in time for "
-                        f"generation {world.generation}; they dial {self.address}"
+                        f"generation {world.generation}; they dial {self.address}",
+                        frozenset(silent),
                     )
                 engine.net.news.wait(left)
 
     def _dial(self, member: Member, deadline: float) -> None:
         left = deadline - time.monotonic()
         if left <= 0:
-            raise WireError(f"no time left to reach member {member.member}")
-        self._engine.add_link(
-            self._mesh.dial(member.member, (member.host, member.port), timeout_s=left)
-        )
+            raise Unreachable(
+                f"no time left to reach member {member.member}", frozenset({member.member})
+            )
+        try:
+            link = self._mesh.dial(member.member, (member.host, member.port), timeout_s=left)
+        except WireError as error:
+            raise Unreachable(str(error), frozenset({member.member})) from error
+        self._engine.add_link(link)
         # The link is installed by the communication thread; a member that is retired, or
         # gone again, shows as missing in the next round.
         self._engine.barrier()

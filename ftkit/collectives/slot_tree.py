@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from ftkit.collectives.slots import NodeId, leaf, parent, siblings
+from ftkit.collectives.slots import Subtree, leaf, parent, siblings
 
 
 @dataclass(frozen=True, slots=True)
 class SlotNode:
     """The value of one node: a flat contiguous CPU tensor."""
 
-    node: NodeId
+    node: Subtree
     value: torch.Tensor
 
 

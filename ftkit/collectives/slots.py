@@ -21,7 +21,7 @@ from functools import cache
 
 
 @dataclass(frozen=True, slots=True, order=True)
-class NodeId:
+class Subtree:
     """A node of the tree, named by the highest level at which its value stays the same."""
 
     level: int
@@ -39,7 +39,7 @@ class Take:
 
     rank: int
     position: int
-    node: NodeId
+    node: Subtree
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,29 +47,29 @@ class Add:
     """Fold step: replace the two topmost values by their sum, left + right."""
 
 
-def leaf(slot: int, slots: int) -> NodeId:
+def leaf(slot: int, slots: int) -> Subtree:
     """The node of one slot. Raises ValueError for a slot that does not exist."""
     if not 0 <= slot < slots:
         raise ValueError(f"slot {slot} does not exist among {slots} slots")
-    return promote(NodeId(0, slot), slots)
+    return promote(Subtree(0, slot), slots)
 
 
-def promote(node: NodeId, slots: int) -> NodeId:
+def promote(node: Subtree, slots: int) -> Subtree:
     """The same value under its highest name: past every empty right side."""
     level, index = node.level, node.index
     while index and index % 2 == 0 and (index + 1) << level >= slots:
         level, index = level + 1, index // 2
-    return NodeId(level, index)
+    return Subtree(level, index)
 
 
-def siblings(left: NodeId, right: NodeId) -> bool:
+def siblings(left: Subtree, right: Subtree) -> bool:
     """Whether the two are the children of one node, in this order."""
     return left.level == right.level and left.index % 2 == 0 and right.index == left.index + 1
 
 
-def parent(node: NodeId, slots: int) -> NodeId:
+def parent(node: Subtree, slots: int) -> Subtree:
     """The node above, under its highest name."""
-    return promote(NodeId(node.level + 1, node.index // 2), slots)
+    return promote(Subtree(node.level + 1, node.index // 2), slots)
 
 
 def assign(slots: int, world_size: int) -> list[range]:
@@ -86,9 +86,9 @@ def assign(slots: int, world_size: int) -> list[range]:
     ]
 
 
-def nodes_of(held: range, slots: int) -> list[NodeId]:
+def nodes_of(held: range, slots: int) -> list[Subtree]:
     """The maximal aligned subtrees that exactly cover `held`, from left to right."""
-    nodes: list[NodeId] = []
+    nodes: list[Subtree] = []
     at = held.start
     while at < held.stop:
         level = 0
@@ -97,7 +97,7 @@ def nodes_of(held: range, slots: int) -> list[NodeId]:
             if at % size or min(at + size, slots) > held.stop or size >= 2 * slots:
                 break
             level += 1
-        nodes.append(promote(NodeId(level, at >> level), slots))
+        nodes.append(promote(Subtree(level, at >> level), slots))
         at = min(at + (1 << level), slots)
     return nodes
 
@@ -112,7 +112,7 @@ def fold_plan(slots: int, world_size: int) -> tuple[Take | Add, ...]:
     return plan_of(held, slots)
 
 
-def plan_of(held: Sequence[Sequence[NodeId]], slots: int) -> tuple[Take | Add, ...]:
+def plan_of(held: Sequence[Sequence[Subtree]], slots: int) -> tuple[Take | Add, ...]:
     """`fold_plan` for any division of the slots, given each rank's nodes in order.
 
     Raises:
@@ -127,7 +127,7 @@ def plan_of(held: Sequence[Sequence[NodeId]], slots: int) -> tuple[Take | Add, .
         key=lambda take: take.node.first,
     )
     program: list[Take | Add] = []
-    stack: list[NodeId] = []
+    stack: list[Subtree] = []
     for take in takes:
         program.append(take)
         stack.append(take.node)

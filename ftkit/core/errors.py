@@ -17,12 +17,15 @@ arguments are `ValueError` where they come in. What remains::
     ├── StoreError               a store of checkpoints failed or was too slow
     ├── IntegrityError           bytes are not what was written; treated as lost
     └── WireError                a connection broke or spoke wrongly
+        ├── Unreachable          members of a world to whom no link could be made
         ├── AuthenticationError  the peer does not hold the job's secret
         └── ProtocolError        a frame or message outside the schema
 
 `JobFault` inside `with step:` is swallowed there and the step is played again, unless the
 optimizer has stepped already: then the step counts, and the rank ends rather than differ.
 """
+
+from ftkit.core.ids import MemberId
 
 
 class FtkitError(Exception):
@@ -83,6 +86,14 @@ class IntegrityError(FtkitError):
 
 class WireError(FtkitError):
     """A connection broke or its peer misbehaved."""
+
+
+class Unreachable(WireError):
+    """No link could be made to `members`, which are of one world with this one."""
+
+    def __init__(self, message: str, members: frozenset[MemberId]) -> None:
+        super().__init__(message)
+        self.members = members
 
 
 class AuthenticationError(WireError):

@@ -5,6 +5,8 @@ word       meaning
 ========== =====================================================================
 job        one `ftkit run`: all processes, files and shared memory under one name
 node       a host; on the embedded engine, one agent and its own failure domain
+boot       one life of a node's agent. A new agent has another, and none of the
+           processes and memory of the one before
 seat       a rank's place in the job: fixed at launch, inherited by the process
            that replaces a dead one. Seats 0..N-1, `--nproc` of them on each node
 member     one incarnation of a seat: a process, from spawn to exit. Never reused
@@ -16,9 +18,14 @@ term       a number that rises with every coordinator, so that orders from one
            that was replaced are refused
 step       an optimizer step that was committed. Step t is the t-th, counted from
            1; state "at step 0" is the initial one
+mode       what the job as a whole is doing: forming, running, halting, ended
+phase      where a rank stands in a step, or before and after its training
+standing   a rank's own account of where it is; a track is what detection knows of it
+link       the data connection between two members; a line is a control connection,
+           and a channel an ordered set of members with collectives of their own
 attempt    one try at playing a step, in one generation
 slot       a fixed place in the global batch whose gradient is one term of the
-           canonical sum
+           canonical sum. A place for a snapshot is always called an arena's slot
 snapshot   the state captured at a step
 shard      one rank's part of a snapshot
 stripe     the shards that share parity
@@ -35,6 +42,7 @@ from typing import NewType
 
 JobId = NewType("JobId", str)
 NodeId = NewType("NodeId", int)
+Boot = NewType("Boot", str)
 Seat = NewType("Seat", int)
 MemberId = NewType("MemberId", int)
 Rank = NewType("Rank", int)

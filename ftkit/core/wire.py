@@ -108,7 +108,7 @@ def receive_message(sock: socket.socket, *, bytes_max: int = MESSAGE_BYTES_MAX) 
     return message
 
 
-class Channel:
+class Line:
     """A control connection that many threads may send on and one thread receives from."""
 
     def __init__(self, sock: socket.socket, hello: Mapping[str, Any] | None = None) -> None:
@@ -185,7 +185,7 @@ def connect(
     *,
     hello: Mapping[str, object],
     timeout_s: float = 10.0,
-) -> Channel:
+) -> Line:
     """Connect to a TCP (host, port) or a Unix socket path, authenticate, and say who we are.
 
     Raises:
@@ -200,7 +200,7 @@ def connect(
         sock.connect(address)
         if family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Channel(
+        return Line(
             sock, authenticate(sock, secret, server=False, hello=hello, timeout_s=timeout_s)
         )
     except OSError as error:

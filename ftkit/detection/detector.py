@@ -1,6 +1,6 @@
 """Detector: from observations to verdicts. No I/O, no clock; told what was seen, and the time.
 
-It keeps what is known of each member (`standing`), judges who is gone, and how long a stall
+It keeps what is known of each member (`track`), judges who is gone, and how long a stall
 may last; `rules` say what follows for those that are there. A verdict that still holds is
 returned at each tick. All members at once are never evicted for a hang: then it is HANG_COMM
 or STALL.
@@ -18,7 +18,6 @@ from ftkit.detection import rules, wording
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.observations import (
     Exited,
-    LinkLost,
     NodeSilent,
     Observation,
     ObserverLate,
@@ -27,7 +26,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.row import Phase
 from ftkit.detection.rules import View
-from ftkit.detection.standing import Standing
+from ftkit.detection.track import Track
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +39,9 @@ class Detector:
         self._world: World | None = None
         self._world_since = 0.0
         self._members: dict[MemberId, Member] = {}
-        self._standings: dict[MemberId, Standing] = {}
+        self._tracks: dict[MemberId, Track] = {}
         self._exits: dict[MemberId, Exited] = {}
         self._silent: dict[NodeId, float] = {}
-        self._links: dict[MemberId, set[MemberId]] = {}
         self._slowest_step_s = 0.0
         #: (when noted, by how much) this observer was late. The newest 512 reach back further
         #: than any limit: each is at least a tick apart.
@@ -74,16 +72,13 @@ class Detector:
                 self._see(observation)
             case Exited():
                 self._exits.setdefault(observation.member, observation)
-            case LinkLost(reporter=reporter, lost=lost):
-                self._links.setdefault(lost, set()).add(reporter)
             case NodeSilent(node=node, since=since):
                 self._silent[node] = since
             case WorldChanged(world=world, at=at):
                 if self._world is None or world.generation > self._world.generation:
                     self._world, self._world_since = world, at
                     self._members = {m.member: m for m in world.members}
-                    self._standings.clear()
-                    self._links.clear()
+                    self._tracks.clear()
             case ObserverLate(by_s=by_s):
                 self._late_reported_s = max(self._late_reported_s, by_s)
             case _:
@@ -97,11 +92,11 @@ class Detector:
         gone = self._gone(now)
         self._watch_blindness(now, gone)
         seen = [
-            standing
+            track
             for member in self._world.members
             if member.member not in gone
-            and (standing := self._standings.get(member.member))
-            and now - standing.at <= self._config.blind_after_s
+            and (track := self._tracks.get(member.member))
+            and now - track.at <= self._config.blind_after_s
         ]
         view = View(
             config=self._config,
@@ -110,7 +105,6 @@ class Detector:
             seen=seen,
             limit_s=self.limit_s,
             stretch_s=self._stretch,
-            links=self._links,
         )
         verdicts = gone | rules.judge(view)
         if verdicts:
@@ -126,9 +120,9 @@ class Detector:
         assert self._world is not None
         if seen.row.generation != self._world.generation or seen.row.member != seen.member:
             return
-        standing = self._standings.get(seen.member)
-        if standing is None:
-            standing = Standing(
+        track = self._tracks.get(seen.member)
+        if track is None:
+            track = Track(
                 member=seen.member,
                 seat=seen.seat,
                 node=member.node,
@@ -136,14 +130,14 @@ class Detector:
                 facts=seen.facts,
                 at=seen.at,
             )
-            standing.see(seen)
-            self._standings[seen.member] = standing
+            track.see(seen)
+            self._tracks[seen.member] = track
             return
-        if seen.at < standing.at:
+        if seen.at < track.at:
             return
-        began, allowance = standing.step_since, standing.row.allowance_ns / 1e9
-        step_s = standing.see(seen)
-        if step_s is None or began is None or standing.steps_seen <= self._config.steps_excluded:
+        began, allowance = track.step_since, track.row.allowance_ns / 1e9
+        step_s = track.see(seen)
+        if step_s is None or began is None or track.steps_seen <= self._config.steps_excluded:
             return
         # A step in which somebody was accused, or had leave to stand still, is not a slow step:
         # it would excuse the next hang.
@@ -167,8 +161,8 @@ class Detector:
         assert self._world is not None
         blind: dict[MemberId, float] = {}
         for member in self._world.members:
-            standing = self._standings.get(member.member)
-            age_s = now - (standing.at if standing else self._world_since)
+            track = self._tracks.get(member.member)
+            age_s = now - (track.at if track else self._world_since)
             if age_s > self._config.blind_after_s and member.member not in gone:
                 blind[member.member] = age_s
         if blind.keys() != self._blind.keys():
@@ -223,12 +217,11 @@ class Detector:
     def _is_fault(self, exited: Exited) -> bool:
         if exited.code is None and exited.signal is None:
             # Someone else reaped it. A member that had finished is taken at its word.
-            last = self._standings.get(exited.member)
+            last = self._tracks.get(exited.member)
             return last is None or last.row.phase is not Phase.DONE
         return exited.code != 0
 
     def _last_words(self, member: MemberId) -> dict[str, object]:
-        """Where a member that is gone was last seen, and who lost its link."""
-        one = self._standings.get(member)
-        found = {} if one is None else wording.evidence(one)
-        return found | wording.links(self._links, member)
+        """Where a member that is gone was last seen."""
+        one = self._tracks.get(member)
+        return {} if one is None else wording.evidence(one)

@@ -272,6 +272,7 @@ def _places(standings: Sequence[Mapping[str, Any]]) -> str:
 #: What the protocol's actions mean to a reader; others are told by their own name.
 _ACTIONS: Final[Mapping[str, str]] = {
     "halt": "to have every rank stand still",
+    "assign": "to start ranks",
     "evict": "to end what stood in the way",
     "respawn": "to replace the process",
     "resume": "to go on",

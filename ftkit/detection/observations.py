@@ -76,15 +76,6 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkLost:
-    """`reporter` lost its data connection to `lost`. Evidence, never a verdict by itself."""
-
-    reporter: MemberId
-    lost: MemberId
-    at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSilent:
     """Nothing was heard of a node's agent since `since`. A row from it takes this back."""
 
@@ -107,4 +98,4 @@ class ObserverLate:
     by_s: float
 
 
-Observation = RowSeen | Exited | LinkLost | NodeSilent | WorldChanged | ObserverLate
+Observation = RowSeen | Exited | NodeSilent | WorldChanged | ObserverLate

@@ -111,6 +111,8 @@ class Row:
         With offset = (our clock at receipt) - (their clock at reading), ages are kept up to
         the time of transport, which makes everything look younger, never older.
         """
+        if not offset_ns:
+            return self
 
         def shift(t_ns: int) -> int:
             return t_ns and max(1, t_ns + offset_ns)

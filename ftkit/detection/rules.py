@@ -24,7 +24,7 @@ hang: then it is HANG_COMM or STALL. A verdict that still holds is returned at e
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ftkit.core.ids import MemberId
@@ -32,7 +32,7 @@ from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection import wording
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.row import Phase
-from ftkit.detection.standing import EXEMPT, Standing, behind
+from ftkit.detection.track import EXEMPT, Track, behind
 
 Verdicts = dict[MemberId, Verdict]
 
@@ -46,20 +46,23 @@ class View:
     """Members of the world, seen or not."""
     gone: bool
     """Whether any member has exited or is on a lost node; such are not in `seen`."""
-    seen: Sequence[Standing]
+    seen: Sequence[Track]
     """The members with a recent row, in order of seats."""
     limit_s: float
     """The limit of a warm member."""
     stretch_s: Callable[[float], float]
     """By how much this observer was late since then."""
-    links: Mapping[MemberId, set[MemberId]]
-    """Member -> who lost its connection to it."""
 
-    def limit(self, one: Standing) -> float:
+    def limit(self, one: Track) -> float:
         """How long this member may keep others waiting."""
         if one.row.warm and one.row.phase is not Phase.SETUP:
             return self.limit_s
         return max(self.limit_s, self.config.setup_stall_s)
+
+    def cannot_run(self, one: Track) -> bool:
+        """Whether this member is stopped, or so still that not even its heartbeat comes."""
+        age_s = one.heartbeat_age_s
+        return one.stopped or (age_s is not None and age_s > self.limit(one))
 
     @property
     def complete(self) -> bool:
@@ -71,7 +74,7 @@ class View:
         """Whether this is a world of two or more in which everybody waits."""
         return self.complete and self.size > 1 and all(w.waits_since is not None for w in self.seen)
 
-    def overdue(self, members: Sequence[Standing], *, factor: float = 1.0) -> bool:
+    def overdue(self, members: Sequence[Track], *, factor: float = 1.0) -> bool:
         """Whether none of these has moved for `factor` limits, or for its grace if longer."""
         if not members:
             return False
@@ -115,12 +118,8 @@ def stuck_together(view: View) -> Verdicts:
     if view.gone or not view.all_wait:
         return {}
 
-    def cannot_run(one: Standing) -> bool:
-        age_s = one.heartbeat_age_s
-        return one.stopped or (age_s is not None and age_s > view.limit(one))
-
-    stuck = [one for one in view.seen if cannot_run(one)]
-    waiters = [one for one in view.seen if not cannot_run(one)]
+    stuck = [one for one in view.seen if view.cannot_run(one)]
+    waiters = [one for one in view.seen if not view.cannot_run(one)]
     if not waiters:
         return {}
     verdicts: Verdicts = {}
@@ -193,15 +192,21 @@ def stall(view: View) -> Verdicts:
     }
 
 
-def _may_be_victim(view: View, one: Standing) -> bool:
+def _may_be_victim(view: View, one: Track) -> bool:
     """Whether `one`, which waits, may be waiting for somebody other than those ahead of it."""
     if view.gone or not view.complete:
         return True  # it may wait for one that is gone, or that we cannot see
-    return any(behind(other, one) for other in view.seen if other is not one)
+    others = [other for other in view.seen if other is not one]
+    if any(behind(other, one) for other in others):
+        return True
+    # One that was stopped in the same place may have sent its part to those that went on, and
+    # not to this one.
+    beside = [w for w in others if w.waits_since is not None and _place(w) == _place(one)]
+    return not view.cannot_run(one) and any(view.cannot_run(w) for w in beside)
 
 
 def _hang(
-    view: View, one: Standing, waiters: Sequence[Standing], *, since: float, until: float
+    view: View, one: Track, waiters: Sequence[Track], *, since: float, until: float
 ) -> Verdict | None:
     stalled_s = until - since
     limit_s = view.limit(one) + view.stretch_s(since)
@@ -221,7 +226,7 @@ def _hang(
     return replace(verdict, since_s=one.progress_at, evidence={**verdict.evidence, **facts})
 
 
-def _desync(view: View, one: Standing, waiters: Sequence[Standing]) -> Verdict:
+def _desync(view: View, one: Track, waiters: Sequence[Track]) -> Verdict:
     reason = wording.desync_reason(one, waiters)
     return _verdict(view, Fault.DESYNC, one, reason, waiters, since=one.progress_at)
 
@@ -229,9 +234,9 @@ def _desync(view: View, one: Standing, waiters: Sequence[Standing]) -> Verdict:
 def _verdict(
     view: View,
     fault: Fault,
-    one: Standing,
+    one: Track,
     reason: str,
-    waiters: Sequence[Standing],
+    waiters: Sequence[Track],
     *,
     since: float,
 ) -> Verdict:
@@ -247,20 +252,22 @@ def _verdict(
         since_s=since,
         evidence=wording.evidence(one)
         | limits
-        | wording.waiting([w for w in waiters if w is not one])
-        | wording.links(view.links, one.member),
+        | wording.waiting([w for w in waiters if w is not one]),
     )
 
 
-def _by_place(waiting: Iterable[Standing]) -> list[list[Standing]]:
+def _by_place(waiting: Iterable[Track]) -> list[list[Track]]:
     """Those that wait, by what they wait in: `behind` is the same for all of one place."""
-    places: dict[object, list[Standing]] = {}
+    places: dict[object, list[Track]] = {}
     for w in waiting:
-        key = w.pending if w.in_collective else (w.row.phase, w.row.step)
-        places.setdefault(key, []).append(w)
+        places.setdefault(_place(w), []).append(w)
     return list(places.values())
 
 
-def _waits_since(waiter: Standing) -> float:
+def _place(waiter: Track) -> object:
+    return waiter.pending if waiter.in_collective else (waiter.row.phase, waiter.row.step)
+
+
+def _waits_since(waiter: Track) -> float:
     assert waiter.waits_since is not None, "only members that wait are asked how long"
     return waiter.waits_since

@@ -1,12 +1,11 @@
 """The sentence and the evidence of a verdict: who waited, for what, and where the member stood."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Final
 
-from ftkit.core.ids import MemberId
 from ftkit.core.verdict import Fault
 from ftkit.detection.observations import Exited
-from ftkit.detection.standing import Standing
+from ftkit.detection.track import Track
 
 #: Of ten thousand waiters, these say as much as all.
 _WAITERS_MAX: Final = 8
@@ -18,7 +17,7 @@ _DOING: Final = {
 }
 
 
-def where(one: Standing) -> str:
+def where(one: Track) -> str:
     """Where a member stands, in words."""
     row = one.row
     place = f"{row.phase} of step {row.step}"
@@ -26,7 +25,7 @@ def where(one: Standing) -> str:
 
 
 def hang_reason(
-    fault: Fault, one: Standing, waiters: Sequence[Standing], *, stalled_s: float, limit_s: float
+    fault: Fault, one: Track, waiters: Sequence[Track], *, stalled_s: float, limit_s: float
 ) -> str:
     """Why a member is a suspect."""
     first = min(waiters, key=lambda w: w.waits_since or 0.0)
@@ -37,7 +36,7 @@ def hang_reason(
     )
 
 
-def comm_reason(members: Sequence[Standing], *, stalled_s: float, limit_s: float) -> str:
+def comm_reason(members: Sequence[Track], *, stalled_s: float, limit_s: float) -> str:
     """Why communication is at fault."""
     places = sorted({_for_what(m) for m in members})
     return (
@@ -47,7 +46,7 @@ def comm_reason(members: Sequence[Standing], *, stalled_s: float, limit_s: float
     )
 
 
-def desync_reason(one: Standing, waiters: Sequence[Standing]) -> str:
+def desync_reason(one: Track, waiters: Sequence[Track]) -> str:
     """Why the ranks are said to disagree."""
     if not one.in_collective:
         return (
@@ -62,7 +61,7 @@ def desync_reason(one: Standing, waiters: Sequence[Standing]) -> str:
     )
 
 
-def stall_reason(one: Standing, *, idle_s: float, limit_s: float) -> str:
+def stall_reason(one: Track, *, idle_s: float, limit_s: float) -> str:
     """Why the job is said to stand still."""
     return (
         f"nothing in the job moves for {idle_s:.1f} s, over the {limit_s:.1f} s allowed, and "
@@ -81,7 +80,7 @@ def exit_reason(exited: Exited) -> str:
     return f"seat {exited.seat} (member {exited.member}) {how}"
 
 
-def evidence(one: Standing) -> dict[str, object]:
+def evidence(one: Track) -> dict[str, object]:
     """Where `one` stood, JSON-safe."""
     row, facts = one.row, one.facts
     found: dict[str, object] = {
@@ -109,7 +108,7 @@ def evidence(one: Standing) -> dict[str, object]:
     return found
 
 
-def waiting(waiters: Sequence[Standing]) -> dict[str, object]:
+def waiting(waiters: Sequence[Track]) -> dict[str, object]:
     """Who waits, since when and where, JSON-safe: the eight that have waited longest."""
     longest = sorted(waiters, key=lambda w: (w.waits_since or 0.0, w.seat))
     return {
@@ -131,19 +130,13 @@ def waiting(waiters: Sequence[Standing]) -> dict[str, object]:
     }
 
 
-def links(lost_by: Mapping[MemberId, set[MemberId]], member: MemberId) -> dict[str, object]:
-    """Who lost its connection to `member`, JSON-safe; empty when nobody did."""
-    reporters = lost_by.get(member)
-    return {"link_lost_by": sorted(reporters)} if reporters else {}
-
-
-def _for_what(waiter: Standing) -> str:
+def _for_what(waiter: Track) -> str:
     if waiter.in_collective:
         return f"in {_pending(waiter)}"
     return f"in the {waiter.row.phase} of step {waiter.row.step}"
 
 
-def _pending(one: Standing) -> str:
+def _pending(one: Track) -> str:
     group, seq = one.pending
     return f"{one.row.op or 'a collective'} {seq} of group {group}"
 

@@ -8,6 +8,7 @@ thread does everything; others only wait for something and put it into its queue
 import logging
 import os
 import queue
+import secrets
 import signal
 import socket
 import threading
@@ -18,16 +19,16 @@ from typing import Any
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
-from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
+from ftkit.core.ids import Boot, Generation, JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.trace import Trace
-from ftkit.core.wire import Channel, authenticate, listen, listen_unix
+from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import rank_environment
 from ftkit.launch.parity import ParityTier
 from ftkit.launch.ranks import RankProcess
 from ftkit.recovery.facts import MemberFacts, Stage
-from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
+from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
 
@@ -91,12 +92,14 @@ class Agent:
             host=host,
             operations=self._parity.operations if self._parity else {},
         )
+        # Not the process's number: that may be given again, and differs not between hosts.
+        self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
         self._stores: dict[str, Any] = {}
         self._ranks: dict[MemberId, RankProcess] = {}
         self._facts: dict[MemberId, MemberFacts] = {}
-        self._lines: dict[MemberId, Channel] = {}
-        self._coordinator: Channel | None = None
+        self._lines: dict[MemberId, Line] = {}
+        self._coordinator: Line | None = None
         self._coordinator_number = 0
         self._ending_since: float | None = None
         self._missing_since: float | None = None
@@ -146,8 +149,8 @@ class Agent:
         self._stopped = True
         for rank in self._ranks.values():
             rank.signal(signal.SIGKILL)
-        for channel in [*self._lines.values(), *([self._coordinator] if self._coordinator else [])]:
-            channel.close()
+        for line in [*self._lines.values(), *([self._coordinator] if self._coordinator else [])]:
+            line.close()
         for listener in (self._listener, self._rank_listener):
             try:
                 listener.shutdown(socket.SHUT_RDWR)
@@ -199,22 +202,20 @@ class Agent:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        channel = Channel(sock, hello)
+        line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
-            self._inbox.put(("rank", (member, channel)))
-            self._pass_on(channel, lambda message: ("said", (member, message)))
+            self._inbox.put(("rank", (member, line)))
+            self._pass_on(line, lambda message: ("said", (member, message)))
         else:
             number = int(hello.get("term", 0))
-            self._inbox.put(("coordinator", (number, channel)))
-            self._pass_on(channel, lambda message: ("plan", (number, message)))
+            self._inbox.put(("coordinator", (number, line)))
+            self._pass_on(line, lambda message: ("plan", (number, message)))
 
-    def _pass_on(
-        self, channel: Channel, label: Callable[[dict[str, Any]], tuple[str, Any]]
-    ) -> None:
+    def _pass_on(self, line: Line, label: Callable[[dict[str, Any]], tuple[str, Any]]) -> None:
         try:
             while True:
-                self._inbox.put(label(channel.receive()))
+                self._inbox.put(label(line.receive()))
         except WireError as error:
             logger.debug("a connection ended: %s", error)
 
@@ -265,20 +266,23 @@ class Agent:
         )
         if line := self._lines.pop(member, None):
             line.close()
+        # Its last row outlives it; the rows of the dead are not reported again.
+        rows = self._arenas.rows([facts])
         self._set(
             facts,
             stage=Stage.FINISHED if code == 0 else Stage.DEAD,
+            at_step=Step(rows[0]["row"]["step"]) if rows else facts.at_step,
             exit_code=code,
             error="" if code == 0 else rank.last_words(),
         )
         self._carry_out()
 
-    def _rank_connected(self, member: MemberId, channel: Channel) -> None:
+    def _rank_connected(self, member: MemberId, line: Line) -> None:
         if member not in self._ranks or self._ranks[member].exit_code is not None:
             logger.warning("member %s said hello and is not one of ours: refused", member)
-            channel.close()
+            line.close()
             return
-        self._lines[member] = channel
+        self._lines[member] = line
         if self._plan.version or self._plan.term:
             self._send_plan(member)
 
@@ -304,6 +308,7 @@ class Agent:
                             else Step(int(step))
                         ),
                         voted=bool(message["voted"]),
+                        cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
                     )
                     self._spawn_missing()
@@ -333,13 +338,13 @@ class Agent:
 
     # Plans and facts.
 
-    def _coordinator_connected(self, number: int, channel: Channel) -> None:
+    def _coordinator_connected(self, number: int, line: Line) -> None:
         if number < self._coordinator_number:
-            channel.close()
+            line.close()
             return
         if self._coordinator is not None:
             self._coordinator.close()
-        self._coordinator, self._coordinator_number = channel, number
+        self._coordinator, self._coordinator_number = line, number
         self._tell_coordinator()
 
     def _take_plan(self, number: int, message: dict[str, Any]) -> None:
@@ -373,7 +378,7 @@ class Agent:
                 self.trace.event("kill", seat=rank.seat, member=member, reason=reason)
                 rank.signal(signal.SIGKILL)
         self._spawn_missing()
-        if self._plan.phase is Phase.ENDED and self._ending_since is None:
+        if self._plan.mode is Mode.ENDED and self._ending_since is None:
             self._ending_since = self._clock.now()
             for rank in self._ranks.values():
                 # A stopped process would not see the request.
@@ -382,13 +387,15 @@ class Agent:
         self._tell_coordinator()
 
     def _spawn_missing(self) -> None:
-        """Start the members the plan wants here and that never ran.
+        """Start the members the plan wants this agent to start, and that never ran.
 
         A replacement waits until the survivors on this node are in their new world, or for
         `SPAWN_LATEST_S`: starting Python takes a core for seconds, and they need it now.
         """
         missing = [
-            s for s in self._plan.seats if s.node == self._node and s.member not in self._facts
+            s
+            for s in self._plan.seats
+            if s.node == self._node and s.boot == self._boot and s.member not in self._facts
         ]
         if not missing or self._plan.stop:
             self._missing_since = None
@@ -406,14 +413,14 @@ class Agent:
     def _repairing(self) -> bool:
         """Whether members on this node are on their way into the world of the plan."""
         world = self._plan.world
-        if world is None or self._plan.phase is Phase.FORMING:
+        if world is None or self._plan.mode is Mode.FORMING:
             return False
         here = [
             f
             for f in self._facts.values()
             if f.member in world.member_ids and f.stage in (Stage.ACTIVE, Stage.HALTED)
         ]
-        if self._plan.phase is Phase.HALTING:
+        if self._plan.mode is Mode.HALTING:
             return bool(here)
         return any(f.generation < world.generation for f in here)
 
@@ -445,7 +452,7 @@ class Agent:
             {
                 "type": "facts",
                 "node": self._node,
-                "boot": os.getpid(),
+                "boot": self._boot,
                 "members": [
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
@@ -470,8 +477,8 @@ class Agent:
             {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores},
         )
 
-    def _send(self, channel: Channel, message: dict[str, object]) -> None:
+    def _send(self, line: Line, message: dict[str, object]) -> None:
         try:
-            channel.send(message)
+            line.send(message)
         except WireError as error:
             logger.debug("a peer hung up: %s", error)

@@ -70,6 +70,7 @@ class Arenas:
         """
         path = arena_path(self._job, seat, self.directory)
         wanted = StateLayout.from_json(layout)
+        # A rank that dies while it waits leaves its request behind, and the next one asks too.
         with self.writing:
             Arena.ensure(path, wanted, replicas=replicas, slots=self.slots).close()
         return path

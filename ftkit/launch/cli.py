@@ -1,8 +1,8 @@
 """ftkit: the command line. One function a command; the work is done elsewhere."""
 
 import json
-import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,9 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.logs import log_to_stderr
 
-logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
+log_to_stderr()
 
 RUNS = Path("runs")
 
@@ -55,7 +56,7 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
-@click.option("--quiet", is_flag=True, help="Say nothing but errors.")
+@click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -81,6 +82,7 @@ def run(
     from ftkit.launch.config import JobConfig, default_engine, new_job_id
     from ftkit.launch.job import python_command, run_job
 
+    log_to_stderr(quiet=quiet)
     job = new_job_id()
     folder = (run_dir or RUNS / job).resolve()
     config = JobConfig(
@@ -93,12 +95,13 @@ def run(
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
+        quiet=quiet,
     )
     _ = config.times  # an inconsistent set of times is refused before anything starts
     stop = run_job(config, engine=engine or default_engine())
     if as_json:
         click.echo(json.dumps({"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}))
-    elif stop.code and not quiet:
+    elif stop.code:
         click.echo(f"ftkit: {stop.reason} (events in {folder})", err=True)
     sys.exit(stop.code)
 
@@ -125,14 +128,15 @@ def drill_list(as_json: bool) -> None:
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
 
-def drill_options(command: Any) -> Any:
-    """The options that every drill takes."""
-    for option in reversed(
-        [
+def drill_options(*, steps: int) -> Callable[[Any], Any]:
+    """The options that every drill takes; `steps` is the default length of the job."""
+
+    def add(command: Any) -> Any:
+        options = [
             click.option("--nproc", default=3, show_default=True, help="Ranks."),
             click.option("--nodes", default=1, show_default=True, help="Nodes."),
             click.option("--seed", default=0, show_default=True, help="Decides what is not given."),
-            click.option("--steps", default=200, show_default=True, help="Steps of the job."),
+            click.option("--steps", default=steps, show_default=True, help="Steps of the job."),
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--parity", default="", help="k+m, as for `ftkit run`."),
@@ -140,9 +144,11 @@ def drill_options(command: Any) -> Any:
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
         ]
-    ):
-        command = option(command)
-    return command
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 @drill.command("run")
@@ -151,7 +157,7 @@ def drill_options(command: Any) -> Any:
 @click.option(
     "--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many drills."
 )
-@drill_options
+@drill_options(steps=200)
 def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: Any) -> None:
     """Run the drill FAULT (see `ftkit drill list`; `all` picks faults by the seed).
 
@@ -165,7 +171,7 @@ def drill_run(fault: str, at: str | None, count: int, as_json: bool, **options: 
 @drill.command("demo")
 @click.option("--data", type=click.Path(path_type=Path), help="Text to train on.")
 @click.option("--report", type=click.Path(path_type=Path), default=Path("report.html"))
-@drill_options
+@drill_options(steps=240)
 def drill_demo(data: Path | None, report: Path, **options: Any) -> None:
     """The main job: train, lose a rank in the middle of a step, and end with the same bits."""
     from ftkit.launch.drill_command import run_demo

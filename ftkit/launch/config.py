@@ -95,6 +95,8 @@ class JobConfig:
     same_place_max: int = 3
     restarts_max: int = 100
     master_port: int = 0
+    quiet: bool = False
+    """Agents and coordinators write errors only, no warnings."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nproc < 1:

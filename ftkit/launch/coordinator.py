@@ -11,7 +11,6 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,14 @@ from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.rounds import Holding, RoundId
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, WireError
-from ftkit.core.ids import MemberId, NodeId, Term
+from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
-from ftkit.core.wire import Channel, connect
+from ftkit.core.wire import Line, connect
 from ftkit.launch.config import JobConfig
-from ftkit.launch.watch import Watch
-from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
-from ftkit.recovery.plan import Phase, Plan, Stop, adopt, first_plan
+from ftkit.launch.judge import Judge, rows_from_json
+from ftkit.recovery.facts import JobFacts, MemberFacts
+from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class Coordinator:
         self._number = number
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, NodeId | None, Any]] = queue.SimpleQueue()
-        self._lines: dict[NodeId, Channel] = {}
+        self._lines: dict[NodeId, Line] = {}
         self._dialling: set[NodeId] = set()
         self._silent_since: dict[NodeId, float] = {}
         self._heard: dict[NodeId, float] = {}
@@ -64,7 +63,7 @@ class Coordinator:
         self._interrupted = ""
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
-        self._watch = Watch(config)
+        self._judge = Judge(config)
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
@@ -89,7 +88,7 @@ class Coordinator:
                     pass
                 now = self._clock.now()
                 if now >= next_tick:
-                    self._watch.observer_woke(late_by_s=now - next_tick, at=now)
+                    self._judge.observer_woke(late_by_s=now - next_tick, at=now)
                     next_tick = now + tick_s
                     self._dial_missing()
                 self._lead(now)
@@ -127,17 +126,17 @@ class Coordinator:
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
-        before = self._reports.get(node)
-        if before is not None and before["boot"] != report["boot"]:
-            # Another agent: the ranks of the one before died with it.
-            for known in list(self._members.values()):
-                if known.node == node and known.stage is not Stage.FINISHED:
-                    self._members[known.member] = replace(known, stage=Stage.DEAD)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
         for member in members:
             self._members[member.member] = member
-        self._watch.take_report(node, report, members, at=self._clock.now())
+        self._judge.take_report(
+            node,
+            rows_from_json(report["rows"]),
+            members,
+            sent=float(report["at"]),
+            at=self._clock.now(),
+        )
 
     def _dial_missing(self) -> None:
         for node, address in self._agents.items():
@@ -178,9 +177,9 @@ class Coordinator:
         plan, decisions = advance(self._plan, facts, self._config.budget)
         if not decisions:
             return
-        halting = plan.phase is Phase.HALTING and self._plan.phase is not Phase.HALTING
+        halting = plan.mode is Mode.HALTING and self._plan.mode is not Mode.HALTING
         self._plan = plan
-        self._watch.take_plan(plan, at=now)
+        self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
         for decision in decisions:
@@ -207,12 +206,12 @@ class Coordinator:
             plan = first_plan(self._config.nodes, self._config.nproc, term=Term(self._number))
             reason = "the job begins"
         self.trace.event("decision", action="lead", reason=reason, term=plan.term)
-        self._watch.take_plan(plan, at=now)
+        self._judge.take_plan(plan, at=now)
         return plan
 
     def _facts(self, now: float) -> JobFacts:
         assert self._plan is not None, "facts are judged against a plan"
-        verdicts = self._watch.verdicts(self._plan, self._members, now)
+        verdicts = self._judge.verdicts(self._plan, self._members, now)
         for verdict in verdicts.fresh:
             self.trace.event(
                 "verdict",
@@ -231,19 +230,21 @@ class Coordinator:
             if node not in lost
             for copy in report["copies"]
         )
+        newest = Inventory(copies=copies).newest_complete()
         return JobFacts(
             awaited=self._awaited(copies, lost),
             members=self._members,
-            snapshots=frozenset(Inventory(copies=copies).complete()),
+            snapshots=frozenset({newest[1]} if newest else ()),
             evictions=verdicts.evictions,
             nodes_lost=lost,
+            boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
         )
 
     def _awaited(self, copies: tuple[Copy, ...], lost: frozenset[NodeId]) -> str:
         """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
         assert self._plan is not None, "facts are judged against a plan"
-        begun = self._plan.phase is Phase.FORMING and self._plan.world is not None
+        begun = self._plan.mode is Mode.FORMING and self._plan.world is not None
         if self._config.code is None or not begun:
             return ""
         parity = {n: r["parity"] for n, r in self._reports.items() if n not in lost}
@@ -286,7 +287,7 @@ class Coordinator:
     def _is_over(self, now: float) -> bool:
         """Whether the plan has ended and every agent that can be reached is through."""
         assert self._plan is not None, "there is a plan"
-        if self._plan.phase is not Phase.ENDED:
+        if self._plan.mode is not Mode.ENDED:
             return False
         lost = self._lost_nodes(now)
         through = {n for n, r in self._reports.items() if r.get("ended")}

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from ftkit.core.errors import FtkitError
+from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.config import new_job_id
@@ -21,8 +21,10 @@ from ftkit.launch.report import write_report
 #: Exit codes by the worst answer of a series.
 CODES = {Answer.PASS: 0, Answer.FAIL: 1, Answer.UNKNOWN: 2}
 
-#: The demo's job: steps of about 50 ms, and enough of them for a lost rank to come back.
-DEMO_STEPS = 240
+#: Fewer, and the demo's job may end before the lost rank is back. The fault strikes in the first
+#: fifth, and starting Python and torch beside ranks that train took from 60 steps to 120, on a
+#: machine of two cores that did other things too.
+DEMO_STEPS_MIN = 200
 
 
 def run_drills(
@@ -68,21 +70,18 @@ def run_drills(
 
 
 def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **given: Any) -> int:
-    """The main job: lose one rank in the middle of a step, and show that nothing was lost."""
+    """The main job: lose one rank in the middle of a step, and show that nothing was lost.
+
+    The seed decides the job's parameters and samples, and who is lost at which step.
+
+    Raises:
+      UsageError: the job is too short for the lost rank to come back.
+    """
     run_dir = given.pop("run_dir")
-    job = Job(**given | {"steps": max(given["steps"], DEMO_STEPS), "data": data})
+    job, drill = demo(seed=seed, data=data, **given)
     root = (run_dir or Path("runs") / f"demo-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
     reference = _undisturbed(job, root / "reference", console, quiet=as_json)
-    drill = Drill(
-        fault=Kind.KILL.value,
-        phase=Point.ALL_REDUCE,
-        seat=1 % job.world_size,
-        step=30,
-        bucket=0,
-        delay_s=0.001,
-        seed=seed,
-    )
     title = f"the same, with rank {drill.seat} killed in step {drill.step}"
     with _shown(root / "disturbed", console, job.steps, title, quiet=as_json):
         outcome, events = run_drill(drill, job, reference, root / "disturbed")
@@ -93,6 +92,20 @@ def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **giv
         console.print(summary(outcome))
         console.print(f"report: {report}    events: {root}", highlight=False)
     return CODES[outcome.outcome]
+
+
+def demo(*, seed: int, data: Path | None, **given: Any) -> tuple[Job, Drill]:
+    """The demo's job and drill, as the command line asks for them; pure."""
+    # A script of the user's has its own seed and its own length.
+    bundled = given["script"] is None
+    if bundled and given["steps"] < DEMO_STEPS_MIN:
+        raise UsageError(
+            f"the demo needs --steps {DEMO_STEPS_MIN} or more, got {given['steps']}: in fewer the "
+            "lost rank would not be back before the end"
+        )
+    job = Job(**given, data=data, workload=("--seed", str(seed)) if bundled else ())
+    phase = Point.ALL_REDUCE.value
+    return job, choose(Kind.KILL.value, phase, seed=seed, nproc=job.world_size, steps=job.steps)
 
 
 def _undisturbed(job: Job, run_dir: Path, console: Console, *, quiet: bool) -> list[dict[str, Any]]:

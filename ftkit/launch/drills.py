@@ -21,6 +21,7 @@ from ftkit.core.trace import Trace, read_run
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
+from ftkit.launch.event_tail import EventTail
 from ftkit.launch.job import python_command, run_job
 from ftkit.recovery.plan import Stop
 
@@ -300,15 +301,14 @@ class CoordinatorKiller:
     def __init__(self, drill: Drill, run_dir: Path) -> None:
         self._step = drill.step
         self._run_dir = run_dir
+        self._tail = EventTail(run_dir)
         self._done = False
 
     def poll(self, engine: Engine) -> None:
         """Strike when it is time. Called while the job runs."""
         if self._done:
             return
-        reached = any(
-            e["kind"] == "commit" and e["step"] >= self._step for e in read_run(self._run_dir)
-        )
+        reached = any(e["kind"] == "commit" and e["step"] >= self._step for e in self._tail.poll())
         if reached:
             self._done = True
             with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:

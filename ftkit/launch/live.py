@@ -3,7 +3,7 @@
 import json
 import threading
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,49 +14,11 @@ from rich.text import Text
 
 from ftkit.core.trace import read_run
 from ftkit.launch.checker import Answer, Outcome
+from ftkit.launch.event_tail import EventTail
 from ftkit.launch.report_view import RunView, Story, duration
 
-_CHUNK_BYTES = 1 << 20
 #: More would push the progress bar off a small terminal.
 _STORIES_SHOWN = 12
-
-
-class Tail:
-    """Reads what was added to a run's event files since the last time. One thread's object."""
-
-    def __init__(self, run_dir: Path) -> None:
-        """Follow `run_dir`/events/*.jsonl; neither the folder nor a file need exist yet."""
-        self._events = run_dir / "events"
-        self._read_to: dict[Path, int] = {}
-        self.unreadable = 0
-        """Whole lines that were not JSON objects with a time."""
-
-    def poll(self) -> list[dict[str, Any]]:
-        """The new events of all files, in order of time. A half-written line waits for its end."""
-        events = []
-        for path in sorted(self._events.glob("*.jsonl")):
-            events += self._poll_file(path)
-        return sorted(events, key=lambda e: float(e["mono"]))
-
-    def _poll_file(self, path: Path) -> list[dict[str, Any]]:
-        start = self._read_to.get(path, 0)
-        data = b""
-        with path.open("rb") as file:
-            file.seek(start)
-            while chunk := file.read(_CHUNK_BYTES):
-                data += chunk
-        end = data.rfind(b"\n") + 1
-        self._read_to[path] = start + end
-        events = []
-        for line in data[:end].splitlines():
-            try:
-                event = json.loads(line)
-                float(event["mono"])
-            except (ValueError, TypeError, KeyError):
-                self.unreadable += 1
-                continue
-            events.append(event)
-        return events
 
 
 def watch(
@@ -84,7 +46,7 @@ def watch(
       interval_s: how often to look.
     """
     console = console or Console()
-    tail, view = Tail(run_dir), RunView()
+    tail, view = EventTail(run_dir), RunView()
     screen: _Bar | _Lines
     screen = _Bar(console, title, steps) if console.is_terminal else _Lines(console, title, steps)
     with screen:

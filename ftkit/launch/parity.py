@@ -31,7 +31,7 @@ from ftkit.core.ids import Generation, JobId, NodeId
 from ftkit.core.trace import Trace
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 
 logger = logging.getLogger(__name__)
 
@@ -151,9 +151,9 @@ class ParityTier:
         self._holder.repin()
         with self._lock:
             plan, nodes = self._plan, sorted(self._stores)
-        if plan.phase is Phase.FORMING and plan.world is not None:
+        if plan.mode is Mode.FORMING and plan.world is not None:
             self._recover(plan)
-        elif plan.phase is Phase.RUNNING:
+        elif plan.mode is Mode.RUNNING:
             if nodes and nodes[0] == self._node and len(nodes) >= sum(self._code):
                 self._lead()
             self._scrub_if_due()
@@ -277,7 +277,7 @@ class ParityTier:
 
     def _is_forming(self, plan: Plan) -> bool:
         with self._lock:
-            return self._plan.phase is Phase.FORMING and self._plan.halted == plan.halted
+            return self._plan.mode is Mode.FORMING and self._plan.halted == plan.halted
 
     # In idle time.
 

@@ -9,13 +9,13 @@ Both get the job from the environment, never from the command line, which anybod
 """
 
 import json
-import logging
 import os
 import signal
 import sys
 
 from ftkit.core.ids import NodeId
 from ftkit.launch.config import JobConfig
+from ftkit.launch.logs import log_to_stderr
 
 JOB = "FTKIT_JOB_CONFIG"
 SECRET = "FTKIT_JOB_SECRET"
@@ -25,8 +25,8 @@ HOST = "127.0.0.1"
 
 def main(argv: list[str]) -> int:
     """Run one process of the engine. Returns its exit code."""
-    logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
     config = JobConfig.from_json(os.environ.pop(JOB))
+    log_to_stderr(quiet=config.quiet)
     secret = os.environ.pop(SECRET)
     # Ctrl-C is the command's to answer: it tells the coordinator, which ends the job.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

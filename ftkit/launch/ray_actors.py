@@ -5,7 +5,6 @@ comes in a method call, never in a constructor: Ray's control store keeps constr
 arguments, while those of a call go straight from process to process.
 """
 
-import logging
 import os
 import socket
 import sys
@@ -19,8 +18,7 @@ from ftkit.core.ids import NodeId
 from ftkit.launch.agent import Agent
 from ftkit.launch.config import JobConfig
 from ftkit.launch.coordinator import Coordinator
-
-logger = logging.getLogger(__name__)
+from ftkit.launch.logs import log_to_stderr
 
 #: What belongs to a machine, so that the driver's value says nothing to another one.
 OF_THE_NODE = ("HOSTNAME", "TMPDIR", "XDG_RUNTIME_DIR")
@@ -48,7 +46,6 @@ class AgentHost:
     """
 
     def __init__(self) -> None:
-        logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
         self._agent: Agent | None = None
         self._thread: threading.Thread | None = None
 
@@ -87,6 +84,7 @@ class AgentHost:
           CapacityError: shared memory is full.
         """
         job = JobConfig.from_json(config)
+        log_to_stderr(quiet=job.quiet)
         if job.cwd and not Path(job.cwd).is_dir():
             raise UsageError(
                 f"node {node} ({socket.gethostname()}) has no directory {job.cwd}; start from a "
@@ -148,7 +146,6 @@ class CoordinatorHost:
     """Hosts one coordinator. `run` blocks a thread of Ray's while others are free to call."""
 
     def __init__(self) -> None:
-        logging.basicConfig(level=logging.WARNING, format="ftkit %(name)s: %(message)s")
         self._lock = threading.Lock()
         self._coordinator: Coordinator | None = None
         self._interrupted = ""
@@ -161,7 +158,9 @@ class CoordinatorHost:
         self, config: str, secret: str, agents: Sequence[tuple[str, int]], number: int
     ) -> tuple[int, str]:
         """Lead the job to its end. Returns its exit code and the reason."""
-        coordinator = Coordinator(JobConfig.from_json(config), secret, agents, number=number)
+        job = JobConfig.from_json(config)
+        log_to_stderr(quiet=job.quiet)
+        coordinator = Coordinator(job, secret, agents, number=number)
         with self._lock:
             self._coordinator = coordinator
             if self._interrupted:

@@ -1,4 +1,4 @@
-"""Simulator: a whole job with the real protocol on a fake clock, network and set of machines.
+"""Simulator: a whole job with the real detector and protocol on fake clock, network and hosts.
 
 One seed decides everything: the job's shape, every delay, every fault. Safety is checked at
 every move (`simulator_checks`); then the faults stop, and within `RECOVERY_S` virtual seconds
@@ -12,26 +12,28 @@ import argparse
 import heapq
 import random
 import sys
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.verdict import Fault as Wrong
+from ftkit.launch.config import JobConfig
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState
 from ftkit.launch.simulator_faults import Fault, Kind, schedule
-from ftkit.launch.simulator_hosts import SNAPSHOTS_KEPT, Disk, Report, SimAgent, SimCoordinator
+from ftkit.launch.simulator_hosts import SNAPSHOTS_KEPT, Report, SimAgent, SimCoordinator
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
-from ftkit.recovery.plan import Phase, Plan, Stop
+from ftkit.recovery.plan import Mode, Plan, Stop
 
 #: Virtual time at which every fault is over.
 HEALED_S = 10.0
 #: Virtual time after that within which the job must have recovered, and ended.
 RECOVERY_S = 60.0
-#: A rank that stands still longer than this is evicted.
-STALL_LIMIT_S = 1.5
+#: What the simulated job calls a stall; every other time of it follows from this.
+MAX_STALL_S = 2.0
 #: Where training never ends by itself, so that faults have time to happen.
 FOREVER = 1_000_000
 
@@ -42,7 +44,6 @@ class _Link:
 
     up: bool = False
     epoch: int = 0
-    blocked_until_s: float = 0.0
     last_s: dict[MemberId, float] = field(default_factory=dict)
 
 
@@ -57,32 +58,31 @@ class Outcome:
     faults: int
     """Faults that struck."""
     restarts: int
-
-
-class StallDetector:
-    """Evicts ranks that have been stopped for too long. Stands in for `ftkit.detection`."""
-
-    def __init__(self, ranks: Mapping[MemberId, SimRank]) -> None:
-        self._ranks = ranks
-
-    def evictions(self, now_s: float) -> Mapping[MemberId, str]:
-        """Members stopped for more than `STALL_LIMIT_S`."""
-        return {
-            member: f"stopped for {now_s - rank.stopped_since:.1f} s"
-            for member, rank in self._ranks.items()
-            if rank.alive
-            and rank.stopped_since is not None
-            and now_s - rank.stopped_since > STALL_LIMIT_S
-        }
+    worlds: int
+    """Generations that were entered, or offered."""
+    verdicts: Mapping[Wrong, int]
+    """How often the detector concluded what."""
 
 
 class Simulation:
     """One job. `run` plays it to its end; single-threaded, used once."""
 
     def __init__(
-        self, seed: int, *, faults: list[Fault] | None = None, verbose: bool = False
+        self,
+        seed: int,
+        *,
+        faults: list[Fault] | None = None,
+        shape: tuple[int, int] | None = None,
+        verbose: bool = False,
     ) -> None:
-        """Draw the job from `seed`; `faults` replaces its schedule where a test wants one."""
+        """Draw the job from `seed`.
+
+        Args:
+          seed: decides everything that is not given.
+          faults: in place of its schedule of faults.
+          shape: nodes and seats on each, in place of its own.
+          verbose: print every event.
+        """
         self.seed = seed
         self.rng = rng = random.Random(seed)
         self.now = 0.0
@@ -90,6 +90,17 @@ class Simulation:
         self.seats_per_node = rng.randint(1, 3) if self.nodes > 1 else rng.randint(2, 5)
         if self.nodes * self.seats_per_node > 6:
             self.seats_per_node = 2
+        if shape is not None:
+            self.nodes, self.seats_per_node = shape
+        self.config = JobConfig(
+            job=f"sim-{seed}",
+            command=("simulated",),
+            nodes=self.nodes,
+            nproc=self.seats_per_node,
+            max_stall_s=MAX_STALL_S,
+        )
+        self.times = self.config.times
+        self.verdicts: Counter[Wrong] = Counter()
         self.slots = rng.randint(1, 8)
         self.endless = rng.random() < 0.5
         self.until = FOREVER if self.endless else rng.randint(6, 14)
@@ -99,7 +110,7 @@ class Simulation:
             self.budget = BudgetConfig(same_place_max=1000, restarts_max=100_000)
         self.forgetful = rng.random() < 0.5
         self.unborn_say_halted = rng.random() < 0.5
-        self._step_s = rng.choice((0.05, 0.3)) if not self.endless else 0.4
+        self.step_s = rng.choice((0.05, 0.3)) if not self.endless else 0.4
         self.faults = (
             schedule(rng, count=rng.randint(0, 8), until_s=HEALED_S - 2)
             if faults is None
@@ -107,7 +118,6 @@ class Simulation:
         )
         self.checker = Checker(self.slots)
         self.ranks: dict[MemberId, SimRank] = {}
-        self.disks = {NodeId(n): Disk() for n in range(self.nodes)}
         self.agents: dict[NodeId, SimAgent] = {}
         self.ended: Stop | None = None
         self.struck = 0
@@ -116,23 +126,31 @@ class Simulation:
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
         self._links: dict[tuple[MemberId, MemberId], _Link] = {}
-        self._deaf_until = dict.fromkeys(self.disks, 0.0)
-        self._slow_until = dict.fromkeys(self.disks, 0.0)
+        #: Until when two seats cannot connect, whoever sits there.
+        self._cut_until: dict[frozenset[Seat], float] = {}
+        nodes = [NodeId(n) for n in range(self.nodes)]
+        self._deaf_until = dict.fromkeys(nodes, 0.0)
+        self._slow_until = dict.fromkeys(nodes, 0.0)
         self._fifo_s: dict[object, float] = {}
         self._passed: dict[str, int] = {}
         self._log: deque[tuple[float, str, MemberId | None, str]] = deque(maxlen=60)
         self._healed = False
         self._whole_again = False
-        for node, disk in self.disks.items():
-            self.agents[node] = SimAgent(self, node, disk)
+        self._boots = 0
+        for node in nodes:
+            self._boot(node)
         self._term = Term(1)
-        self._detector = StallDetector(self.ranks)
-        self.coordinator = SimCoordinator(self, self._detector, self._term)
+        self.coordinator = SimCoordinator(self, self._term)
         self.coordinator.start()
         for fault in self.faults:
             if not fault.point:
                 self.after(fault.at_s, self._strike, fault, None)
         self.after(HEALED_S, self._heal)
+
+    @property
+    def size(self) -> int:
+        """Ranks of the whole job."""
+        return self.nodes * self.seats_per_node
 
     def run(self) -> Outcome:
         """Play the job to its end.
@@ -159,6 +177,8 @@ class Simulation:
             events=self.handled,
             faults=self.struck,
             restarts=plan.restarts if plan else 0,
+            worlds=self.checker.worlds,
+            verdicts=dict(self.verdicts),
         )
 
     def _play(self) -> None:
@@ -174,6 +194,8 @@ class Simulation:
         """Whether a fault can have made the job stop by rights."""
         if "before it joined the job" in stop.reason:
             return self.struck > 0
+        if "could not reach each other" in stop.reason:
+            return any(fault.kind is Kind.CUT_LINK for fault in self.faults)
         return self.tight_budget and "replac" in stop.reason
 
     # Time, chance and messages: what the simulated processes use.
@@ -191,7 +213,7 @@ class Simulation:
 
     def compute_s(self) -> float:
         """The time of a forward and backward pass."""
-        return self._step_s * self.rng.uniform(0.8, 1.3)
+        return self.step_s * self.rng.uniform(0.8, 1.3)
 
     def note(self, kind: str, rank: SimRank | None, text: str) -> None:
         """Remember an event for the report of a failure."""
@@ -215,7 +237,8 @@ class Simulation:
         if peer == rank.member:
             return True
         link, other = self._link(rank.member, peer), self.ranks[peer]
-        if not link.up and other.alive and self.now >= link.blocked_until_s:
+        cut_until = self._cut_until.get(frozenset({rank.seat, other.seat}), 0.0)
+        if not link.up and other.alive and self.now >= cut_until:
             link.up, link.epoch = True, link.epoch + 1
         return link.up
 
@@ -316,15 +339,15 @@ class Simulation:
 
     def seal(self, node: NodeId, seat: Seat, state: TrainingState) -> None:
         """A snapshot is complete in a seat's arena, which keeps the newest few."""
-        arena = self.disks[node].arenas.setdefault(seat, [])
+        arena = self.agents[node].arenas.setdefault(seat, [])
         others = [s for s in arena if s.step != state.step]
         arena[:] = [*others[-(SNAPSHOTS_KEPT - 1) :], state]
 
     def forget_newer(self, seat: Seat, state: TrainingState) -> None:
         """What a predecessor left in this arena beyond `state` is of another history."""
-        for disk in self.disks.values():
-            if seat in disk.arenas:
-                disk.arenas[seat] = [s for s in disk.arenas[seat] if s.step <= state.step]
+        for agent in self.agents.values():
+            if seat in agent.arenas:
+                agent.arenas[seat] = [s for s in agent.arenas[seat] if s.step <= state.step]
 
     def snapshot(self, step: Step, attempt: Generation | None) -> TrainingState | None:
         """A sealed snapshot of `step`: of that attempt, or else of the newest one."""
@@ -332,9 +355,9 @@ class Simulation:
             return TrainingState()
         found = [
             s
-            for node, disk in self.disks.items()
-            if self.agents[node].alive
-            for arena in disk.arenas.values()
+            for agent in self.agents.values()
+            if agent.alive
+            for arena in agent.arenas.values()
             for s in arena
             if s.step == step and attempt in (None, s.attempt)
         ]
@@ -379,16 +402,19 @@ class Simulation:
                 self._kill_coordinator(fault.duration_s)
             case Kind.LOSE_NODE:
                 self._lose_node(node, fault.duration_s)
+            case Kind.LOSE_NODE_AND_COORDINATOR:
+                self._kill_coordinator(fault.duration_s)
+                self._lose_node(node, fault.duration_s)
             case Kind.STOP_RANK:
                 if victim.stopped_since is None:
                     victim.stopped_since = self.now
                     self.after(fault.duration_s, self._continue, victim)
             case Kind.CUT_LINK:
-                other = alive[(fault.target + 1) % len(alive)].member
-                if other != victim.member:
-                    link = self._link(victim.member, other)
-                    link.blocked_until_s = self.now + fault.duration_s
-                    self._break(victim.member, other, lossy=True)
+                other = alive[(fault.target + 1) % len(alive)]
+                if other is not victim:
+                    ends = frozenset({victim.seat, other.seat})
+                    self._cut_until[ends] = self.now + fault.duration_s
+                    self._break(victim.member, other.member, lossy=True)
             case Kind.DEAF_NODE:
                 self._deaf_until[node] = max(self._deaf_until[node], self.now + fault.duration_s)
             case Kind.SLOW_PLANS:
@@ -408,7 +434,7 @@ class Simulation:
 
     def _new_coordinator(self) -> None:
         self._term = Term(self._term + 1)
-        self.coordinator = SimCoordinator(self, self._detector, self._term)
+        self.coordinator = SimCoordinator(self, self._term)
         self.coordinator.start()
 
     def _lose_node(self, node: NodeId, duration_s: float) -> None:
@@ -422,17 +448,20 @@ class Simulation:
 
     def _revive(self, node: NodeId) -> None:
         self.note("agent", None, f"node {node} is back")
-        self.agents[node] = SimAgent(self, node, self.disks[node])
+        self._boot(node)
+
+    def _boot(self, node: NodeId) -> None:
+        self._boots += 1
+        self.agents[node] = SimAgent(self, node, Boot(f"boot-{self._boots}"))
 
     # Liveness.
 
     def _heal(self) -> None:
         self._healed = True
         self.note("HEALED", None, "")
-        for node in self.disks:
+        for node in self.agents:
             self._deaf_until[node] = self._slow_until[node] = 0.0
-        for link in self._links.values():
-            link.blocked_until_s = 0.0
+        self._cut_until.clear()
         for rank in list(self.ranks.values()):
             self._continue(rank)
         self._look()
@@ -448,7 +477,7 @@ class Simulation:
 
     def _whole(self) -> bool:
         plan = self.coordinator.plan
-        if plan is None or plan.phase is not Phase.RUNNING or plan.world is None:
+        if plan is None or plan.mode is not Mode.RUNNING or plan.world is None:
             return False
         members = [self.ranks[m] for m in plan.world.member_ids]
         return len(members) == len(plan.seats) and all(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import World
 from ftkit.recovery.facts import JobFacts, Stage
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 from ftkit.recovery.protocol import gone
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ class Checker:
         self._commits: dict[tuple[Step, Generation], int] = {}
         self._attempt_lineage: dict[tuple[Step, Generation], int] = {}
 
+    @property
+    def worlds(self) -> int:
+        """How many worlds were issued."""
+        return len(self._worlds)
+
     def revised(
         self, before: Plan, after: Plan, facts: JobFacts, ranks: dict[MemberId, "SimRank"]
     ) -> None:
@@ -75,7 +80,7 @@ class Checker:
             f"I1: generations fell between {before} and {after}",
         )
         self._require(
-            before.phase is not Phase.ENDED, f"I5: plan {after.order} follows one that ended"
+            before.mode is not Mode.ENDED, f"I5: plan {after.order} follows one that ended"
         )
         for world in (after.world, after.joining):
             if world is None or self._worlds.get(world.generation) == world.member_ids:

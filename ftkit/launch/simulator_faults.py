@@ -20,6 +20,8 @@ class Kind(StrEnum):
     KILL_COORDINATOR = auto()
     LOSE_NODE = auto()
     """The agent and its ranks die; a new agent comes up after `duration_s`."""
+    LOSE_NODE_AND_COORDINATOR = auto()
+    """As a host does that had both: nobody is left who knew the members of the node."""
     STOP_RANK = auto()
     """SIGSTOP, and SIGCONT after `duration_s`."""
     CUT_LINK = auto()
@@ -29,7 +31,7 @@ class Kind(StrEnum):
     SLOW_PLANS = auto()
     """Plans to a node are late."""
     REFUSE = auto()
-    """A rank votes against its next step."""
+    """A rank votes with other gradients than the rest, so that its next step does not pass."""
 
 
 #: Points that every step passes; the others come a few times in a job.
@@ -80,6 +82,7 @@ def schedule(rng: random.Random, *, count: int, until_s: float) -> list[Fault]:
         Kind.KILL_JOINER: 4,
         Kind.KILL_COORDINATOR: 4,
         Kind.LOSE_NODE: 2,
+        Kind.LOSE_NODE_AND_COORDINATOR: 2,
         Kind.STOP_RANK: 4,
         Kind.CUT_LINK: 4,
         Kind.DEAF_NODE: 2,

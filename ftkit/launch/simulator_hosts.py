@@ -1,66 +1,47 @@
 """SimAgent and SimCoordinator: the drivers around the pure protocol, as the simulator has them.
 
-What survives an agent is in its `Disk`: which members were ever spawned there, the newest
-plan, and the seats' arenas.
+An agent takes with it all it knew and all it held, the seats' arenas among it: the next one
+on its node begins with nothing but another `boot`.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.detection.observations import ProcessFacts
+from ftkit.detection.row import Row
+from ftkit.launch.judge import Judge
 from ftkit.launch.simulator_checks import TrainingState
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
-from ftkit.recovery.plan import Phase, Plan, adopt, first_plan
+from ftkit.recovery.plan import Mode, Plan, adopt, first_plan
 from ftkit.recovery.protocol import advance
 
 if TYPE_CHECKING:
     from ftkit.launch.simulator import Simulation
 
-HEARTBEAT_S = 0.5
-NODE_LIMIT_S = 2.0
 SNAPSHOTS_KEPT = 2
-
-
-@dataclass(slots=True)
-class Disk:
-    """What a node keeps when its agent dies. Owned by the node's agent and ranks."""
-
-    spawned: set[MemberId] = field(default_factory=set)
-    plan: Plan | None = None
-    arenas: dict[Seat, list[TrainingState]] = field(default_factory=dict)
-
-
-class Detector(Protocol):
-    """What the coordinator asks of detection."""
-
-    def evictions(self, now_s: float) -> Mapping[MemberId, str]:
-        """Members to remove now, with the reason; said again while it holds."""
 
 
 class SimAgent:
     """The agent of one node: spawns and kills, relays standings up and plans down."""
 
-    def __init__(self, sim: "Simulation", node: NodeId, disk: Disk) -> None:
-        self.sim, self.node, self.disk = sim, node, disk
+    def __init__(self, sim: "Simulation", node: NodeId, boot: Boot) -> None:
+        self.sim, self.node, self.boot = sim, node, boot
         self.alive = True
         self.ranks: dict[Seat, SimRank] = {}
-        self.plan: Plan | None = disk.plan
+        self.arenas: dict[Seat, list[TrainingState]] = {}
+        self.plan: Plan | None = None
+        self._spawned: set[MemberId] = set()
         self._facts: dict[MemberId, MemberFacts] = {}
         self._dirty = False
-        sim.after(0.0, self._start)
-
-    def _start(self) -> None:
-        # The plan its predecessor left is carried out before a newer one is heard of: the
-        # newest may be this one, and nobody would send it again.
-        self._carry_out()
-        self._beat()
+        sim.after(0.0, self._beat)
 
     def _beat(self) -> None:
         if self.alive:
             self._flush(True)
-            self.sim.after(HEARTBEAT_S, self._beat)
+            self.sim.after(self.sim.times.tick_s, self._beat)
 
     def told(self, facts: MemberFacts) -> None:
         """A rank says where it stands."""
@@ -94,29 +75,22 @@ class SimAgent:
         if not self.alive or self.sim.is_deaf(self.node):
             return
         if self.plan is None or plan.order > self.plan.order:
-            self.plan = self.disk.plan = plan
+            self.plan = plan
             for rank in list(self.ranks.values()):
                 self.sim.after(0.001, rank.do, rank.take_plan, plan)
             self._carry_out()
 
     def _carry_out(self) -> None:
-        if not self.alive or self.plan is None or self.plan.phase is Phase.ENDED:
+        if not self.alive or self.plan is None or self.plan.mode is Mode.ENDED:
             return
         for rank in list(self.ranks.values()):
             if rank.member in self.plan.evicted or self.plan.seat_of(rank.member) is None:
                 # Those that can leave by themselves get a moment for it.
                 self.sim.after(0.1, self.sim.kill, rank)
         for seat in self.plan.seats:
-            if seat.node != self.node or seat.seat in self.ranks:
+            if seat.boot != self.boot or seat.seat in self.ranks or seat.member in self._spawned:
                 continue
-            if seat.member in self.disk.spawned:
-                # Spawned by an agent that died since, and all its ranks with it.
-                lost = MemberFacts(
-                    member=seat.member, seat=seat.seat, node=self.node, stage=Stage.DEAD
-                )
-                self._facts.setdefault(seat.member, lost)
-                continue
-            self.disk.spawned.add(seat.member)
+            self._spawned.add(seat.member)
             rank = self.ranks[seat.seat] = self.sim.spawn(seat.member, seat.seat, self.node)
             self._facts[seat.member] = rank.facts()
             if not self._passes_spawn(rank):
@@ -150,8 +124,10 @@ class SimAgent:
         # whole, so the agent relays it untouched.
         return Report(
             members=dict(self._facts),
-            snapshots=frozenset(s.step for arena in self.disk.arenas.values() for s in arena),
+            snapshots=frozenset(s.step for arena in self.arenas.values() for s in arena),
             plan=self.plan,
+            boot=self.boot,
+            rows=[(rank.seat, *rank.row()) for rank in self.ranks.values() if rank.alive],
         )
 
 
@@ -162,13 +138,17 @@ class Report:
     members: Mapping[MemberId, MemberFacts]
     snapshots: frozenset[Step]
     plan: Plan | None
+    boot: Boot
+    rows: Sequence[tuple[Seat, Row, ProcessFacts]]
 
 
 class SimCoordinator:
     """One coordinator: waits for every living agent, adopts, then advances the plan."""
 
-    def __init__(self, sim: "Simulation", detector: Detector, term: Term) -> None:
-        self.sim, self.detector, self.term = sim, detector, term
+    def __init__(self, sim: "Simulation", term: Term) -> None:
+        self.sim, self.term = sim, term
+        self._judge = Judge(sim.config)
+        self._evictions: Mapping[MemberId, str] = {}
         self.alive = True
         self.plan: Plan | None = None
         self._reports: dict[NodeId, Report] = {}
@@ -187,8 +167,11 @@ class SimCoordinator:
             for agent in self.sim.agents.values():
                 if agent.node not in self._reports:
                     self.sim.to_coordinator(agent, True)
+        if self.plan is not None:
+            # Once a tick, and not at every report: the simulation is fast enough so.
+            self._evictions = self._judged(self.plan)
         self._advance()
-        self.sim.after(0.25, self._tick)
+        self.sim.after(self.sim.times.tick_s, self._tick)
 
     def hear(self, agent: SimAgent, report: Report) -> None:
         """An agent's report arrives."""
@@ -196,6 +179,13 @@ class SimCoordinator:
             return
         self._reports[agent.node] = report
         self._heard[agent.node] = self.sim.now
+        self._judge.take_report(
+            agent.node,
+            report.rows,
+            list(report.members.values()),
+            sent=self.sim.now,
+            at=self.sim.now,
+        )
         self._advance()
         order = report.plan.order if report.plan else (-1, -1)
         if self.plan is not None and order < self.plan.order:
@@ -206,7 +196,7 @@ class SimCoordinator:
             return
         assert self.plan is not None, "taken over"
         before = self.plan
-        if before.phase is Phase.ENDED:
+        if before.mode is Mode.ENDED:
             return
         facts = self._facts()
         after = before
@@ -217,6 +207,7 @@ class SimCoordinator:
             self.sim.note(decision.action, None, f"{decision.reason} {decision.fields}")
         self.sim.checker.revised(before, after, facts, self.sim.ranks)
         self.plan = after
+        self._judge.take_plan(after, at=self.sim.now)
         for node in self.sim.agents:
             self.sim.to_agent(node, after)
         if after.stop is not None:
@@ -233,6 +224,7 @@ class SimCoordinator:
             self.plan = adopt(copies, term=self.term)
         else:
             self.plan = first_plan(self.sim.nodes, self.sim.seats_per_node, term=self.term)
+        self._judge.take_plan(self.plan, at=self.sim.now)
         self.sim.note("adopt", None, f"{len(copies)} copies, now {self.plan.order}")
         for node in self.sim.agents:
             self.sim.to_agent(node, self.plan)
@@ -240,17 +232,30 @@ class SimCoordinator:
 
     def _facts(self) -> JobFacts:
         now = self.sim.now
-        members = {m: f for r in self._reports.values() for m, f in r.members.items()}
         lost = frozenset(
-            n for n in self.sim.agents if now - self._heard.get(n, self._born_s) > NODE_LIMIT_S
+            n
+            for n in self.sim.agents
+            if now - self._heard.get(n, self._born_s) > self.sim.times.node_s
         )
         reachable = [r for n, r in self._reports.items() if n not in lost]
         return JobFacts(
-            members=members,
+            members=self._members(),
             snapshots=frozenset(s for r in reachable for s in r.snapshots),
-            evictions=self.detector.evictions(now),
+            evictions=self._evictions,
             nodes_lost=lost,
+            boots={n: r.boot for n, r in self._reports.items()},
         )
+
+    def _members(self) -> dict[MemberId, MemberFacts]:
+        return {m: f for r in self._reports.values() for m, f in r.members.items()}
+
+    def _judged(self, plan: Plan) -> Mapping[MemberId, str]:
+        """Who has to go, as the real judge and detector see it."""
+        findings = self._judge.verdicts(plan, self._members(), self.sim.now)
+        for verdict in findings.fresh:
+            self.sim.note("verdict", None, f"{verdict.fault}: {verdict.reason}")
+            self.sim.verdicts[verdict.fault] += 1
+        return findings.evictions
 
 
 def _ended(told: MemberFacts, stage: Stage, code: int | None) -> MemberFacts:

@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.core.world import World
+from ftkit.detection.observations import ProcessFacts
+from ftkit.detection.row import Phase, Row
 from ftkit.launch.simulator_checks import TrainingState, slots_of
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.member import Duty, Standing, react
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 from ftkit.recovery.vote import Ballot, tally
 
 if TYPE_CHECKING:
     from ftkit.launch.simulator import Simulation
+
+
+#: What a rank is doing in a step, as its row says it; anything else is user code.
+_PHASES = {"reduce": Phase.REDUCE, "vote": Phase.VOTE}
 
 
 class SimRank:
@@ -35,6 +41,7 @@ class SimRank:
         self.linked = Generation(0)
         self.prepared = Generation(0)
         self.voted = False
+        self.cut: frozenset[MemberId] = frozenset()
         self.stepping = False
         self.broken_setup = False
         self.refuses = False
@@ -52,12 +59,50 @@ class SimRank:
         self._shares: dict[tuple[Generation, int], dict[MemberId, range]] = {}
         self._ballots: dict[tuple[Generation, int], dict[MemberId, Ballot]] = {}
         self._unsealed: TrainingState | None = None
+        self._to_cast = 0
+        self._warm = False
+        self._shown = self._place()
+        self._moved_s = sim.now
         self._later(sim.rng.uniform(0.01, 0.4), self._hello)
 
     @property
     def step(self) -> Step | None:
         """Steps committed; None without state."""
         return self._state.step if self._state else None
+
+    def _place(self) -> tuple[Phase, Step, Generation]:
+        """Where the training thread stands, as it would put it into its row."""
+        played = Step(0 if self.step is None else self.step + 1)
+        if self.stage is Stage.ACTIVE:
+            phase = _PHASES.get(self._doing, Phase.FORWARD)
+            if self.step is None:
+                phase = Phase.RECOVERY if self.stepping else Phase.SETUP
+        else:
+            phase = {Stage.STARTING: Phase.STARTING, Stage.DONE: Phase.DONE}.get(
+                self.stage, Phase.RECOVERY
+            )
+        return phase, played, self.generation
+
+    def row(self) -> tuple[Row, ProcessFacts]:
+        """What its agent reads in shared memory, and in /proc. Its collectives leave no trace."""
+        phase, step, generation = self._shown
+        beat = self.sim.now if self.stopped_since is None else self.stopped_since
+        return Row(
+            member=self.member,
+            pid=self.member + 1,
+            generation=generation,
+            step=step,
+            phase=phase,
+            group=0,
+            entered=-1,
+            left=-1,
+            op="",
+            t_progress_ns=int(self._moved_s * 1e9),
+            t_enter_ns=0,
+            t_heartbeat_ns=int(beat * 1e9),
+            allowance_ns=0,
+            warm=self._warm,
+        ), ProcessFacts(state="S" if self.stopped_since is None else "T", cpu_ticks=0, rss_bytes=0)
 
     def facts(self) -> MemberFacts:
         """What its agent knows of it once told."""
@@ -70,6 +115,7 @@ class SimRank:
             linked=self.linked,
             step=self.step,
             voted=self.voted,
+            cut=self.cut,
             stepping=self.stepping,
             port=1 if self._greeted else 0,
         )
@@ -82,6 +128,8 @@ class SimRank:
             self.backlog.append((action, args))
             return
         action(*args)
+        if (place := self._place()) != self._shown:
+            self._shown, self._moved_s = place, self.sim.now
 
     def wake(self) -> None:
         """SIGCONT: everything that waited happens at once, in order."""
@@ -124,7 +172,7 @@ class SimRank:
         self.plan = plan
         if not self._begun:
             self._begun = True
-            if plan.world is None or plan.phase is Phase.FORMING:
+            if plan.world is None or plan.mode is Mode.FORMING:
                 # Its script sets up inside a world, with collectives.
                 self._ready(False)
             else:
@@ -214,8 +262,10 @@ class SimRank:
 
     def _resume(self, world: World, step: Step) -> None:
         self.sim.checker.resumes(self, step)
-        if not all(self.sim.connect(self, m.member) for m in world.members):
-            self.halt(world.generation, "a member cannot be reached")
+        away = [m.member for m in world.members if not self.sim.connect(self, m.member)]
+        if away:
+            self.cut = frozenset(away)
+            self.halt(world.generation, f"members {away} cannot be reached")
             self.heed()
             return
         forward = self._state is not None and step == self._state.step + 1
@@ -245,6 +295,7 @@ class SimRank:
         self.stage, self.world = Stage.ACTIVE, world
         self.generation = world.generation
         self.linked = self.prepared = Generation(0)
+        self.cut = frozenset()
         self._sequence = 0
         self._doing = ""
         self._offers = {g: w for g, w in self._offers.items() if g > self.generation}
@@ -340,16 +391,18 @@ class SimRank:
     def _vote(self) -> None:
         assert self._state is not None, "a rank without state does not vote"
         self._doing = "vote"
-        self.voted, self._held = not self.refuses, self.generation
+        self.voted, self._held = True, self.generation
         if not self._point("reduced") or self.stage is not Stage.ACTIVE:
             return
         ballot = Ballot(
             generation=self.generation,
             step=Step(self._state.step + 1),
-            ok=not self.refuses,
+            digest=int(self.refuses),
             prepared=self.prepared,
         )
         self.refuses = False
+        # Nobody leaves an exchange before his own part is on its way to all.
+        self._to_cast = len(self._peers())
         for i, peer in enumerate(self._peers()):
             # One after another, so that a fault can come between.
             self._train(0.0002 * i, self._cast, peer, self._key(), ballot)
@@ -358,6 +411,8 @@ class SimRank:
     def _cast(self, peer: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
         if self._point("ballot"):
             self.sim.send(self, peer, SimRank.take_ballot, self.member, key, ballot)
+            self._to_cast -= 1
+            self._count(key)
 
     def take_ballot(self, source: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
         """A peer's ballot; of an older generation it is refused."""
@@ -365,7 +420,13 @@ class SimRank:
             return
         ballots = self._ballots.setdefault(key, {})
         ballots[source] = ballot
+        self._count(key)
+
+    def _count(self, key: tuple[Generation, int]) -> None:
+        ballots = self._ballots.get(key, {})
         if self._doing != "vote" or key != self._key() or not self._complete(ballots):
+            return
+        if self._to_cast:
             return
         assert self.world is not None, "an active rank has a world"
         result = tally([ballots[m.member] for m in self.world.members])
@@ -387,7 +448,7 @@ class SimRank:
         assert before is not None, "a rank without state does not commit"
         self._seal()  # a capture must be done before the state changes again
         self._state = self._unsealed = before.after(attempt)
-        self.voted = False
+        self.voted, self._warm = False, True
         self.sim.checker.committed(self, before, self._state)
         self.sim.note("commit", self, f"step {self.step} of generation {attempt}")
         self._later(self.sim.rng.uniform(0.01, 0.2), self._seal_this, self._state)
@@ -427,6 +488,7 @@ class SimRank:
         if self.stage is Stage.ACTIVE:
             self._abort()
             self.broken_setup = not self.stepping
+            self.cut = frozenset(p for p in self._peers() if not self.sim.linked(self.member, p))
             unborn = not self.stepping and self.sim.unborn_say_halted
             self.stage = Stage.HALTED if self._state is not None or unborn else Stage.READY
             self.sim.note("halt", self, f"{reason}; step {self.step} voted {self.voted}")

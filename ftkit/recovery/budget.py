@@ -24,9 +24,13 @@ class BudgetConfig:
     """Steps a replaced process must commit for its seat's failures to be forgotten."""
     restarts_max: int = 100
     """Processes a job may replace in all."""
+    cuts_max: int = 3
+    """Generations in a row that may end with the same link broken, without progress between
+    them, before one of its ends has to go (`partition`)."""
 
     def __post_init__(self) -> None:
-        if self.same_place_max < 1 or self.progress_steps < 1 or self.restarts_max < 0:
+        counts = (self.same_place_max, self.progress_steps, self.cuts_max)
+        if min(counts) < 1 or self.restarts_max < 0:
             raise ValueError(f"a budget cannot be negative, got {self}")
 
 
@@ -44,7 +48,7 @@ def respawn(
     Args:
       seat: the seat whose process died.
       dead: what is known of that process.
-      step: the step the job stood at.
+      step: the last step the job is known to have committed.
       restarts: processes replaced so far.
       member: the number the next incarnation will have.
       config: the limits.
@@ -56,14 +60,15 @@ def respawn(
             + _quoted(dead.error),
         )
     entry = seat.joined_step if dead.entry_step is None else dead.entry_step
-    reached = max(dead.at_step, dead.step or 0)
+    # It plays `at_step`, so it has committed the one before.
+    reached = max(dead.at_step - 1, dead.step or 0)
     made_progress = reached - entry >= config.progress_steps
     failures = 1 if made_progress else seat.failures + 1
     if failures >= config.same_place_max:
         return Stop(
             code=exit_status(dead.exit_code),
             reason=(
-                f"rank in seat {seat.seat} failed {failures} times at or near step {step + 1} "
+                f"rank in seat {seat.seat} failed {failures} times {_place(dead, step)} "
                 f"(last: {describe_exit(dead.exit_code)}); replacing it again would not help"
                 + _quoted(dead.error)
             ),
@@ -94,6 +99,12 @@ def exit_status(code: int | None) -> int:
     if code is None or code == 0:
         return 1
     return 128 - code if code < 0 else code
+
+
+def _place(dead: MemberFacts, step: Step) -> str:
+    if dead.at_step:
+        return f"at or near step {dead.at_step}"
+    return f"before it played a step of its own, the job having committed {step}"
 
 
 def _quoted(error: str) -> str:

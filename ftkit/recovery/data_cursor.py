@@ -59,9 +59,10 @@ class DataCursor:
         """Epochs consumed once `step` is committed."""
         return step * self.slots * self.slot_size / self.length
 
-    def rng_key(self, step: Step, slot: Slot) -> int:
-        """A 63-bit seed for everything random in this slot, the same on any rank."""
-        return derive(self.seed, "slot", step, slot) >> 1
+
+def rng_key(seed: int, step: Step, slot: Slot) -> int:
+    """A 63-bit seed for everything random in this slot, the same on any rank."""
+    return derive(seed, "slot", step, slot) >> 1
 
 
 def derive(*parts: object) -> int:

@@ -11,7 +11,7 @@ from enum import StrEnum, auto
 from typing import Any
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step
 
 
 class Stage(StrEnum):
@@ -58,9 +58,12 @@ class MemberFacts:
     entry_step: Step | None = None
     """The step it stood at when it first held state: where its own work begins."""
     at_step: Step = Step(0)
-    """The step its status row shows it playing: telemetry, for counting and for messages."""
+    """The step its status row shows it playing, or played last; 0 before its first. Telemetry,
+    for counting and for messages. DEAD: where it died."""
     voted: bool = False
     """HALTED: it holds the reduced gradients of step + 1 and has voted for them."""
+    cut: frozenset[MemberId] = frozenset()
+    """Members of the world it stands still after, or could not enter, that it had no link to."""
     stepping: bool = False
     """It has entered its step loop, so its work can be played again."""
     host: str = ""
@@ -72,7 +75,7 @@ class MemberFacts:
     """DEAD: the last lines it wrote, when they are known."""
 
     def to_json(self) -> dict[str, object]:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__slots__} | {"cut": sorted(self.cut)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "MemberFacts":
@@ -90,6 +93,7 @@ class MemberFacts:
                 entry_step=None if entry is None else Step(int(entry)),
                 at_step=Step(int(value["at_step"])),
                 voted=bool(value["voted"]),
+                cut=frozenset(MemberId(int(m)) for m in value["cut"]),
                 stepping=bool(value["stepping"]),
                 host=str(value["host"]),
                 port=int(value["port"]),
@@ -107,11 +111,13 @@ class JobFacts:
 
     members: Mapping[MemberId, MemberFacts]
     snapshots: frozenset[Step] = frozenset()
-    """Steps of which a complete and sealed snapshot exists in some arena."""
+    """Steps that can be restored whole: at most the newest."""
     awaited: str = ""
     """What will give a newer snapshot soon; empty when nothing will."""
     evictions: Mapping[MemberId, str] = field(default_factory=dict)
     """Members that detection wants removed, with the reason."""
     nodes_lost: frozenset[NodeId] = frozenset()
+    boots: Mapping[NodeId, Boot] = field(default_factory=dict)
+    """The agent of each node as last heard of; nodes never heard of are not in it."""
     interrupted: str = ""
     """Why the user or the cluster wants the job to end; empty while nobody does."""

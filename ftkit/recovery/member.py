@@ -10,7 +10,7 @@ from enum import StrEnum, auto
 from ftkit.core.ids import Generation, MemberId
 from ftkit.core.world import World
 from ftkit.recovery.facts import Stage
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 
 
 class Duty(StrEnum):
@@ -54,7 +54,7 @@ def react(me: Standing, plan: Plan) -> tuple[Duty, World | None]:
     if me.stage not in (Stage.STARTING, Stage.DONE) and (running or me.generation < plan.halted):
         return Duty.HALT, None
     world = plan.world
-    if plan.phase is not Phase.RUNNING or world is None:
+    if plan.mode is not Mode.RUNNING or world is None:
         return Duty.NOTHING, None
     inside = world.rank_of(me.member) is not None
     waiting = me.stage in (Stage.READY, Stage.LINKED, Stage.HALTED)

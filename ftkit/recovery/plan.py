@@ -12,11 +12,12 @@ from enum import StrEnum, auto
 from typing import Any
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.core.world import World
+from ftkit.recovery.partition import Cut
 
 
-class Phase(StrEnum):
+class Mode(StrEnum):
     """Where the job is. `protocol` holds the moves between them."""
 
     FORMING = auto()
@@ -49,6 +50,9 @@ class Assignment:
     """Failures in a row without enough progress between them (`budget`)."""
     joined_step: Step = Step(0)
     """The step at which this incarnation was let in."""
+    boot: Boot | None = None
+    """The life of the node's agent that starts it, and no other does: an agent that knows
+    nothing of a member was not there when it was started. None: nobody starts it yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,7 @@ class Plan:
 
     term: Term = Term(0)
     version: int = 0
-    phase: Phase = Phase.FORMING
+    mode: Mode = Mode.FORMING
     seats: tuple[Assignment, ...] = ()
     world: World | None = None
     """The world that goes on, or went on last."""
@@ -73,6 +77,8 @@ class Plan:
     """Every generation up to this one is over."""
     evicted: Mapping[MemberId, str] = field(default_factory=dict)
     """Members whose processes must go, with the reason."""
+    cuts: tuple[Cut, ...] = ()
+    """Links that were broken when the last generation ended, and how often in a row."""
     stop: Stop | None = None
     next_generation: Generation = Generation(1)
     next_member: MemberId = MemberId(0)
@@ -96,13 +102,16 @@ class Plan:
         return {
             "term": self.term,
             "version": self.version,
-            "phase": self.phase.value,
-            "seats": [[a.seat, a.node, a.member, a.failures, a.joined_step] for a in self.seats],
+            "mode": self.mode.value,
+            "seats": [
+                [a.seat, a.node, a.member, a.failures, a.joined_step, a.boot] for a in self.seats
+            ],
             "world": self.world.to_json() if self.world else None,
             "resumed": [self.resumed, self.step],
             "joining": self.joining.to_json() if self.joining else None,
             "halted": self.halted,
             "evicted": [[m, r] for m, r in self.evicted.items()],
+            "cuts": [[*c.seats, c.times, c.step, c.halted] for c in self.cuts],
             "stop": [self.stop.code, self.stop.reason] if self.stop else None,
             "next": [self.next_generation, self.next_member],
             "restarts": self.restarts,
@@ -116,7 +125,7 @@ class Plan:
             return cls(
                 term=Term(int(value["term"])),
                 version=int(value["version"]),
-                phase=Phase(value["phase"]),
+                mode=Mode(value["mode"]),
                 seats=tuple(
                     Assignment(
                         seat=Seat(int(seat)),
@@ -124,8 +133,9 @@ class Plan:
                         member=MemberId(int(member)),
                         failures=int(failures),
                         joined_step=Step(int(joined)),
+                        boot=None if boot is None else Boot(str(boot)),
                     )
-                    for seat, node, member, failures, joined in value["seats"]
+                    for seat, node, member, failures, joined, boot in value["seats"]
                 ),
                 world=None if world is None else World.from_json(world),
                 resumed=Generation(int(value["resumed"][0])),
@@ -133,6 +143,15 @@ class Plan:
                 joining=None if joining is None else World.from_json(joining),
                 halted=Generation(int(value["halted"])),
                 evicted={MemberId(int(m)): str(r) for m, r in value["evicted"]},
+                cuts=tuple(
+                    Cut(
+                        seats=(Seat(int(one)), Seat(int(other))),
+                        times=int(times),
+                        step=Step(int(step)),
+                        halted=Generation(int(halted)),
+                    )
+                    for one, other, times, step, halted in value["cuts"]
+                ),
                 stop=None if stop is None else Stop(code=int(stop[0]), reason=str(stop[1])),
                 next_generation=Generation(int(value["next"][0])),
                 next_member=MemberId(int(value["next"][1])),
@@ -178,7 +197,7 @@ def adopt(copies: list[Plan], *, term: Term) -> Plan:
     first = new_term * NUMBERS_PER_TERM
     next_generation = Generation(max(newest.next_generation, first))
     halted = newest.halted
-    if newest.phase in (Phase.FORMING, Phase.HALTING):
+    if newest.mode in (Mode.FORMING, Mode.HALTING):
         # The predecessor may have formed a world since, in a plan that is on its way to its
         # members. They say again where they stand, now that they will not follow it.
         halted = Generation(next_generation - 1)

@@ -1,4 +1,4 @@
-"""The recovery protocol: every phase, every cause, every move of the job's plan.
+"""The recovery protocol: every mode, every cause, every move of the job's plan.
 
 Rule 1: whatever decides how a job gets from "a member is gone" to "training again" lives in
 this file. Rule 2: no I/O and no clock. `advance` is told what is (the facts) and answers
@@ -30,6 +30,8 @@ Invariants (tests/recovery and the simulator check them on every state they reac
 * I6  A decision rests only on members that have acknowledged the halt it follows: what a
       member said before may have changed since. A new term ends everything older first
       (`adopt`): the predecessor's last plan may still be on its way to a member.
+* I7  No member is started twice: its seat names the life of the agent (`boot`) that starts
+      it, and when that is over so is the member, whether or not anybody knew it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -37,9 +39,11 @@ from dataclasses import dataclass, field, replace
 from ftkit.core import exit_codes
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import Member, World
+from ftkit.recovery import partition
 from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
-from ftkit.recovery.plan import Phase, Plan, Stop
+from ftkit.recovery.partition import Cut
+from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 #: Why innocent members are replaced: they had not begun to step, so their work is not a
 #: transaction that could be played again.
@@ -64,7 +68,8 @@ def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, li
       budget: how much failure the job takes.
     """
     decisions: list[Decision] = []
-    while plan.phase is not Phase.ENDED:
+    while plan.mode is not Mode.ENDED:
+        facts = _with_lost(plan, facts)
         moved = _one_move(plan, facts, budget)
         if moved is None:
             break
@@ -78,6 +83,8 @@ def gone(plan: Plan, facts: JobFacts, member: MemberId) -> bool:
     seat = plan.seat_of(member)
     if seat is None or member in plan.evicted or seat.node in facts.nodes_lost:
         return True
+    if _lost_with_agent(seat, facts):
+        return True
     known = facts.members.get(member)
     return known is not None and known.stage is Stage.DEAD
 
@@ -88,21 +95,69 @@ Move = tuple[Plan, Decision]
 def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     if facts.interrupted:
         return _end(plan, Stop(code=exit_codes.INTERRUPTED, reason=facts.interrupted))
-    return (
+    whatever = (
         _finish(plan, facts)
+        or _assign(plan, facts)
         or _evict(plan, facts)
         or _replace_dead(plan, facts, budget)
-        or {
-            Phase.FORMING: _form,
-            Phase.RUNNING: _run,
-            Phase.HALTING: _resume,
-        }[plan.phase](plan, facts)
     )
+    match plan.mode:
+        case _ if whatever:
+            return whatever
+        case Mode.FORMING:
+            return _form(plan, facts, budget)
+        case Mode.RUNNING:
+            return _run(plan, facts)
+        case Mode.HALTING:
+            return _resume(plan, facts, budget)
+        case Mode.ENDED:
+            return None
 
 
 def _end(plan: Plan, stop: Stop) -> Move:
-    ended = plan.revised(phase=Phase.ENDED, stop=stop, halted=_issued(plan), joining=None)
+    ended = plan.revised(mode=Mode.ENDED, stop=stop, halted=_issued(plan), joining=None)
     return ended, Decision(action="end", reason=stop.reason, fields={"code": stop.code})
+
+
+def _with_lost(plan: Plan, facts: JobFacts) -> JobFacts:
+    """The facts, with those members dead that were lost with their agent (I7).
+
+    The agent that has come since cannot tell of them, nor can a coordinator that has come
+    since.
+    """
+    lost = {
+        s.member: replace(
+            facts.members.get(s.member)
+            or MemberFacts(member=s.member, seat=s.seat, node=s.node, stage=Stage.DEAD),
+            stage=Stage.DEAD,
+            exit_code=None,
+        )
+        for s in plan.seats
+        if _lost_with_agent(s, facts)
+    }
+    return replace(facts, members={**facts.members, **lost}) if lost else facts
+
+
+def _lost_with_agent(seat: Assignment, facts: JobFacts) -> bool:
+    """Whether the agent that started the seat's member is no more; who had finished, had."""
+    known = facts.members.get(seat.member)
+    if seat.boot is None or (known is not None and known.stage is Stage.FINISHED):
+        return False
+    return facts.boots.get(seat.node, seat.boot) != seat.boot
+
+
+def _assign(plan: Plan, facts: JobFacts) -> Move | None:
+    """Have agents that are heard of for the first time start their seats."""
+    fresh = [s for s in plan.seats if s.boot is None and s.node in facts.boots]
+    if not fresh:
+        return None
+    return plan.revised(
+        seats=tuple(replace(s, boot=facts.boots[s.node]) if s in fresh else s for s in plan.seats)
+    ), Decision(
+        action="assign",
+        reason=f"the agents of nodes {sorted({s.node for s in fresh})} are up",
+        fields={"seats": [s.seat for s in fresh]},
+    )
 
 
 def _evict(plan: Plan, facts: JobFacts) -> Move | None:
@@ -142,7 +197,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
                 ),
             )
         blameless = plan.evicted.get(seat.member) == RESTART
-        step = max((max(f.step or 0, f.at_step) for f in facts.members.values()), default=0)
+        step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
         next_seat = respawn(
             replace(seat, failures=seat.failures - 1) if blameless else seat,
             dead,
@@ -153,12 +208,13 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
         )
         if isinstance(next_seat, Stop):
             return _end(plan, next_seat)
+        next_seat = replace(next_seat, boot=facts.boots.get(seat.node))
         reason = plan.evicted.get(seat.member, describe_exit(dead.exit_code))
-        phase, halted = plan.phase, plan.halted
-        if phase is Phase.RUNNING and plan.world and seat.member in plan.world.member_ids:
-            phase, halted = Phase.HALTING, _issued(plan)
+        mode, halted = plan.mode, plan.halted
+        if mode is Mode.RUNNING and plan.world and seat.member in plan.world.member_ids:
+            mode, halted = Mode.HALTING, _issued(plan)
         return plan.revised(
-            phase=phase,
+            mode=mode,
             halted=halted,
             seats=tuple(next_seat if s.seat == seat.seat else s for s in plan.seats),
             evicted={m: r for m, r in plan.evicted.items() if m != seat.member},
@@ -175,7 +231,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
 def _finish(plan: Plan, facts: JobFacts) -> Move | None:
     """End when every seat's process is through, or the world's are and newcomers remain."""
     expected = [s.member for s in plan.seats]
-    if plan.phase is Phase.RUNNING and plan.world is not None:
+    if plan.mode is Mode.RUNNING and plan.world is not None:
         expected = [m.member for m in plan.world.members]
     stages = [facts.members[m].stage if m in facts.members else None for m in expected]
     if any(stage is not Stage.FINISHED for stage in stages):
@@ -186,7 +242,7 @@ def _finish(plan: Plan, facts: JobFacts) -> Move | None:
     return _end(plan, Stop(code=0, reason="every rank finished"))
 
 
-def _form(plan: Plan, facts: JobFacts) -> Move | None:
+def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     """Enter the first world, or one after everybody died, once every seat is ready.
 
     A member with state may come back meanwhile, its node having been out of reach: then the
@@ -197,7 +253,7 @@ def _form(plan: Plan, facts: JobFacts) -> Move | None:
     ]
     if returned and all(f.generation >= plan.halted for f in returned):
         if any(f.stage is Stage.HALTED and _has_state(plan, f) for f in returned):
-            return _resume(plan, facts)
+            return _resume(plan, facts, budget)
         evicted = {**plan.evicted, **{f.member: RESTART for f in returned}}
         return plan.revised(evicted=evicted), Decision(
             action="restart",
@@ -298,12 +354,12 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
 
 
 def _halt(plan: Plan, reason: str) -> Move:
-    return plan.revised(phase=Phase.HALTING, halted=_issued(plan)), Decision(
+    return plan.revised(mode=Mode.HALTING, halted=_issued(plan)), Decision(
         action="halt", reason=reason, fields={"generation": _issued(plan)}
     )
 
 
-def _resume(plan: Plan, facts: JobFacts) -> Move | None:
+def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     """Go on with those left, once each of them stands still and has said where (I3)."""
     world = plan.world
     assert world is not None, "what was halted was a world"
@@ -313,21 +369,43 @@ def _resume(plan: Plan, facts: JobFacts) -> Move | None:
     if any(f.stage is Stage.ACTIVE or f.generation < plan.halted for f in alive):
         return None
     halted = [f for f in alive if f.stage is Stage.HALTED]
+    # What those outside the last world could not reach says nothing of it.
+    inside = [f for f in alive if _in_world(plan, f.member)]
+    survivors = [f for f in halted if _has_state(plan, f)]
+    plan = replace(
+        plan,
+        cuts=partition.count(
+            plan.cuts,
+            inside,
+            step=max((f.step for f in survivors if f.step is not None), default=Step(0)),
+            halted=plan.halted,
+            progress_steps=budget.progress_steps,
+        ),
+    )
+    lasting = partition.lasting(plan.cuts, budget.cuts_max)
     if unborn := [
         f.member
         for f in alive
         if (f.stage is Stage.HALTED and not f.stepping) or _torn_in_setup(plan, f)
     ]:
+        if lasting is not None:
+            return _end(plan, _never_linked(lasting))
         evicted = {**plan.evicted, **{f.member: RESTART for f in alive}}
-        return plan.revised(phase=Phase.FORMING, evicted=evicted, joining=None), Decision(
+        return plan.revised(mode=Mode.FORMING, evicted=evicted, joining=None), Decision(
             action="restart",
             reason=f"members {sorted(unborn)} were still setting up",
         )
-    survivors = [f for f in halted if _has_state(plan, f)]
     if not survivors:
-        return plan.revised(phase=Phase.FORMING, joining=None), Decision(
+        return plan.revised(mode=Mode.FORMING, joining=None), Decision(
             action="reform", reason="no member with state is left; starting from snapshots"
         )
+    if lasting is not None:
+        needed = {f.member for f in survivors} if len(survivors) == 1 else frozenset()
+        member, reason = partition.culprit(lasting, inside, needed=needed)
+        return plan.revised(
+            evicted={**plan.evicted, member.member: reason},
+            cuts=tuple(c for c in plan.cuts if member.seat not in c.seats),
+        ), Decision(action="evict", reason=reason, fields={"members": [member.member]})
     # Those that are through with training saw the last vote pass, and count as witnesses.
     through = [
         f
@@ -345,7 +423,7 @@ def _resume(plan: Plan, facts: JobFacts) -> Move | None:
 def _enter(plan: Plan, members: list[MemberFacts], step: Step, *, action: str, reason: str) -> Move:
     world = World.of(plan.next_generation, [_address(f) for f in members])
     return plan.revised(
-        phase=Phase.RUNNING,
+        mode=Mode.RUNNING,
         world=world,
         resumed=world.generation,
         step=step,
@@ -380,8 +458,22 @@ def _has_state(plan: Plan, member: MemberFacts) -> bool:
     A member whose node was out of reach while others went on may hold a step that was
     played again without it; the same number, and perhaps not the same state.
     """
+    return member.step is not None and _in_world(plan, member.member)
+
+
+def _in_world(plan: Plan, member: MemberId) -> bool:
+    """Whether `member` is in the last world, or in its growth."""
     worlds = [w for w in (plan.world, plan.joining) if w is not None]
-    return member.step is not None and any(w.rank_of(member.member) is not None for w in worlds)
+    return any(w.rank_of(member) is not None for w in worlds)
+
+
+def _never_linked(cut: Cut) -> Stop:
+    one, other = cut.seats
+    return Stop(
+        code=exit_codes.UNRECOVERABLE,
+        reason=f"the ranks in seats {one} and {other} could not reach each other in {cut.times} "
+        "attempts to begin; check the network and its filters between their nodes",
+    )
 
 
 def _torn_in_setup(plan: Plan, member: MemberFacts) -> bool:

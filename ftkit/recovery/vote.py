@@ -2,8 +2,8 @@
 
 Cast just before the first optimizer changes anything. Each rank counts the same votes, so
 all reach the same result, or none does: if any rank saw it pass, all had reduced and voted.
-The vote also carries what would otherwise need a message of its own: the slots' losses, what
-state each rank holds, and which newcomers' world each rank is ready to switch to.
+The vote also carries what would otherwise need a message of its own: the slots' losses, and
+which newcomers' world each rank is ready to switch to.
 """
 
 import struct
@@ -14,7 +14,7 @@ from enum import StrEnum, auto
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQQ?I")
+_HEAD = struct.Struct("<QQQQQQI")
 _LOSS = struct.Struct("<Id")
 
 
@@ -24,14 +24,13 @@ class Ballot:
 
     generation: Generation
     step: Step
-    ok: bool = True
-    """False: this rank cannot commit (its reduction or its data is not sound)."""
     digest: int = 0
     """64-bit digest of the reduced gradients: the same on all ranks, or one is corrupt."""
     data_digest: int = 0
     """64-bit digest of what every rank read alike, 0 where ranks read different samples."""
     layout: int = 0
-    """64-bit digest of the layout of the state this rank holds: equal for replicas."""
+    """64-bit digest of the layout of this rank's state: the same on all ranks, which share the
+    capture of it. 0 before the first snapshot."""
     prepared: Generation = Generation(0)
     """The newcomers' world this rank is linked for, 0 for none."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
@@ -44,7 +43,6 @@ class Ballot:
             self.data_digest,
             self.layout,
             self.prepared,
-            self.ok,
             len(self.losses),
         )
         return head + b"".join(_LOSS.pack(s, v) for s, v in sorted(self.losses.items()))
@@ -54,13 +52,12 @@ class Ballot:
         """Read what `pack` wrote. Raises ProtocolError on anything else."""
         if len(data) < _HEAD.size:
             raise ProtocolError(f"a ballot has at least {_HEAD.size} bytes, got {len(data)}")
-        generation, step, digest, data_digest, layout, prepared, ok, count = _HEAD.unpack_from(data)
+        generation, step, digest, data_digest, layout, prepared, count = _HEAD.unpack_from(data)
         if len(data) != _HEAD.size + count * _LOSS.size:
             raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
         return cls(
             generation=Generation(generation),
             step=Step(step),
-            ok=ok,
             digest=digest,
             data_digest=data_digest,
             layout=layout,
@@ -74,8 +71,8 @@ class Refusal(StrEnum):
 
     OUT_OF_STEP = auto()
     """Ranks voted on different steps or generations."""
-    UNSOUND = auto()
-    """A rank said that it cannot commit."""
+    STATE = auto()
+    """Ranks hold state of different layouts, and could not restore each other."""
     DATA = auto()
     """Ranks read different data where all should read the same."""
     GRADIENTS = auto()
@@ -109,9 +106,10 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
             refusal=Refusal.OUT_OF_STEP,
             reason=f"ranks vote on different (generation, step): {seen}",
         )
-    if refused := [rank for rank, b in enumerate(ballots) if not b.ok]:
+    if odd := minority([b.layout for b in ballots]):
         return Tally(
-            refusal=Refusal.UNSOUND, reason=f"ranks {refused} cannot commit step {first.step}"
+            refusal=Refusal.STATE,
+            reason=f"ranks {odd} hold other tensors than the rest at step {first.step}",
         )
     if odd := minority([b.data_digest for b in ballots]):
         return Tally(

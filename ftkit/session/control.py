@@ -10,7 +10,7 @@ from typing import Any
 from ftkit.core import exit_codes
 from ftkit.core.errors import CapacityError, WireError
 from ftkit.core.rank_env import RankEnv
-from ftkit.core.wire import Channel, connect
+from ftkit.core.wire import Line, connect
 from ftkit.recovery.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class Control:
 
     def __init__(self, env: RankEnv) -> None:
         """Connect and authenticate. Blocks for at most ten seconds; WireError."""
-        self._channel: Channel = connect(
+        self._line: Line = connect(
             env.agent,
             bytes.fromhex(env.secret),
             hello={"role": "rank", "seat": env.seat, "member": env.member, "pid": os.getpid()},
@@ -44,7 +44,7 @@ class Control:
     def report(self, message: dict[str, object]) -> None:
         """Send one message. A lost agent is noticed by the receiving thread."""
         try:
-            self._channel.send(message)
+            self._line.send(message)
         except WireError:
             logger.debug("the agent is gone; the receiving thread will see it too")
 
@@ -81,14 +81,14 @@ class Control:
     def close(self) -> None:
         """Hang up. The agent will see this process end, or not, as it pleases."""
         self._closing = True
-        self._channel.close()
+        self._line.close()
         if self._thread is not None:
             self._thread.join(timeout=5)
 
     def _receive(self, take_plan: Callable[[Plan], None]) -> None:
         try:
             while True:
-                message = self._channel.receive()
+                message = self._line.receive()
                 match message.get("type"):
                     case "plan":
                         self._stores = message.get("stores", {})

@@ -7,8 +7,6 @@ rank, one batch a slot; its batches are kept until their step is committed, so t
 played again sees the same ones, and a digest of them is compared between ranks by the vote.
 """
 
-import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +18,10 @@ from torch.utils.data import default_collate
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import Slot, Step
 from ftkit.recovery.data_cursor import DataCursor, derive
+from ftkit.session.loader import reading_of
+
+#: Writes an event of this kind with these fields: `Trace.event`.
+Tell = Callable[..., None]
 
 
 class Feed(Protocol):
@@ -50,8 +52,9 @@ def feed_of(
     seed: int,
     shuffle: bool,
     collate: Callable[[list[Any]], Any] | None,
+    tell: Tell,
 ) -> "Feed":
-    """The feed for `source`. Raises UsageError when it is neither kind."""
+    """The feed for `source`; `tell` writes its events. UsageError when it is neither kind."""
     if isinstance(source, MapStyle):
         if slot_size is None:
             raise UsageError("a data set needs slot_size=, the samples in one slot")
@@ -64,7 +67,7 @@ def feed_of(
         return DatasetFeed(source, cursor, collate or default_collate)
     loader: object = source  # whatever the annotation says, it comes from a script
     if isinstance(loader, Iterable) and not isinstance(loader, Iterator):
-        return LoaderFeed(loader, slots=slots, seed=seed)
+        return LoaderFeed(loader, slots=slots, seed=seed, tell=tell)
     raise UsageError(
         f"cannot read batches from a {type(source).__name__}: give a data set with __len__ and "
         "__getitem__, or a DataLoader (an iterator cannot be read again after a failure)"
@@ -94,18 +97,17 @@ class DatasetFeed:
 class LoaderFeed:
     """Batches of a loader, read in order by every rank alike, epoch after epoch.
 
-    Every epoch is read with torch's, numpy's and Python's generators seeded by (seed, epoch),
-    so that a shuffling loader gives every rank the same order. A newcomer reads from the beginning
-    of its epoch up to the step it joins at.
+    A newcomer leaves out what was consumed before the step it joins at (`loader.Reading`), and
+    where that means to read it, says so in `catch-up` events.
     """
 
-    def __init__(self, loader: Iterable[Any], *, slots: int, seed: int) -> None:
-        self._loader = loader
+    def __init__(self, loader: Iterable[Any], *, slots: int, seed: int, tell: Tell) -> None:
+        self._reading = reading_of(loader, seed)
+        self._tell = tell
         self._slots = slots
         self._seed = seed
         self._kept: dict[tuple[Step, Slot], Any] = {}
         self._digests: dict[Step, int] = {}
-        self._batches = self._read()
         self._read_steps = 0
 
     def batch(self, step: Step, slot: Slot) -> Any:
@@ -122,35 +124,32 @@ class LoaderFeed:
         self._digests.pop(step, None)
 
     def _read_to(self, step: Step) -> None:
-        while self._read_steps < step:
-            at = Step(self._read_steps + 1)
-            hasher = xxhash.xxh3_64(seed=derive(self._seed, "loader", at))
-            for slot, batch in enumerate(itertools.islice(self._batches, self._slots)):
-                _update(hasher, batch)
-                if at == step:
-                    self._kept[at, Slot(slot)] = batch
-            self._digests[at] = hasher.intdigest() or 1
-            if at != step:
-                self._digests.pop(at)
-            self._read_steps = at
+        if step <= self._read_steps:
+            return
+        self._leave_out(Step(step - 1))
+        hasher = xxhash.xxh3_64(seed=derive(self._seed, "loader", step))
+        for slot in range(self._slots):
+            batch = self._reading.next()
+            _update(hasher, batch)
+            self._kept[step, Slot(slot)] = batch
+        self._digests[step] = hasher.intdigest() or 1
+        self._read_steps = step
 
-    def _read(self) -> Iterator[Any]:
-        for epoch in itertools.count():
-            randomness = _Randomness(derive(self._seed, "epoch", epoch))
-            with randomness:
-                batches = iter(self._loader)
-            count = 0
-            while True:
-                # A sampler may draw its order as late as with the first batch, and a data set
-                # may draw with each: all of it from the reader's own generators.
-                with randomness:
-                    batch = next(batches, _END)
-                if batch is _END:
-                    break
-                count += 1
-                yield batch
-            if not count:
-                raise UsageError("the loader is empty: there is nothing to train on")
+    def _leave_out(self, until: Step) -> None:
+        """Come to the end of step `until`, which was committed without us."""
+        first, count = self._read_steps, until - self._read_steps
+        for done in range(count):
+            for _ in range(self._slots):
+                self._reading.skip()
+            # A tenth at a time: to load what was consumed before may take hours.
+            if (done + 1) * 10 // count > done * 10 // count:
+                self._tell(
+                    "catch-up",
+                    step=first + done + 1,
+                    until=until,
+                    loaded=self._reading.loads_what_it_skips,
+                )
+        self._read_steps = until
 
 
 def digest_of(batch: Any) -> int:
@@ -158,49 +157,6 @@ def digest_of(batch: Any) -> int:
     hasher = xxhash.xxh3_64()
     _update(hasher, batch)
     return hasher.intdigest()
-
-
-_END = object()
-
-
-class _Randomness:
-    """The global generators while a loader is read: its own, the same on every rank.
-
-    Reading must not disturb the slots' randomness, nor depend on it.
-    """
-
-    def __init__(self, key: int) -> None:
-        self._key = key
-        self._own: _States | None = None
-        self._outer: _States | None = None
-
-    def __enter__(self) -> None:
-        self._outer = _states()
-        if self._own is not None:
-            _set_states(self._own)
-        else:
-            # Not `torch.manual_seed`, which would seed every GPU as well.
-            torch.default_generator.manual_seed(self._key >> 1)
-            random.seed(self._key)
-            numpy.random.seed(self._key & 0xFFFFFFFF)
-
-    def __exit__(self, *_: object) -> None:
-        self._own = _states()
-        assert self._outer is not None, "entered"
-        _set_states(self._outer)
-
-
-_States = tuple[torch.Tensor, Any, Any]
-
-
-def _states() -> _States:
-    return torch.get_rng_state(), random.getstate(), numpy.random.get_state()
-
-
-def _set_states(states: _States) -> None:
-    torch.set_rng_state(states[0])
-    random.setstate(states[1])
-    numpy.random.set_state(states[2])
 
 
 def _update(hasher: xxhash.xxh3_64, value: Any) -> None:

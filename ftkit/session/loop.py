@@ -13,6 +13,7 @@ from ftkit.core.ids import Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.session.feed import Feed, digest_of
 from ftkit.session.parts import Parts
+from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
 
@@ -28,6 +29,7 @@ class Loop:
     worlds: Worlds
     modules: Sequence[torch.nn.Module]
     snapshots: Snapshots
+    schedulers: Schedulers
     feed: Feed
     slots: int
     """Slots of the global batch."""

@@ -59,6 +59,7 @@ class Membership:
         *,
         report: Callable[[dict[str, object]], None],
         abort: Callable[[Generation, str], None],
+        unlinked: Callable[[], frozenset[MemberId]],
         trace: Trace,
     ) -> None:
         """Start as STARTING, in no world.
@@ -67,6 +68,7 @@ class Membership:
           member: this process.
           report: sends this rank's standing to its agent.
           abort: ends every collective up to a generation.
+          unlinked: the members of the present world that this rank has no link to.
           trace: where halts are recorded.
         """
         self._changed = threading.Condition()
@@ -74,12 +76,14 @@ class Membership:
         self._plan = Plan()
         self._step: Step | None = None
         self._voted = False
+        self._cut: frozenset[MemberId] = frozenset()
         self._stepping = False
         self._admission: Entry | None = None
         self._prepared: World | None = None
         self._stopped = ""
         self._report_to = report
         self._abort = abort
+        self._unlinked = unlinked
         self._trace = trace
 
     # What other threads bring.
@@ -116,13 +120,6 @@ class Membership:
             if entry.world.generation > max(known, self._me.generation):
                 self._admission = entry
                 self._changed.notify_all()
-
-    def stop(self, reason: str) -> None:
-        """End this rank's part in the job: the next question raises JobStopped."""
-        with self._changed:
-            self._stopped = self._stopped or reason
-            self._changed.notify_all()
-        self._abort(self.generation, reason)
 
     # What the training thread asks and says.
 
@@ -208,14 +205,15 @@ class Membership:
                 linked=Generation(0),
                 prepared=Generation(0),
             )
-            self._step, self._voted = step, False
+            self._step, self._voted, self._cut = step, False, frozenset()
             self._heed()
             self._say()
 
-    def refused(self, world: World, reason: str) -> None:
-        """This rank could not enter `world`: its links could not be made."""
+    def refused(self, world: World, reason: str, *, cut: frozenset[MemberId]) -> None:
+        """This rank could not enter `world`: its links to `cut` could not be made."""
         with self._changed:
-            self._halt(world.generation, reason, frozenset())
+            self._cut = cut
+            self._halt(world.generation, reason, cut)
 
     def restored(self, generation: Generation, step: Step) -> bool:
         """The state of `step` is loaded; False when `generation` ended meanwhile."""
@@ -306,6 +304,8 @@ class Membership:
         self._abort(generation, reason)
         if self._me.stage is Stage.ACTIVE:
             has_state = self._step is not None
+            # Those lost as others tell it are theirs to name: a broken link has two ends.
+            self._cut = self._unlinked()
             self._me = replace(self._me, stage=Stage.HALTED if has_state else Stage.READY)
             self._trace.event(
                 "report",
@@ -327,6 +327,7 @@ class Membership:
                 "linked": self._me.linked,
                 "step": self._step,
                 "voted": self._voted,
+                "cut": sorted(self._cut),
                 "stepping": self._stepping,
             }
         )

@@ -82,6 +82,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         member,
         report=control.report if control else _say_nothing,
         abort=abort,
+        unlinked=lambda: group.unlinked,
         trace=trace,
     )
     group = Group(

@@ -24,6 +24,7 @@ from ftkit.detection.row import Phase
 from ftkit.session.feed import MapStyle, feed_of
 from ftkit.session.loop import Loop
 from ftkit.session.parts import Parts
+from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.step import Step
 from ftkit.session.warm_up import warm_up
@@ -39,6 +40,7 @@ class Session:
         self._worlds = Worlds(parts)
         self._modules: list[torch.nn.Module] = []
         self._snapshots: Snapshots | None = None
+        self._schedulers = Schedulers(None)
         self._loop: Loop | None = None
         self._newcomer = False
         self._cleanup = contextlib.ExitStack()
@@ -114,7 +116,8 @@ class Session:
             its gradients are reduced by this session instead, slot by slot.
           optimizer: one optimizer or several; every parameter of the model that requires
             gradients is reduced, whichever optimizer holds it.
-          scheduler: anything with `state_dict` and `load_state_dict`.
+          scheduler: anything with `state_dict` and `load_state_dict`, one or several. Step it
+            inside `with step:`, after the optimizer; one stepped outside is warned of.
           **extra: further objects with `state_dict` and `load_state_dict`, whose values are
             tensors or JSON-safe.
 
@@ -139,6 +142,7 @@ class Session:
             extra=extra,
             parts=self._parts,
         )
+        self._schedulers = Schedulers(scheduler)
         self._watch_optimizers(optimizers)
 
     def steps(
@@ -187,6 +191,7 @@ class Session:
             worlds=self._worlds,
             modules=self._modules,
             snapshots=self._snapshots,
+            schedulers=self._schedulers,
             feed=feed_of(
                 data,
                 slots=slots,
@@ -194,6 +199,7 @@ class Session:
                 seed=seed,
                 shuffle=shuffle,
                 collate=collate,
+                tell=self.trace.event,
             ),
             slots=slots,
             seed=seed,

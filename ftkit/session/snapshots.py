@@ -1,16 +1,15 @@
 """Snapshots: this rank's share of the state, captured at every commit, restored after a failure.
 
-Ranks that hold the same state, by its layout, are replicas, and each captures one share of
-it. Who holds what, every rank learns from the ballots of the last vote. The arena belongs to
-the agent and outlives this process. It is made at the first commit, when the optimizer's
-state exists and its size is known, with room for the share that is due after the loss of one
-replica; when more are lost, the agent makes a larger one while training goes on.
+All members of a world hold the same state (the vote sees to it), and each captures one share:
+which, is a function of the world alone. The arena belongs to the agent and outlives this
+process. It is made at the first commit, when the optimizer's state exists and its size is
+known, with pages for the share that is due after the loss of one member; when more are lost,
+the capture gets its further pages before it copies.
 """
 
 import logging
-import threading
+import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
@@ -69,30 +68,20 @@ class Snapshots:
         self._env = parts.env
         self._control = parts.control
         self._trace = parts.trace
-        self._holds: Mapping[MemberId, int] = {}
         self._layout: StateLayout | None = None
         self._capture: Capture | None = None
         self._arena: Arena | None = None
         self._begun = Step(0)
-        self._larger: Future[Path] | None = None
-        """The agent is making a larger arena."""
+        self._complete = Step(0)
+        """A step known to be complete on all ranks: where this one was restored."""
 
     @property
     def layout(self) -> int:
-        """Digest of the layout of this rank's state: equal for replicas.
-
-        Before the first commit the optimizers have no state, and the model speaks for them.
-        """
-        return int((self._layout or self._state.layout()).digest, 16)
-
-    def heard(self, holds: Mapping[MemberId, int]) -> None:
-        """Take note of every member's `layout`, as told in the last vote."""
-        self._holds = holds
+        """Digest of the layout of the last step captured or restored here; 0 before the first."""
+        return int(self._layout.digest, 16) if self._layout else 0
 
     def begin(self, step: Step, world: World) -> None:
         """Begin to capture this rank's share of `step`, the newest committed.
-
-        A member that has been restored and has not voted yet takes no share.
 
         Raises:
           CapacityError: shared memory has no room for the arena.
@@ -100,58 +89,60 @@ class Snapshots:
         """
         if self._control is None or self._env is None:
             return
-        member = MemberId(self._env.member)
-        if member not in self._holds:
-            return
-        holds = {m: self._holds[m] for m in sorted(world.member_ids) if m in self._holds}
-        replicas = [m for m, layout in holds.items() if layout == holds[member]]
         self._layout = self._state.picture().layout
-        capture = self._ready(self._layout, len(replicas))
-        if capture is None:
-            self._trace.event("snapshot-skipped", step=step, reason="a larger arena is being made")
-            return
+        if self._capture is None:
+            path = self._control.arena(self._layout.to_json(), _replicas_after_a_loss(world))
+            self._arena = Arena.open(Path(path), writable=True)
+            self._capture = Capture(self._arena, self._state, self._trace.event)
         if step == self._begun:
-            capture.abandon()  # the share due in an older world
+            self._capture.abandon()  # the share due in an older world
         self._begun = step
+        rank = world.rank_of(MemberId(self._env.member))
+        assert rank is not None, "a member captures"
         try:
-            capture.begin(
+            self._capture.begin(
                 step,
                 world.generation,
-                share=Share(replicas.index(member), len(replicas)),
-                layouts=len(set(holds.values())),
-                complete=Step(step - SEALED_BEHIND),
+                share=Share(rank, world.size),
+                complete=max(Step(step - SEALED_BEHIND), self._complete),
             )
         except AllPinned as error:
             self._trace.event("snapshot-skipped", step=step, reason=str(error))
 
     def gate(self) -> None:
         """Wait for what is left of the capture under way: the state is about to change."""
-        if self._capture is not None:
+        if self._capture is None:
+            return
+        try:
             self._capture.gate()
+        except CapacityError as error:
+            logger.warning("a snapshot is lost, training goes on: %s", error)
 
-    def look_ahead(self) -> None:
-        """Do early what a restore does first, so that others wait less for this newcomer."""
+    def look_ahead(self, world: World) -> None:
+        """Do early what a newcomer to `world` needs, so that the others wait less for it."""
         if self._env is None or self._control is None:
             return
         try:
-            chosen = self._plan(None)
-        except IntegrityError:
-            return  # nothing is there yet
-        look_ahead(chosen, secret=bytes.fromhex(self._env.secret))
+            layout = look_ahead(self._plan(None), secret=bytes.fromhex(self._env.secret))
+            self._control.arena(layout.to_json(), _replicas_after_a_loss(world))
+        except (IntegrityError, CapacityError) as error:
+            logger.debug("nothing to look at yet: %s", error)
 
     def restore(self, step: Step, world: World, membership: Membership) -> None:
         """Load the state of `step` from the nearest arenas that hold it.
 
-        Blocks until the peers have sealed it, which takes them as long as a forward pass at
-        most.
+        Blocks until the peers have sealed it, which takes them as long as a forward pass. Parts
+        that turn out to be damaged are struck from this node's arenas.
 
         Raises:
           GenerationAborted: `world` ended meanwhile.
+          IntegrityError: after `max_stall_s` the step is still not whole.
           StateChanged: this process built another model than the snapshot is of.
         """
         if self._env is None or self._control is None:
             raise IntegrityError("a rank that is alone has nothing to restore from")
         self._release()
+        deadline = time.monotonic() + self._env.max_stall_s
         while True:
             if not membership.active or membership.generation != world.generation:
                 raise GenerationAborted(f"generation {world.generation} ended during a restore")
@@ -160,9 +151,12 @@ class Snapshots:
                     self._plan(step), self._state, secret=bytes.fromhex(self._env.secret)
                 )
             except IntegrityError as error:
+                if time.monotonic() > deadline:
+                    raise
                 logger.debug("step %s is not there yet: %s", step, error)
                 membership.wait_changed(LOOK_S)
                 continue
+            self._layout, self._complete = done.layout, step
             self._trace.event(
                 "restore",
                 step=step,
@@ -177,52 +171,6 @@ class Snapshots:
         """Finish the snapshot under way and let go of the arena, which stays."""
         self._release()
 
-    def _ready(self, layout: StateLayout, replicas: int) -> Capture | None:
-        """The capture, with an arena that has room for a share; None while one is being made.
-
-        The first arena is waited for, so that too little shared memory is known at once.
-        """
-        if self._capture is None:
-            path = self._ask_arena(layout, replicas).result()
-            self._arena = Arena.open(path, writable=True)
-            self._capture = Capture(self._arena, self._state, self._trace.event)
-        assert self._arena is not None, "a capture has an arena"
-        if self._larger is not None and self._larger.done():
-            self._enlarge(self._larger)
-            self._larger = None
-        if self._arena.fits_share(layout, replicas):
-            return self._capture
-        if self._larger is None:
-            self._larger = self._ask_arena(layout, replicas)
-        return None
-
-    def _ask_arena(self, layout: StateLayout, replicas: int) -> Future[Path]:
-        """Have the agent make an arena, with room for the share after one more loss."""
-        assert self._control is not None, "asked for by begin"
-        control, answer = self._control, Future[Path]()
-
-        def ask() -> None:
-            try:
-                answer.set_result(Path(control.arena(layout.to_json(), max(1, replicas - 1))))
-            except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it
-                answer.set_exception(error)
-
-        threading.Thread(target=ask, name="ftkit-arena", daemon=True).start()
-        return answer
-
-    def _enlarge(self, larger: Future[Path]) -> None:
-        """Use the larger arena from now on, if there is one: training goes on without."""
-        assert self._capture is not None, "there was one to enlarge"
-        assert self._arena is not None, "there was one to enlarge"
-        try:
-            arena = Arena.open(larger.result(), writable=True)
-        except (CapacityError, IntegrityError, OSError) as error:
-            self._trace.event("snapshot-failed", error=str(error))
-            return
-        self._capture.rebind(arena)
-        self._arena.close()
-        self._arena = arena
-
     def _release(self) -> None:
         capture, self._capture = self._capture, None
         if capture is not None:
@@ -230,10 +178,6 @@ class Snapshots:
         arena, self._arena = self._arena, None
         if arena is not None:
             arena.close()
-        if self._larger is not None:
-            wait([self._larger])  # the agent's answer must not reach who asks next
-            self._larger = None
-        self._layout = None
 
     def _plan(self, step: Step | None) -> RestorePlan:
         """Where to read `step`, or the newest one, from. IntegrityError: it is not complete."""
@@ -269,3 +213,8 @@ class Snapshots:
             for node, address in self._control.stores.items()
             if int(node) != self._env.node
         }
+
+
+def _replicas_after_a_loss(world: World) -> int:
+    """Among how many the state is shared out once one member is lost."""
+    return max(1, world.size - 1)

@@ -34,7 +34,7 @@ from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
-from ftkit.recovery.data_cursor import derive
+from ftkit.recovery.data_cursor import derive, rng_key
 from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.loop import Loop
@@ -87,6 +87,7 @@ class Step:
                 "that was rolled back round again"
             )
         self._loop.check_parameters()
+        self._loop.schedulers.begin(self._number, self._generation)
         self.entered = True
         self._loop.current = self
         self._parts.recorder.step(self._number)
@@ -182,7 +183,7 @@ class Step:
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
         self._slot = slot
-        key = derive(self._loop.seed, "slot", self._number, slot) >> 1
+        key = rng_key(self._loop.seed, self._number, slot)
         torch.manual_seed(key)
         random.seed(key)
         numpy.random.seed(key & 0xFFFFFFFF)
@@ -245,18 +246,13 @@ class Step:
         try:
             cast = parts.group.exchange(ballot.pack())
             parts.injector.at(Point.VOTE, number)
-            ballots = [Ballot.unpack(b) for b in cast.wait()]
-            result = tally(ballots)
+            result = tally([Ballot.unpack(b) for b in cast.wait()])
         except GenerationAborted:
             pass  # cut in half: what became of it is decided below, with the others
         if result is not None:
             if not result.passed:
                 self._refused(result)
             self.loss = result.loss
-            members = parts.group.world.members
-            self._loop.snapshots.heard(
-                {m.member: b.layout for m, b in zip(members, ballots, strict=True)}
-            )
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
@@ -271,6 +267,11 @@ class Step:
         """A vote that did not pass is the job's fault; too many in a row are the script's."""
         self._parts.membership.vote_failed()
         self._parts.trace.event("refused", step=self._number, reason=result.reason)
+        if result.refusal is Refusal.STATE:
+            raise UsageError(
+                f"{result.reason}. Sharded state can be saved and loaded (ftkit.checkpoint), and not "
+                "yet be repaired in place: protect the same model and optimizers on all ranks"
+            )
         if result.refusal is Refusal.DATA:
             raise NotDeterministic(
                 f"{result.reason}. Every rank must read the same batches in the same order: "
@@ -290,6 +291,7 @@ class Step:
         self._loop.read.clear()
         if parts.membership.active:  # else it is captured on entering the next world
             self._loop.snapshots.begin(self._number, parts.group.world)
+        self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
         if self._newcomers is not None and parts.membership.active:
             self._loop.worlds.switch(self._newcomers, self._number)

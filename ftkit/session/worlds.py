@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ftkit.collectives.group import Group
-from ftkit.core.errors import GenerationAborted, WireError
+from ftkit.core.errors import GenerationAborted, Unreachable, WireError
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
@@ -56,7 +56,7 @@ class Worlds:
             match task:
                 case Link(world):
                     if self._snapshots is not None:
-                        self._snapshots.look_ahead()
+                        self._snapshots.look_ahead(world)
                     try:
                         parts.group.connect(world.members, timeout_s=parts.stall_s)
                     except WireError:
@@ -89,7 +89,8 @@ class Worlds:
             parts.group.edit(world, timeout_s=10 * parts.stall_s)
         except (WireError, GenerationAborted, TimeoutError) as error:
             parts.group.abort(world.generation, str(error))
-            parts.membership.refused(world, str(error))
+            cut = error.members if isinstance(error, Unreachable) else frozenset()
+            parts.membership.refused(world, str(error), cut=cut)
             return
         parts.recorder.adopt(world.generation)
         # Before the step loop only the initial state counts as held: there is nothing else.

@@ -82,6 +82,7 @@ def write_pattern(
     arena: Arena, layout: StateLayout, step: int, generation: int = 1, pins: Sequence[Pin] = ()
 ) -> None:
     writer = arena.start(Step(step), Generation(generation), layout, pins=pins)
+    writer.reserve()
     writer.data[:] = np.frombuffer(
         pattern(step, layout.total_bytes)[: layout.total_bytes], dtype=np.uint8
     )

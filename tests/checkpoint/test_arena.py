@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from ftkit.checkpoint.arena import Arena, arena_path, remove_arenas
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.pins import set_pin
 from ftkit.checkpoint.slots import Geometry, Pin, Sealed, choose_slot
 from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
@@ -97,25 +96,25 @@ def test_choose_slot_never_takes_what_may_be_needed(slots, complete, pinned):
 
 
 def test_a_pinned_snapshot_stays_until_it_is_let_go(path):
-    with make_arena(path, LAYOUT, slots=4) as arena, Arena.open(path) as agent:
+    with make_arena(path, LAYOUT, slots=4) as arena, Arena.open(path, writable=True) as agent:
         write_pattern(arena, LAYOUT, 1, pins=[Pin.PERSIST])
         write_pattern(arena, LAYOUT, 2)
         first, second = agent.snapshots()
-        assert set_pin(path, second, Pin.PARITY)
+        assert agent.pin(second, Pin.PARITY)
         for step in range(3, 9):
             write_pattern(arena, LAYOUT, step)
         assert arena.sealed_steps() == (1, 2, 7, 8)
-        assert set_pin(path, first, Pin.PARITY)
-        assert set_pin(path, first, Pin.PERSIST, on=False)
+        assert agent.pin(first, Pin.PARITY)
+        assert agent.pin(first, Pin.PERSIST, on=False)
         write_pattern(arena, LAYOUT, 9)
         assert arena.sealed_steps() == (1, 2, 8, 9), "parity still reads 1"
-        set_pin(path, agent.find(Step(8)), Pin.PERSIST)
+        agent.pin(agent.find(Step(8)), Pin.PERSIST)
         with pytest.raises(AllPinned, match="3 of 4 are being read"):
             arena.start(Step(10), Generation(1), LAYOUT)
-        assert set_pin(path, first, Pin.PARITY, on=False)
+        assert agent.pin(first, Pin.PARITY, on=False)
         write_pattern(arena, LAYOUT, 10)
         assert arena.sealed_steps() == (2, 8, 9, 10)
-        assert not set_pin(path, first, Pin.PARITY), "it is gone"
+        assert not agent.pin(first, Pin.PARITY), "it is gone"
 
 
 def test_a_newer_generation_wins_over_a_higher_step(path):

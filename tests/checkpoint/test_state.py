@@ -37,6 +37,15 @@ def take(state: ProtectedState) -> tuple[StateLayout, list[bytes], dict[str, Any
     return picture.layout, [data.tobytes()], json.loads(picture.small)
 
 
+def test_a_fresh_optimizer_gets_its_state_in_the_order_of_its_parameters():
+    trained, fresh = Training(seed=1), Training(seed=2)
+    trained.train(1)
+    fresh.state.load(*take(trained.state))
+    assert list(fresh.optimizer.state) == [
+        p for group in fresh.optimizer.param_groups for p in group["params"]
+    ]
+
+
 # ---------------------------------------------------------------------------- plain values
 
 keys = st.text(max_size=3) | st.integers() | st.just("$tuple")

@@ -19,7 +19,7 @@ from ftkit.core.wire import (
     MAGIC,
     MESSAGE_BYTES_MAX,
     NONCE_BYTES,
-    Channel,
+    Line,
     authenticate,
     connect,
     listen,
@@ -217,10 +217,10 @@ def address_of(listener: socket.socket) -> Any:
     return name if isinstance(name, str) else name[:2]
 
 
-def accept(listener: socket.socket, secret: bytes = SECRET) -> Channel:
+def accept(listener: socket.socket, secret: bytes = SECRET) -> Line:
     sock, _ = listener.accept()
     try:
-        return Channel(sock, authenticate(sock, secret, server=True, timeout_s=5))
+        return Line(sock, authenticate(sock, secret, server=True, timeout_s=5))
     except WireError:
         sock.close()
         raise
@@ -265,13 +265,13 @@ def test_many_threads_may_send(listener: socket.socket) -> None:
 
 def test_close_wakes_a_blocked_receive() -> None:
     with pair() as (a, _):
-        channel = Channel(a)
-        with beside(channel.receive) as received:
-            channel.close()
+        line = Line(a)
+        with beside(line.receive) as received:
+            line.close()
         assert isinstance(received[0], WireError)
-        channel.close()
+        line.close()
         with pytest.raises(WireError, match="gone"):
-            channel.send({})
+            line.send({})
 
 
 def test_a_server_of_another_job_is_refused(listener: socket.socket) -> None:

@@ -10,7 +10,6 @@ from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.detector import Detector
 from ftkit.detection.observations import (
     Exited,
-    LinkLost,
     NodeSilent,
     ObserverLate,
     WorldChanged,
@@ -398,13 +397,27 @@ def test_a_step_with_an_allowance_or_an_accusation_is_no_slow_step() -> None:
     assert scene.detector.limit_s == LIMIT
 
 
-def test_a_lost_link_is_evidence() -> None:
+@pytest.mark.parametrize("told_by", ["kernel", "heartbeat"])
+def test_one_stopped_in_the_middle_of_its_ballots_takes_nobody_with_it(told_by: str) -> None:
+    """Seat 0 has got its ballot and gone on, seat 2 waits for it as seat 0 waits for seat 2."""
     scene = Scene(3)
-    scene.wait(0, 1)
-    scene.detector.ingest(LinkLost(reporter=MemberId(100), lost=MemberId(102), at=1000))
-    assert scene.tick() == []
-    verdicts = scene.until(LIMIT + TICKS)
-    assert verdicts[0].evidence["link_lost_by"] == [100]
+    scene.wait(1, 2, entered=51, op="exchange")
+    scene.states[1] = "T" if told_by == "kernel" else "S"
+    scene.beating[1] = False
+    scene.tick()
+    scene.wait(0, entered=52, op="reduce_slots")
+    seats = {seat for seat, _ in said(scene.until(LIMIT + 2))}
+    assert seats == {1}
+
+
+def test_two_stopped_in_one_place_are_both_named() -> None:
+    scene = Scene(4)
+    scene.wait(1, 2, 3, entered=51, op="exchange")
+    for seat in (1, 2):
+        scene.states[seat], scene.beating[seat] = "T", False
+    scene.tick()
+    scene.wait(0, entered=52, op="reduce_slots")
+    assert said(scene.until(LIMIT + 2)) == [(1, Fault.STOPPED), (2, Fault.STOPPED)]
 
 
 def test_long_compute_before_a_block_is_not_busy() -> None:

@@ -87,6 +87,28 @@ def test_the_agent_is_killed_and_its_ranks_with_it(reference: Run, tmp_path: Pat
     assert done.params == reference.params
 
 
+def test_an_agent_and_the_coordinator_are_killed_together(reference: Run, tmp_path: Path) -> None:
+    """Nobody is left who knew the lost rank; its number is not given to another process."""
+    folder = tmp_path / "run"
+
+    def strike(engine: Engine) -> None:
+        (pid,) = (e["pid"] for e in read_run(folder) if e["kind"] == "spawn" and e["seat"] == 1)
+        parent = psutil.Process(pid).parent()
+        assert parent is not None
+        engine.kill_coordinator()
+        parent.kill()
+
+    done = run(folder, TRAINING, [str(STEPS)], nproc=1, nodes=2, on_poll=at_step(folder, 5, strike))
+    assert done.stop.code == 0, f"{done.stop.reason}\n{done.log}"
+    assert done.params == reference.params
+    spawned = [(e["seat"], e["member"]) for e in done.of("spawn")]
+    assert len(spawned) == len({member for _, member in spawned}) == 3, spawned
+    # The other node's rank went on: it was neither replaced nor sent back.
+    assert [seat for seat, _ in spawned].count(0) == 1
+    steps = [e["step"] for e in done.of("commit") if e["seat"] == 0]
+    assert steps == sorted(set(steps))
+
+
 def test_strangers_are_refused_and_disturb_nobody(reference: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     open_still: list[socket.socket] = []

@@ -118,6 +118,14 @@ def test_the_scripts_own_exit_code_and_a_reason(cli: Cli) -> None:
     assert "(events in " in err
 
 
+def test_quiet_hides_no_error(cli: Cli) -> None:
+    script = "import sys; print('from the rank'); sys.exit('the rank gives up')"
+    code, out, err = cli.run("--quiet", "train.py", script=script)
+    assert (code, out) == (1, "from the rank\n")
+    assert "the rank gives up" in err
+    assert "ftkit: the process in seat 0 exited with 1" in err
+
+
 def test_json_is_one_object_at_the_end(cli: Cli) -> None:
     code, out, _ = cli.run("--json", "train.py", script="print('from the rank')")
     *lines, last = out.splitlines()

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from ftkit.core.trace import Trace
 from ftkit.launch.checker import Expectation, check
-from ftkit.launch.live import Tail, summary, watch
+from ftkit.launch.event_tail import EventTail
+from ftkit.launch.live import summary, watch
 from ftkit.launch.report_view import RunView, duration
 from tests.launch.histories import Event, disturbed, event, undisturbed, votes
 
@@ -125,7 +126,7 @@ def test_durations_are_for_people(seconds: float, words: str) -> None:
 
 
 def test_a_tail_follows_files_that_appear_and_lines_that_grow(tmp_path: Path) -> None:
-    tail = Tail(tmp_path)
+    tail = EventTail(tmp_path)
     assert tail.poll() == []  # the folder does not exist yet
     with Trace(tmp_path / "events" / "a.jsonl", seat=0) as trace:
         trace.event("first")
@@ -144,7 +145,7 @@ def test_a_broken_line_is_counted_and_the_next_one_read(tmp_path: Path) -> None:
     (tmp_path / "events").mkdir()
     lines = ['{"mono": 1, "kind": "a"}', "gar\0bage", "[1]", '{"kind": "timeless"}', '{"mono": 2}']
     (tmp_path / "events" / "x.jsonl").write_text("\n".join(lines) + "\n")
-    tail = Tail(tmp_path)
+    tail = EventTail(tmp_path)
     assert [e["mono"] for e in tail.poll()] == [1, 2]
     assert tail.unreadable == 3
 

@@ -3,11 +3,13 @@
 import pytest
 
 from ftkit.core.ids import Generation, Step
+from ftkit.core.verdict import Fault as Wrong
 from ftkit.launch import simulator_rank
-from ftkit.launch.simulator import Outcome, Simulation, main
+from ftkit.launch.simulator import HEALED_S, Outcome, Simulation, main
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.recovery import protocol
+from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.member import Duty
 from ftkit.recovery.vote import Tally
 
@@ -22,6 +24,8 @@ def test_a_thousand_seeds_hold() -> None:
     assert sum(o.faults > 0 for o in ended) > 700
     assert sum(o.restarts for o in ended) > 500
     assert sum(o.stop.code == 0 for o in ended) > 900, "and nearly all got to their end"
+    # Most stops are shorter than a stall, or come before anybody is warm.
+    assert sum(o.verdicts.get(Wrong.STOPPED, 0) for o in ended) >= 5
 
 
 def test_the_same_seed_is_the_same_job() -> None:
@@ -32,6 +36,29 @@ def test_an_undisturbed_job_replaces_nobody() -> None:
     for seed in range(20):
         outcome = Simulation(seed, faults=[]).run()
         assert (outcome.stop.code, outcome.restarts, outcome.faults) == (0, 0, 0)
+        assert not outcome.verdicts, "nobody is accused of anything"
+
+
+@pytest.mark.parametrize(("seconds", "evicted"), [(1.0, False), (6.0, True)])
+def test_the_detector_tells_a_pause_from_a_stop(seconds: float, evicted: bool) -> None:
+    said = []
+    for seed in range(10):
+        stop = Fault(kind=Kind.STOP_RANK, target=0, duration_s=seconds, point="committed", nth=10)
+        job = Simulation(seed, faults=[stop])
+        job.endless, job.until, job.step_s = False, 40, 0.2
+        outcome = job.run()
+        if job.size > 1 and outcome.faults:
+            said.append((Wrong.STOPPED in outcome.verdicts, outcome.restarts))
+    assert len(said) > 5
+    assert set(said) == {(evicted, int(evicted))}
+
+
+def test_a_hundred_ranks_lose_one() -> None:
+    kill = Fault(kind=Kind.KILL_RANK, target=5, point="committed", nth=50)
+    job = Simulation(0, shape=(10, 10), faults=[kill])
+    job.endless, job.until = False, 3
+    outcome = job.run()
+    assert (outcome.stop.code, outcome.faults, outcome.restarts) == (0, 1, 1)
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -54,6 +81,40 @@ def test_going_back_behind_a_commit_is_caught(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(protocol, "_enter", lowest)
     with pytest.raises(SimulationFailure, match="I3"):
         play(range(200))
+
+
+def cut_for_good(seed: int, *, cuts_max: int = 3) -> Simulation:
+    """A job of at least three ranks, two of which lose each other until it ends."""
+    cut = Fault(kind=Kind.CUT_LINK, target=0, duration_s=100.0, point="committed", nth=12)
+    job = Simulation(seed, faults=[cut])
+    job.endless, job.until, job.step_s = False, 16, 0.05
+    job.budget = BudgetConfig(same_place_max=1000, restarts_max=1000, cuts_max=cuts_max)
+    return job
+
+
+def test_two_ranks_that_cannot_reach_each_other_do_not_keep_the_job_from_training() -> None:
+    seeds = [s for s in range(40) if cut_for_good(s).size > 2]
+    cut = []
+    for seed in seeds:
+        outcome = cut_for_good(seed).run()
+        cut += [seed] if outcome.restarts else []  # else the cut came when all but done
+        assert outcome.stop.code == 0
+        assert outcome.virtual_s < HEALED_S, "it got to its end while the cut lasted"
+        assert outcome.worlds < 12, "a few attempts, an eviction, and the rest train on"
+    # Nobody is evicted: world after world is formed in vain until the cut is mended.
+    in_vain = [cut_for_good(seed, cuts_max=10**6).run() for seed in cut[:3]]
+    assert len(cut) > 10
+    assert all(o.virtual_s > HEALED_S and o.worlds > 40 for o in in_vain)
+
+
+def test_members_lost_with_all_who_knew_them_are_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the boot in the plan the new agent is waited for, to tell of what it cannot know."""
+    fault = Fault(kind=Kind.LOSE_NODE_AND_COORDINATOR, target=0, point="committed", nth=3)
+    seeds = [s for s in range(20) if Simulation(s).nodes > 1]
+    assert all(Simulation(s, faults=[fault]).run().restarts for s in seeds)
+    monkeypatch.setattr(protocol, "_lost_with_agent", lambda seat, facts: False)
+    with pytest.raises(SimulationFailure):
+        _ = [Simulation(seed, faults=[fault]).run() for seed in seeds]
 
 
 def test_a_rank_that_waits_for_nobody_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:

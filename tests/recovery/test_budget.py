@@ -18,7 +18,8 @@ DEAD = MemberFacts(
 def again(step: int, *, restarts: int = 0, seat: Assignment = SEAT) -> Assignment | Stop:
     return respawn(
         seat,
-        replace(DEAD, at_step=Step(step)),
+        # It died as it played the step after.
+        replace(DEAD, at_step=Step(step + 1)),
         step=Step(step),
         restarts=restarts,
         member=MemberId(7),
@@ -40,15 +41,40 @@ def test_no_progress_is_counted_and_stops_the_job() -> None:
     assert stop.reason.endswith("oops")
 
 
+def test_the_step_named_is_the_one_it_died_in() -> None:
+    said = respawn(
+        SEAT,
+        replace(DEAD, at_step=Step(6)),
+        step=Step(8),
+        restarts=2,
+        member=MemberId(7),
+        config=BudgetConfig(same_place_max=3),
+    )
+    assert isinstance(said, Stop)
+    assert "failed 3 times at or near step 6 (" in said.reason
+    said = respawn(
+        SEAT,
+        DEAD,
+        step=Step(8),
+        restarts=2,
+        member=MemberId(7),
+        config=BudgetConfig(same_place_max=3),
+    )
+    assert isinstance(said, Stop)
+    assert "failed 3 times before it played a step of its own, the job having committed 8 (" in (
+        said.reason
+    )
+
+
 def test_what_the_others_did_meanwhile_is_no_progress() -> None:
     """Survivors train while a seat that always fails is replaced."""
     never_in = replace(DEAD, at_step=Step(0))
-    let_in_late = replace(DEAD, entry_step=Step(90), at_step=Step(91))
+    let_in_late = replace(DEAD, entry_step=Step(90), at_step=Step(100))
     for dead in (never_in, let_in_late):
         stop = respawn(
             SEAT,
             dead,
-            step=Step(91),
+            step=Step(99),
             restarts=2,
             member=MemberId(7),
             config=BudgetConfig(same_place_max=3, progress_steps=10),

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.core.ids import Slot, Step
-from ftkit.recovery.data_cursor import DataCursor, derive, permute
+from ftkit.recovery.data_cursor import DataCursor, derive, permute, rng_key
 
 
 @given(st.integers(1, 700), st.integers(0, 2**64 - 1))
@@ -47,9 +47,9 @@ def test_epochs_are_shuffled_differently_and_by_seed() -> None:
 
 
 def test_random_keys_differ_by_step_and_slot_and_fit_63_bits() -> None:
-    cursor = DataCursor(length=10, slots=4, slot_size=1)
-    keys = {cursor.rng_key(Step(t), Slot(s)) for t in range(1, 50) for s in range(4)}
+    keys = {rng_key(7, Step(t), Slot(s)) for t in range(1, 50) for s in range(4)}
     assert len(keys) == 49 * 4
+    assert rng_key(7, Step(1), Slot(0)) != rng_key(8, Step(1), Slot(0))
     assert all(0 <= key < 2**63 for key in keys)
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step, Term
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
-from ftkit.recovery.plan import Phase, adopt, first_plan
+from ftkit.recovery.plan import Mode, adopt, first_plan
 from ftkit.recovery.protocol import RESTART, advance, gone
 from tests.recovery.stories import Story, newcomer, training
 
@@ -23,7 +23,7 @@ def test_one_is_killed_and_the_others_play_the_step_again() -> None:
     story = training(5)
     story.says(0, Stage.DEAD, exit_code=-9)
     assert story.moves() == ["respawn"]
-    assert story.plan.phase is Phase.HALTING
+    assert story.plan.mode is Mode.HALTING
     assert story.plan.halted == 1
     story.says(1, Stage.HALTED)
     assert story.moves() == [], "member 2 has not said where it stands"
@@ -68,7 +68,7 @@ def test_a_member_on_its_way_into_a_world_does_not_break_it() -> None:
     story.says(0, Stage.DEAD, exit_code=-9).moves()
     story.says(1, Stage.HALTED).says(2, Stage.HALTED).moves()
     story.says(1, Stage.ACTIVE, generation=Generation(2))
-    assert story.plan.phase is Phase.RUNNING
+    assert story.plan.mode is Mode.RUNNING
     assert story.moves() == [], "member 2 still says HALTED, of generation 1"
 
 
@@ -87,7 +87,7 @@ def test_a_newcomer_that_dies_while_linking_costs_the_others_nothing() -> None:
     story = newcomer()
     story.says(3, Stage.DEAD, exit_code=1)
     assert story.moves() == ["respawn"]
-    assert story.plan.phase is Phase.RUNNING
+    assert story.plan.mode is Mode.RUNNING
     assert story.plan.seats[0].member == 4
 
 
@@ -97,7 +97,7 @@ def test_a_newcomer_that_dies_while_members_prepare_is_withdrawn() -> None:
     story.says(3, Stage.DEAD, exit_code=1)
     assert story.moves() == ["respawn", "withdraw"]
     assert story.plan.joining is None
-    assert story.plan.phase is Phase.RUNNING
+    assert story.plan.mode is Mode.RUNNING
 
 
 def test_an_offer_is_withdrawn_from_seats_given_away_even_if_nobody_remembers_why() -> None:
@@ -151,7 +151,7 @@ def test_a_newcomer_that_dies_just_admitted_breaks_the_grown_world() -> None:
     story.moves()
     story.says(1, Stage.HALTED).says(2, Stage.HALTED)
     story.moves()
-    assert (story.plan.phase, story.world, story.plan.step) == (Phase.RUNNING, [1, 2], 6)
+    assert (story.plan.mode, story.world, story.plan.step) == (Mode.RUNNING, [1, 2], 6)
 
 
 def test_a_newcomer_that_switched_counts_as_a_survivor_before_the_plan_knows() -> None:
@@ -161,7 +161,7 @@ def test_a_newcomer_that_switched_counts_as_a_survivor_before_the_plan_knows() -
     story.says(1, Stage.DEAD, exit_code=-9).says(2, Stage.DEAD, exit_code=-9)
     story.says(3, Stage.HALTED, generation=Generation(3), step=Step(7))
     story.moves()
-    assert (story.plan.phase, story.world, story.plan.step) == (Phase.RUNNING, [3], 7)
+    assert (story.plan.mode, story.world, story.plan.step) == (Mode.RUNNING, [3], 7)
 
 
 def test_a_member_left_behind_in_the_older_world_breaks_one_that_grew() -> None:
@@ -212,7 +212,7 @@ def test_those_told_to_start_over_have_not_finished_when_they_exit_with_0() -> N
     story.all_say(Stage.HALTED).moves()
     story.all_say(Stage.FINISHED, exit_code=0)
     assert story.moves() == ["respawn"] * 3
-    assert story.plan.phase is Phase.FORMING
+    assert story.plan.mode is Mode.FORMING
 
 
 def test_the_same_place_three_times_stops_the_job_and_says_why() -> None:
@@ -223,7 +223,7 @@ def test_the_same_place_three_times_stops_the_job_and_says_why() -> None:
             story.says(seat.member, Stage.READY, seat=0)
         story.says(seat.member, Stage.DEAD, exit_code=7, error="boom")
         story.moves()
-        assert (story.plan.phase is Phase.ENDED) == (death == 2)
+        assert (story.plan.mode is Mode.ENDED) == (death == 2)
     assert story.plan.stop is not None
     assert story.plan.stop.code == 7
     assert "seat 0 failed 3 times" in story.plan.stop.reason
@@ -402,7 +402,7 @@ def test_a_takeover_takes_the_newest_copy_and_issues_no_number_twice() -> None:
     older = story.plan
     story.says(0, Stage.DEAD, exit_code=-9).moves()
     taken = adopt([older, story.plan, older], term=Term(1))
-    assert taken.phase is Phase.HALTING
+    assert taken.mode is Mode.HALTING
     assert taken.order > story.plan.order
     assert taken.term == 2, "higher than the copy's, whatever the engine counted"
     assert taken.next_generation > story.plan.next_generation + 1000
@@ -427,3 +427,66 @@ def test_the_lost_node_takes_members_nobody_has_reported() -> None:
     assert gone(plan, facts, MemberId(1))
     assert not gone(plan, facts, MemberId(0))
     assert gone(plan, facts, MemberId(99)), "a member without a seat"
+
+
+# ---- agents that come and go
+
+
+A, B, C = Boot("a"), Boot("b"), Boot("c")
+
+
+def on_two_nodes() -> Story:
+    """Members 0 and 1 on node 0, 2 and 3 on node 1, at step 5; agents A and B started them."""
+    story = Story(2, 2).knows(boots={NodeId(0): A, NodeId(1): B})
+    story.all_say(Stage.READY)
+    assert story.moves() == ["assign", "form"]
+    story.all_say(Stage.ACTIVE, generation=Generation(1), step=Step(5), stepping=True)
+    assert story.moves() == []
+    return story
+
+
+def test_an_agent_starts_what_was_assigned_to_it_once_it_is_heard_of() -> None:
+    story = Story(2, 1)
+    assert story.moves() == []
+    assert [s.boot for s in story.plan.seats] == [None, None]
+    story.knows(boots={NodeId(1): B})
+    assert story.moves() == ["assign"]
+    story.knows(boots={NodeId(0): A, NodeId(1): B})
+    assert story.moves() == ["assign"]
+    assert [s.boot for s in story.plan.seats] == [A, B]
+    assert [s.member for s in story.plan.seats] == [0, 1], "nobody was lost"
+
+
+def test_members_that_only_a_lost_agent_and_a_lost_coordinator_knew_are_not_started_again() -> None:
+    """The new coordinator hears of node 0 from an agent that knows nothing."""
+    story = on_two_nodes()
+    story.plan = adopt([story.plan], term=Term(2))
+    story.knows(
+        members={m: f for m, f in story.facts.members.items() if f.node == 1},
+        boots={NodeId(0): C, NodeId(1): B},
+    )
+    assert story.moves() == ["respawn", "respawn"]
+    new = [s for s in story.plan.seats if s.node == 0]
+    assert [s.boot for s in new] == [C, C]
+    assert not {s.member for s in new} & {0, 1, 2, 3}
+    assert all(gone(story.plan, story.facts, MemberId(m)) for m in (0, 1))
+    for member in (2, 3):
+        story.says(member, Stage.HALTED, generation=story.plan.halted)
+    assert story.moves() == ["resume"]
+    assert (story.world, story.plan.step) == ([2, 3], 5)
+
+
+def test_a_coordinator_that_lives_on_takes_a_new_agent_for_the_end_of_the_old_ones_members() -> (
+    None
+):
+    story = on_two_nodes().knows(boots={NodeId(0): C, NodeId(1): B})
+    assert story.moves() == ["respawn", "respawn"]
+    assert [s.member for s in story.plan.seats] == [4, 5, 2, 3]
+
+
+def test_a_member_that_had_finished_does_not_run_again_with_a_new_agent() -> None:
+    story = on_two_nodes()
+    story.says(0, Stage.FINISHED, exit_code=0).knows(boots={NodeId(0): C, NodeId(1): B})
+    assert story.moves() == ["respawn"]
+    assert [s.member for s in story.plan.seats] == [0, 4, 2, 3]
+    assert [s.boot for s in story.plan.seats] == [A, C, B, B]

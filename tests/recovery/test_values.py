@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Slot, Step, Term
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Slot, Step, Term
 from ftkit.core.world import Member, World
 from ftkit.recovery.facts import MemberFacts, Stage
-from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
+from ftkit.recovery.partition import Cut
+from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 from ftkit.recovery.vote import Ballot
 
 numbers = st.integers(0, 2**40)
@@ -28,7 +29,7 @@ plans = st.builds(
     Plan,
     term=numbers.map(Term),
     version=numbers,
-    phase=st.sampled_from(Phase),
+    mode=st.sampled_from(Mode),
     seats=st.lists(
         st.builds(
             Assignment,
@@ -37,6 +38,7 @@ plans = st.builds(
             member=members_ids,
             failures=numbers,
             joined_step=steps,
+            boot=st.none() | words.map(Boot),
         ),
         max_size=4,
     ).map(tuple),
@@ -46,6 +48,12 @@ plans = st.builds(
     joining=st.none() | worlds,
     halted=generations,
     evicted=st.dictionaries(members_ids, words, max_size=3),
+    cuts=st.lists(
+        st.builds(
+            Cut, seats=st.tuples(seats, seats), times=numbers, step=steps, halted=generations
+        ),
+        max_size=3,
+    ).map(tuple),
     stop=st.none() | st.builds(Stop, code=st.integers(0, 255), reason=words),
     next_generation=generations,
     next_member=members_ids,
@@ -61,6 +69,7 @@ facts = st.builds(
     linked=generations,
     step=st.none() | steps,
     voted=st.booleans(),
+    cut=st.frozensets(members_ids, max_size=3),
     stepping=st.booleans(),
     host=words,
     port=numbers,
@@ -72,7 +81,6 @@ ballots = st.builds(
     Ballot,
     generation=generations,
     step=steps,
-    ok=st.booleans(),
     digest=st.integers(0, 2**64 - 1),
     data_digest=st.integers(0, 2**64 - 1),
     prepared=generations,

@@ -18,15 +18,6 @@ def test_equal_ballots_pass(size: int) -> None:
     assert (result.passed, result.switch, result.loss) == (True, None, None)
 
 
-@given(st.integers(2, 9), st.data())
-def test_one_refusal_is_enough_and_is_named(size: int, data: st.DataObject) -> None:
-    who = data.draw(st.integers(0, size - 1))
-    ballots = [replace(YES, ok=rank != who) for rank in range(size)]
-    result = tally(ballots)
-    assert not result.passed
-    assert f"ranks [{who}]" in result.reason
-
-
 @given(st.integers(3, 9), st.data(), st.sampled_from(["digest", "data_digest"]))
 def test_one_that_differs_is_named(size: int, data: st.DataObject, what: str) -> None:
     who = data.draw(st.integers(0, size - 1))

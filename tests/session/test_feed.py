@@ -2,16 +2,18 @@
 
 import random
 from collections import UserDict
+from collections.abc import Callable
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import Slot, Step
 from ftkit.session.feed import DatasetFeed, Feed, LoaderFeed, feed_of
+from ftkit.session.loader import reading_of
 
 
 class Numbers(Dataset[torch.Tensor]):
@@ -34,8 +36,28 @@ class Stream(IterableDataset[torch.Tensor]):
         return (torch.tensor(i) for i in range(4))
 
 
-def feed(source: Any, *, slots: int = 2, slot_size: int | None = None, seed: int = 0) -> Feed:
-    return feed_of(source, slots=slots, slot_size=slot_size, seed=seed, shuffle=True, collate=None)
+def feed(
+    source: Any,
+    *,
+    slots: int = 2,
+    slot_size: int | None = None,
+    seed: int = 0,
+    told: list[dict[str, Any]] | None = None,
+) -> Feed:
+    def tell(kind: str, **fields: object) -> None:
+        assert kind == "catch-up"
+        if told is not None:
+            told.append(fields)
+
+    return feed_of(
+        source,
+        slots=slots,
+        slot_size=slot_size,
+        seed=seed,
+        shuffle=True,
+        collate=None,
+        tell=tell,
+    )
 
 
 def play(source: Feed, steps: int, *, slots: int = 2) -> list[list[Any]]:
@@ -142,6 +164,102 @@ def test_asked_again_it_gives_the_same_and_a_newcomer_reads_the_same() -> None:
     new = feed(loader)
     assert torch.equal(old.batch(Step(3), Slot(1)), new.batch(Step(3), Slot(1)))
     assert old.digest(Step(3)) == new.digest(Step(3)) != 0
+
+
+class Counted(Numbers):
+    """Counts what is loaded."""
+
+    loaded = 0
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.loaded += 1
+        return super().__getitem__(index)
+
+
+def noisy_collate(samples: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(samples) + torch.rand(())
+
+
+class Lazy(Sampler[int]):
+    """Draws as it goes, from the global generator."""
+
+    def __iter__(self) -> Any:
+        return (int(torch.randint(9, ())) for _ in range(9))
+
+
+LOADERS: dict[str, Callable[[Any], Any]] = {
+    "in order": lambda d: DataLoader(d, batch_size=2),
+    "shuffled": lambda d: DataLoader(d, batch_size=2, shuffle=True, drop_last=True),
+    "own generator": lambda d: DataLoader(
+        d, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(5)
+    ),
+    "own sampler": lambda d: DataLoader(d, batch_size=2, sampler=Lazy()),
+    "unbatched": lambda d: DataLoader(d, batch_size=None, shuffle=True),
+    "random collation": lambda d: DataLoader(d, batch_size=2, collate_fn=noisy_collate),
+    "workers": lambda d: DataLoader(d, batch_size=2, shuffle=True, num_workers=2),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_newcomer_loads_nothing_of_what_was_consumed_and_reads_on_alike(kind: str) -> None:
+    # Nine samples and random draws: epochs end in the middle of steps.
+    old, data = feed(LOADERS[kind](Numbers(9, noisy=True))), Counted(9, noisy=True)
+    new = feed(LOADERS[kind](data))
+    scramble(3)
+    before = play(old, 7)
+    scramble(4)
+    for step in (Step(8), Step(9), Step(12)):
+        for slot in (Slot(0), Slot(1)):
+            there, here = old.batch(step, slot), new.batch(step, slot)
+            assert torch.equal(there, here), f"step {step}"
+        assert old.digest(step) == new.digest(step)
+    assert before[:2] != before[2:4], "the draws differ from batch to batch"
+    if kind != "workers":  # their counts are their own
+        loaded_for_three_steps = 2 * 3 * 2
+        assert data.loaded <= loaded_for_three_steps + 2 * 2 * 2, "of two steps of twelve at most"
+
+
+def test_what_has_to_be_read_to_be_left_out_says_how_far_it_is() -> None:
+    class Source:
+        def __iter__(self) -> Any:
+            return iter([torch.tensor(i) for i in range(7)])
+
+    told: list[dict[str, Any]] = []
+    source = feed(Source(), told=told)
+    source.batch(Step(101), Slot(0))
+    assert [t["step"] for t in told] == list(range(10, 101, 10))
+    assert all((t["until"], t["loaded"]) == (100, True) for t in told)
+    source.batch(Step(102), Slot(0))
+    assert len(told) == 10, "there was nothing to catch up with"
+
+
+def test_what_was_left_out_without_loading_is_told_too() -> None:
+    told: list[dict[str, Any]] = []
+    feed(DataLoader(Numbers(8), batch_size=2), told=told).batch(Step(4), Slot(0))
+    assert [(t["step"], t["loaded"]) for t in told] == [(1, False), (2, False), (3, False)]
+
+
+class Own(DataLoader[torch.Tensor]):
+    """A subclass may read however it likes."""
+
+
+@pytest.mark.parametrize(
+    ("loader", "loads"),
+    [
+        (DataLoader(Numbers()), False),
+        (Own(Numbers()), True),
+        (DataLoader(Stream()), True),
+        (DataLoader(Numbers(), num_workers=1, worker_init_fn=print), True),
+        (DataLoader(Numbers(), worker_init_fn=print), False),
+    ],
+)
+def test_only_what_is_known_to_have_an_order_is_skipped_unread(loader: Any, loads: bool) -> None:
+    assert reading_of(loader, 0).loads_what_it_skips is loads
+
+
+def test_an_empty_order_is_refused_when_it_is_skipped() -> None:
+    with pytest.raises(UsageError, match="the loader is empty"):
+        feed(DataLoader(Numbers(0))).batch(Step(3), Slot(0))
 
 
 def test_the_seed_changes_the_order_and_committed_batches_are_let_go() -> None:

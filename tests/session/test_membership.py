@@ -11,7 +11,7 @@ from ftkit.core.errors import JobStopped, ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.core.trace import Trace, read_events
 from ftkit.core.world import Member, World
-from ftkit.recovery.plan import Assignment, Phase, Plan, Stop
+from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 from ftkit.session.membership import Entry, Fate, Link, Membership, admission
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ def plan(version: int, *, members: tuple[int, ...] = (0, 1, 2), term: int = 1, *
 def running(version: int, at: World, step: int, **more: Any) -> Plan:
     """A plan whose members enter `at` from standing still."""
     given: dict[str, Any] = {
-        "phase": Phase.RUNNING,
+        "mode": Mode.RUNNING,
         "resumed": at.generation,
         "halted": at.generation - 1,
     }
@@ -53,12 +53,14 @@ class Rank:
     def __init__(self, member: int, folder: Path) -> None:
         self.said: list[dict[str, Any]] = []
         self.aborted: list[tuple[int, str]] = []
+        self.unlinked: set[int] = set()
         self.path = folder / "events.jsonl"
         self.trace = Trace(self.path)
         self.membership = Membership(
             MemberId(member),
             report=self.said.append,
             abort=lambda generation, reason: self.aborted.append((generation, reason)),
+            unlinked=lambda: frozenset(MemberId(m) for m in self.unlinked),
             trace=self.trace,
         )
 
@@ -111,7 +113,7 @@ def waiting(question: Callable[[], T], then: Callable[[], object]) -> T:
     return answers[0]
 
 
-HALT = plan(2, phase=Phase.HALTING, world=world(1, 0, 1, 2), resumed=Generation(1),
+HALT = plan(2, mode=Mode.HALTING, world=world(1, 0, 1, 2), resumed=Generation(1),
             halted=Generation(1))  # fmt: skip
 
 
@@ -151,8 +153,8 @@ def test_next_task_waits_for_a_world(rank: Rank) -> None:
 
 def test_an_older_or_equal_plan_is_ignored(active: Rank) -> None:
     said = len(active.said)
-    active.membership.take_plan(plan(1, phase=Phase.HALTING, halted=Generation(9)))
-    active.membership.take_plan(plan(99, term=0, phase=Phase.HALTING, halted=Generation(9)))
+    active.membership.take_plan(plan(1, mode=Mode.HALTING, halted=Generation(9)))
+    active.membership.take_plan(plan(99, term=0, mode=Mode.HALTING, halted=Generation(9)))
     assert active.membership.active
     assert len(active.said) == said
     assert not active.aborted
@@ -244,7 +246,7 @@ def test_a_member_left_out_rolls_back_and_links_anew(active: Rank) -> None:
 def test_the_job_may_stop_while_the_fate_is_open(active: Rank) -> None:
     vote(active)
     active.membership.take_plan(HALT)
-    ended = plan(3, phase=Phase.ENDED, stop=Stop(code=1, reason="enough"), halted=Generation(1))
+    ended = plan(3, mode=Mode.ENDED, stop=Stop(code=1, reason="enough"), halted=Generation(1))
     with pytest.raises(JobStopped, match="enough"):
         waiting(active.membership.fate, lambda: active.membership.take_plan(ended))
 
@@ -257,7 +259,7 @@ def test_a_plan_that_halts_ends_the_generation_at_once(active: Rank) -> None:
     assert not active.membership.active
     assert active.last["stage"] == "halted"
     assert active.aborted == [(1, "the coordinator ended it")]
-    active.membership.take_plan(plan(3, phase=Phase.HALTING, world=world(1, 0, 1, 2),
+    active.membership.take_plan(plan(3, mode=Mode.HALTING, world=world(1, 0, 1, 2),
                                      resumed=Generation(1), halted=Generation(1)))  # fmt: skip
     assert len(active.aborted) == 1, "halting twice is halting once"
 
@@ -280,7 +282,7 @@ def test_a_halt_while_entering_leaves_what_was_entered(active: Rank) -> None:
     assert task == Entry(second, Step(5), False)
     # While the links come up, another member is lost.
     active.membership.take_plan(
-        plan(4, members=(0, 11, 12), phase=Phase.HALTING, world=second, resumed=Generation(2),
+        plan(4, members=(0, 11, 12), mode=Mode.HALTING, world=second, resumed=Generation(2),
              halted=Generation(2))
     )  # fmt: skip
     active.membership.entered(second, Step(5))
@@ -296,9 +298,19 @@ def test_a_world_that_cannot_be_entered_is_reported_as_over(active: Rank) -> Non
     second = world(2, 0, 2)
     active.membership.take_plan(running(3, second, 5, members=(0, 11, 2)))
     active.membership.next_task()
-    active.membership.refused(second, "no link to member 2")
+    active.membership.refused(second, "no link to member 2", cut=frozenset({MemberId(2)}))
     assert (active.last["stage"], active.last["generation"]) == ("halted", 2)
+    assert active.last["cut"] == [2]
     assert active.membership.step == 5
+
+
+def test_a_rank_names_the_links_it_lost_itself_and_not_what_others_told_it(active: Rank) -> None:
+    active.unlinked = {1}
+    active.membership.take_fault(Generation(1), frozenset({MemberId(2)}), "as told by another")
+    assert active.last["cut"] == [1]
+    active.membership.take_plan(running(2, world(2, 0, 1, 2), 5))
+    active.membership.entered(world(2, 0, 1, 2), Step(5))
+    assert active.last["cut"] == []
 
 
 def test_a_rank_that_had_no_state_yet_is_ready_again(rank: Rank) -> None:
@@ -323,7 +335,7 @@ def test_a_newcomer_links_and_is_let_in_by_a_member(rank: Rank) -> None:
     rank.membership.linked(world(1, 1, 2))
     grown = world(2, 0, 1, 2)
     rank.membership.take_plan(
-        plan(2, phase=Phase.RUNNING, world=world(1, 1, 2), resumed=Generation(1), joining=grown)
+        plan(2, mode=Mode.RUNNING, world=world(1, 1, 2), resumed=Generation(1), joining=grown)
     )
     assert rank.membership.prepared is None, "it is not a member that switches"
     task = waiting(
@@ -355,7 +367,7 @@ def test_the_newest_admission_counts_and_one_that_was_halted_does_not(rank: Rank
     assert rank.membership.next_task() == Entry(world(4, 0, 1), Step(9), True)
     rank.membership.take_admission(admission(world(5, 0, 1), Step(10)))
     rank.membership.take_plan(
-        plan(1, phase=Phase.HALTING, world=world(4, 0, 1), halted=Generation(5))
+        plan(1, mode=Mode.HALTING, world=world(4, 0, 1), halted=Generation(5))
     )
     resumed = world(6, 1, 2)
     task = waiting(
@@ -377,7 +389,7 @@ def test_members_prepare_for_newcomers_and_forget_them_once_they_are_in(active: 
     offered = [active.membership.prepared]
     grown = world(2, 0, 1, 2, 3)
     active.membership.take_plan(
-        plan(2, members=(0, 1, 2, 3), phase=Phase.RUNNING, world=world(1, 0, 1, 2),
+        plan(2, members=(0, 1, 2, 3), mode=Mode.RUNNING, world=world(1, 0, 1, 2),
              resumed=Generation(1), joining=grown)
     )  # fmt: skip
     offered.append(active.membership.prepared)
@@ -404,11 +416,11 @@ def test_one_that_is_evicted_leaves(active: Rank) -> None:
         active.membership.next_task()
 
 
-def test_stopping_wakes_whoever_waits(rank: Rank) -> None:
+def test_the_end_wakes_whoever_waits(rank: Rank) -> None:
     rank.membership.ready(stepping=True)
+    ended = plan(1, mode=Mode.ENDED, stop=Stop(code=1, reason="the machine goes down"))
     with pytest.raises(JobStopped, match="the machine goes down"):
-        waiting(rank.membership.next_task, lambda: rank.membership.stop("the machine goes down"))
-    rank.membership.stop("another reason")
+        waiting(rank.membership.next_task, lambda: rank.membership.take_plan(ended))
     with pytest.raises(JobStopped, match="the machine goes down"):
         rank.membership.introduce()
 

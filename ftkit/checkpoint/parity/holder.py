@@ -31,7 +31,6 @@ from ftkit.checkpoint.parity.rounds import (
     StripeSet,
 )
 from ftkit.checkpoint.parity.streams import Peers, open_shard
-from ftkit.checkpoint.pins import set_pin
 from ftkit.checkpoint.rebuild import shards_to_read
 from ftkit.checkpoint.slots import Pin, Sealed
 from ftkit.core.errors import IntegrityError, ProtocolError
@@ -111,7 +110,7 @@ class Holder:
                 self._pinned[OFFER] = pins = list[tuple[Path, Sealed]]()
                 for path, sealed in _newest(parts):
                     with suppress(OSError, IntegrityError):
-                        if set_pin(path, sealed, Pin.PARITY):
+                        if _pin(path, sealed):
                             pins.append((path, sealed))
             return refused
 
@@ -166,7 +165,7 @@ class Holder:
             for pins in self._pinned.values():
                 for path, sealed in pins:
                     with suppress(OSError, IntegrityError):
-                        set_pin(path, sealed, Pin.PARITY)
+                        _pin(path, sealed)
 
     def make(self, stripes: StripeSet, ballot: Ballot, keep: RoundId | None) -> Cost:
         """Pin this node's parts of a round, and make the parity it keeps. Blocks.
@@ -299,16 +298,23 @@ class Holder:
         for path, sealed in gone:
             if (path, sealed) not in held:
                 with suppress(OSError, IntegrityError):
-                    set_pin(path, sealed, Pin.PARITY, on=False)
+                    _pin(path, sealed, on=False)
 
     def _pin(self, stripes: StripeSet) -> None:
         pins = self._pinned[stripes.round] = []
         for part in stripes.parts[self.node]:
             path, sealed = self.directory / part.arena, find_part(self.directory, part)
-            if sealed is None or not set_pin(path, sealed, Pin.PARITY):
+            if sealed is None or not _pin(path, sealed):
                 raise IntegrityError(f"{part.arena} of node {self.node} has lost step {part.step}")
             pins.append((path, sealed))
         self._unpin(OFFER)
+
+
+def _pin(path: Path, sealed: Sealed, *, on: bool = True) -> bool:
+    """Keep a part from being overwritten, or let go of it; whether it is there."""
+    with Arena.open(path, writable=True) as arena:
+        # It may have been chosen between the two: then it is being overwritten.
+        return arena.pin(sealed, Pin.PARITY, on=on) and sealed in arena.slots()
 
 
 def _newest(

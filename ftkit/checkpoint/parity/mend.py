@@ -201,14 +201,16 @@ class _Target:
             raise IntegrityError(
                 f"{part.arena} on node {node} has no good head of step {part.step}"
             )
-        self._arena = Arena.with_room(
+        self._arena = Arena.ensure(
             path,
-            data_bytes=part.bytes,
-            meta_bytes=self._head.sealed.layout_bytes + self._head.sealed.small_bytes,
+            self._head.layout,
+            # Pages for parts of this size; `reserve` has them for this one in any case.
+            replicas=max(1, self._head.layout.total_bytes // max(1, part.bytes)),
             chunk_bytes=part.chunk_bytes,
             slots=slots,
         )
         self._copy = self._arena.adopt(raw)
+        self._copy.reserve()
         self.data = self._copy.data.data
 
     def seal(self) -> None:

@@ -201,7 +201,7 @@ def test_a_second_leader_is_obeyed_and_the_first_no_more(tmp_path):
 def test_a_part_that_is_gone_when_it_is_asked_for_ends_the_round(tmp_path, monkeypatch):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         cluster.write(1)
-        monkeypatch.setattr("ftkit.checkpoint.parity.holder.set_pin", lambda *a, **k: False)
+        monkeypatch.setattr("ftkit.checkpoint.parity.holder._pin", lambda *a, **k: False)
         done = cluster.round()
         assert "has lost step 1" in done.broken
         assert cluster.stands() is None

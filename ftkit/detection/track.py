@@ -1,4 +1,4 @@
-"""Standing: what the detector knows of one member, and how two members stand to each other.
+"""Track: what the detector knows of one member, and how two members stand to each other.
 
 Times are seconds on the detector's clock. What a row shows is judged at the time the row was
 read, never at the time of judgement: old rows cannot make anybody look late.
@@ -20,7 +20,7 @@ EXEMPT: Final = frozenset({Phase.STARTING, Phase.RECOVERY, Phase.DONE})
 
 
 @dataclass(slots=True)
-class Standing:
+class Track:
     """The last row of one member, with a short history of its CPU time and its steps."""
 
     member: MemberId
@@ -105,7 +105,7 @@ class Standing:
         return (last - ticks) / self.facts.ticks_per_s / (last_at - at)
 
 
-def behind(one: Standing, waiter: Standing) -> bool:
+def behind(one: Track, waiter: Track) -> bool:
     """Whether `waiter`, which waits, waits for `one` among others.
 
     In the same group seqs are compared. Across groups only a member that waits in no collective

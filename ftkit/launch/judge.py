@@ -1,6 +1,6 @@
-"""Watch: puts agents' reports before the detector, and its verdicts before the protocol."""
+"""Judge: puts agents' reports before the detector, and its verdicts before the protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from ftkit.detection.observations import (
 from ftkit.detection.row import Row
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
-from ftkit.recovery.plan import Phase, Plan
+from ftkit.recovery.plan import Mode, Plan
 
 #: Stages of a member that has said hello and has to answer to the plan.
 ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
@@ -29,9 +29,13 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 RESTORE_LIMITS = 3
 
 
+#: A seat, its row, and its process; None when that is gone.
+SeatRow = tuple[Seat, Row, ProcessFacts | None]
+
+
 @dataclass(slots=True)
 class Findings:
-    """What the watch says at one moment."""
+    """What the judge says at one moment."""
 
     fresh: list[Verdict] = field(default_factory=list)
     """Verdicts not said before: for the event stream."""
@@ -39,7 +43,19 @@ class Findings:
     """Members to remove, with the reason: levels, said again while they hold."""
 
 
-class Watch:
+def rows_from_json(value: Iterable[Mapping[str, Any]]) -> list[SeatRow]:
+    """The rows of an agent's report. What is none is left out: the detector sees the silence."""
+    rows: list[SeatRow] = []
+    for item in value:
+        try:
+            facts = ProcessFacts.from_json(item["facts"]) if item["facts"] else None
+            rows.append((Seat(int(item["seat"])), Row.from_json(item["row"]), facts))
+        except (ProtocolError, KeyError):
+            continue
+    return rows
+
+
+class Judge:
     """Feeds one detector. Owned by the coordinator's thread."""
 
     def __init__(self, config: JobConfig) -> None:
@@ -60,26 +76,35 @@ class Watch:
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
             self._detector.ingest(WorldChanged(world=plan.world, at=at))
-        if plan.phase is not Phase.HALTING:
+        if plan.mode is not Mode.HALTING:
             self._halting_since = None
         elif self._halting_since is None:
             self._halting_since = at
 
     def take_report(
-        self, node: NodeId, report: Mapping[str, Any], members: list[MemberFacts], *, at: float
+        self,
+        node: NodeId,
+        rows: Iterable[SeatRow],
+        members: Sequence[MemberFacts],
+        *,
+        sent: float,
+        at: float,
     ) -> None:
-        """An agent reported its rows and its members' ends."""
+        """An agent reported its rows and its members' ends.
+
+        Args:
+          node: whose agent.
+          rows: seats' rows with what the kernel says of their processes.
+          members: the members it knows.
+          sent: when it reported, on its clock, which is that of the rows.
+          at: when that arrived here, on ours.
+        """
         # Rows carry the agent's clock; on one host the difference is the message's way here.
-        offset_ns = int((at - float(report["at"])) * 1e9) if node else 0
-        pids = {m.seat: m.member for m in members}
-        for item in report["rows"]:
-            try:
-                row = Row.from_json(item["row"]).shifted(offset_ns)
-                facts = ProcessFacts.from_json(item["facts"]) if item["facts"] else None
-            except (ProtocolError, KeyError):
-                continue  # the detector notices the silence
-            seat = Seat(int(item["seat"]))
-            if pids.get(seat) is not None:
+        offset_ns = int((at - sent) * 1e9) if node else 0
+        seats = {m.seat for m in members}
+        for seat, row, facts in rows:
+            if seat in seats:
+                row = row.shifted(offset_ns)
                 self._detector.ingest(
                     RowSeen(member=row.member, seat=seat, row=row, facts=facts, at=at)
                 )
@@ -99,7 +124,7 @@ class Watch:
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
-        if plan.phase is Phase.ENDED:
+        if plan.mode is Mode.ENDED:
             return findings
         for verdict in self._detector.tick(now):
             key = (verdict.member, verdict.fault)
@@ -119,7 +144,7 @@ class Watch:
                         member.member,
                         f"did not stand still within {self._times.halt_s:g} s of being told to",
                     )
-        if plan.phase is Phase.RUNNING and plan.world is not None:
+        if plan.mode is Mode.RUNNING and plan.world is not None:
             findings.evictions = {
                 **self._latecomers(plan.world, members, now),
                 **findings.evictions,

@@ -1,0 +1,45 @@
+"""EventTail: what was added to a run's event files since the last look."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+_CHUNK_BYTES = 1 << 20
+
+
+class EventTail:
+    """Reads what was added to a run's event files since the last time. One thread's object."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Follow `run_dir`/events/*.jsonl; neither the folder nor a file need exist yet."""
+        self._events = run_dir / "events"
+        self._read_to: dict[Path, int] = {}
+        self.unreadable = 0
+        """Whole lines that were not JSON objects with a time."""
+
+    def poll(self) -> list[dict[str, Any]]:
+        """The new events of all files, in order of time. A half-written line waits for its end."""
+        events = []
+        for path in sorted(self._events.glob("*.jsonl")):
+            events += self._poll_file(path)
+        return sorted(events, key=lambda e: float(e["mono"]))
+
+    def _poll_file(self, path: Path) -> list[dict[str, Any]]:
+        start = self._read_to.get(path, 0)
+        data = b""
+        with path.open("rb") as file:
+            file.seek(start)
+            while chunk := file.read(_CHUNK_BYTES):
+                data += chunk
+        end = data.rfind(b"\n") + 1
+        self._read_to[path] = start + end
+        events = []
+        for line in data[:end].splitlines():
+            try:
+                event = json.loads(line)
+                float(event["mono"])
+            except (ValueError, TypeError, KeyError):
+                self.unreadable += 1
+                continue
+            events.append(event)
+        return events

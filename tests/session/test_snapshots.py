@@ -1,0 +1,183 @@
+"""Shares of several members in one process: no job, real arenas, real state."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ftkit.checkpoint import arena as arena_module
+from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.checkpoint.copies import local_copies
+from ftkit.checkpoint.layout import StateLayout
+from ftkit.core.errors import CapacityError, IntegrityError
+from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
+from ftkit.core.inventory import Inventory
+from ftkit.core.world import Member, World
+from ftkit.session.snapshots import Snapshots
+from tests.checkpoint.helpers import Training, assert_same
+
+JOB, NODE = JobId("t"), NodeId(0)
+#: Small chunks, so that a small state has something to share.
+CHUNK_BYTES = 1024
+
+
+class Rig:
+    """One member: its state, and an agent that makes arenas in a folder."""
+
+    def __init__(self, folder: Path, seat: int, *, seed: int = 1) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.folder, self.seat = folder, seat
+        self.training = Training(seed=seed)
+        env = SimpleNamespace(
+            job=JOB, seat=seat, member=seat, node=NODE, secret="", shm_dir=folder, max_stall_s=0.05
+        )
+        trace = SimpleNamespace(event=lambda kind, **fields: self.events.append((kind, fields)))
+        control = SimpleNamespace(arena=self.make, stores={})
+        parts: Any = SimpleNamespace(env=env, control=control, trace=trace)
+        self.snapshots = Snapshots(
+            model=[self.training.model],
+            optimizer=[self.training.optimizer],
+            scheduler=self.training.scheduler,
+            extra={},
+            parts=parts,
+        )
+
+    def make(self, layout: object, replicas: int) -> str:
+        path = arena_path(JOB, Seat(self.seat), self.folder)
+        Arena.ensure(
+            path, StateLayout.from_json(layout), replicas=replicas, chunk_bytes=CHUNK_BYTES
+        ).close()
+        return str(path)
+
+    def step(self, number: int, world: World) -> None:
+        self.training.forward_backward(number)
+        self.snapshots.gate()
+        self.training.update()
+        self.snapshots.begin(Step(number), world)
+
+    def restore(self, step: int, world: World) -> None:
+        membership: Any = SimpleNamespace(
+            active=True, generation=world.generation, wait_changed=lambda seconds: None
+        )
+        self.snapshots.restore(Step(step), world, membership)
+
+
+def world_of(generation: int, *seats: int) -> World:
+    return World(
+        generation=Generation(generation),
+        members=tuple(
+            Member(member=MemberId(s), seat=Seat(s), node=NODE, host="h", port=1) for s in seats
+        ),
+    )
+
+
+def complete(folder: Path) -> set[Step]:
+    return set(Inventory(copies=tuple(local_copies(JOB, folder, NODE))).complete())
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three members at step 3, each holding a third of it."""
+    rigs, world = [Rig(tmp_path, seat) for seat in range(3)], world_of(1, 0, 1, 2)
+    for number in (1, 2, 3):
+        for rig in rigs:
+            rig.step(number, world)
+    for rig in rigs:
+        rig.snapshots.gate()
+    yield rigs
+    for rig in rigs:
+        rig.snapshots.close()
+
+
+def lose(rig: Rig) -> None:
+    """With its node: nothing of it is left."""
+    rig.snapshots.close()
+    arena_path(JOB, Seat(rig.seat), rig.folder).unlink()
+
+
+def test_three_thirds_make_a_whole_and_a_newcomer_reads_each_once(three, tmp_path):
+    assert complete(tmp_path) == {1, 2, 3}
+    held = [rig.events[-1][1]["bytes"] for rig in three]
+    assert max(held) - min(held) <= 2 * CHUNK_BYTES
+    late = Rig(tmp_path, 3, seed=9)
+    late.snapshots.look_ahead(world_of(1, 0, 1, 2))
+    late.restore(3, world_of(2, 0, 1, 2, 3))
+    assert_same(late.snapshots._state, three[0].snapshots._state)
+    ((_, told),) = [e for e in late.events if e[0] == "restore"]
+    assert told["source"].count("this node") == 3
+    assert late.snapshots.layout == three[0].snapshots.layout
+    late.snapshots.close()
+
+
+@pytest.mark.parametrize("left", [(0, 2), (1,)])
+def test_the_survivors_take_the_same_step_again_and_it_is_whole_without_the_dead(
+    three, tmp_path, left
+):
+    for rig in three:
+        if rig.seat not in left:
+            lose(rig)
+    assert complete(tmp_path) == set(), "every step had a part with the dead"
+    world = world_of(2, *left)
+    for seat in left:
+        three[seat].snapshots.begin(Step(3), world)
+    for seat in left:
+        three[seat].snapshots.gate()
+    assert complete(tmp_path) == {3}
+    late = Rig(tmp_path, 5, seed=9)
+    late.restore(3, world)
+    assert_same(late.snapshots._state, three[left[0]].snapshots._state)
+    late.snapshots.close()
+
+
+def test_a_damaged_part_is_struck_and_the_step_is_complete_no_more(three, tmp_path):
+    path = arena_path(JOB, Seat(1), tmp_path)
+    with Arena.open(path) as arena, path.open("r+b") as file:
+        slot = next(i for i, s in enumerate(arena.slots()) if s is not None and s.step == 3)
+        file.seek(arena.geometry.slot_at(slot) + arena.geometry.data_at + 7)
+        file.write(b"\xa5\x5a")
+    late = Rig(tmp_path, 5, seed=9)
+    with pytest.raises(IntegrityError, match="step 3 is not complete"):
+        late.restore(3, world_of(2, 0, 1, 2))
+    assert complete(tmp_path) == {1, 2}, "whoever chooses next chooses an older step"
+    late.restore(2, world_of(3, 0, 1, 2))
+    late.snapshots.close()
+
+
+def test_no_memory_for_a_larger_share_costs_the_snapshot_and_not_the_training(
+    three, tmp_path, monkeypatch
+):
+    def full(*_: object) -> None:
+        raise CapacityError("shared memory is full")
+
+    for rig in three[1:]:
+        lose(rig)
+    monkeypatch.setattr(arena_module, "_fallocate", full)
+    alone = world_of(2, 0)
+    three[0].snapshots.begin(Step(3), alone)
+    three[0].step(4, alone)
+    three[0].snapshots.gate()
+    assert [kind for kind, _ in three[0].events][-2:] == ["snapshot-failed"] * 2
+    assert complete(tmp_path) == set()
+    monkeypatch.undo()
+    three[0].step(5, alone)
+    three[0].snapshots.gate()
+    assert complete(tmp_path) == {5}
+
+
+def test_what_was_restored_is_kept_until_something_newer_is_whole(three, tmp_path):
+    """All died when step 4 was sealed by some: its parts must not cost the step restored."""
+    world = world_of(1, 0, 1, 2)
+    three[0].step(4, world)
+    three[0].snapshots.gate()
+    assert complete(tmp_path) == {2, 3}
+    for rig in three:
+        rig.snapshots.close()
+    again, new = [Rig(tmp_path, seat, seed=7) for seat in range(3)], world_of(2, 0, 1, 2)
+    for rig in again:
+        rig.restore(3, new)
+    again[0].step(4, new)
+    again[0].snapshots.gate()
+    assert 3 in complete(tmp_path), "the others have not sealed step 4 yet"
+    for rig in again:
+        rig.snapshots.close()
