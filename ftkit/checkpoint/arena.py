@@ -33,7 +33,7 @@ from ftkit.checkpoint.slots import (
     Sealed,
     choose_slot,
 )
-from ftkit.checkpoint.writer import SlotWriter
+from ftkit.checkpoint.writer import SlotCopy, SlotWriter
 from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
@@ -329,6 +329,10 @@ class Arena:
         at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
         return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
 
+    def data_offset(self, sealed: Sealed) -> int:
+        """Where the part's data begins in the file. IntegrityError when overwritten."""
+        return self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
+
     def blocks(self, head: Head, chunks: range | None = None) -> Iterator[memoryview]:
         """The data of a part, a chunk at a time, each checked before it is handed out.
 
@@ -385,24 +389,59 @@ class Arena:
             raise UsageError(f"{self.path.name} was opened read-only")
         size = self.geometry.chunk_bytes
         chunks = share.chunks(chunk_count(layout.total_bytes, size))
-        return self._writer(step, generation, layout, chunks, layouts, complete, pins)
-
-    def _writer(
-        self,
-        step: Step,
-        generation: Generation,
-        layout: StateLayout,
-        chunks: range,
-        layouts: int,
-        complete: Step | None = None,
-        pins: Collection[Pin] = (),
-    ) -> SlotWriter:
         if not self.fits(layout):
             raise CapacityError(
                 f"a snapshot needs {layout.total_bytes} bytes of data and {layout.meta_bytes} of "
                 f"meta; {self.path.name} has {self.geometry.data_bytes} and "
                 f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
             )
+        return SlotWriter(
+            self._bytes,
+            self.geometry,
+            self._spare(step, complete, pins),
+            step,
+            generation,
+            layout,
+            chunks,
+            layouts,
+            reserve=self._reserve,
+            sealed=self._seal,
+        )
+
+    def adopt(self, head: bytes, *, pins: Collection[Pin] = ()) -> SlotCopy:
+        """Begin to make an exact copy of a part of which only the head is at hand.
+
+        Args:
+          head: of the part, checked.
+          pins: the tiers for which it is pinned from the start.
+
+        Raises:
+          CapacityError: the part does not fit (`ensure`).
+          AllPinned: no slot can be spared.
+        """
+        if not self.writable:
+            raise UsageError(f"{self.path.name} was opened read-only")
+        sealed = Sealed.from_page(head[:PAGE])
+        assert sealed is not None, "the head was checked"
+        if not self._holds(sealed):
+            raise CapacityError(
+                f"a part of {sealed.data_bytes} bytes does not fit into {self.path.name}, which "
+                f"has slots of {self.geometry.data_bytes}"
+            )
+        slot = self._spare(sealed.step, None, pins)
+        return SlotCopy(
+            self._bytes, self.geometry, slot, head, reserve=self._reserve, sealed=self._seal
+        )
+
+    def data_to_mend(self, sealed: Sealed) -> memoryview:
+        """The part's data, writable, to put back bytes that rotted; as `data`."""
+        if not self.writable:
+            raise UsageError(f"{self.path.name} was opened read-only")
+        at = self.data_offset(sealed)
+        return self._bytes[at : at + sealed.data_bytes].data
+
+    def _spare(self, step: Step, complete: Step | None, pins: Collection[Pin]) -> int:
+        """Take the slot that can best be spared, and pin it. AllPinned when there is none."""
         pinned = [slot for slot in range(self.geometry.slots) if any(self.pins(slot))]
         slot = choose_slot(self._held, complete, pinned)
         if slot is None:
@@ -413,18 +452,7 @@ class Arena:
         self._held[slot] = None
         for pin in Pin:
             self._map[self.geometry.pin_at(slot, pin)] = pin in pins
-        return SlotWriter(
-            self._bytes,
-            self.geometry,
-            slot,
-            step,
-            generation,
-            layout,
-            chunks,
-            layouts,
-            reserve=self._reserve,
-            sealed=self._seal,
-        )
+        return slot
 
     def _reserve(self, slot: int, part_bytes: int) -> None:
         """Give a slot pages for a part of this size, and map them. Any thread; once a size."""
@@ -489,24 +517,19 @@ class Arena:
         )
 
     def _copy_snapshots(self, new: "Arena") -> None:
-        for sealed in self.snapshots():
+        for slot, sealed in enumerate(self.slots()):
+            if sealed is None:
+                continue
             try:
                 head = self.head(sealed)
-                part, size = sealed.part, sealed.chunk_bytes
-                if not new.fits(head.layout):
-                    continue
-                chunks = range(part.first // size, -(-part.end // size))
-                writer = new._writer(
-                    sealed.step, sealed.generation, head.layout, chunks, part.layouts
-                )
-                writer.reserve()
+                pins = [pin for pin, on in zip(Pin, self.pins(slot), strict=True) if on]
+                copy = new.adopt(self.head_bytes(sealed), pins=pins)
+                copy.reserve()
                 for chunk, block in enumerate(self.blocks(head)):
-                    at = chunk * size
-                    writer.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
-                writer.digest(range(len(writer.table)))
-                small_at = PAGE + sealed.layout_bytes
-                writer.seal(self.head_bytes(sealed)[small_at : small_at + sealed.small_bytes])
-            except IntegrityError:
+                    at = chunk * sealed.chunk_bytes
+                    copy.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
+                copy.seal()
+            except (IntegrityError, CapacityError):
                 # A damaged snapshot is lost already; it must not keep the others back.
                 continue
 

@@ -1,4 +1,4 @@
-"""CRC-32C (Castagnoli), the checksum of iSCSI, of zarr's `crc32c` codec and of stripes.
+"""CRC-32C (Castagnoli), the checksum of iSCSI and of zarr's `crc32c` codec.
 
 Computed by ISA-L at the speed of memory where there is one, else by google-crc32c; both give
 the value of RFC 3720, appendix B.4.

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import numpy as np
 
-from ftkit.checkpoint.crc import crc32c
 from ftkit.checkpoint.galois import Matrix, generator, recipe
 from ftkit.checkpoint.isal import Tables, load
 from ftkit.checkpoint.planes import Planes
@@ -83,8 +82,8 @@ class Codec:
         """Compute lost shards, data or parity, from any k others.
 
         Args:
-          shards: what is left, by number; read and not kept. Their bytes must have been checked
-            (`intact`): a wrong one makes all results wrong.
+          shards: what is left, by number; read and not kept. Their bytes must have been
+            checked: a wrong one makes all results wrong.
           lost: writable buffers of the true lengths, by number, overlapping nothing.
 
         Raises:
@@ -122,26 +121,6 @@ class Codec:
                 raise ValueError(
                     f"data shard {shard} has {memory.nbytes} bytes, the stripe's parity {stripe}"
                 )
-
-
-def intact(shards: Mapping[int, Memory], digests: Mapping[int, int]) -> dict[int, Memory]:
-    """The shards whose CRC-32C is what was published; what is corrupt counts as lost.
-
-    Args:
-      shards: by number.
-      digests: `crc32c` of each, by number, from a source that was itself checked.
-    """
-    good = dict[int, Memory]()
-    for shard, memory in shards.items():
-        found = crc32c(memory)
-        if found == digests[shard]:
-            good[shard] = memory
-        else:
-            logger.warning(
-                "shard %d has CRC-32C %08x, published was %08x: it counts as lost",
-                *(shard, found, digests[shard]),
-            )
-    return good
 
 
 @cache

@@ -1,61 +1,91 @@
 """Fetch: a snapshot in another node's arena, read through its byte server and checked here."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX
 from ftkit.checkpoint.slots import Head
 from ftkit.core.errors import IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import Generation, NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Part
-from ftkit.core.wire import authenticate, connect, receive_message, send_message
+from ftkit.core.wire import authenticate, receive_message, send_message
 
 HEAD_BYTES_MAX = 256 << 20
 
 
-class Remote:
-    """A connection that reads one part of a snapshot. Use from one thread."""
+class ByteLine:
+    """A connection to a byte server. Use from one thread."""
 
-    def __init__(self, sock: socket.socket, request: dict[str, object]) -> None:
-        """Take over `sock`, authenticated, and read the head; see `fetch`."""
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over `sock`, authenticated."""
         self._sock = sock
-        self._request = request
-        self.head = Head.parse(bytes(self._ask({"op": "head"}, HEAD_BYTES_MAX)))
 
-    def blocks(self, chunks: range | None = None) -> Iterator[memoryview]:
-        """The data in order, a chunk at a time, each checked; valid until the next is asked for.
+    @classmethod
+    def open(cls, address: tuple[str, int], secret: bytes, *, timeout_s: float) -> Self:
+        """Connect. Blocks; see `fetch` for the arguments and what is raised."""
+        try:
+            sock = socket.create_connection(address, timeout=timeout_s)
+        except OSError as error:
+            raise WireError(f"cannot reach the byte server at {address}: {error}") from error
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            authenticate(sock, secret, server=False, timeout_s=timeout_s)
+            sock.settimeout(timeout_s)
+        except OSError as error:
+            sock.close()
+            raise WireError(f"byte server at {address} is gone: {error}") from error
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
 
-        The next range travels while this one is used: at most 32 MiB are held.
-
-        Args:
-          chunks: which chunks, counted from the part's first (`Head.span`); None for all.
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Send a request and return the message that answers it.
 
         Raises:
-          IntegrityError: a chunk is damaged, or the snapshot is no longer there.
+          IntegrityError: what was asked for is not there.
+          ProtocolError: the server refused it.
           WireError: the server is gone, silent or mad.
         """
-        size = self.head.sealed.chunk_bytes
-        if chunks is None:
-            chunks = range(len(self.head.digests))
-        end = min(chunks.stop * size, self.head.sealed.data_bytes)
-        stride = RANGE_BYTES_MAX // size * size
-        spans = [(at, min(stride, end - at)) for at in range(chunks.start * size, end, stride)]
+        self._send(request)
+        return self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        """One more message of an answer; as `ask`."""
+        try:
+            reply = receive_message(self._sock)
+        except OSError as error:
+            raise WireError(f"byte server is gone or silent: {error}") from error
+        if "error" in reply:
+            kind = IntegrityError if reply.get("lost") is True else ProtocolError
+            raise kind(f"byte server: {reply['error']!s:.500}")
+        return reply
+
+    def read(self, request: Mapping[str, object], bytes_max: int) -> bytearray:
+        """Send a request and return the bytes that answer it; as `ask`."""
+        self._send(request)
+        return self._bytes(bytes_max)
+
+    def ranges(
+        self, request: Mapping[str, object], first: int, end: int, stride: int
+    ) -> Iterator[memoryview]:
+        """Bytes `first` to `end`, at most `stride` at a time; as `ask`.
+
+        The next range travels while this one is used.
+        """
+        spans = [(at, min(stride, end - at)) for at in range(first, end, stride)]
         if spans:
-            self._request_range(*spans[0])
-        chunk = chunks.start
+            self._send({**request, "at": spans[0][0], "bytes": spans[0][1]})
         for index, (_, count) in enumerate(spans):
-            data = memoryview(self._reply(count))
+            data = memoryview(self._bytes(count))
             if len(data) != count:
                 raise ProtocolError(f"asked for {count} bytes, got {len(data)}")
             if index + 1 < len(spans):
-                self._request_range(*spans[index + 1])
-            for at in range(0, count, size):
-                block = data[at : at + size]
-                self.head.check(chunk, block)
-                chunk += 1
-                yield block
+                at, more = spans[index + 1]
+                self._send({**request, "at": at, "bytes": more})
+            yield data
 
     def close(self) -> None:
         """Hang up. May be called twice."""
@@ -72,29 +102,21 @@ class Remote:
     ) -> None:
         self.close()
 
-    def _ask(self, request: dict[str, object], bytes_max: int) -> bytearray:
-        send_message(self._sock, self._request | request)
-        return self._reply(bytes_max)
-
-    def _request_range(self, at: int, count: int) -> None:
+    def _send(self, request: Mapping[str, object]) -> None:
         try:
-            send_message(self._sock, self._request | {"op": "data", "at": at, "bytes": count})
+            send_message(self._sock, request)
         except OSError as error:
             raise WireError(f"byte server is gone: {error}") from error
 
-    def _reply(self, bytes_max: int) -> bytearray:
+    def _bytes(self, bytes_max: int) -> bytearray:
+        count = self.hear().get("bytes")
+        if type(count) is not int or not 0 <= count <= bytes_max:
+            raise ProtocolError(
+                f"byte server announces {count!r:.20} bytes, at most {bytes_max} are allowed"
+            )
+        data = bytearray(count)
+        view = memoryview(data)
         try:
-            reply = receive_message(self._sock)
-            if "error" in reply:
-                kind = IntegrityError if reply.get("lost") is True else ProtocolError
-                raise kind(f"byte server: {reply['error']!s:.500}")
-            count = reply.get("bytes")
-            if type(count) is not int or not 0 <= count <= bytes_max:
-                raise ProtocolError(
-                    f"byte server announces {count!r:.20} bytes, at most {bytes_max} are allowed"
-                )
-            data = bytearray(count)
-            view = memoryview(data)
             while view:
                 got = self._sock.recv_into(view)
                 if not got:
@@ -103,6 +125,61 @@ class Remote:
         except OSError as error:
             raise WireError(f"byte server is gone or silent: {error}") from error
         return data
+
+
+class Remote:
+    """A connection that reads one part of a snapshot. Use from one thread."""
+
+    def __init__(self, line: ByteLine, request: dict[str, object]) -> None:
+        """Take over a connection, and read the head; see `fetch`."""
+        self._line = line
+        self._request = request
+        self.head_bytes = bytes(line.read({**request, "op": "head"}, HEAD_BYTES_MAX))
+        self.head = Head.parse(self.head_bytes)
+
+    def blocks(
+        self, chunks: range | None = None, *, range_bytes: int = RANGE_BYTES_MAX
+    ) -> Iterator[memoryview]:
+        """The data in order, a chunk at a time, each checked; valid until the next is asked for.
+
+        The next range travels while this one is used.
+
+        Args:
+          chunks: which chunks, counted from the part's first (`Head.span`); None for all.
+          range_bytes: of a range; two of them are held. At most 16 MiB.
+
+        Raises:
+          IntegrityError: a chunk is damaged, or the snapshot is no longer there.
+          WireError: the server is gone, silent or mad.
+        """
+        size = self.head.sealed.chunk_bytes
+        if chunks is None:
+            chunks = range(len(self.head.digests))
+        end = min(chunks.stop * size, self.head.sealed.data_bytes)
+        stride = max(1, range_bytes // size) * size
+        chunk = chunks.start
+        request = {**self._request, "op": "data"}
+        for data in self._line.ranges(request, chunk * size, end, stride):
+            for at in range(0, len(data), size):
+                block = data[at : at + size]
+                self.head.check(chunk, block)
+                chunk += 1
+                yield block
+
+    def close(self) -> None:
+        """Hang up. May be called twice."""
+        self._line.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def fetch(
@@ -130,20 +207,11 @@ def fetch(
       ProtocolError: the server refused the request, or speaks something else.
       WireError: nobody listens, or the connection broke or fell silent.
     """
+    line = ByteLine.open(address, secret, timeout_s=timeout_s)
     try:
-        sock = socket.create_connection(address, timeout=timeout_s)
-    except OSError as error:
-        raise WireError(f"cannot reach the byte server at {address}: {error}") from error
-    try:
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        authenticate(sock, secret, server=False, timeout_s=timeout_s)
-        sock.settimeout(timeout_s)
-        return Remote(sock, {"arena": arena, "step": step, "generation": generation})
-    except OSError as error:
-        sock.close()
-        raise WireError(f"byte server at {address} is gone: {error}") from error
+        return Remote(line, {"arena": arena, "step": step, "generation": generation})
     except BaseException:
-        sock.close()
+        line.close()
         raise
 
 
@@ -161,10 +229,9 @@ def list_copies(
     Raises:
       WireError: it cannot be reached, or answers something else.
     """
-    line = connect(address, secret, hello={}, timeout_s=timeout_s)
+    line = ByteLine.open(address, secret, timeout_s=timeout_s)
     try:
-        line.send({"op": "list"})
-        answer = line.receive()
+        answer = line.ask({"op": "list"})
         return [
             Copy(
                 seat=Seat(int(found["seat"])),

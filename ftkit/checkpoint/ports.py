@@ -1,10 +1,9 @@
 """What the checkpoint room needs from outside, and the tiers that join it below the arena."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 from ftkit.checkpoint.box import Box, TensorBox
-from ftkit.core.ids import Generation, Step
 
 
 class TraceHook(Protocol):
@@ -12,16 +11,6 @@ class TraceHook(Protocol):
 
     def __call__(self, kind: str, /, **fields: object) -> None:
         """Record one event with JSON-safe fields."""
-
-
-class ParityTier(Protocol):
-    """Redundancy between nodes: rebuilds the snapshot of a node that is gone."""
-
-    def publish(self, step: Step, generation: Generation, blocks: Iterable[memoryview]) -> None:
-        """Spread one sealed snapshot over the stripe. Blocks until enough peers hold it."""
-
-    def rebuild(self, step: Step, generation: Generation) -> Iterator[memoryview]:
-        """The bytes of a lost snapshot, in order. IntegrityError when too few parts are left."""
 
 
 class BoxSource(Protocol):

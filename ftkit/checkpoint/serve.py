@@ -6,9 +6,11 @@ after another, and each is answered by one message and, on success, that many ra
     {"op": "head", "arena": name, "step": 7, "generation": 2}                 -> {"bytes": n} n bytes
     {"op": "data", ... the same ..., "at": 0, "bytes": 16777216}              -> {"bytes": n} n bytes
     {"op": "list"}                                                            -> {"copies": [...]}
+    {"op": "parity-...", ...}                                     -> as `parity.holder` says
 
     anything wrong                        -> {"error": "...", "lost": true when it is not there}
 
+Whoever makes the server may add operations, parity's above all.
 The server promises nothing about the bytes: the reader checks every digest. A name is a bare
 file name of this job's arenas and nothing else; links are not followed.
 """
@@ -17,6 +19,7 @@ import contextlib
 import logging
 import socket
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +27,7 @@ from typing import Any, Self
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.copies import arena_name, local_copies
 from ftkit.checkpoint.slots import Sealed
-from ftkit.core.errors import IntegrityError, ProtocolError, WireError
+from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import Generation, JobId, NodeId, Step
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
 
@@ -32,7 +35,12 @@ logger = logging.getLogger(__name__)
 
 RANGE_BYTES_MAX = 16 << 20
 CONNECTIONS_MAX = 64
-_REQUEST_BYTES_MAX = 4096
+#: A round of parity names every part of a group, and every node of the job.
+_REQUEST_BYTES_MAX = 4 << 20
+
+Operation = Callable[[socket.socket, dict[str, Any]], None]
+"""Answers a request by what it sends. Raises IntegrityError when what was asked for is not
+there, ProtocolError when the request is wrong, and CapacityError; before it sends anything."""
 
 
 class ArenaServer:
@@ -47,6 +55,7 @@ class ArenaServer:
         host: str = "127.0.0.1",
         port: int = 0,
         idle_s: float = 60.0,
+        operations: Mapping[str, Operation] = {},  # never changed
     ) -> None:
         """Listen, and serve from threads of its own.
 
@@ -57,6 +66,7 @@ class ArenaServer:
           host: the address to bind to.
           port: the port; 0 for any.
           idle_s: the longest silence of a client before it is dropped.
+          operations: further ones, by name. They are called on the client's thread.
 
         Raises:
           OSError: the address cannot be bound.
@@ -66,6 +76,7 @@ class ArenaServer:
         self._name = arena_name(job)
         self._secret = secret
         self._idle_s = idle_s
+        self._operations = operations
         self._lock = threading.Lock()
         self._clients: dict[socket.socket, threading.Thread] = {}
         self._closed = threading.Event()
@@ -142,10 +153,11 @@ class ArenaServer:
             if request.get("op") == "list":
                 send_message(sock, {"copies": self._list()})
                 return
-            self._send(sock, request)
+            operation = self._operations.get(str(request.get("op")), self._send)
+            operation(sock, request)
         except IntegrityError as error:
             send_message(sock, {"error": str(error), "lost": True})
-        except ProtocolError as error:
+        except (ProtocolError, CapacityError) as error:
             send_message(sock, {"error": str(error), "lost": False})
 
     def _list(self) -> list[dict[str, object]]:
@@ -164,7 +176,7 @@ class ArenaServer:
         name = request.get("arena")
         if not isinstance(name, str) or self._name.fullmatch(name) is None:
             raise ProtocolError(f"{name!r:.80} is not the name of an arena of this job")
-        step, generation = (_natural(request, key) for key in ("step", "generation"))
+        step, generation = (natural(request, key) for key in ("step", "generation"))
         try:
             arena = Arena.open(self._directory / name)
         except OSError as error:
@@ -172,14 +184,15 @@ class ArenaServer:
         with arena:
             sealed = arena.find(Step(step), Generation(generation))
             if request.get("op") == "head":
-                _send_bytes(sock, memoryview(arena.head_bytes(sealed)))
+                send_bytes(sock, memoryview(arena.head_bytes(sealed)))
             elif request.get("op") == "data":
-                _send_bytes(sock, _range(arena, sealed, request))
+                send_bytes(sock, _range(arena, sealed, request))
             else:
                 raise ProtocolError(f"{request.get('op')!r:.80} is not an operation")
 
 
-def _natural(request: dict[str, Any], key: str) -> int:
+def natural(request: dict[str, Any], key: str) -> int:
+    """That field of a request. ProtocolError unless it is a natural number."""
     value = request.get(key)
     if type(value) is not int or value < 0:
         raise ProtocolError(f"{key} must be a natural number, not {value!r:.80}")
@@ -187,7 +200,7 @@ def _natural(request: dict[str, Any], key: str) -> int:
 
 
 def _range(arena: Arena, sealed: Sealed, request: dict[str, Any]) -> memoryview:
-    at, count = _natural(request, "at"), _natural(request, "bytes")
+    at, count = natural(request, "at"), natural(request, "bytes")
     if count > RANGE_BYTES_MAX or at + count > sealed.data_bytes:
         raise ProtocolError(
             f"bytes {at} to {at + count} were asked for; the snapshot has {sealed.data_bytes}, and "
@@ -196,7 +209,8 @@ def _range(arena: Arena, sealed: Sealed, request: dict[str, Any]) -> memoryview:
     return arena.data(sealed)[at : at + count]
 
 
-def _send_bytes(sock: socket.socket, data: memoryview) -> None:
+def send_bytes(sock: socket.socket, data: memoryview) -> None:
+    """Announce bytes and send them; the view is released."""
     send_message(sock, {"bytes": len(data)})
     sock.sendall(data)
     data.release()

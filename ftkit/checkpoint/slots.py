@@ -78,16 +78,16 @@ class Geometry:
     @property
     def table_at(self) -> int:
         """Offset of the digest table in a slot."""
-        return PAGE + _paged(self.meta_bytes)
+        return PAGE + paged(self.meta_bytes)
 
     @property
     def data_at(self) -> int:
         """Offset of the data in a slot."""
-        return self.table_at + _paged(8 * chunk_count(self.data_bytes, self.chunk_bytes))
+        return self.table_at + paged(8 * chunk_count(self.data_bytes, self.chunk_bytes))
 
     @property
     def slot_bytes(self) -> int:
-        return self.data_at + _paged(self.data_bytes)
+        return self.data_at + paged(self.data_bytes)
 
     @property
     def file_bytes(self) -> int:
@@ -102,14 +102,14 @@ class Geometry:
         return PAGE + slot * len(Pin) + pin
 
     def to_page(self) -> bytes:
-        return _page(
+        return seal_page(
             _FILE.pack(_FILE_MAGIC, self.data_bytes, self.meta_bytes, self.chunk_bytes, self.slots)
         )
 
     @classmethod
     def from_page(cls, page: bytes) -> "Geometry":
         """Read `to_page`. Raises IntegrityError when the page is torn or not an arena's."""
-        if not _whole(page):
+        if not is_whole(page):
             raise IntegrityError("the first page of the arena does not match its digest")
         magic, data_bytes, meta_bytes, chunk_bytes, slots = _FILE.unpack_from(page)
         if magic != _FILE_MAGIC:
@@ -171,7 +171,7 @@ class Sealed:
         return PAGE + self.layout_bytes + self.small_bytes + self.table_bytes
 
     def to_page(self) -> bytes:
-        return _page(
+        return seal_page(
             _SLOT.pack(
                 _SLOT_MAGIC,
                 self.generation,
@@ -192,7 +192,7 @@ class Sealed:
     @classmethod
     def from_page(cls, page: bytes) -> "Sealed | None":
         """What a page says; None when it is empty, its slot being written, or torn."""
-        if not _whole(page):
+        if not is_whole(page):
             return None
         magic, generation, step, *rest = _SLOT.unpack_from(page)
         layout, small, data, chunk, first, total, digest, layouts, meta, table = rest
@@ -331,16 +331,19 @@ def choose_slot(
     return spare[0] if spare else None
 
 
-def _paged(count: int) -> int:
+def paged(count: int) -> int:
+    """So many bytes, rounded up to whole pages."""
     return -(-count // PAGE) * PAGE
 
 
-def _page(fields: bytes) -> bytes:
+def seal_page(fields: bytes) -> bytes:
+    """A page that says this, and proves it."""
     body = fields.ljust(PAGE - _DIGEST.size, b"\0")
     return body + _DIGEST.pack(xxhash.xxh3_64_intdigest(body))
 
 
-def _whole(page: bytes) -> bool:
+def is_whole(page: bytes) -> bool:
+    """Whether this is what `seal_page` made."""
     if len(page) != PAGE:
         return False
     (digest,) = _DIGEST.unpack_from(page, PAGE - _DIGEST.size)

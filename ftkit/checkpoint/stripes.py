@@ -9,19 +9,61 @@ nodes keep parity, and each of the rest gives a piece::
     stripe 1    a0       P        c1
     stripe 2    a1       b1       P
 
-So no node is special: each keeps m parity shards, computes one stripe, and any m may vanish.
+So no node is special: each keeps and computes m parity shards, and any m nodes may vanish.
 Pieces of unequal length count as followed by zeros (`erasure.Codec`), which are neither stored
 nor sent. How the lost is computed from the rest: `rebuild`.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-from ftkit.checkpoint.chunks import CHUNK_BYTES
-from ftkit.checkpoint.slots import SLOTS
+from ftkit.checkpoint.chunks import CHUNK_BYTES, chunk_count
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import NodeId
+
+#: Shards of a stripe: GF(256) has no more points.
+SHARDS_MAX = 255
+
+
+class Code(NamedTuple):
+    """What `--parity k+m` says."""
+
+    k: int
+    """Data shards of a stripe, at least."""
+    m: int
+    """Parity shards: the nodes of a group that may vanish together."""
+
+    @classmethod
+    def parse(cls, text: str) -> "Code | None":
+        """Read "k+m"; None for "", and for m = 0: no parity is kept.
+
+        Raises:
+          UsageError: it says something else, or more than there are codes for.
+        """
+        if not text:
+            return None
+        match = re.fullmatch(r"(\d{1,3})\+(\d{1,3})", text)
+        if match is None:
+            raise UsageError(f"--parity is k+m, such as 4+1 or 4+2, not {text!r}")
+        code = cls(int(match[1]), int(match[2]))
+        if code.m and (code.k < 1 or sum(code) > SHARDS_MAX):
+            raise UsageError(f"--parity {text}: k is at least 1, and k + m at most {SHARDS_MAX}")
+        return code if code.m else None
+
+    def check_nodes(self, nodes: int) -> None:
+        """UsageError, with advice, unless so many nodes suffice."""
+        k, m = self
+        if nodes >= k + m:
+            return
+        if nodes < 2:
+            advice = "turn parity off or add nodes, for a single node has nobody to keep it"
+        else:
+            fewer = min(m, nodes - 1)
+            advice = f"ask for {nodes - fewer}+{fewer}, or add {k + m - nodes} nodes"
+        raise UsageError(f"parity {k}+{m} needs {k + m} nodes and there are {nodes}: {advice}")
 
 
 class Place(NamedTuple):
@@ -71,14 +113,6 @@ class Stripe:
         """Who keeps each shard, by its number."""
         return (*(piece.node for piece in self.data), *self.parity)
 
-    @property
-    def encoder(self) -> NodeId:
-        """Who is sent the data, computes all parity and passes on what others keep.
-
-        That is k + m - 1 shards on the wire; each keeper computing its own would be k * m.
-        """
-        return self.parity[0]
-
     def shard_bytes(self, shard: int) -> int:
         return self.data[shard].count if shard < len(self.data) else self.length
 
@@ -105,15 +139,6 @@ class StripePlan:
         """Parity of one snapshot on a node: m/k of its data, where all nodes hold as much."""
         return sum(self.stripes[place.stripe].length for place in self.kept(node))
 
-    def budget_bytes(self, node: NodeId) -> int:
-        """Memory a node sets aside for parity: as many slots as an arena has.
-
-        For the same reason: nodes may differ by one snapshot when a fault strikes. One slot
-        holds the last that is complete everywhere, two are for those on their way, so what is
-        overwritten is never the last complete one (`parity_protocol`).
-        """
-        return SLOTS * self.parity_bytes(node)
-
     def holders(
         self, lost: Collection[NodeId] = (), damaged: Collection[Place] = ()
     ) -> dict[Place, NodeId]:
@@ -134,8 +159,7 @@ def plan_stripes(
     Where k + m does not divide the number of nodes, groups are larger, by a larger k and the
     same m. Memory then stays below m/k and every group survives m losses; the price is that a
     group has more nodes of which m + 1 may vanish, and that a rebuild reads more. A smaller k
-    for the rest would break the promise on memory instead. Nodes are dealt to groups like
-    cards: neighbours in the order of ids, who tend to share a rack, sit in different ones.
+    for the rest would break the promise on memory instead.
 
     Args:
       parts: bytes of each sealed part on each node; a node may hold none, and then keeps
@@ -153,22 +177,21 @@ def plan_stripes(
         raise ValueError(f"there are no stripes of {k}+{m} shards of {align} bytes")
     if any(size < 0 for sizes in parts.values() for size in sizes):
         raise ValueError(f"parts of negative size: {dict(parts)}")
-    if len(parts) < k + m:
-        raise UsageError(_too_few_nodes(len(parts), k, m))
-    nodes = sorted(parts)
-    count = len(nodes) // (k + m)
-    groups = tuple(tuple(nodes[first::count]) for first in range(count))
+    groups = deal(parts, Code(k, m))
     stripes = (s for group in groups for s in _rotate(group, parts, m, align))
     return StripePlan(groups=groups, stripes=tuple(stripes), m=m)
 
 
-def _too_few_nodes(nodes: int, k: int, m: int) -> str:
-    if nodes < 2:
-        advice = "turn parity off or add nodes, for a single node has nobody to keep it"
-    else:
-        fewer = min(m, nodes - 1)
-        advice = f"ask for {nodes - fewer}+{fewer}, or add {k + m - nodes} nodes"
-    return f"parity {k}+{m} needs {k + m} nodes and there are {nodes}: {advice}"
+def deal(nodes: Iterable[NodeId], code: Code) -> tuple[tuple[NodeId, ...], ...]:
+    """The groups: each of k + m nodes or more, and of fewer than 2 (k + m).
+
+    Nodes are dealt like cards: neighbours in the order of ids, who tend to share a rack, sit in
+    different groups. UsageError when there are fewer than k + m.
+    """
+    ordered = sorted(nodes)
+    code.check_nodes(len(ordered))
+    count = len(ordered) // sum(code)
+    return tuple(tuple(ordered[first::count]) for first in range(count))
 
 
 def _rotate(
@@ -185,20 +208,16 @@ def _rotate(
 
 def _pieces(node: NodeId, parts: Sequence[int], k: int, align: int) -> list[Piece]:
     """A node's data in k pieces, as even as whole chunks allow."""
-    chunks = [
-        Span(part, at, min(align, size - at))
-        for part, size in enumerate(parts)
-        for at in range(0, size, align)
-    ]
-    bounds = [len(chunks) * i // k for i in range(k + 1)]
-    return [Piece(node, _joined(chunks[bounds[i] : bounds[i + 1]])) for i in range(k)]
+    ends = [0, *accumulate(chunk_count(size, align) for size in parts)]
+    bounds = [ends[-1] * i // k for i in range(k + 1)]
+    return [Piece(node, tuple(_spans(parts, ends, *cut, align))) for cut in pairwise(bounds)]
 
 
-def _joined(chunks: Sequence[Span]) -> tuple[Span, ...]:
-    spans = list[Span]()
-    for chunk in chunks:
-        if spans and spans[-1].part == chunk.part:
-            spans[-1] = replace(spans[-1], count=spans[-1].count + chunk.count)
-        else:
-            spans.append(chunk)
-    return tuple(spans)
+def _spans(
+    parts: Sequence[int], ends: Sequence[int], first: int, end: int, align: int
+) -> Iterator[Span]:
+    """Chunks `first` to `end`, counted through all parts, as spans."""
+    for part, (start, stop) in enumerate(pairwise(ends)):
+        low, high = max(first, start) - start, min(end, stop) - start
+        if low < high:
+            yield Span(part, low * align, min(high * align, parts[part]) - low * align)

@@ -1,4 +1,4 @@
-"""SlotWriter: one slot of an arena while it is written."""
+"""One slot of an arena while it is written: from live tensors, or as a copy of another."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,4 +113,57 @@ class SlotWriter:
         )
         self._page[:] = np.frombuffer(sealed.to_page(), dtype=np.uint8)
         self._tell(self.slot, sealed)
+        return sealed
+
+
+class SlotCopy:
+    """One slot that becomes an exact copy of a part whose head is known, until it is sealed."""
+
+    def __init__(
+        self,
+        file: NDArray[np.uint8],
+        geometry: Geometry,
+        slot: int,
+        head: bytes,
+        *,
+        reserve: Callable[[int, int], None],
+        sealed: Callable[[int, Sealed], None],
+    ) -> None:
+        """From here on the old snapshot of the slot is gone.
+
+        Args:
+          file: the arena.
+          geometry: the arena's; the part fits.
+          slot: which slot.
+          head: of the part, checked (`Arena.head_bytes`).
+          reserve: gives the slot pages for so many bytes of data.
+          sealed: told the slot and its page once it is sealed.
+        """
+        known = Sealed.from_page(head[:PAGE])
+        assert known is not None, "the head was checked"
+        self._sealed = known
+        self._head = np.frombuffer(head, dtype=np.uint8)
+        self._file = file
+        self._geometry = geometry
+        self._slot = slot
+        self._reserve = reserve
+        self._tell = sealed
+        at = geometry.slot_at(slot)
+        file[at : at + PAGE] = 0
+        self.data = file[at + geometry.data_at : at + geometry.data_at + known.data_bytes]
+        """uint8, shape (bytes of the part,): where the data goes. Shared memory."""
+
+    def reserve(self) -> None:
+        """As `SlotWriter.reserve`."""
+        self._reserve(self._slot, self.data.nbytes)
+
+    def seal(self) -> Sealed:
+        """Write the head, the page as the last store. The data must be whole."""
+        sealed, at = self._sealed, self._geometry.slot_at(self._slot)
+        meta_end = sealed.head_bytes - sealed.table_bytes
+        self._file[at + PAGE : at + meta_end] = self._head[PAGE:meta_end]
+        table_at = at + self._geometry.table_at
+        self._file[table_at : table_at + sealed.table_bytes] = self._head[meta_end:]
+        self._file[at : at + PAGE] = self._head[:PAGE]
+        self._tell(self._slot, sealed)
         return sealed

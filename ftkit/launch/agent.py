@@ -25,6 +25,7 @@ from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import rank_environment
+from ftkit.launch.parity import ParityTier
 from ftkit.launch.ranks import RankProcess
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
@@ -85,8 +86,17 @@ class Agent:
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
+        self._parity = None
+        if config.code is not None:
+            self._parity = ParityTier(
+                config, config.code, node, self._secret, self._arenas, self.trace
+            )
         self._store = ArenaServer(
-            self._arenas.directory, JobId(config.job), self._secret, host=host
+            self._arenas.directory,
+            JobId(config.job),
+            self._secret,
+            host=host,
+            operations=self._parity.operations if self._parity else {},
         )
         self._persister = self._make_persister()
         # Not the process's number: that may be given again, and differs not between hosts.
@@ -120,6 +130,8 @@ class Agent:
             threading.Thread(
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
             ).start()
+        if self._parity is not None:
+            self._parity.start()
         tick_s = self._config.times.tick_s
         next_tick = self._clock.now()
         try:
@@ -156,6 +168,8 @@ class Agent:
         if self._persister is not None:
             self._persister.close()
         self._store.close()
+        if self._parity is not None:
+            self._parity.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -354,13 +368,20 @@ class Agent:
         except (ProtocolError, KeyError) as error:
             logger.error("the coordinator sent no plan: %s", error)
             return
-        self._stores = dict(message.get("stores", {}))
+        stores = dict(message.get("stores", {}))
+        moved, self._stores = stores != self._stores, stores
         if self._persister is not None:
-            self._persister.take_message(message.get("checkpoint"), self._stores)
+            self._persister.take_message(message.get("checkpoint"), stores)
         self._checkpoints_over = bool(message.get("checkpoints_over"))
-        if plan.order <= self._plan.order:
+        is_new = plan.order > self._plan.order
+        self._plan = plan if is_new else self._plan
+        if self._parity is not None:
+            self._parity.take(self._plan, stores)
+        if not is_new:
+            # Nodes come and go without a new plan; ranks read snapshots from them.
+            for member in list(self._lines) if moved else []:
+                self._send_plan(member)
             return
-        self._plan = plan
         for member in list(self._lines):
             self._send_plan(member)
         self._carry_out()
@@ -463,6 +484,7 @@ class Agent:
             return
         host, port = self._store.address
         rows = self._arenas.rows(self._facts.values())
+        copies = self._arenas.copies()
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
@@ -474,7 +496,8 @@ class Agent:
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
                 ],
-                "copies": self._arenas.copies(),
+                "copies": copies if self._parity is None else self._parity.good(copies),
+                "parity": None if self._parity is None else self._parity.report(),
                 "rows": rows,
                 "store": [host, port],
                 "plan": self._plan.to_json(),

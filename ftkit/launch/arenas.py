@@ -22,6 +22,10 @@ from ftkit.recovery.facts import ALIVE, MemberFacts
 
 OWNER = "owner.pid"
 
+#: Slots that parity pins: the step that counts, and the one its successor is made of. With them
+#: gone there are still the three that a capture needs.
+PARITY_SLOTS = 2
+
 
 class Arenas:
     """The node's folder of shared memory: its status board, and one arena a seat."""
@@ -44,10 +48,14 @@ class Arenas:
         part.write_text(_identity(psutil.Process()))
         part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
-        self._node = node
-        self._making = threading.Lock()
         # One more, for the snapshot that is on its way to disk.
-        self._slots = SLOTS + (1 if config.checkpoint_every else 0)
+        self.slots = (
+            SLOTS + (PARITY_SLOTS if config.code else 0) + (1 if config.checkpoint_every else 0)
+        )
+        """Of each arena."""
+        self.writing = threading.Lock()
+        """Held by whoever makes or fills an arena that no rank has open."""
+        self._node = node
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
 
@@ -64,11 +72,10 @@ class Arenas:
           ProtocolError: `layout` is not one.
         """
         path = arena_path(self._job, seat, self.directory)
+        wanted = StateLayout.from_json(layout)
         # A rank that dies while it waits leaves its request behind, and the next one asks too.
-        with self._making:
-            Arena.ensure(
-                path, StateLayout.from_json(layout), replicas=replicas, slots=self._slots
-            ).close()
+        with self.writing:
+            Arena.ensure(path, wanted, replicas=replicas, slots=self.slots).close()
         return path
 
     def copies(self) -> list[dict[str, object]]:

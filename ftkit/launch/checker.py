@@ -12,6 +12,9 @@ The rules, for a job of V slots and S steps:
 * R5 no member but the drill's targets left with an error, and no other was accused;
 * R6 after each fault every survivor committed again (in a newer generation when the fault
   takes a member away), and the target's seat did so too;
+* R8 when all ranks were lost at once, the job went on from the newest step that parity had
+  published, or a newer one; steps after that may be played again;
+* R9 bits that were flipped on purpose were noticed;
 * R7 all final parameters are equal, and equal to the undisturbed run's.
 
 The vote an attempt is counted by is written before the voting, so a rank that was killed
@@ -60,6 +63,10 @@ class Expectation:
     evicts: bool = True
     """Whether the fault takes a rank away: then a newer generation must follow and the seat
     come back. False for faults outside the ranks, such as the coordinator's death."""
+    loses_all: bool = False
+    """Whether the fault takes all ranks at once, so that only memory and parity are left."""
+    corrupts: bool = False
+    """Whether the fault flips bits of what is left."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "steps", "slots", "slot_size"):
@@ -152,10 +159,11 @@ def check(
     targets = targets_of(history)
     _check_end(history, expectation, found)
     lost, doubled = _check_samples(history, reference, expectation, found)
-    undone, applied_twice = _check_undone(history, found)
+    undone, applied_twice = _check_undone(history, expectation, found)
     doubled += len(applied_twice) * expectation.slots * expectation.slot_size
     exits = _check_exits(history, targets, found)
-    incidents = read_incidents(history, evicts=expectation.evicts)
+    _check_noticed(history, expectation, found)
+    incidents = read_incidents(history, evicts=expectation.evicts, loses_all=expectation.loses_all)
     _check_incidents(history, incidents, found)
     params_equal = _check_params(history, reference, expectation, found)
 
@@ -179,6 +187,8 @@ def check(
             "final_step": max((c.step for c in history.commits), default=0),
             "generations": sorted({v.generation for v in history.votes}),
             "incidents": [asdict(i) for i in incidents],
+            "published": _published_before(history),
+            "noticed": list(history.noticed),
             "params": sorted({f.params for f in history.finals}),
             "reference_params": sorted({f.params for f in reference.finals}) if reference else [],
             "first_loss_difference": _first_loss_difference(history, reference),
@@ -251,7 +261,9 @@ def _samples_voted(history: History) -> dict[tuple[int, tuple[int, ...]], str]:
     return {(v.step, v.slots): v.data for v in history.votes if v.data is not None}
 
 
-def _check_undone(history: History, found: _Findings) -> tuple[set[int], list[int]]:
+def _check_undone(
+    history: History, expected: Expectation, found: _Findings
+) -> tuple[set[int], list[int]]:
     """R3: the steps that were undone, and those some member applied twice."""
     undone: set[int] = set()
     twice: list[int] = []
@@ -287,9 +299,22 @@ def _check_undone(history: History, found: _Findings) -> tuple[set[int], list[in
             # Committed by all who voted and then again by others: a restart from further back.
             if attempts[generation] >= voters[step, generation]:
                 undone.add(step)
-    if undone:
-        found.problems.append(f"steps {sorted(undone)} were committed and then undone")
+    kept = _published_before(history) if expected.loses_all else max(undone, default=0)
+    if early := sorted(step for step in undone if step <= kept):
+        found.problems.append(f"steps {early} were committed and then undone")
     return undone, twice
+
+
+def _published_before(history: History) -> int:
+    """R8: the newest step that parity had published when the first fault struck."""
+    struck = min((i.mono for i in history.injections), default=float("inf"))
+    return max((step for mono, step in history.published if mono < struck), default=0)
+
+
+def _check_noticed(history: History, expected: Expectation, found: _Findings) -> None:
+    """R9."""
+    if expected.corrupts and not history.noticed:
+        found.problems.append("bits were flipped, and no event says that anybody noticed")
 
 
 def _check_exits(history: History, targets: frozenset[int], found: _Findings) -> int:

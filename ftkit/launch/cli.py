@@ -51,6 +51,9 @@ def main() -> None:
     show_default=True,
     help="Seconds a rank may keep the others waiting; all other times follow from it.",
 )
+@click.option(
+    "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
@@ -76,6 +79,7 @@ def run(
     nodes: int,
     engine: str | None,
     max_stall_s: float,
+    parity: str,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
@@ -105,6 +109,7 @@ def run(
         nodes=nodes,
         nproc=nproc,
         max_stall_s=max_stall_s,
+        parity=parity,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
@@ -148,13 +153,14 @@ def drill() -> None:
 def drill_list(as_json: bool) -> None:
     """The faults there are, and where in a step they can strike."""
     from ftkit.core.fault_plan import Point
-    from ftkit.launch.drills import CATALOGUE
+    from ftkit.launch.drills import CATALOGUE, NODE_CATALOGUE
 
+    every = CATALOGUE | NODE_CATALOGUE
     if as_json:
-        faults = [{"fault": name, "what": what} for name, what in CATALOGUE.items()]
+        faults = [{"fault": name, "what": what} for name, what in every.items()]
         click.echo(json.dumps({"faults": faults, "phases": [p.value for p in Point]}))
         return
-    for name, what in CATALOGUE.items():
+    for name, what in every.items():
         click.echo(f"{name:17} {what}")
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
@@ -170,6 +176,7 @@ def drill_options(*, steps: int) -> Callable[[Any], Any]:
             click.option("--steps", default=steps, show_default=True, help="Steps of the job."),
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
+            click.option("--parity", default="", help="k+m, as for `ftkit run`."),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),

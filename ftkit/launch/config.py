@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.detection.config import DetectionConfig
 from ftkit.recovery.budget import BudgetConfig
@@ -79,6 +80,8 @@ class JobConfig:
     nodes: int = 1
     nproc: int = 1
     """Ranks on each node."""
+    parity: str = ""
+    """k+m: any m nodes of a group of k + m may vanish together; empty for none."""
     max_stall_s: float = 30.0
     run_dir: str = ""
     cwd: str = ""
@@ -116,6 +119,13 @@ class JobConfig:
             )
         if self.checkpoint_every and not self.checkpoint_dir:
             raise UsageError("--checkpoint-every needs a --checkpoint-dir to write to")
+        if self.code is not None:
+            self.code.check_nodes(self.nodes)
+
+    @property
+    def code(self) -> Code | None:
+        """What `parity` says; None when no parity is kept."""
+        return Code.parse(self.parity)
 
     @property
     def seats(self) -> int:

@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ftkit.checkpoint.parity.protocol import awaited
+from ftkit.checkpoint.parity.rounds import Holding, RoundId
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, WireError
 from ftkit.core.ids import Boot, MemberId, NodeId, Term
@@ -62,6 +64,8 @@ class Coordinator:
         self._members: dict[MemberId, MemberFacts] = {}
         self._plan: Plan | None = None
         self._interrupted = ""
+        self._stores: dict[str, Any] = {}
+        """As the agents were told last."""
         self._judge = Judge(config)
         self._order: Order | None = None
         self._attempts = number * ATTEMPTS_MAX
@@ -176,6 +180,8 @@ class Coordinator:
             if self._plan is None:
                 return
             self._send_plan()
+        elif self._stores != self._live_stores():
+            self._send_plan()
         facts = self._facts(now)
         self._checkpoint(facts)
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
@@ -244,6 +250,7 @@ class Coordinator:
         )
         newest = Inventory(copies=copies).newest_complete()
         return JobFacts(
+            awaited=self._awaited(copies, lost),
             members=self._members,
             snapshots=frozenset({newest[1]} if newest else ()),
             evictions=verdicts.evictions,
@@ -270,6 +277,26 @@ class Coordinator:
         self._attempts = order.attempt if order else self._attempts
         self._send_plan()
 
+    def _awaited(self, copies: tuple[Copy, ...], lost: frozenset[NodeId]) -> str:
+        """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
+        assert self._plan is not None, "facts are judged against a plan"
+        begun = self._plan.mode is Mode.FORMING and self._plan.world is not None
+        if self._config.code is None or not begun:
+            return ""
+        parity = {n: r["parity"] for n, r in self._reports.items() if n not in lost}
+        if unchecked := [n for n, p in parity.items() if p["checked"] != self._plan.halted]:
+            return f"nodes {sorted(unchecked)} check their snapshots"
+        rebuilt = awaited(
+            copies,
+            {n: [Holding.from_json(h) for h in p["holds"]] for n, p in parity.items()},
+            {RoundId.from_json(r) for p in parity.values() for r in p["given_up"]},
+        )
+        return "" if rebuilt is None else f"step {rebuilt.round.step} is rebuilt from parity"
+
+    def _live_stores(self) -> dict[str, Any]:
+        """Where the nodes that can be reached serve their arenas."""
+        return {str(n): r["store"] for n, r in self._reports.items() if n in self._lines}
+
     def _lost_nodes(self, now: float) -> frozenset[NodeId]:
         """Nodes whose agent cannot be reached, or is reached and says nothing, for too long."""
         limit = self._config.times.node_s
@@ -281,7 +308,9 @@ class Coordinator:
         """Send the plan to every agent, or to one that has just been reached."""
         if self._plan is None:
             return
-        stores = {str(n): r["store"] for n, r in self._reports.items()}
+        stores = self._live_stores()
+        if only is None:
+            self._stores = stores
         message = {
             "type": "plan",
             "plan": self._plan.to_json(),

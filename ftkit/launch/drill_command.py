@@ -14,7 +14,7 @@ from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.config import new_job_id
-from ftkit.launch.drills import Drill, Job, choose, run_drill
+from ftkit.launch.drills import NODE_FAULTS, Drill, Job, choose, choose_nodes, run_drill
 from ftkit.launch.live import summary, watch
 from ftkit.launch.report import write_report
 
@@ -39,10 +39,12 @@ def run_drills(
 ) -> int:
     """Run `count` drills, with the seeds from `seed` on. Returns the exit code."""
     job = Job(**job_options)
-    drills = [
-        choose(fault, at, seed=seed + i, nproc=job.world_size, steps=job.steps)
-        for i in range(count)
-    ]
+    seeds = range(seed, seed + count)
+    if fault in NODE_FAULTS:
+        job = job.for_nodes(fault)
+        drills = [choose_nodes(fault, job, seed=s) for s in seeds]
+    else:
+        drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
     reference = _undisturbed(job, root / "reference", console, quiet=as_json)

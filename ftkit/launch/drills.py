@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import Kind, PlannedFault, Point, to_environ
 from ftkit.core.trace import Trace, read_run
@@ -41,6 +42,19 @@ CATALOGUE: dict[str, str] = {
 #: What "all" picks from: faults that any shape of job takes.
 ANYWHERE = [name for name in CATALOGUE if name not in set(StoreFaultKind)]
 
+LOSE_NODE = "lose-node"
+LOSE_NODES = "lose-nodes"
+CORRUPT_SHARD = "corrupt-shard"
+
+#: Faults of whole nodes, and how many nodes the smallest job has that survives them.
+NODE_FAULTS: dict[str, int] = {LOSE_NODE: 3, LOSE_NODES: 4, CORRUPT_SHARD: 4}
+
+NODE_CATALOGUE: dict[str, str] = {
+    LOSE_NODE: "SIGKILL to one node's agent and ranks; its shared memory is gone",
+    LOSE_NODES: "the same to as many nodes as parity allows, and SIGKILL to all other ranks",
+    CORRUPT_SHARD: "bits flipped in one snapshot and one parity shard; then a node and all ranks",
+}
+
 #: Buckets of gradients that a drill may aim at; a job with fewer is hit at its last one.
 BUCKETS = 3
 
@@ -62,6 +76,8 @@ class Drill:
     seed: int
     byte: int = 0
     """Of faults of the disk: at which byte of what the node writes."""
+    nodes: tuple[int, ...] = ()
+    """The nodes that are lost, for faults of nodes."""
     second_seat: int | None = None
     """Who is hit in recovery, when `phase` is that; `seat` is then killed first, in forward."""
 
@@ -124,7 +140,8 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     rng = random.Random(f"{fault} {at} {seed}")
     name = rng.choice(ANYWHERE) if fault == "all" else fault
     if name not in CATALOGUE:
-        raise UsageError(f"there is no drill {name!r}; choose among {', '.join(CATALOGUE)}, all")
+        every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
+        raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
     point, bucket = _point(at, rng)
     if name == KILL_COORDINATOR or name in set(StoreFaultKind):
         point = None
@@ -147,6 +164,37 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         delay_s=rng.uniform(0, 0.004),
         seed=seed,
         byte=rng.randrange(STORE_BYTES),
+    )
+
+
+def choose_nodes(fault: str, job: "Job", *, seed: int) -> Drill:
+    """The drill of whole nodes that `seed` makes; pure.
+
+    Args:
+      fault: one of `NODE_FAULTS`.
+      job: what it is done to (`Job.for_nodes`).
+      seed: decides which nodes, and when.
+
+    Raises:
+      UsageError: the job has no parity, or it is on machines that the drill cannot reach.
+    """
+    rng = random.Random(f"{fault} {seed}")
+    code = Code.parse(job.parity)
+    if fault != LOSE_NODE and code is None:
+        raise UsageError(f"{fault} leaves nothing but parity: give --parity k+m")
+    if fault != LOSE_NODE and job.engine != "embedded":
+        raise UsageError(f"{fault} kills ranks on every node: it needs --engine embedded")
+    count = code.m if fault == LOSE_NODES and code is not None else 1
+    lost = tuple(sorted(rng.sample(range(job.nodes), count)))
+    return Drill(
+        fault=fault,
+        phase=None,
+        seat=lost[0] * job.nproc,
+        step=rng.randint(5, max(5, job.steps // 5)),
+        bucket=0,
+        delay_s=0.0,
+        seed=seed,
+        nodes=lost,
     )
 
 
@@ -174,8 +222,18 @@ class Job:
     script: str | None = None
     engine: str = "embedded"
     max_stall_s: float = 30.0
+    parity: str = ""
+    """k+m, as for `ftkit run`."""
     workload: tuple[str, ...] = ()
     """Further arguments of the bundled job."""
+
+    def for_nodes(self, fault: str) -> "Job":
+        """The job as a fault of nodes needs it: on one node given, each rank gets its own."""
+        job = self
+        if job.nodes == 1:
+            job = replace(job, nodes=max(job.nproc, NODE_FAULTS[fault]), nproc=1)
+        m = 1 if fault == LOSE_NODE else 2
+        return job if job.parity else replace(job, parity=f"{job.nodes - m}+{m}")
 
     @property
     def world_size(self) -> int:
@@ -203,6 +261,7 @@ class Job:
         *,
         faults: list[PlannedFault] = [],  # noqa: B006  # never changed
         on_poll: Callable[[Engine], None] | None = None,
+        job_id: str | None = None,
         settings: Mapping[str, Any] = {},
     ) -> tuple[Stop, list[dict[str, Any]]]:
         """Run the job once. Returns its end and its events. Blocks.
@@ -210,10 +269,11 @@ class Job:
         `settings` are further fields of its JobConfig; variables in their `env` are added.
         """
         config = JobConfig(
-            job=new_job_id(),
+            job=job_id or new_job_id(),
             command=self.command,
             nodes=self.nodes,
             nproc=self.nproc,
+            parity=self.parity,
             max_stall_s=self.max_stall_s,
             run_dir=str(run_dir),
             rank_logs=True,
@@ -232,21 +292,29 @@ def run_drill(
     on_poll: Callable[[Engine], None] | None = None,
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
-    killer = CoordinatorKiller(drill, run_dir) if drill.fault == KILL_COORDINATOR else None
     witness, settings = Witness(run_dir), dict[str, Any]()
     if drill.store_fault is not None:
         # A node is what dies, so that what is left of the job is worth a look.
         job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
         settings = witness.settings(drill.store_fault, job.steps)
+    job_id, striker = new_job_id(), None
+    if drill.fault == KILL_COORDINATOR:
+        striker = CoordinatorKiller(drill, run_dir).poll
+    elif drill.fault in NODE_FAULTS:
+        from ftkit.launch.node_drills import NodeStriker
+
+        striker = NodeStriker(drill, job, job_id, run_dir).poll
 
     def poll(engine: Engine) -> None:
-        if killer is not None:
-            killer.poll(engine)
+        if striker is not None:
+            striker(engine)
         witness.poll()
         if on_poll is not None:
             on_poll(engine)
 
-    _, events = job.run(run_dir, faults=drill.faults(), on_poll=poll, settings=settings)
+    _, events = job.run(
+        run_dir, faults=drill.faults(), on_poll=poll, job_id=job_id, settings=settings
+    )
     told = expectation_of(reference or events)
     expectation = Expectation(
         fault=drill.fault,
@@ -257,7 +325,9 @@ def run_drill(
         steps=told.steps if job.script else job.steps,
         slots=told.slots if job.script else job.slots,
         slot_size=told.slot_size if job.script else job.slot_size,
-        evicts=killer is None and drill.fault != StoreFaultKind.FULL,
+        evicts=drill.fault not in (KILL_COORDINATOR, StoreFaultKind.FULL),
+        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD),
+        corrupts=drill.fault == CORRUPT_SHARD,
     )
     outcome = check(events, reference, expectation)
     return (witness.judge(outcome, events) if drill.store_fault else outcome), events

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -99,6 +100,12 @@ class EmbeddedEngine:
     def kill_coordinator(self) -> None:
         if self._coordinator is not None:
             self._coordinator.kill()
+
+    def kill_node(self, node: int) -> None:
+        agent = self._agents[node].process
+        agent.kill()
+        agent.wait()
+        shutil.rmtree(self._config.shm_dir(node), ignore_errors=True)
 
     def close(self) -> None:
         self._closed = True

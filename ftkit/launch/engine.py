@@ -29,5 +29,8 @@ class Engine(Protocol):
     def kill_coordinator(self) -> None:
         """(drills) Kill the coordinator with SIGKILL."""
 
+    def kill_node(self, node: int) -> None:
+        """(drills) Lose a node: SIGKILL its agent, and its ranks and shared memory with it."""
+
     def close(self) -> None:
         """End whatever still runs and remove what it held. Safe to call twice."""

@@ -169,6 +169,10 @@ class RayEngine:
         except (ray_errors.RayActorError, ProcessLookupError):
             pass  # it is dead already
 
+    def kill_node(self, node: int) -> None:
+        # The kernel ends its ranks; the next agent there removes what is left in memory.
+        ray.kill(self._agents[node].actor)
+
     def close(self) -> None:
         if self._closed:
             return

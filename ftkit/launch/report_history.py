@@ -112,6 +112,10 @@ class History:
     rewinds: tuple[Rewind, ...]
     halts: tuple[float, ...]
     """When the job was told to stop and regroup."""
+    published: tuple[tuple[float, int], ...]
+    """When parity of which step began to count."""
+    noticed: tuple[str, ...]
+    """What was said of bytes that were not what they should be."""
     ended: float | None
     """When the job ended; None when the history breaks off before."""
     end_outcome: str | None
@@ -159,6 +163,8 @@ class _Reader:
     finals: list[Final] = field(default_factory=list)
     rewinds: list[Rewind] = field(default_factory=list)
     halts: list[float] = field(default_factory=list)
+    published: list[tuple[float, int]] = field(default_factory=list)
+    noticed: list[str] = field(default_factory=list)
     ended: float | None = None
     end_outcome: str | None = None
     _last_vote: dict[tuple[int, int], Vote] = field(default_factory=dict)
@@ -182,6 +188,12 @@ class _Reader:
                 self._last_vote[vote.member, vote.step] = vote
             case "commit" | "forward":
                 self._apply(kind, mono, event)
+            case "parity":
+                self.published.append((mono, int(event["step"])))
+            case "scrub":
+                self.noticed.append(str(event.get("reason") or event.get("arenas")))
+            case "rebuild":
+                self.noticed += [t for t in map(str, event["damaged"]) if "digest" in t]
             case "rollback":
                 step = int(event["step"])
                 self.rewinds.append(Rewind(mono=mono, member=int(event["member"]), step=step))
@@ -267,6 +279,8 @@ class _Reader:
             finals=tuple(self.finals),
             rewinds=tuple(self.rewinds),
             halts=tuple(self.halts),
+            published=tuple(self.published),
+            noticed=tuple(self.noticed),
             ended=self.ended,
             end_outcome=self.end_outcome,
             unreadable=tuple(unreadable),

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ftkit.launch.report_history import History, Injection
+from ftkit.launch.report_history import Commit, History, Injection
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +43,7 @@ def victim_of(history: History, injection: Injection) -> int | None:
     return max(sitting, default=None)  # member ids rise with every incarnation
 
 
-def read_incidents(history: History, *, evicts: bool) -> list[Incident]:
+def read_incidents(history: History, *, evicts: bool, loses_all: bool = False) -> list[Incident]:
     """Follow every injection of a run, in order of time.
 
     Args:
@@ -51,13 +51,20 @@ def read_incidents(history: History, *, evicts: bool) -> list[Incident]:
       evicts: whether the faults take ranks away. Then only commits of a generation that is
         newer than the fault show that the world was repaired: a vote that was already
         passing may still end in a commit of the old one.
+      loses_all: whether they take all ranks at once: then those that come back are waited for.
     """
     targets = targets_of(history)
-    return [_follow(history, injection, targets, evicts) for injection in history.injections]
+    return [
+        _follow(history, injection, targets, evicts, loses_all) for injection in history.injections
+    ]
 
 
 def _follow(
-    history: History, injection: Injection, targets: frozenset[int], evicts: bool
+    history: History,
+    injection: Injection,
+    targets: frozenset[int],
+    evicts: bool,
+    loses_all: bool,
 ) -> Incident:
     unknown: list[str] = []
     undone: list[str] = []
@@ -72,7 +79,10 @@ def _follow(
 
     repair_s = None
     generation, survivors = _before(history, injection, targets)
-    if not survivors:
+    back = None if victim is None else _returned(history, injection, victim)
+    if loses_all:
+        repair_s = None if back is None else round(back.mono - injection.mono, 6)
+    elif not survivors:
         unknown.append(f"{name}: no survivor was training before it")
     else:
         again = {
@@ -86,7 +96,6 @@ def _follow(
             newer = f" in a generation above {generation}" if evicts else ""
             undone.append(f"{name}: member {member} committed nothing after it{newer}")
 
-    back = None if victim is None else _returned(history, injection, victim)
     if evicts and victim is not None and back is None:
         undone.append(f"{name}: the seat of member {victim} committed no step after it was lost")
     return Incident(
@@ -97,7 +106,7 @@ def _follow(
         member=victim,
         detect_s=detect_s,
         repair_s=repair_s,
-        back_at_step=back,
+        back_at_step=None if back is None else back.step,
         unknown=tuple(unknown),
         undone=tuple(undone),
     )
@@ -128,9 +137,10 @@ def _next_commit(history: History, member: int, after: float, above: int) -> flo
     return min(moments, default=None)
 
 
-def _returned(history: History, injection: Injection, victim: int) -> int | None:
+def _returned(history: History, injection: Injection, victim: int) -> Commit | None:
+    """The first step that the victim's seat committed under a new member."""
     seat = history.seat_of.get(victim, injection.seat)
     for commit in history.commits:
         if commit.seat == seat and commit.member > victim and commit.mono > injection.mono:
-            return commit.step
+            return commit
     return None

@@ -112,6 +112,8 @@ class JobFacts:
     members: Mapping[MemberId, MemberFacts]
     snapshots: frozenset[Step] = frozenset()
     """Steps that can be restored whole: at most the newest."""
+    awaited: str = ""
+    """What will give a newer snapshot soon; empty when nothing will."""
     evictions: Mapping[MemberId, str] = field(default_factory=dict)
     """Members that detection wants removed, with the reason."""
     nodes_lost: frozenset[NodeId] = frozenset()

@@ -272,7 +272,7 @@ def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
         if gone(plan, facts, seat.member):
             return None
         ready.append(known)
-    if not ready:
+    if not ready or facts.awaited:
         return None
     step = Step(max(facts.snapshots, default=0))
     what = f"from the snapshot of step {step}" if step else "from the beginning"

@@ -1,0 +1,353 @@
+"""ParityTier: an agent's thread that leads rounds of parity, mends after a loss, and scrubs.
+
+Never on the agent's main thread, never in training's way: the thread has low priority and rests
+as long as it works, and a round that fails costs nothing but itself.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ftkit.checkpoint.arena import Arena
+from ftkit.checkpoint.erasure import best_engine
+from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded, be_nice
+from ftkit.checkpoint.parity.holder import Holder, local_parts
+from ftkit.checkpoint.parity.leader import ask_all, lead_round
+from ftkit.checkpoint.parity.mend import Mended, fetch_head, mend, missing_parts
+from ftkit.checkpoint.parity.operations import NodeState, operations
+from ftkit.checkpoint.parity.protocol import awaited
+from ftkit.checkpoint.parity.rounds import NOBODY, Holding, RoundId, StripeSet
+from ftkit.checkpoint.parity.scrub import scrub
+from ftkit.checkpoint.parity.streams import Peers
+from ftkit.checkpoint.serve import Operation
+from ftkit.checkpoint.slots import Sealed
+from ftkit.checkpoint.stripes import Code
+from ftkit.core.errors import CapacityError, FtkitError, IntegrityError, WireError
+from ftkit.core.ids import Generation, JobId, NodeId
+from ftkit.core.trace import Trace
+from ftkit.launch.arenas import Arenas
+from ftkit.launch.config import JobConfig
+from ftkit.recovery.plan import Mode, Plan
+
+logger = logging.getLogger(__name__)
+
+#: Between two looks for something to do.
+LOOK_S = 0.2
+
+#: Parity that has been the newest for so long is scrubbed; younger one will be replaced.
+SCRUB_AFTER_S = 5.0
+
+#: Between two scrubs of the same parity.
+SCRUB_EVERY_S = 60.0
+
+#: The longest that an end waits for the thread.
+CLOSE_S = 2.0
+
+#: Tries to rebuild while nodes are out of reach, a look apart, before a round is given up.
+MEND_TRIES = 50
+
+
+class ParityTier:
+    """A node's part in parity. Owns one thread; `close` ends it."""
+
+    def __init__(
+        self,
+        config: JobConfig,
+        code: Code,
+        node: NodeId,
+        secret: bytes,
+        arenas: Arenas,
+        trace: Trace,
+    ) -> None:
+        """Hold nothing yet; `start` begins.
+
+        Args:
+          config: the job.
+          code: what its `parity` says.
+          node: this one.
+          secret: the job's.
+          arenas: this node's.
+          trace: where rounds, rebuilds and scrubs are told.
+        """
+        self._code, self._node, self._secret = code, node, secret
+        self._arenas, self._trace = arenas, trace
+        self._job = JobId(config.job)
+        self._holder = Holder(arenas.directory, self._job, node, self._peers)
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ftkit-parity", daemon=True)
+        self._ballot = NOBODY
+        self._said = ""
+        self._tries = 0
+        self._owed: StripeSet | None = None
+        self._scrubbed: tuple[RoundId | None, float] = None, 0.0
+        self._lock = threading.Lock()
+        # ---- under the lock ----
+        self._plan = Plan()
+        self._stores: dict[NodeId, tuple[str, int]] = {}
+        self._checked = Generation(-1)
+        self._damaged: set[tuple[str, Sealed]] = set()
+        self._given_up: set[RoundId] = set()
+
+    @property
+    def operations(self) -> dict[str, Operation]:
+        """For the byte server."""
+        return operations(self._holder, self._state)
+
+    def start(self) -> None:
+        """Begin to look for something to do."""
+        self._thread.start()
+
+    def take(self, plan: Plan, stores: Mapping[str, Sequence[Any]]) -> None:
+        """The newest plan, and where each node that lives serves its arenas. Does not block."""
+        known = {NodeId(int(n)): (str(a[0]), int(a[1])) for n, a in stores.items()}
+        with self._lock:
+            self._plan, self._stores = plan, known
+
+    def report(self) -> dict[str, object]:
+        """For the coordinator: what this node holds, and what it knows to be beyond repair."""
+        holds = [h.to_json() for h in self._holder.holdings()]
+        with self._lock:
+            return {
+                "holds": holds,
+                "given_up": list(self._given_up),
+                "checked": self._checked,
+            }
+
+    def good(self, copies: list[dict[str, object]]) -> list[dict[str, object]]:
+        """The copies, less those whose bytes are known to have rotted."""
+        with self._lock:
+            bad = {(path, sealed.step, sealed.generation) for path, sealed in self._damaged}
+        return [c for c in copies if (c["path"], c["step"], c["generation"]) not in bad]
+
+    def close(self) -> None:
+        """End the thread, and unmap what was mapped. May be called twice."""
+        self._ended.set()
+        self._holder.close()
+        if self._thread.is_alive():
+            # It may wait for another node, and has nothing here that anybody misses.
+            self._thread.join(CLOSE_S)
+
+    # The thread.
+
+    def _run(self) -> None:
+        be_nice()
+        while not self._ended.wait(LOOK_S):
+            try:
+                self._look()
+            except Superseded:
+                continue
+            except (FtkitError, OSError) as error:
+                self._say(str(error))
+            except Exception:
+                # Parity is a help: what goes wrong with it must not take the node along.
+                logger.exception("parity failed in a way that was not foreseen")
+                self._say("an error that was not foreseen; the agent's log has it")
+
+    def _look(self) -> None:
+        self._holder.repin()
+        with self._lock:
+            plan, nodes = self._plan, sorted(self._stores)
+        if plan.mode is Mode.FORMING and plan.world is not None:
+            self._recover(plan)
+        elif plan.mode is Mode.RUNNING:
+            if nodes and nodes[0] == self._node and len(nodes) >= sum(self._code):
+                self._lead()
+            self._scrub_if_due()
+
+    def _lead(self) -> None:
+        done, self._ballot = lead_round(self._peers(), self._node, self._code, self._ballot)
+        if done.broken:
+            self._say(done.broken)
+        elif done.made is not None:
+            self._said = ""
+            self._trace.event(
+                "parity",
+                step=done.made.step,
+                generation=done.made.generation,
+                seconds=round(done.seconds, 6),
+                bytes=done.bytes,
+                engine=best_engine().value,
+            )
+            # What a round costs the others they have for themselves as long again.
+            self._ended.wait(done.seconds)
+
+    # After a loss.
+
+    def _recover(self, plan: Plan) -> None:
+        """All ranks are gone: check what is here, and rebuild what is worth it."""
+        if self._checked != plan.halted:
+            self._check()
+            with self._lock:
+                self._checked, self._tries = plan.halted, 0
+        peers = self._peers()
+        others = [n for n in peers.addresses if n != self._node]
+        states = ask_all(peers, others) | {self._node: self._state()}
+        wanted = awaited(
+            [copy for s in states.values() for copy, _ in s.parts],
+            {n: s.holds for n, s in states.items()},
+            {r for s in states.values() for r in s.given_up},
+        )
+        if wanted is None:
+            self._make_again()
+            return
+        if not any(self._node in group for group in wanted.groups):
+            return
+        try:
+            self._rebuild(wanted, peers, plan)
+        except WireError as error:
+            self._tries += 1
+            if self._tries >= MEND_TRIES:
+                self._give_up(wanted, str(error))
+        except (IntegrityError, CapacityError) as error:
+            self._give_up(wanted, str(error))
+
+    def _check(self) -> None:
+        """Read every part in this node's arenas. Nobody writes them now."""
+        for copy, _, sealed in local_parts(self._arenas.directory, self._job, self._node):
+            try:
+                with Arena.open(Path(copy.path)) as arena:
+                    arena.verify(sealed)
+            except (IntegrityError, OSError) as error:
+                with self._lock:
+                    self._damaged.add((copy.path, sealed))
+                self._trace.event(
+                    "scrub", step=sealed.step, node=self._node, arena=Path(copy.path).name,
+                    reason=str(error), mended=False,
+                )  # fmt: skip
+
+    def _rebuild(self, wanted: Holding, peers: Peers, plan: Plan) -> None:
+        head = fetch_head(peers, wanted, self._node)
+        missing = missing_parts(self._arenas.directory, head, self._node)
+        if missing:
+            with self._arenas.writing:
+                if not self._is_forming(plan):
+                    return  # ranks are about to open these arenas
+                done = mend(
+                    self._arenas.directory,
+                    head,
+                    self._node,
+                    missing,
+                    peers,
+                    # Nobody trains: as fast as can be.
+                    Pace(lambda: not self._ended.is_set(), share=1.0),
+                    slots=self._arenas.slots,
+                )
+            self._forget_damage(head.stripes)
+            self._tell_rebuilt(head.stripes, done)
+            self._owed = head.stripes
+
+    def _make_again(self) -> None:
+        """Once all lost parts are back: the parity this node kept of the others' parts."""
+        owed, self._owed = self._owed, None
+        if owed is not None:
+            # One try: the next round makes up for it.
+            with suppress(FtkitError):
+                self._holder.make_again(owed)
+
+    def _forget_damage(self, stripes: StripeSet) -> None:
+        refs = {(p.arena, p.step, p.generation) for p in stripes.parts[self._node]}
+        with self._lock:
+            self._damaged = {
+                (path, s)
+                for path, s in self._damaged
+                if (Path(path).name, s.step, s.generation) not in refs
+            }
+
+    def _tell_rebuilt(self, stripes: StripeSet, done: Mended) -> None:
+        self._trace.event(
+            "rebuild",
+            step=stripes.round.step,
+            generation=stripes.round.generation,
+            seats=sorted({p.seat for p in done.parts}),
+            bytes=done.bytes,
+            read=done.read,
+            seconds=round(done.seconds, 6),
+            engine=best_engine().value,
+            damaged=list(done.damaged),
+        )
+
+    def _give_up(self, wanted: Holding, reason: str) -> None:
+        with self._lock:
+            self._given_up.add(wanted.round)
+        self._trace.event("rebuild-failed", step=wanted.round.step, reason=reason)
+
+    def _is_forming(self, plan: Plan) -> bool:
+        with self._lock:
+            return self._plan.mode is Mode.FORMING and self._plan.halted == plan.halted
+
+    # In idle time.
+
+    def _scrub_if_due(self) -> None:
+        kept, now = self._holder.kept(), time.monotonic()
+        if kept is None:
+            return
+        round_, due = self._scrubbed
+        if round_ != kept.round:
+            self._scrubbed = kept.round, now + SCRUB_AFTER_S
+        elif now >= due:
+            self._scrubbed = kept.round, now + SCRUB_EVERY_S
+            self.scrub(kept)
+
+    def scrub(self, kept: StripeSet) -> None:
+        """Check this node's parts and shards of a round, and put right what is wrong. Blocks.
+
+        Raises:
+          FtkitError: it could not be done; nothing is worse than before.
+        """
+        peers, round_ = self._peers(), kept.round
+        told = {"step": round_.step, "node": self._node}
+        head = fetch_head(peers, _holding(kept), self._node)
+        if missing := missing_parts(self._arenas.directory, head, self._node):
+            arenas = [kept.parts[self._node][n].arena for n in missing]
+            pace = Pace(lambda: self._holder.is_whole(round_))
+            try:
+                mend(self._arenas.directory, head, self._node, missing, peers, pace, in_place=True)
+            except FtkitError:
+                self._trace.event("scrub", **told, arenas=arenas, mended=False)
+                raise
+            self._trace.event("scrub", **told, arenas=arenas, mended=True)
+        try:
+            wrong = scrub(self._holder, kept)
+        except ShardLost as error:
+            # Its own node's scrub makes up for that; ours has nothing to compare with.
+            self._trace.event("scrub", **told, shard=list(error.place), reason=str(error))
+            return
+        if not wrong:
+            return
+        self._holder.replace(kept)
+        for found in wrong:
+            reason = "it rotted" if found.rotted else "it was computed wrongly"
+            self._trace.event(
+                "scrub", **told, shard=list(found.place), at=found.at, reason=reason, mended=True
+            )
+
+    # Shared.
+
+    def _peers(self) -> Peers:
+        with self._lock:
+            return Peers(dict(self._stores), self._secret)
+
+    def _state(self) -> NodeState:
+        parts = local_parts(self._arenas.directory, self._job, self._node)
+        holds = tuple(self._holder.holdings())
+        with self._lock:
+            return NodeState(
+                promised=self._holder.promised,
+                parts=tuple((c, p) for c, p, s in parts if (c.path, s) not in self._damaged),
+                holds=holds,
+                given_up=frozenset(self._given_up),
+            )
+
+    def _say(self, reason: str) -> None:
+        """Tell that something went wrong, once while it is the same."""
+        if reason != self._said:
+            self._said = reason
+            self._trace.event("parity-failed", reason=reason)
+
+
+def _holding(stripes: StripeSet) -> Holding:
+    return Holding(round=stripes.round, groups=stripes.groups, m=stripes.code.m)
