@@ -54,7 +54,16 @@ def test_processes_beside_the_ranks_import_no_torch(module: str) -> None:
     assert not imported_by(f"import {module}") & HEAVY
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["drill", "list"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["drill", "list"],
+        ["ckpt", "--help"],
+        ["ckpt", "ls", "--help"],
+    ],
+)
 def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
     code = (
         "from ftkit.launch.cli import main\n"
@@ -63,3 +72,15 @@ def test_the_command_line_answers_without_torch(arguments: list[str]) -> None:
     found = imported_by(code)
     assert "click" in found
     assert not found & HEAVY
+
+
+def test_importing_the_checkpoint_room_brings_in_no_torch() -> None:
+    code = "import ftkit.checkpoint as c; print(sorted(c.__all__)); import ftkit.core.errors"
+    assert not imported_by(code) & HEAVY
+    assert "torch" in imported_by("from ftkit.checkpoint import FtkitStorageWriter")
+    code = (
+        "import torch, sys, ftkit.checkpoint\n"
+        "assert 'torch.distributed.checkpoint' not in sys.modules\n"
+        "try:\n    ftkit.checkpoint.nonsense\nexcept AttributeError:\n    pass"
+    )
+    imported_by(code)

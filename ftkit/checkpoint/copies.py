@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.checkpoint.slots import Pin
 from ftkit.core.errors import IntegrityError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.core.inventory import Copy
@@ -15,11 +16,19 @@ def arena_name(job: JobId) -> re.Pattern[str]:
     return re.compile(re.escape(stem) + r"(\d+)\.arena")
 
 
-def local_copies(job: JobId, directory: Path, node: NodeId) -> list[Copy]:
+def local_copies(
+    job: JobId, directory: Path, node: NodeId, *, pinned: Pin | None = None
+) -> list[Copy]:
     """Every sealed part in the arenas of a job in a directory, in no particular order.
 
     Their data has not been checked. An arena that is being made, or damaged, holds nothing
     that counts.
+
+    Args:
+      job: whose arenas.
+      directory: where they lie.
+      node: this node, for the copies returned.
+      pinned: only parts that are kept for this.
     """
     found, name = list[Copy](), arena_name(job)
     for path in directory.iterdir():
@@ -28,7 +37,11 @@ def local_copies(job: JobId, directory: Path, node: NodeId) -> list[Copy]:
             continue
         try:
             with Arena.open(path) as arena:
-                snapshots = arena.snapshots()
+                snapshots = [
+                    sealed
+                    for slot, sealed in enumerate(arena.slots())
+                    if sealed and (pinned is None or arena.pins(slot)[pinned])
+                ]
         except (OSError, IntegrityError):
             continue
         found += (

@@ -4,8 +4,6 @@ from collections.abc import Iterable
 from typing import Protocol
 
 from ftkit.checkpoint.box import Box, TensorBox
-from ftkit.checkpoint.layout import StateLayout
-from ftkit.core.ids import Step
 
 
 class TraceHook(Protocol):
@@ -13,16 +11,6 @@ class TraceHook(Protocol):
 
     def __call__(self, kind: str, /, **fields: object) -> None:
         """Record one event with JSON-safe fields."""
-
-
-class PersistTier(Protocol):
-    """Durable storage: turns a sealed snapshot into a checkpoint."""
-
-    def persist(self, layout: StateLayout, step: Step, blocks: Iterable[memoryview]) -> None:
-        """Write a checkpoint and return once it would survive a power cut."""
-
-    def steps(self) -> list[Step]:
-        """The steps with a complete checkpoint, ascending."""
 
 
 class BoxSource(Protocol):

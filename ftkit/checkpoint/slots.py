@@ -52,6 +52,8 @@ class Pin(IntEnum):
     """Its parity is being made, or is the newest there is."""
     PERSIST = 1
     """It is on its way to disk."""
+    DUE = 2
+    """It is to go to disk, unless a newer one is due before its turn has come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ _CONVERT: Mapping[str, Callable[[str], Any]] = {
     "seats": int,
     "local_seat": int,
     "max_stall_s": float,
+    "checkpoint_every": int,
 }
 
 
@@ -43,6 +44,10 @@ class RankEnv:
     local_seat: int
     """This seat's row on the node's status board."""
     max_stall_s: float
+    checkpoint_dir: str
+    """Where to load from when no arena has the step; empty for nowhere."""
+    checkpoint_every: int
+    """Snapshots of every so many steps are marked as due to go to disk; 0 for none."""
 
     def to_environ(self) -> dict[str, str]:
         """The variables to set."""

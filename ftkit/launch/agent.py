@@ -14,7 +14,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.core.clock import MonotonicClock
@@ -30,10 +30,16 @@ from ftkit.launch.ranks import RankProcess
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
+if TYPE_CHECKING:
+    from ftkit.launch.persister import Persister
+
 logger = logging.getLogger(__name__)
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
+
+#: The longest the end of a job is held back for the checkpoint of its last steps.
+LAST_CHECKPOINT_S = 60.0
 
 
 class Agent:
@@ -92,6 +98,7 @@ class Agent:
             host=host,
             operations=self._parity.operations if self._parity else {},
         )
+        self._persister = self._make_persister()
         # Not the process's number: that may be given again, and differs not between hosts.
         self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
@@ -103,6 +110,7 @@ class Agent:
         self._coordinator_number = 0
         self._ending_since: float | None = None
         self._missing_since: float | None = None
+        self._checkpoints_over = False
         self._stopped = False
 
     @property
@@ -157,6 +165,8 @@ class Agent:
             except OSError:
                 pass  # a listener that nobody waits on
             listener.close()
+        if self._persister is not None:
+            self._persister.close()
         self._store.close()
         if self._parity is not None:
             self._parity.close()
@@ -177,6 +187,9 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._take_plan(*value)
+            case "persister":
+                self._end_if_due()
+                self._tell_coordinator()
             case "stop":
                 self._stopped = True
 
@@ -357,6 +370,9 @@ class Agent:
             return
         stores = dict(message.get("stores", {}))
         moved, self._stores = stores != self._stores, stores
+        if self._persister is not None:
+            self._persister.take_message(message.get("checkpoint"), stores)
+        self._checkpoints_over = bool(message.get("checkpoints_over"))
         is_new = plan.order > self._plan.order
         self._plan = plan if is_new else self._plan
         if self._parity is not None:
@@ -428,12 +444,35 @@ class Agent:
         """Once the job has ended: wait for the ranks, then do not."""
         if self._ending_since is None:
             return
-        if all(r.exit_code is not None for r in self._ranks.values()):
+        if self._through():
             self._tell_coordinator()
             self._stopped = True
         elif self._clock.now() - self._ending_since > self._config.times.grace_s:
             for rank in self._ranks.values():
                 rank.signal(signal.SIGKILL)
+
+    def _through(self) -> bool:
+        """Whether, the job being over, nothing is left to wait for: no rank, no last checkpoint."""
+        if any(r.exit_code is None for r in self._ranks.values()):
+            return False
+        stop, since = self._plan.stop, self._ending_since
+        if self._persister is None or stop is None or stop.code or since is None:
+            return True
+        return self._checkpoints_over or self._clock.now() - since > LAST_CHECKPOINT_S
+
+    def _make_persister(self) -> "Persister | None":
+        if not self._config.checkpoint_every:
+            return None
+        # Imported here: a job without checkpoints needs no pyarrow in its agents.
+        from ftkit.launch.persister import Persister
+
+        return Persister(
+            self._config,
+            self._node,
+            self._secret,
+            self.trace,
+            changed=lambda: self._inbox.put(("persister", None)),
+        )
 
     def _set(self, facts: MemberFacts, **changes: Any) -> None:
         changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})
@@ -462,11 +501,8 @@ class Agent:
                 "rows": rows,
                 "store": [host, port],
                 "plan": self._plan.to_json(),
-                "ended": self._stopped
-                or (
-                    self._ending_since is not None
-                    and all(r.exit_code is not None for r in self._ranks.values())
-                ),
+                "ended": self._stopped or (self._ending_since is not None and self._through()),
+                "persister": self._persister and self._persister.report().to_json(),
                 "at": self._clock.now(),
             },
         )

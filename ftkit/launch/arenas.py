@@ -48,7 +48,10 @@ class Arenas:
         part.write_text(_identity(psutil.Process()))
         part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
-        self.slots = SLOTS + (PARITY_SLOTS if config.code else 0)
+        # One more, for the snapshot that is on its way to disk.
+        self.slots = (
+            SLOTS + (PARITY_SLOTS if config.code else 0) + (1 if config.checkpoint_every else 0)
+        )
         """Of each arena."""
         self.writing = threading.Lock()
         """Held by whoever makes or fills an arena that no rank has open."""

@@ -10,6 +10,7 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -56,6 +57,19 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
+@click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
+@click.option("--checkpoint-every", default=0, help="Steps between two checkpoints.")
+@click.option(
+    "--checkpoint-keep",
+    default="last:3",
+    show_default=True,
+    help="Which to keep: last:N, every:STEPS, or both with a comma; '' for all.",
+)
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Begin at step 0. Checkpoints that are there go when the first new one is complete.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -69,6 +83,10 @@ def run(
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
+    checkpoint_dir: str,
+    checkpoint_every: int,
+    checkpoint_keep: str,
+    fresh: bool,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -95,8 +113,22 @@ def run(
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
+        checkpoint_dir=absolute(checkpoint_dir),
+        checkpoint_every=checkpoint_every,
+        checkpoint_keep=checkpoint_keep,
+        checkpoint_fresh=fresh,
         quiet=quiet,
     )
+    if checkpoint_dir:
+        from ftkit.checkpoint.persist.keep import policies
+        from ftkit.checkpoint.persist.retention import KeepBest
+
+        # Refused before anything starts.
+        if any(isinstance(policy, KeepBest) for policy in policies(checkpoint_keep)):
+            raise UsageError(
+                "--checkpoint-keep: a job's checkpoints carry no metric to choose the best by; use "
+                "last:N and every:N"
+            )
     _ = config.times  # an inconsistent set of times is refused before anything starts
     stop = run_job(config, engine=engine or default_engine())
     if as_json:
@@ -104,6 +136,11 @@ def run(
     elif stop.code:
         click.echo(f"ftkit: {stop.reason} (events in {folder})", err=True)
     sys.exit(stop.code)
+
+
+def absolute(url: str) -> str:
+    """A path made absolute, as the job's processes may run elsewhere; URLs as they are."""
+    return url if not url or "://" in url else str(Path(url).resolve())
 
 
 @main.group()
@@ -198,12 +235,15 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
     from ftkit.core.trace import read_run
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
+    from ftkit.launch.storage_story import storage_story
 
     events = read_run(newest_run(run_dir))
+    storage = storage_story(events)
     if as_json:
-        click.echo(json.dumps({"incidents": [i.to_json() for i in incidents(events)]}))
+        told = {"incidents": [i.to_json() for i in incidents(events)]}
+        click.echo(json.dumps(told | {"storage": storage.to_json()}))
     else:
-        click.echo(explain_events(events))
+        click.echo("\n\n".join(t for t in (explain_events(events), storage.paragraph()) if t))
 
 
 @main.command()
@@ -222,6 +262,9 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
     outcome = check(events, undisturbed, expectation_of(events))
     write_report(out, events, undisturbed, outcome)
     click.echo(json.dumps({"report": str(out)}) if as_json else f"wrote {out}")
+
+
+main.add_command(ckpt)
 
 
 def newest_run(run_dir: Path | None) -> Path:

@@ -97,12 +97,28 @@ class JobConfig:
     master_port: int = 0
     quiet: bool = False
     """Agents and coordinators write errors only, no warnings."""
+    checkpoint_dir: str = ""
+    """Where checkpoints go and come from: a path, or any URL that fsspec knows; empty: nowhere."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints; 0 for none, though the job may begin from one."""
+    checkpoint_keep: str = "last:3"
+    """What to keep of them (`persist.keep.policies`)."""
+    checkpoint_fresh: bool = False
+    """Begin at step 0 whatever is there."""
+    checkpoint_ignore: tuple[str, ...] = ()
+    """Checkpoints of before a fresh start, by their identity."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nproc < 1:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
         if not self.command:
             raise UsageError("there is no command to run")
+        if self.checkpoint_every < 0:
+            raise UsageError(
+                f"--checkpoint-every is {self.checkpoint_every}, not a number of steps"
+            )
+        if self.checkpoint_every and not self.checkpoint_dir:
+            raise UsageError("--checkpoint-every needs a --checkpoint-dir to write to")
         if self.code is not None:
             self.code.check_nodes(self.nodes)
 
@@ -135,7 +151,8 @@ class JobConfig:
         """Read what `to_json` wrote. Raises ProtocolError on anything else."""
         try:
             value: dict[str, Any] = json.loads(text)
-            return cls(**{**value, "command": tuple(value["command"])})
+            lists = {name: tuple(value[name]) for name in ("command", "checkpoint_ignore")}
+            return cls(**{**value, **lists})
         except (ValueError, KeyError, TypeError) as error:
             raise ProtocolError(f"not a job's configuration: {error}") from error
 

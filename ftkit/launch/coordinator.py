@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect
+from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, Report, judge
 from ftkit.launch.config import JobConfig
+from ftkit.launch.disk import Disk
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
@@ -64,8 +67,13 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
+        self._order: Order | None = None
+        self._attempts = number * ATTEMPTS_MAX
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
+        )
+        self._disk = Disk(
+            config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
         )
 
     def interrupt(self, reason: str) -> None:
@@ -96,6 +104,7 @@ class Coordinator:
                     assert self._plan.stop is not None, "an ended plan says why"
                     return self._plan.stop
         finally:
+            self._disk.close()
             for line in self._lines.values():
                 line.close()
             self.trace.close()
@@ -174,6 +183,15 @@ class Coordinator:
         elif self._stores != self._live_stores():
             self._send_plan()
         facts = self._facts(now)
+        self._checkpoint(facts)
+        if self._plan.mode is not Mode.FORMING or facts.snapshots:
+            self._disk.forget()
+        else:
+            on_disk = self._disk.steps()
+            why = facts.interrupted or self._disk.refused
+            if on_disk is None and not why:
+                return  # what a world is formed from is not known yet
+            facts = replace(facts, snapshots=on_disk or frozenset(), interrupted=why)
         plan, decisions = advance(self._plan, facts, self._config.budget)
         if not decisions:
             return
@@ -241,6 +259,24 @@ class Coordinator:
             interrupted=self._interrupted,
         )
 
+    def _checkpoint(self, facts: JobFacts) -> None:
+        """Move the writing of a checkpoint on; it and the plan know nothing of each other."""
+        if not self._config.checkpoint_every:
+            return
+        reports = {
+            node: Report.from_json(report["persister"])
+            for node, report in self._reports.items()
+            if node not in facts.nodes_lost and node in self._lines and report.get("persister")
+        }
+        order, ended = judge(self._order, reports, last_attempt=self._attempts)
+        if ended is not None and ended.failed:
+            self.trace.event("checkpoint-failed", step=ended.step, reason=ended.failed)
+        if order == self._order:
+            return
+        self._order = order
+        self._attempts = order.attempt if order else self._attempts
+        self._send_plan()
+
     def _awaited(self, copies: tuple[Copy, ...], lost: frozenset[NodeId]) -> str:
         """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
         assert self._plan is not None, "facts are judged against a plan"
@@ -275,7 +311,13 @@ class Coordinator:
         stores = self._live_stores()
         if only is None:
             self._stores = stores
-        message = {"type": "plan", "plan": self._plan.to_json(), "stores": stores}
+        message = {
+            "type": "plan",
+            "plan": self._plan.to_json(),
+            "stores": stores,
+            "checkpoint": self._order and self._order.to_json(),
+            "checkpoints_over": self._plan.mode is Mode.ENDED and self._order is None,
+        }
         for node, line in list(self._lines.items()):
             if only is not None and node != only:
                 continue

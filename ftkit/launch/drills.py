@@ -9,7 +9,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
+from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.job import python_command, run_job
+from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
 
 KILL_COORDINATOR = "kill-coordinator"
@@ -33,7 +35,12 @@ CATALOGUE: dict[str, str] = {
     Kind.RAISE: "an exception in one rank's code",
     Kind.HANG: "one rank's training thread sleeps for ever, its heartbeat goes on",
     KILL_COORDINATOR: "SIGKILL to the coordinator while the ranks train",
+    StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
+    StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
 }
+
+#: What "all" picks from: faults that any shape of job takes.
+ANYWHERE = [name for name in CATALOGUE if name not in set(StoreFaultKind)]
 
 LOSE_NODE = "lose-node"
 LOSE_NODES = "lose-nodes"
@@ -51,6 +58,9 @@ NODE_CATALOGUE: dict[str, str] = {
 #: Buckets of gradients that a drill may aim at; a job with fewer is hit at its last one.
 BUCKETS = 3
 
+#: What each of three nodes of the bundled job writes in its first checkpoint, about.
+STORE_BYTES = 1_000_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drill:
@@ -64,6 +74,8 @@ class Drill:
     bucket: int
     delay_s: float
     seed: int
+    byte: int = 0
+    """Of faults of the disk: at which byte of what the node writes."""
     nodes: tuple[int, ...] = ()
     """The nodes that are lost, for faults of nodes."""
     second_seat: int | None = None
@@ -72,10 +84,20 @@ class Drill:
     @property
     def where(self) -> str:
         """The phase as a person writes it."""
+        if self.store_fault is not None:
+            return f"byte {self.byte}"
         if self.phase is None:
             return "any"
         lasting = self.phase in (Point.BACKWARD, Point.ALL_REDUCE)
         return f"{self.phase}:{self.bucket}" if lasting else self.phase.value
+
+    @property
+    def store_fault(self) -> StoreFault | None:
+        """What the agents are told to do to themselves; there is one rank a node then."""
+        if self.fault not in set(StoreFaultKind):
+            return None
+        kind = StoreFaultKind(self.fault)
+        return StoreFault(kind=kind, node=self.seat, seat=self.seat, byte=self.byte)
 
     def faults(self) -> list[PlannedFault]:
         """What the ranks are told to do to themselves."""
@@ -116,13 +138,15 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
       UsageError: there is no such fault or phase, or the job is too small for it.
     """
     rng = random.Random(f"{fault} {at} {seed}")
-    name = rng.choice(list(CATALOGUE)) if fault == "all" else fault
+    name = rng.choice(ANYWHERE) if fault == "all" else fault
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
     point, bucket = _point(at, rng)
-    if name == KILL_COORDINATOR:
+    if name == KILL_COORDINATOR or name in set(StoreFaultKind):
         point = None
+    if name == StoreFaultKind.KILL and nproc < 2:
+        raise UsageError("an agent takes its ranks along: torn-write needs --nproc 2 or more")
     if point is Point.RECOVERY and nproc < 3:
         if at is not None:
             raise UsageError("a fault in recovery hits a second rank: it needs --nproc 3 or more")
@@ -139,6 +163,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         bucket=bucket,
         delay_s=rng.uniform(0, 0.004),
         seed=seed,
+        byte=rng.randrange(STORE_BYTES),
     )
 
 
@@ -238,8 +263,12 @@ class Job:
         faults: list[PlannedFault] = [],  # noqa: B006  # never changed
         on_poll: Callable[[Engine], None] | None = None,
         job_id: str | None = None,
+        settings: Mapping[str, Any] = {},
     ) -> tuple[Stop, list[dict[str, Any]]]:
-        """Run the job once. Returns its end and its events. Blocks."""
+        """Run the job once. Returns its end and its events. Blocks.
+
+        `settings` are further fields of its JobConfig; variables in their `env` are added.
+        """
         config = JobConfig(
             job=job_id or new_job_id(),
             command=self.command,
@@ -249,7 +278,7 @@ class Job:
             max_stall_s=self.max_stall_s,
             run_dir=str(run_dir),
             rank_logs=True,
-            env=to_environ(faults),
+            **{**settings, "env": {**to_environ(faults), **settings.get("env", {})}},
         )
         stop = run_job(config, engine=self.engine, on_poll=on_poll)
         return stop, read_run(run_dir)
@@ -264,6 +293,11 @@ def run_drill(
     on_poll: Callable[[Engine], None] | None = None,
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
+    witness, settings = Witness(run_dir), dict[str, Any]()
+    if drill.store_fault is not None:
+        # A node is what dies, so that what is left of the job is worth a look.
+        job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
+        settings = witness.settings(drill.store_fault, job.steps)
     job_id, striker = new_job_id(), None
     if drill.fault == KILL_COORDINATOR:
         striker = CoordinatorKiller(drill, run_dir).poll
@@ -275,10 +309,13 @@ def run_drill(
     def poll(engine: Engine) -> None:
         if striker is not None:
             striker(engine)
+        witness.poll()
         if on_poll is not None:
             on_poll(engine)
 
-    _, events = job.run(run_dir, faults=drill.faults(), on_poll=poll, job_id=job_id)
+    _, events = job.run(
+        run_dir, faults=drill.faults(), on_poll=poll, job_id=job_id, settings=settings
+    )
     told = expectation_of(reference or events)
     expectation = Expectation(
         fault=drill.fault,
@@ -289,11 +326,12 @@ def run_drill(
         steps=told.steps if job.script else job.steps,
         slots=told.slots if job.script else job.slots,
         slot_size=told.slot_size if job.script else job.slot_size,
-        evicts=drill.fault != KILL_COORDINATOR,
+        evicts=drill.fault not in (KILL_COORDINATOR, StoreFaultKind.FULL),
         loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD),
         corrupts=drill.fault == CORRUPT_SHARD,
     )
-    return check(events, reference, expectation), events
+    outcome = check(events, reference, expectation)
+    return (witness.judge(outcome, events) if drill.store_fault else outcome), events
 
 
 class CoordinatorKiller:

@@ -63,6 +63,8 @@ def rank_environment(
         shm_dir=str(shm_dir),
         local_seat=local,
         max_stall_s=config.max_stall_s,
+        checkpoint_dir=config.checkpoint_dir,
+        checkpoint_every=config.checkpoint_every,
     )
     # One thread a rank, as torchrun does: several ranks share the cores.
     threads = {"OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1")}

@@ -14,6 +14,7 @@ from types import FrameType
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.config import JobConfig, new_secret
+from ftkit.launch.disk import give_back, refuse_or_take
 from ftkit.launch.engine import Engine
 from ftkit.recovery.plan import Stop
 
@@ -75,7 +76,9 @@ def run_job(
       Why the job ended; its code is the exit code.
 
     Raises:
-      UsageError: the engine cannot be used as asked, or the run directory cannot be made.
+      UsageError: the engine cannot be used as asked, the run directory cannot be made, or
+        the checkpoint directory cannot be used.
+      RootInUse: another job writes its checkpoints there.
       CapacityError: the machine has no room for the job.
     """
     events = Path(config.run_dir) / "events"
@@ -85,6 +88,7 @@ def run_job(
         raise UsageError(f"the run directory {config.run_dir} cannot be made: {error}") from error
     if any(events.iterdir()):
         raise UsageError(f"{config.run_dir} holds another run; give --run-dir a new folder")
+    config = refuse_or_take(config)
     running = make_engine(engine, with_master_port(config), new_secret())
     try:
         with end_signals(running) as received:
@@ -100,6 +104,7 @@ def run_job(
             return stop
     finally:
         running.close()
+        give_back(config)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from ftkit.launch.checker import Outcome
 from ftkit.launch.live import summary_rows
 from ftkit.launch.report_history import Event, read_history
+from ftkit.launch.report_storage import storage_section
 from ftkit.launch.report_svg import loss_plot, timeline_plot
 from ftkit.launch.report_timeline import Doing, read_timeline
 from ftkit.launch.report_view import RunView
@@ -32,6 +33,11 @@ rect.training, i.training { fill: var(--training); background: var(--training); 
 rect.repairing, i.repairing { fill: var(--repairing); background: var(--repairing); }
 rect.lost, i.lost { fill: var(--lost); background: var(--lost); }
 rect.joining, i.joining { fill: var(--joining); background: var(--joining); }
+rect.memory, i.memory { fill: var(--joining); background: var(--joining); }
+rect.codec, i.codec { fill: var(--training); background: var(--training); }
+rect.write, i.write { fill: var(--line); background: var(--line); }
+rect.fsync, i.fsync { fill: var(--repairing); background: var(--repairing); }
+rect.commit, i.commit { fill: var(--lost); background: var(--lost); }
 i { display: inline-block; width: 1em; height: .8em; margin: 0 .3em 0 1em; }
 """
 
@@ -74,6 +80,7 @@ def render(
 {timeline_plot(read_timeline(events, whole=False))}
 <h2>Until every rank is back</h2>
 {timeline_plot(read_timeline(events))}
+{storage_section(events)}
 <p>Seed {outcome.seed}. Times are of this machine's monotonic clock.</p>
 </body></html>
 """

@@ -20,7 +20,8 @@ from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.restore import RestorePlan, execute, look_ahead, plan
+from ftkit.checkpoint.restore import Restored, RestorePlan, execute, look_ahead, plan
+from ftkit.checkpoint.slots import Pin
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import (
     AllPinned,
@@ -105,9 +106,36 @@ class Snapshots:
                 world.generation,
                 share=Share(rank, world.size),
                 complete=max(Step(step - SEALED_BEHIND), self._complete),
+                pins=self._pins(step),
             )
         except AllPinned as error:
             self._trace.event("snapshot-skipped", step=step, reason=str(error))
+
+    def _pins(self, step: Step) -> list[Pin]:
+        """The pins of a snapshot of `step`: whether it is due to go to disk.
+
+        Marked from the start of its capture, so that it cannot be overwritten before the agent
+        has seen it. The newest wins: one that has waited until now is due no more. While one
+        is being written none is marked: the arena has one slot for it.
+        """
+        env, arena = self._env, self._arena
+        assert env is not None, "asked by begin"
+        assert arena is not None, "asked by begin"
+        if not env.checkpoint_every or step % env.checkpoint_every:
+            return []
+        held = [(s, arena.pins(slot)) for slot, s in enumerate(arena.slots()) if s is not None]
+        for sealed, pins in held:
+            if pins[Pin.PERSIST] and sealed.step != step:
+                self._trace.event(
+                    "checkpoint-skipped",
+                    step=step,
+                    reason=f"step {sealed.step} is still being written",
+                )
+                return []
+        for sealed, pins in held:
+            if pins[Pin.DUE]:
+                arena.pin(sealed, Pin.DUE, on=False)
+        return [Pin.DUE]
 
     def gate(self) -> None:
         """Wait for what is left of the capture under way: the state is about to change."""
@@ -128,11 +156,13 @@ class Snapshots:
         except (IntegrityError, CapacityError) as error:
             logger.debug("nothing to look at yet: %s", error)
 
-    def restore(self, step: Step, world: World, membership: Membership) -> None:
-        """Load the state of `step` from the nearest arenas that hold it.
+    def restore(self, step: Step, world: World, membership: Membership, *, admitted: bool) -> None:
+        """Load the state of `step` from the nearest arenas that hold it, or from disk.
 
-        Blocks until the peers have sealed it, which takes them as long as a forward pass. Parts
-        that turn out to be damaged are struck from this node's arenas.
+        Blocks until the peers have sealed it, which takes them as long as a forward pass. Peers
+        that let this rank in (`admitted`) hold it; otherwise a new world begins, and where no
+        arena has the step, a checkpoint has. Parts that turn out to be damaged are struck from
+        this node's arenas.
 
         Raises:
           GenerationAborted: `world` ended meanwhile.
@@ -154,14 +184,18 @@ class Snapshots:
                 if time.monotonic() > deadline:
                     raise
                 logger.debug("step %s is not there yet: %s", step, error)
-                membership.wait_changed(LOOK_S)
-                continue
+                from_disk = None if admitted else self._from_disk(step)
+                if from_disk is None:
+                    membership.wait_changed(LOOK_S)
+                    continue
+                done = from_disk
             self._layout, self._complete = done.layout, step
             self._trace.event(
                 "restore",
                 step=step,
                 generation=world.generation,
-                source=", ".join(dict.fromkeys(str(read.source) for read in done.reads)),
+                source=", ".join(dict.fromkeys(str(read.source) for read in done.reads))
+                or self._env.checkpoint_dir,
                 seconds=done.seconds,
                 bytes=done.bytes,
             )
@@ -178,6 +212,16 @@ class Snapshots:
         arena, self._arena = self._arena, None
         if arena is not None:
             arena.close()
+
+    def _from_disk(self, step: Step) -> Restored | None:
+        """The checkpoint of `step`, which the coordinator has found to be whole, if any."""
+        assert self._env is not None, "asked by a member of a job"
+        if not self._env.checkpoint_dir:
+            return None
+        # Imported here: most ranks never read one, and pyarrow takes its time.
+        from ftkit.session.from_disk import load_from_disk
+
+        return load_from_disk(self._env.checkpoint_dir, step, Seat(self._env.seat), self._state)
 
     def _plan(self, step: Step | None) -> RestorePlan:
         """Where to read `step`, or the newest one, from. IntegrityError: it is not complete."""

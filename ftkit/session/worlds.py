@@ -29,11 +29,14 @@ class Worlds:
         self._parts = parts
         self._modules: Sequence[torch.nn.Module] = ()
         self._snapshots: Snapshots | None = None
+        self._owed: Entry | None = None
+        """The world entered before the step loop, when it stands at a step to be loaded."""
 
     def begin_stepping(self, modules: Sequence[torch.nn.Module], snapshots: Snapshots) -> None:
         """From here on entering a world means to hold its state.
 
-        A rank that is in the first world already agrees with the others on the initial state.
+        A rank that is in the first world already agrees with the others on the initial state, or
+        loads the checkpoint that the job begins from.
         """
         self._modules, self._snapshots = modules, snapshots
         membership = self._parts.membership
@@ -43,6 +46,9 @@ class Worlds:
                 self._share_initial_state()
             except GenerationAborted:
                 return  # the next world shares it again
+        owed = self._owed
+        if owed and membership.active and membership.generation == owed.world.generation:
+            self._restore(owed)
 
     def settle(self) -> None:
         """Return once this rank is in a world that goes on. Blocks.
@@ -100,14 +106,20 @@ class Worlds:
             # Shares of this step are gone with the members that are: take them anew.
             assert self._snapshots is not None, "stepping"
             self._snapshots.begin(step, world)
-        if has_it or not stepping:
-            return
+        if not stepping:
+            self._owed = None if has_it else entry
+        elif not has_it:
+            self._restore(entry)
+
+    def _restore(self, entry: Entry) -> None:
+        """Take the state that `entry` stands at, from peers, memory or disk. Blocks."""
+        parts, world, step = self._parts, entry.world, entry.step
         try:
             if step == 0:
                 self._share_initial_state()
             else:
                 assert self._snapshots is not None, "stepping"
-                self._snapshots.restore(step, world, parts.membership)
+                self._snapshots.restore(step, world, parts.membership, admitted=entry.admitted)
         except GenerationAborted:
             return
         if parts.membership.restored(world.generation, step):

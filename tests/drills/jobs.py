@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,12 +53,16 @@ def run(
     *,
     nproc: int = 2,
     nodes: int = 1,
+    settings: Mapping[str, Any] = {},
     faults: Sequence[PlannedFault] = (),
     max_stall_s: float = 30.0,
     shm_root: Path | None = None,
     on_poll: Callable[[Engine], None] | None = None,
 ) -> Run:
-    """Run a job, and check that no process and no shared memory is left of it."""
+    """Run a job, and check that no process and no shared memory is left of it.
+
+    `settings` are further fields of its JobConfig.
+    """
     # A folder of our own: what other jobs on this machine leave or remove is theirs.
     root = shm_root or Path("/dev/shm") / f"test-{uuid.uuid4().hex[:8]}"
     root.mkdir(exist_ok=True)
@@ -71,7 +75,14 @@ def run(
         run_dir=str(folder),
         shm_root=str(root),
         rank_logs=True,
-        env={**to_environ(list(faults)), "PYTHONPATH": str(HERE.parents[1])},
+        **{
+            **settings,
+            "env": {
+                **to_environ(list(faults)),
+                "PYTHONPATH": str(HERE.parents[1]),
+                **settings.get("env", {}),
+            },
+        },
     )
     try:
         stop = run_job(config, on_poll=on_poll)

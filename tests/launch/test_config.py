@@ -80,3 +80,12 @@ def test_parity_over_too_few_nodes_is_refused_with_advice() -> None:
     assert JobConfig(job="a", command=("x",), nodes=3, parity="2+1").code == (2, 1)
     assert JobConfig(job="a", command=("x",), parity="").code is None
     assert JobConfig(job="a", command=("x",), parity="4+0").code is None
+
+
+def test_checkpoints_need_an_interval_that_is_one_and_a_place() -> None:
+    with pytest.raises(UsageError, match="--checkpoint-every is -1"):
+        JobConfig(job="a", command=("x",), checkpoint_dir="/d", checkpoint_every=-1)
+    with pytest.raises(UsageError, match="needs a --checkpoint-dir"):
+        JobConfig(job="a", command=("x",), checkpoint_every=5)
+    config = JobConfig(job="a", command=("x",), checkpoint_dir="/d", checkpoint_ignore=("ab",))
+    assert JobConfig.from_json(config.to_json()) == config

@@ -30,7 +30,15 @@ class Rig:
         self.folder, self.seat = folder, seat
         self.training = Training(seed=seed)
         env = SimpleNamespace(
-            job=JOB, seat=seat, member=seat, node=NODE, secret="", shm_dir=folder, max_stall_s=0.05
+            job=JOB,
+            seat=seat,
+            member=seat,
+            node=NODE,
+            secret="",
+            shm_dir=folder,
+            max_stall_s=0.05,
+            checkpoint_every=0,
+            checkpoint_dir="",
         )
         trace = SimpleNamespace(event=lambda kind, **fields: self.events.append((kind, fields)))
         control = SimpleNamespace(arena=self.make, stores={})
@@ -60,7 +68,7 @@ class Rig:
         membership: Any = SimpleNamespace(
             active=True, generation=world.generation, wait_changed=lambda seconds: None
         )
-        self.snapshots.restore(Step(step), world, membership)
+        self.snapshots.restore(Step(step), world, membership, admitted=True)
 
 
 def world_of(generation: int, *seats: int) -> World:

@@ -2,7 +2,8 @@
 
 The lease is a file of JSON in the root. Its holder renews it while it lives and shows it before
 each commit; readers need none. One of a process that is dead on this host, or that has not been
-renewed for its term, may be taken over.
+renewed for its term, may be taken over, and so may one that another process of the same job holds:
+a job's nodes agree among themselves which of them commits.
 
 On a local disk taking over is exclusive (a lock that the kernel drops with its process). An
 object store has no such thing: of two jobs that take the same stale lease over in the same
@@ -89,11 +90,16 @@ def free(holder: Holder, me: Holder, *, alive: Callable[[Holder], bool]) -> bool
       me: who asks, now.
       alive: whether a process of this host and boot still runs.
     """
-    if me.renewed_at - holder.renewed_at > holder.term_s:
+    if holder.job == me.job or me.renewed_at - holder.renewed_at > holder.term_s:
         return True
     if holder.host != me.host:
         return False
     return holder.boot != me.boot or not alive(holder)
+
+
+def one_time(name: JobId) -> JobId:
+    """A job's name that nobody else bears, for who holds a lease once and alone."""
+    return JobId(f"{name}-{secrets.token_hex(4)}")
 
 
 class Lease:
@@ -113,7 +119,7 @@ class Lease:
 
         Args:
           store: the root.
-          job: this job's name.
+          job: this job's name, which no other job may bear.
           term_s: after so many seconds without `renew` or `check`, another may take it.
           wall: Unix seconds.
 

@@ -247,17 +247,19 @@ def test_an_unknown_kind_of_store_is_named():
 
 ME = Holder(job="me", host="a", boot="1", pid=1, started=0.0, nonce="x", renewed_at=100.0,
             term_s=10.0)  # fmt: skip
+THEM = replace(ME, job="them")
 
 
 @pytest.mark.parametrize(
     ("holder", "alive", "is_free"),
     [
-        (replace(ME, renewed_at=95.0), True, False),
-        (replace(ME, renewed_at=95.0), False, True),
-        (replace(ME, renewed_at=95.0, boot="0"), True, True),
-        (replace(ME, renewed_at=95.0, host="b"), False, False),  # nobody here can tell
-        (replace(ME, renewed_at=89.0, host="b"), True, True),
-        (replace(ME, renewed_at=89.0), True, True),
+        (replace(THEM, renewed_at=95.0), True, False),
+        (replace(THEM, renewed_at=95.0), False, True),
+        (replace(THEM, renewed_at=95.0, boot="0"), True, True),
+        (replace(THEM, renewed_at=95.0, host="b"), False, False),  # nobody here can tell
+        (replace(THEM, renewed_at=89.0, host="b"), True, True),
+        (replace(THEM, renewed_at=89.0), True, True),
+        (replace(ME, renewed_at=95.0, host="b", nonce="y"), True, True),  # of the same job
     ],
 )
 def test_whose_lease_may_be_taken_over(holder, alive, is_free):

@@ -4,9 +4,16 @@ from hypothesis import strategies as st
 
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint, steps
 from ftkit.checkpoint.persist.gc import gc
+from ftkit.checkpoint.persist.keep import policies as policies_of
 from ftkit.checkpoint.persist.lease import Lease
-from ftkit.checkpoint.persist.retention import KeepBest, KeepEvery, KeepLast, Kept, to_keep
-from ftkit.core.errors import RootInUse
+from ftkit.checkpoint.persist.retention import (
+    KeepBest,
+    KeepEvery,
+    KeepLast,
+    Kept,
+    to_keep,
+)
+from ftkit.core.errors import RootInUse, UsageError
 from ftkit.core.ids import JobId, Step
 
 from .stories import ModelStore, newest, save
@@ -106,3 +113,19 @@ def test_gc_needs_the_lease():
     Lease.take(store, JobId("second"), wall=lambda: now[0])
     with pytest.raises(RootInUse):
         gc(store, [KeepLast(1)], lost)
+
+
+def test_policies_as_a_person_writes_them():
+    assert policies_of("") == []
+    assert policies_of("last:3") == [KeepLast(3)]
+    assert policies_of("last:1,every:500") == [KeepLast(1), KeepEvery(500)]
+    assert policies_of("best:loss:2,best:score:max") == [
+        KeepBest(metric="loss", count=2),
+        KeepBest(metric="score", largest=True),
+    ]
+
+
+@pytest.mark.parametrize("text", ["3", "last", "last:", "last:0", "best:", "last:3,", "every:-1"])
+def test_what_says_not_what_to_keep_is_refused(text):
+    with pytest.raises(UsageError, match="no policy of retention"):
+        policies_of(text)

@@ -1,0 +1,1 @@
+"""Our checkpoints in other tools' hands: DCP's storage interface, and the usual file formats."""

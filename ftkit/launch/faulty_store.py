@@ -1,0 +1,156 @@
+"""FaultyStore: a store that strikes at one byte of what is written, for drills.
+
+The agents find the fault in their environment, as ranks find theirs. It strikes once in a run,
+whatever is restarted: the drill's event says that it has.
+"""
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from ftkit.checkpoint.persist.store import Batch, Buffer, Store, failed
+from ftkit.core.errors import UsageError
+from ftkit.core.trace import Trace
+
+VARIABLE = "FTKIT_DRILL_STORE"
+
+
+class StoreFaultKind(StrEnum):
+    """What happens at the byte."""
+
+    KILL = "torn-write"
+    """SIGKILL to the agent: of the byte and all after it nothing is written."""
+    FULL = "disk-full"
+    """From there on the disk has no room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreFault:
+    """One fault of one node's store."""
+
+    kind: StoreFaultKind
+    node: int
+    seat: int
+    """A seat on that node: whom it takes along."""
+    byte: int
+    """Of all that the node writes to files of checkpoints, counted from 0."""
+
+    def to_environ(self) -> dict[str, str]:
+        """The variable that tells the agents."""
+        return {VARIABLE: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str], *, node: int) -> "StoreFault | None":
+        """The fault planned for `node`. Raises UsageError when it cannot be read."""
+        text = environ.get(VARIABLE)
+        if not text:
+            return None
+        try:
+            value = json.loads(text)
+            fault = cls(**{**value, "kind": StoreFaultKind(value["kind"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{VARIABLE} holds no fault: {error}") from error
+        return fault if fault.node == node else None
+
+
+class FaultyStore:
+    """A store that goes wrong at one byte. Fits `Store`."""
+
+    def __init__(self, store: Store, fault: StoreFault, run_dir: Path) -> None:
+        """Count from here on; strike unless the run's events tell that it has struck."""
+        self._store = store
+        self._fault = fault
+        self._events = run_dir / "events" / f"drill-store-{fault.node}.jsonl"
+        self._spent = self._events.exists()
+        self._left = fault.byte
+
+    @property
+    def url(self) -> str:
+        return self._store.url
+
+    def batch(self) -> Batch:
+        return _FaultyBatch(self._store.batch(), self)
+
+    def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
+        if self._full:
+            self._refuse(path)
+        self._store.put(path, data, exclusive=exclusive)
+
+    def get(self, path: str) -> bytes:
+        return self._store.get(path)
+
+    def read(self, path: str, at: int, into: Sequence[memoryview]) -> int:
+        return self._store.read(path, at, into)
+
+    def sizes(self, path: str) -> dict[str, int]:
+        return self._store.sizes(path)
+
+    def names(self) -> list[str]:
+        return self._store.names()
+
+    def remove(self, path: str) -> None:
+        self._store.remove(path)
+
+    def remove_tree(self, path: str) -> None:
+        self._store.remove_tree(path)
+
+    def create(self, batch: Batch, path: str, buffers: Sequence[Buffer]) -> None:
+        """Write a file, or as much of it as comes before the byte."""
+        if self._full:
+            self._refuse(path)
+        data = b"".join(buffers)
+        if self._spent or len(data) <= self._left:
+            self._left -= len(data)
+            batch.create(path, buffers)
+            return
+        batch.create(path, [data[: self._left]])
+        self._strike(path)
+
+    @property
+    def _full(self) -> bool:
+        return self._spent and self._fault.kind is StoreFaultKind.FULL
+
+    def _strike(self, path: str) -> None:
+        fault, self._spent = self._fault, True
+        seat = fault.seat if fault.kind is StoreFaultKind.KILL else None
+        with Trace(self._events) as trace:
+            trace.event("drill", fault=fault.kind.value, phase=f"byte {fault.byte}", seat=seat)
+        if fault.kind is StoreFaultKind.KILL:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._refuse(path)
+
+    def _refuse(self, path: str) -> None:
+        failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), f"writing {path}", self.url)
+
+
+class _FaultyBatch:
+    """See `Batch`."""
+
+    def __init__(self, batch: Batch, store: FaultyStore) -> None:
+        self._batch = batch
+        self._store = store
+
+    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
+        self._store.create(self._batch, path, buffers)
+
+    def flush(self) -> None:
+        self._batch.flush()
+
+    def __enter__(self) -> Self:
+        self._batch.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._batch.__exit__(kind, error, traceback)
