@@ -57,6 +57,8 @@ class Incident:
     spawned: list[int] = field(default_factory=list)
     """Seats for which a process was started."""
     resumed: float | None = None
+    rebuilds: list[str] = field(default_factory=list)
+    """What was computed anew from parity, or could not be."""
     resumed_generation: int | None = None
     resumed_step: int | None = None
     resumed_members: int | None = None
@@ -152,6 +154,8 @@ def _take(incident: Incident, event: Event) -> None:
             seat = event.get("seat")
             if seat is not None and seat not in incident.spawned:
                 incident.spawned.append(seat)
+        case "rebuild" | "rebuild-failed":
+            incident.rebuilds.append(_rebuilt(event))
         case "resume":
             incident.resumed = _time(event)
             incident.resumed_generation = event.get("generation", -1)
@@ -162,6 +166,17 @@ def _take(incident: Incident, event: Event) -> None:
             now = event.get("generation")
             if incident.committed is None and (now is None or now >= incident.resumed_generation):
                 incident.committed, incident.committed_step = _time(event), event.get("step")
+
+
+def _rebuilt(event: Event) -> str:
+    where, step = f"node {event.get('node', '?')}", event.get("step", "?")
+    if event.get("kind") == "rebuild-failed":
+        return f"{where} could not rebuild step {step} from parity: {event.get('reason')}"
+    text = f"{where} rebuilt {event.get('bytes', 0)} bytes of step {step} from parity"
+    text += f" in {event.get('seconds', 0.0):.2f} s"
+    if damaged := event.get("damaged"):
+        text += f"; lost or corrupt were {'; '.join(damaged)}"
+    return text
 
 
 def _take_verdict(incident: Incident, event: Event) -> None:
@@ -230,6 +245,7 @@ def _paragraph(incident: Incident) -> str:
     if incident.spawned:
         seats = ", ".join(str(seat) for seat in incident.spawned)
         told.append(f"A new process was started for seat {seats}.")
+    told += [f"{said[0].upper()}{said[1:].rstrip('.')}." for said in incident.rebuilds]
     told.append(_end(incident))
     text = " ".join(told)
     return text[0].upper() + text[1:]

@@ -185,11 +185,12 @@ def choose_nodes(fault: str, job: "Job", *, seed: int) -> Drill:
     if fault != LOSE_NODE and job.engine != "embedded":
         raise UsageError(f"{fault} kills ranks on every node: it needs --engine embedded")
     count = code.m if fault == LOSE_NODES and code is not None else 1
-    lost = tuple(sorted(rng.sample(range(job.nodes), count)))
+    # Which nodes corrupt shards lie on is known only once there are some.
+    lost = () if fault == CORRUPT_SHARD else tuple(sorted(rng.sample(range(job.nodes), count)))
     return Drill(
         fault=fault,
         phase=None,
-        seat=lost[0] * job.nproc,
+        seat=lost[0] * job.nproc if lost else 0,
         step=rng.randint(5, max(5, job.steps // 5)),
         bucket=0,
         delay_s=0.0,

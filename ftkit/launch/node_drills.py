@@ -4,20 +4,19 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterable
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.parity.buffer import ParityHead, data_offset, read_head
-from ftkit.checkpoint.stripes import StripePlan
+from ftkit.checkpoint.stripes import Place, StripePlan
 from ftkit.core.errors import FtkitError, IntegrityError
 from ftkit.core.ids import NodeId
-from ftkit.core.trace import Trace, read_run
+from ftkit.core.trace import Trace
 from ftkit.launch.config import JobConfig
-from ftkit.launch.drills import CORRUPT_SHARD, LOSE_NODE, Drill, Job
+from ftkit.launch.drills import LOSE_NODE, LOSE_NODES, Drill, Job
 from ftkit.launch.engine import Engine
+from ftkit.launch.event_tail import EventTail
 
 #: With all ranks frozen, what is published changes no more after so long.
 SETTLED_S = 1.5
@@ -29,6 +28,11 @@ class NodeStriker:
     def __init__(self, drill: Drill, job: Job, job_id: str, run_dir: Path) -> None:
         self._drill, self._job, self._run_dir = drill, job, run_dir
         self._config = JobConfig(job=job_id, command=("-",), nodes=job.nodes, nproc=job.nproc)
+        self._tail = EventTail(run_dir)
+        self._ranks: dict[int, tuple[int, int]] = {}
+        """The member in each seat, and its process."""
+        self._reached = False
+        self._published = not job.parity
         self._frozen_at: float | None = None
         self._done = False
 
@@ -36,41 +40,38 @@ class NodeStriker:
         """Strike when it is time. Called while the job runs."""
         if self._done:
             return
-        events = read_run(self._run_dir)
-        ranks = _running(events)
+        for event in self._tail.poll():
+            self._take(event)
         if self._frozen_at is None:
-            reached = any(e["kind"] == "commit" and e["step"] >= self._drill.step for e in events)
-            published = any(e["kind"] == "parity" for e in events)
-            # Step 1 may be published while the ranks go on to the next without each other.
-            trained = published or not self._job.parity
-            if not (reached and trained and len(ranks) == self._job.world_size):
+            if not (self._reached and self._published):
                 return
+            if len(self._ranks) < self._job.world_size:
+                return  # somebody is being replaced
             if self._drill.fault == LOSE_NODE:
-                self._tell(ranks, [s for s in ranks if s // self._job.nproc in self._drill.nodes])
-                self._strike(engine, {})
+                seats = [s for s in self._ranks if s // self._job.nproc in self._drill.nodes]
+                self._strike(engine, self._drill.nodes, seats)
                 return
             # So that none sees another go, and commits or votes on its own.
-            _signal(ranks.values(), signal.SIGSTOP)
+            self._signal(signal.SIGSTOP)
             self._frozen_at = time.monotonic()
-        if self._drill.fault == CORRUPT_SHARD:
-            if time.monotonic() - self._frozen_at < SETTLED_S:
-                return
-            lost = self._corrupt()
-        else:
-            lost = self._drill.nodes
-        self._tell(ranks, ranks)
-        self._strike(engine, ranks, lost)
+        if self._drill.fault == LOSE_NODES:
+            self._strike(engine, self._drill.nodes, list(self._ranks))
+        elif time.monotonic() - self._frozen_at > SETTLED_S:
+            self._strike(engine, self._corrupt(), list(self._ranks))
 
-    def _strike(
-        self, engine: Engine, ranks: dict[int, int], lost: tuple[int, ...] | None = None
-    ) -> None:
+    def _take(self, event: dict[str, Any]) -> None:
+        match event["kind"]:
+            case "spawn":
+                self._ranks[event["seat"]] = event["member"], event["pid"]
+            case "exit" if self._ranks.get(event["seat"], (None,))[0] == event["member"]:
+                del self._ranks[event["seat"]]
+            case "commit":
+                self._reached = self._reached or event["step"] >= self._drill.step
+            case "parity":
+                self._published = True
+
+    def _strike(self, engine: Engine, nodes: tuple[int, ...], seats: list[int]) -> None:
         self._done = True
-        for node in self._drill.nodes if lost is None else lost:
-            engine.kill_node(node)
-        _signal(ranks.values(), signal.SIGKILL)
-
-    def _tell(self, ranks: dict[int, int], seats: Iterable[int]) -> None:
-        members = {e["seat"]: e["member"] for e in _spawns(read_run(self._run_dir))}
         with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
             for seat in seats:
                 trace.event(
@@ -78,59 +79,63 @@ class NodeStriker:
                     fault=self._drill.fault,
                     phase="any",
                     seat=seat,
-                    member=members[seat],
-                    pid=ranks[seat],
+                    member=self._ranks[seat][0],
                     step=self._drill.step,
                 )
+        for node in nodes:
+            engine.kill_node(node)
+        if self._drill.fault != LOSE_NODE:
+            self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        for _, pid in self._ranks.values():
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue  # it ended with its node
 
     def _corrupt(self) -> tuple[int, ...]:
         """Flip a bit in one node's part, and one in another's parity; who is to be lost."""
         rng = random.Random(self._drill.seed)
         heads = {node: newest_parity(self._config, node) for node in range(self._job.nodes)}
-        path, head = heads[0]
-        stripes = head.stripes
-        lost, data, parity = pick_victims(stripes.plan, sorted(stripes.parts), rng)
-        part = stripes.parts[data][0]
-        arena = self._config.shm_dir(data) / part.arena
+        stripes = heads[0][1].stripes
+        lost, data, parity = pick_victims(stripes.plan, rng)
+        piece = stripes.plan.stripes[data.stripe].data[data.shard]
+        span = rng.choice(piece.spans)
+        part = stripes.parts[piece.node][span.part]
+        arena = self._config.shm_dir(piece.node) / part.arena
         with Arena.open(arena) as opened:
-            at = opened.data_offset(opened.find(part.step, part.generation))
-        flip_bit(arena, at + rng.randrange(part.bytes), rng)
-        path, head = heads[parity]
-        (first, _), place = max((spot, place) for place, spot in head.shards.items())
-        length = stripes.plan.stripes[place.stripe].length
-        flip_bit(path, data_offset(path) + first + rng.randrange(max(1, length)), rng)
+            at = opened.data_offset(opened.find(part.step, part.generation)) + span.at
+        flip_bit(arena, at + rng.randrange(span.count), rng)
+        stripe = stripes.plan.stripes[parity.stripe]
+        path, head = heads[stripe.nodes[parity.shard]]
+        at = data_offset(path) + head.shards[parity][0]
+        flip_bit(path, at + rng.randrange(stripe.length), rng)
         return (lost,)
 
 
-def pick_victims(
-    plan: StripePlan, nodes: list[NodeId], rng: random.Random
-) -> tuple[NodeId, NodeId, NodeId]:
-    """Who is lost, whose part rots and whose parity, so that no stripe lacks more than m; pure.
+def pick_victims(plan: StripePlan, rng: random.Random) -> tuple[NodeId, Place, Place]:
+    """Who is lost, which piece rots and which parity shard: each in another stripe; pure.
 
-    FtkitError: there is no such choice.
+    FtkitError: more would be lost than parity makes up for.
     """
-    choices = list(permutations(nodes, 3))
-    rng.shuffle(choices)
-    for lost, data, parity in choices:
-        short = (
-            sum(
-                1
-                for shard, node in enumerate(stripe.nodes)
-                if stripe.shard_bytes(shard)
-                and (
-                    node == lost
-                    or (node == data and shard < len(stripe.data))
-                    or (node == parity and shard >= len(stripe.data))
-                )
-            )
-            for stripe in plan.stripes
+    if plan.m < 2:
+        raise FtkitError(
+            "parity is too thin for this drill: a stripe may lose a node and a shard, so m is 2 "
+            "or more"
         )
-        has_data = any(p.node == data and p.count for s in plan.stripes for p in s.data)
-        if has_data and all(count <= plan.m for count in short):
-            return lost, data, parity
-    raise FtkitError(
-        "parity is too thin for this drill: a lost node and two corrupt shards need m=2"
-    )
+    places = [
+        Place(number, shard)
+        for number, stripe in enumerate(plan.stripes)
+        for shard in range(len(stripe.nodes))
+        if stripe.shard_bytes(shard)
+    ]
+    k = [len(stripe.data) for stripe in plan.stripes]
+    data = rng.choice([p for p in places if p.shard < k[p.stripe]])
+    parity = rng.choice([p for p in places if p.shard >= k[p.stripe] and p.stripe != data.stripe])
+    hurt = {plan.stripes[p.stripe].nodes[p.shard] for p in (data, parity)}
+    lost = rng.choice(sorted({n for group in plan.groups for n in group} - hurt))
+    return lost, data, parity
 
 
 def newest_parity(config: JobConfig, node: int) -> tuple[Path, ParityHead]:
@@ -153,21 +158,3 @@ def flip_bit(path: Path, at: int, rng: random.Random) -> None:
         (byte,) = file.read(1)
         file.seek(at)
         file.write(bytes([byte ^ 1 << rng.randrange(8)]))
-
-
-def _running(events: list[dict[str, Any]]) -> dict[int, int]:
-    """The process of each seat, of those that have not ended."""
-    ended = {e["member"] for e in events if e["kind"] == "exit"}
-    return {e["seat"]: e["pid"] for e in _spawns(events) if e["member"] not in ended}
-
-
-def _spawns(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [e for e in events if e["kind"] == "spawn"]
-
-
-def _signal(pids: Iterable[int], number: signal.Signals) -> None:
-    for pid in pids:
-        try:
-            os.kill(pid, number)
-        except ProcessLookupError:
-            continue  # it ended with its node

@@ -137,7 +137,7 @@ class ParityTier:
         be_nice()
         while not self._ended.wait(LOOK_S):
             try:
-                self._look()
+                self.look()
             except Superseded:
                 continue
             except (FtkitError, OSError) as error:
@@ -147,7 +147,13 @@ class ParityTier:
                 logger.exception("parity failed in a way that was not foreseen")
                 self._say("an error that was not foreseen; the agent's log has it")
 
-    def _look(self) -> None:
+    def look(self) -> None:
+        """Do what is to be done now: lead a round, mend, or scrub. Blocks; the thread's alone.
+
+        Raises:
+          FtkitError: it could not be done.
+          OSError: likewise.
+        """
         self._holder.repin()
         with self._lock:
             plan, nodes = self._plan, sorted(self._stores)

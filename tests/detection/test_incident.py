@@ -137,3 +137,13 @@ def test_any_event_may_have_lost_its_fields(index) -> None:
     text = explain(events)
     assert "102" in text
     assert "None" not in text
+
+
+def test_what_was_rebuilt_is_told() -> None:
+    rebuilt = {"kind": "rebuild", "mono": 130.2, "node": 1, "step": 40, "seconds": 0.25,
+               "bytes": 900, "damaged": ["shard 2 of stripe 0, node 3: chunk 7"]}  # fmt: skip
+    failed = {"kind": "rebuild-failed", "mono": 130.3, "node": 2, "step": 40, "reason": "too few"}
+    text = explain([*HANG[:3], rebuilt, failed, *HANG[3:]])
+    assert "Node 1 rebuilt 900 bytes of step 40 from parity in 0.25 s" in text
+    assert "lost or corrupt were shard 2 of stripe 0, node 3: chunk 7." in text
+    assert "Node 2 could not rebuild step 40 from parity: too few." in text

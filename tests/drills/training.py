@@ -32,10 +32,10 @@ class Curve:
         return x, torch.sin(3 * x.sum())[None]
 
 
-def build() -> nn.Module:
+def build(width: int) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(8, 64), nn.BatchNorm1d(64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, 1)
+        nn.Linear(8, width), nn.BatchNorm1d(width), nn.GELU(), nn.Dropout(0.2), nn.Linear(width, 1)
     )
 
 
@@ -47,11 +47,14 @@ def digest(*state: dict[str, Any]) -> str:
     return hasher.hexdigest()
 
 
-def main(steps: int, flaky: str = "") -> None:
-    """Train; with `flaky` ranks raise an exception of their own now and then, and catch it."""
+def main(steps: int, flaky: str = "", width: int = 64) -> None:
+    """Train; with `flaky` ranks raise an exception of their own now and then, and catch it.
+
+    The state has about 150 bytes for each unit of `width`.
+    """
     torch.set_num_threads(1)
     session = ftkit.init()
-    model = DistributedDataParallel(build())
+    model = DistributedDataParallel(build(width))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.99)
     session.protect(model=model, optimizer=optimizer, scheduler=scheduler)
@@ -86,4 +89,5 @@ def main(steps: int, flaky: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    given = [*sys.argv[1:], *["0", "", "64"][len(sys.argv) - 1 :]]
+    main(int(given[0]), given[1], int(given[2]))

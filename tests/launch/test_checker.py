@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -348,6 +349,55 @@ def test_a_history_cut_anywhere_is_never_a_pass() -> None:
     for kept in range(len(events)):
         assert judge(events[:kept]).outcome is Answer.UNKNOWN, kept
     assert judge(events).outcome is Answer.PASS
+
+
+def all_lost() -> list[Event]:
+    """All three ranks die in step 4, and the job goes on from step 2, which parity had."""
+    back = {0: 3, 1: 4, 2: 5}
+    events = [e for e in disturbed() if e["mono"] < 10.3]
+    events.append(event(10.25, "parity", node=0, step=2, seconds=0.1))
+    events += attempt(10.4, 3, 1, FULL)
+    events += [
+        event(10.5, "drill", fault="corrupt-shard", phase="any", seat=s, member=m, step=3)
+        for s, m in FULL.items()
+    ]
+    events += [event(10.51, "exit", seat=s, member=m, code=None, signal=9) for s, m in FULL.items()]
+    events.append(event(10.52, "halt", generation=1, reason="all are gone"))
+    events.append(
+        event(10.6, "rebuild", node=1, step=2, damaged=["shard 1: does not match its digest"])
+    )
+    events.append(event(10.7, "resume", generation=2, step=2, members=[0, 1, 2]))
+    for step in range(3, 7):
+        events += attempt(10.7 + step / 10, step, 2, back)
+    for seat, member in back.items():
+        events.append(event(12, "final", seat=seat, member=member, params="aa11", loss=3.5))
+        events.append(event(12.1, "exit", seat=seat, member=member, code=0, signal=None))
+    return [*events, event(12.2, "end", outcome="completed", reason="6 steps")]
+
+
+CORRUPT = replace(KILL, fault="corrupt-shard", loses_all=True, corrupts=True)
+
+
+def test_all_ranks_lost_may_cost_the_steps_that_parity_had_not() -> None:
+    outcome = check(all_lost(), undisturbed(), CORRUPT)
+    assert outcome.outcome is Answer.PASS, outcome.evidence
+    assert outcome.steps_lost == 1
+    assert outcome.evidence["published"] == 2
+    assert outcome.repair_s == pytest.approx(0.505)
+
+
+def test_a_step_that_parity_had_may_not_be_lost() -> None:
+    events = [e | {"step": 3} if e["kind"] == "parity" else e for e in all_lost()]
+    outcome = check(events, undisturbed(), CORRUPT)
+    assert outcome.outcome is Answer.FAIL
+    assert "steps [3] were committed and then undone" in words(outcome)
+
+
+def test_flipped_bits_that_nobody_noticed_fail() -> None:
+    events = [e | {"damaged": []} if e["kind"] == "rebuild" else e for e in all_lost()]
+    outcome = check(events, undisturbed(), CORRUPT)
+    assert outcome.outcome is Answer.FAIL
+    assert "anybody noticed" in words(outcome)
 
 
 def test_losses_are_compared_with_the_undisturbed_run() -> None:

@@ -70,6 +70,18 @@ def test_ray_is_used_where_there_is_a_cluster_to_join(environ: dict[str, str], e
     assert default_engine(environ) == engine
 
 
+def test_parity_over_too_few_nodes_is_refused_with_advice() -> None:
+    with pytest.raises(
+        UsageError, match=r"parity 3\+1 needs 4 nodes and there are 3: ask for 2\+1"
+    ):
+        JobConfig(job="a", command=("x",), nodes=3, parity="3+1")
+    with pytest.raises(UsageError, match="--parity is k"):
+        JobConfig(job="a", command=("x",), nodes=3, parity="two")
+    assert JobConfig(job="a", command=("x",), nodes=3, parity="2+1").code == (2, 1)
+    assert JobConfig(job="a", command=("x",), parity="").code is None
+    assert JobConfig(job="a", command=("x",), parity="4+0").code is None
+
+
 def test_checkpoints_need_an_interval_that_is_one_and_a_place() -> None:
     with pytest.raises(UsageError, match="--checkpoint-every is -1"):
         JobConfig(job="a", command=("x",), checkpoint_dir="/d", checkpoint_every=-1)

@@ -288,6 +288,9 @@ def test_all_are_gone_and_the_newest_snapshot_is_the_beginning() -> None:
         story.says(seat.member, Stage.READY, seat=seat.seat)
     assert story.moves() == [], "they have not acknowledged that generation 1 is over"
     story.all_say(Stage.READY, generation=Generation(1))
+    story.knows(awaited="step 6 is rebuilt from parity")
+    assert story.moves() == [], "something newer will be there soon"
+    story.knows(awaited="")
     assert story.moves() == ["form"]
     assert story.plan.step == 4
 
