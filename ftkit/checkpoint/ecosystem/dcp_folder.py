@@ -9,6 +9,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from enum import EnumType
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,17 @@ _ALLOWED = {
 }  # fmt: skip
 
 
+def _member(kind: Any, name: Any) -> Any:
+    """What Python before 3.11.4 pickles an enum's member as: `getattr` of the enum."""
+    if isinstance(kind, EnumType) and isinstance(name, str) and name in kind.__members__:
+        return kind.__members__[name]
+    raise pickle.UnpicklingError(f"{name!r:.80} of {kind!r:.80} has no place in DCP's metadata")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"{module}.{name} has no place in DCP's metadata")
         return super().find_class(module, name)

@@ -1,5 +1,6 @@
 """convert: every format to every other bit for bit, and hostile or damaged input."""
 
+import collections
 import json
 import os
 import pickle
@@ -273,12 +274,22 @@ def test_a_hostile_torch_file_runs_nothing(tmp_path, evil):
     assert not evil.exists()
 
 
+class Reach:
+    """Reaches for an attribute of something that may be named."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, (collections.OrderedDict, "fromkeys")
+
+
 def test_a_hostile_dcp_folder_runs_nothing(tmp_path, evil):
     folder = tmp_path / "dcp"
     dcp.save({"w": torch.ones(2), "n": 1}, checkpoint_id=folder)
     shutil.copytree(folder, tmp_path / "value")
     (folder / ".metadata").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(IntegrityError, match="hostile"):
+        convert(folder, tmp_path / "out.pt", to="torch")
+    (folder / ".metadata").write_bytes(pickle.dumps(Reach()))
+    with pytest.raises(IntegrityError, match=r"'fromkeys' of .* has no place"):
         convert(folder, tmp_path / "out.pt", to="torch")
     dcp.save({"w": torch.ones(2), "n": Evil()}, checkpoint_id=tmp_path / "object")
     with pytest.raises(UsageError, match="n is damaged, or an object"):
