@@ -146,6 +146,7 @@ def measure(params: int, steps: int, rounds: int = 2) -> dict[str, object]:
     stager = DefaultStager(KEPT)
     try:
         with Arena.ensure(path, layout) as arena, Capture(arena, state) as capture:
+            arena.reserve(layout.total_bytes)
             for number in range(rounds):
                 run_none(loop, steps, times["none"])
                 run_capture(loop, steps, times["capture"], capture)

@@ -91,20 +91,23 @@ class Snapshots:
         if self._control is None or self._env is None:
             return
         self._layout = self._state.picture().layout
+        rank = world.rank_of(MemberId(self._env.member))
+        assert rank is not None, "a member captures"
+        share = Share(rank, world.size)
         if self._capture is None:
             path = self._control.arena(self._layout.to_json(), _replicas_after_a_loss(world))
             self._arena = Arena.open(Path(path), writable=True)
+            chunk_bytes = self._arena.geometry.chunk_bytes
+            self._arena.reserve(share.bytes_max(self._layout.total_bytes, chunk_bytes))
             self._capture = Capture(self._arena, self._state, self._trace.event)
         if step == self._begun:
             self._capture.abandon()  # the share due in an older world
         self._begun = step
-        rank = world.rank_of(MemberId(self._env.member))
-        assert rank is not None, "a member captures"
         try:
             self._capture.begin(
                 step,
                 world.generation,
-                share=Share(rank, world.size),
+                share=share,
                 complete=max(Step(step - SEALED_BEHIND), self._complete),
                 pins=self._pins(step),
             )
