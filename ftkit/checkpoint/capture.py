@@ -159,6 +159,8 @@ class Capture:
         self._thread.start()
         # A daemon thread that copies into a mapping must be gone before the interpreter is.
         atexit.register(self.close)
+        self.layout: StateLayout | None = None
+        """Of the newest snapshot that was to begin."""
         self.last: CaptureStats | None = None
         """The newest snapshot that was sealed."""
         self.snapshots = 0
@@ -202,6 +204,7 @@ class Capture:
         start = time.monotonic()
         self.gate()
         picture = self._state.picture()
+        self.layout = picture.layout
         cut = self._cut_for(picture.layout, share)
         writer = self._arena.start(
             step,

@@ -90,15 +90,15 @@ class Snapshots:
         """
         if self._control is None or self._env is None:
             return
-        self._layout = self._state.picture().layout
         rank = world.rank_of(MemberId(self._env.member))
         assert rank is not None, "a member captures"
         share = Share(rank, world.size)
         if self._capture is None:
-            path = self._control.arena(self._layout.to_json(), _replicas_after_a_loss(world))
+            layout = self._state.picture().layout
+            path = self._control.arena(layout.to_json(), _replicas_after_a_loss(world))
             self._arena = Arena.open(Path(path), writable=True)
             chunk_bytes = self._arena.geometry.chunk_bytes
-            self._arena.reserve(share.bytes_max(self._layout.total_bytes, chunk_bytes))
+            self._arena.reserve(share.bytes_max(layout.total_bytes, chunk_bytes))
             self._capture = Capture(self._arena, self._state, self._trace.event)
         if step == self._begun:
             self._capture.abandon()  # the share due in an older world
@@ -113,6 +113,7 @@ class Snapshots:
             )
         except AllPinned as error:
             self._trace.event("snapshot-skipped", step=step, reason=str(error))
+        self._layout = self._capture.layout
 
     def _pins(self, step: Step) -> list[Pin]:
         """The pins of a snapshot of `step`: whether it is due to go to disk.
