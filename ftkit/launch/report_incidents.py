@@ -92,7 +92,11 @@ def _follow(
         moments = [at for at in again.values() if at is not None]
         if len(moments) == len(survivors):
             repair_s = round(max(moments) - injection.mono, 6)
+        done = _finished_before(history, injection.mono)
         for member in (m for m, at in again.items() if at is None):
+            if member in done:
+                unknown.append(f"{name}: member {member} had committed its last step before it")
+                continue
             newer = f" in a generation above {generation}" if evicts else ""
             undone.append(f"{name}: member {member} committed nothing after it{newer}")
 
@@ -126,6 +130,12 @@ def _before(
     gone = {e.member for e in history.exits if e.mono <= injection.mono}
     survivors = {a.member for a in acts} - targets - gone
     return max((a.generation for a in acts), default=0), survivors
+
+
+def _finished_before(history: History, moment: float) -> set[int]:
+    """Who had committed the last step of the job by then: nothing more is to be expected."""
+    last = max((c.step for c in history.commits), default=0)
+    return {c.member for c in history.commits if c.step == last and c.mono <= moment}
 
 
 def _next_commit(history: History, member: int, after: float, above: int) -> float | None:

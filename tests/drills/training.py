@@ -1,13 +1,15 @@
 """The job of the drills: DDP with batch statistics and dropout, a few milliseconds a step.
 
 While a seat is empty the steps are slow, so that its next process, which imports torch
-first, is back before the job ends, on a machine of any speed.
+first, is back before the job ends, on a machine of any speed. While a fault of the disk is
+still to come they are slow too: the disk is then hit while there are steps left.
 """
 
 import hashlib
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ftkit
+from ftkit.launch.faulty_store import VARIABLE as DISK_FAULT
 
 SLOTS, SLOT_SIZE = 6, 4
-#: What a step takes while a seat is empty. A quarter of a minute is enough for a newcomer.
-SHORT_HANDED_S = 0.1
+#: What a step takes while somebody is waited for. A quarter of a minute is enough for a
+#: newcomer, and for an agent's first checkpoint.
+WAITING_S = 0.1
 
 
 class Curve:
@@ -45,6 +49,13 @@ def digest(*state: dict[str, Any]) -> str:
         for name, tensor in tensors.items():
             hasher.update(name.encode() + tensor.detach().numpy().tobytes())
     return hasher.hexdigest()
+
+
+def disk_fault_to_come() -> bool:
+    """Whether an agent is to meet a fault of its disk, and has not met it yet."""
+    if DISK_FAULT not in os.environ:
+        return False
+    return not any(Path(os.environ["FTKIT_RUN_DIR"], "events").glob("drill-store-*.jsonl"))
 
 
 def main(steps: int, flaky: str = "", width: int = 64) -> None:
@@ -76,8 +87,8 @@ def main(steps: int, flaky: str = "", width: int = 64) -> None:
                 scheduler.step()
         except KeyError:
             continue
-        if session.world_size < seats:
-            time.sleep(SHORT_HANDED_S)
+        if session.world_size < seats or disk_fault_to_come():
+            time.sleep(WAITING_S)
     momenta = [{k: v for k, v in s.items() if k != "step"} for s in optimizer.state.values()]
     session.trace.event(
         "final",

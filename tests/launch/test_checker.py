@@ -262,6 +262,15 @@ def test_a_survivor_that_never_commits_again_fails() -> None:
     assert "member 2 committed nothing after it in a generation above 1" in words(outcome)
 
 
+def test_a_fault_after_the_last_step_is_not_judged() -> None:
+    last = max(e["mono"] for e in undisturbed() if e["kind"] == "commit")
+    drill = event(last + 0.001, "drill", fault="disk-full", phase="byte 7", seat=None)
+    plan = replace(KILL, fault="disk-full", evicts=False)
+    outcome = check([*undisturbed(), drill], undisturbed(), plan)
+    assert outcome.outcome is Answer.UNKNOWN
+    assert "member 2 had committed its last step before it" in str(outcome.evidence["missing"])
+
+
 def test_a_commit_of_the_old_generation_is_no_repair() -> None:
     # The vote was already passing: survivors commit step 3 in generation 1 just after the kill.
     events = without(without(disturbed(), kind="vote", step=3), kind="commit", step=3)
