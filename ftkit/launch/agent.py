@@ -24,6 +24,7 @@ from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
+from ftkit.launch.ending import UNTOLD_S, limit_s
 from ftkit.launch.environment import rank_environment
 from ftkit.launch.parity import ParityTier
 from ftkit.launch.ranks import RankProcess
@@ -37,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
-
-#: The longest the end of a job is held back for the checkpoint of its last steps.
-LAST_CHECKPOINT_S = 60.0
 
 
 class Agent:
@@ -456,12 +454,14 @@ class Agent:
         if any(r.exit_code is None for r in self._ranks.values()):
             return False
         stop, since = self._plan.stop, self._ending_since
-        if self._persister is None or stop is None or stop.code or since is None:
+        if self._persister is None or stop is None or since is None or not limit_s(stop):
             return True
-        return self._checkpoints_over or self._clock.now() - since > LAST_CHECKPOINT_S
+        if self._clock.now() - since > limit_s(stop) + UNTOLD_S:
+            return True
+        return self._checkpoints_over and (stop.code != 0 or not self._persister.tidying)
 
     def _make_persister(self) -> "Persister | None":
-        if not self._config.checkpoint_every:
+        if not self._config.checkpoint_dir:
             return None
         # Imported here: a job without checkpoints needs no pyarrow in its agents.
         from ftkit.launch.persister import Persister

@@ -1,0 +1,92 @@
+"""CheckpointLead: the coordinator's part in the writing of checkpoints, until the job's end."""
+
+from collections.abc import Iterable, Mapping
+
+from ftkit.core.ids import NodeId, Step
+from ftkit.core.inventory import Copy
+from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, Outcome, Report, judge
+from ftkit.launch.disk import Tell
+from ftkit.launch.ending import Ending
+from ftkit.recovery.plan import Stop
+
+#: Between two events that say how far the last checkpoint is.
+PROGRESS_S = 2.0
+
+
+class CheckpointLead:
+    """Owns the order that is in force. Of the coordinator's thread."""
+
+    def __init__(self, number: int, tell: Tell) -> None:
+        """Begin without an order.
+
+        Args:
+          number: of the coordinator: its attempts are numbered above those before it.
+          tell: told of attempts that fail, and of the last checkpoint.
+        """
+        self._tell = tell
+        self._attempts = number * ATTEMPTS_MAX
+        self._written: Step | None = None
+        self._ending: Ending | None = None
+        self._progress_at: float | None = None
+        self.order: Order | None = None
+        """What the agents are to do."""
+
+    @property
+    def over(self) -> bool:
+        """Whether the job has ended, and no agent has to wait for a checkpoint any more."""
+        return self._ending is not None and self._ending.over
+
+    def advance(
+        self,
+        reports: Mapping[NodeId, Report],
+        copies: Iterable[Copy],
+        *,
+        stop: Stop | None,
+        running: bool,
+        interrupted: bool,
+        now: float,
+    ) -> bool:
+        """Judge once more; returns whether the agents have to be told something.
+
+        Args:
+          reports: of every persister that can be reached.
+          copies: all that those nodes hold.
+          stop: how the job ended; None while it goes on.
+          running: whether there are ranks.
+          interrupted: whether somebody wants all of it to end.
+          now: seconds.
+        """
+        before = self.order, self.over
+        due = None
+        if stop is not None:
+            self._ending = self._ending or Ending(stop, self._written)
+            due = self._ending.due(copies, running=running, now=now)
+        order, outcome = judge(self.order, reports, last_attempt=self._attempts, due=due)
+        if self._ending is not None and order is not None:
+            self._tell_progress(order, reports, now)
+            if late := self._ending.too_late(order, interrupted=interrupted, now=now):
+                order, outcome = None, late
+        if outcome is not None:
+            self._take(outcome)
+        self.order = order
+        self._attempts = order.attempt if order else self._attempts
+        if self._ending is not None and self.over and not before[1]:
+            self._tell("checkpoint-last", step=self._ending.step, failed=self._ending.failed)
+        return before != (self.order, self.over)
+
+    def _take(self, outcome: Outcome) -> None:
+        if outcome.failed:
+            self._tell("checkpoint-failed", step=outcome.step, reason=outcome.failed)
+        else:
+            self._written = outcome.step
+        if self._ending is not None:
+            self._ending.take(outcome)
+
+    def _tell_progress(self, order: Order, reports: Mapping[NodeId, Report], now: float) -> None:
+        if self._progress_at is None:
+            self._progress_at = now
+        if now - self._progress_at < PROGRESS_S:
+            return
+        self._progress_at = now
+        written = sum(r.written for r in reports.values() if r.attempt == order.attempt)
+        self._tell("checkpoint-progress", step=order.step, bytes=written, of=order.bytes)
