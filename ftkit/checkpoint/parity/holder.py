@@ -45,6 +45,9 @@ OFFER = RoundId(Generation(-1), Step(-1), NOBODY)
 #: Snapshots offered at once: nodes differ by a step.
 OFFERED = 2
 
+#: A leader that has asked and not chosen for so long is gone: what was offered is let go.
+OFFER_S = 5.0
+
 #: The longest that an end waits for work that is going on.
 CLOSE_S = 2.0
 
@@ -95,6 +98,7 @@ class Holder:
         self._sets: dict[RoundId, StripeSet] = {}
         self._where: dict[RoundId, ParityBuffer] = {}
         self._pinned: dict[RoundId, list[tuple[Path, Sealed]]] = {}
+        self._offered = 0.0
         self._closed = False
 
     def ask(self, ballot: Ballot) -> str:
@@ -108,6 +112,7 @@ class Holder:
             if not refused:
                 self._unpin(OFFER)
                 self._pinned[OFFER] = pins = list[tuple[Path, Sealed]]()
+                self._offered = time.monotonic()
                 for path, sealed in _newest(parts):
                     with suppress(OSError, IntegrityError):
                         if _pin(path, sealed):
@@ -160,8 +165,13 @@ class Holder:
         raise IntegrityError(f"node {self.node} holds no parity of step {round_.step}")
 
     def repin(self) -> None:
-        """Pin again what is to be pinned: an arena that grew this instant lost the pins."""
+        """Pin again what is to be pinned: an arena that grew this instant lost the pins.
+
+        An offer that nobody took up is pinned no longer: ranks need their slots.
+        """
         with self._lock:
+            if OFFER in self._pinned and time.monotonic() - self._offered > OFFER_S:
+                self._unpin(OFFER)
             for pins in self._pinned.values():
                 for path, sealed in pins:
                     with suppress(OSError, IntegrityError):
