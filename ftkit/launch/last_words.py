@@ -34,8 +34,8 @@ class LastWords:
                     if event["failed"]:
                         self._say(
                             f"warning: the job's last step, {event['step']}, is not on disk: "
-                            f"{event['failed']}. The next run from {self._url} goes on from the "
-                            "checkpoint before it (`ftkit ckpt ls`)"
+                            f"{str(event['failed']).rstrip('.')}. A next run goes on from what "
+                            f"is there (`ftkit ckpt ls {self._url}`)"
                         )
                 case _:
                     pass
