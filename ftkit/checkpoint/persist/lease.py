@@ -203,8 +203,11 @@ def _exclusive(store: Store) -> Iterator[None]:
 
 def _alive(holder: Holder) -> bool:
     try:
+        process = psutil.Process(holder.pid)
         # A start time is told to about 10 ms; a pid is not used twice within a second.
-        return abs(psutil.Process(holder.pid).create_time() - holder.started) < 1
+        is_it = abs(process.create_time() - holder.started) < 1
+        # A dead orphan stays a zombie for as long as nobody asks for its end.
+        return is_it and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -316,8 +316,12 @@ def test_the_lease_of_a_dead_process_is_free(tmp_path):
             Lease.take(store, JobId("dead"))
         finally:
             os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    held = store.get(LEASE)
+    assert json.loads(held)["pid"] == pid
+    Lease.take(store, JobId("next")).check()  # though it is a zombie still
     os.waitpid(pid, 0)
-    assert json.loads(store.get(LEASE))["pid"] == pid
+    store.put(LEASE, held)
     Lease.take(store, JobId("next")).check()
 
 
