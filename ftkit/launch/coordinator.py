@@ -188,10 +188,10 @@ class Coordinator:
             self._disk.forget()
         else:
             on_disk = self._disk.steps()
-            why = facts.interrupted or self._disk.refused
-            if on_disk is None and not why:
+            refused = self._disk.refused
+            if on_disk is None and not (facts.interrupted or refused):
                 return  # what a world is formed from is not known yet
-            facts = replace(facts, snapshots=on_disk or frozenset(), interrupted=why)
+            facts = replace(facts, snapshots=on_disk or frozenset(), refused=refused)
         plan, decisions = advance(self._plan, facts, self._config.budget)
         if not decisions:
             return
