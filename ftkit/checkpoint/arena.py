@@ -1,29 +1,22 @@
 """Arena: the shared-memory file in which one seat's snapshots outlive its process.
 
-An agent makes the file (`Arena.ensure`), with all its pages, before training needs it: fresh
-pages are nearly the whole cost of a snapshot on CPU. The seat's process opens it for writing;
-anybody of the same user may map it read-only meanwhile. One writer at a time is the caller's
-duty: generations see to it.
+An agent makes the file (`Arena.ensure`) before training needs it. The seat's process opens it for
+writing; anybody of the same user may map it read-only meanwhile. One writer at a time is the
+caller's duty: generations see to it. The file and its pages are `pages`, what the bytes mean is
+`slots`.
 """
 
-import contextlib
-import errno
-import mmap
-import os
 import re
-import stat
-import sys
-import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ftkit.checkpoint.chunks import CHUNK_BYTES, WHOLE, Share, chunk_count
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.pages import ArenaFile, new_file
 from ftkit.checkpoint.slots import (
     PAGE,
     SLOTS,
@@ -39,9 +32,6 @@ from ftkit.core.ids import Generation, JobId, Seat, Step
 
 SHM = Path("/dev/shm")
 
-#: madvise(2), Linux 5.14: allocate and map all pages of a range, ready to be written.
-_POPULATE_WRITE = 23
-
 
 def arena_path(job: JobId, seat: Seat, directory: Path = SHM) -> Path:
     """Where the arena of a seat lies. UsageError when `job` cannot be part of a file name."""
@@ -50,61 +40,15 @@ def arena_path(job: JobId, seat: Seat, directory: Path = SHM) -> Path:
     return directory / f"ftkit-{job}-{seat}.arena"
 
 
-def remove_arenas(job: JobId, directory: Path = SHM) -> int:
-    """Unlink every arena of a job, and half-made ones; returns how many bytes that gives back.
-
-    For an agent whose job is over. Memory that some process still has mapped stays until it
-    ends.
-    """
-    stem = arena_path(job, Seat(0), directory).name.removesuffix("0.arena")
-    name = re.compile(re.escape(stem) + r"\d+\.arena(\.new)?")
-    freed = 0
-    for path in directory.iterdir():
-        if name.fullmatch(path.name):
-            try:
-                size = path.lstat().st_size
-                path.unlink()
-            except FileNotFoundError:
-                continue  # an agent beside us was faster
-            freed += size
-    return freed
-
-
 class Arena:
     """An open arena file. Not thread-safe, except that reading never disturbs writing."""
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         """Map the file at `path`; prefer `open` and `ensure`."""
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, flags)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise IntegrityError(f"{path} is not a regular file")
-            self.geometry = Geometry.from_page(os.pread(fd, PAGE, 0))
-            if status.st_size != self.geometry.file_bytes:
-                # Reading past the end of a mapping would be a SIGBUS, not an exception.
-                raise IntegrityError(
-                    f"{path} has {status.st_size} bytes, its first page says "
-                    f"{self.geometry.file_bytes}"
-                )
-            self._map = mmap.mmap(
-                fd,
-                status.st_size,
-                flags=mmap.MAP_SHARED,
-                prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
-            )
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd if writable else -1
-        if not writable:
-            os.close(fd)
-        self._reserved = [0] * self.geometry.slots
-        self._reserving = threading.Lock()
+        self._file = ArenaFile(path, writable=writable)
+        self.geometry = self._file.geometry
         self.path = path
         self.writable = writable
-        self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         # A writer is alone: what it has sealed since is what there is.
         self._held = list(self.slots()) if writable else []
 
@@ -153,31 +97,10 @@ class Arena:
             data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
         )
         part_bytes = data_bytes if part_bytes is None else part_bytes
-        holes = data_bytes - part_bytes
-        _check_room(path.parent, geometry.file_bytes - slots * holes)
-        building = path.with_name(path.name + ".new")
-        # Left by an agent that was killed right here, once.
-        building.unlink(missing_ok=True)
-        fd = os.open(
-            building, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
-        try:
-            try:
-                os.ftruncate(fd, geometry.file_bytes)
-                _fallocate(fd, path, 0, geometry.slot_at(0))
-                for slot in range(slots):
-                    _fallocate(fd, path, geometry.slot_at(slot), geometry.data_at + part_bytes)
-            finally:
-                os.close(fd)
-            with building.open("r+b") as file:
-                file.write(geometry.to_page())
+        with new_file(path, geometry, part_bytes=part_bytes) as building:
             if keep is not None:
                 with cls(building, writable=True) as new:
                     keep._copy_snapshots(new)
-            building.rename(path)
-        except BaseException:
-            building.unlink(missing_ok=True)
-            raise
         return cls(path, writable=True)
 
     @classmethod
@@ -245,7 +168,7 @@ class Arena:
         found = list[Sealed | None]()
         for slot in range(self.geometry.slots):
             at = self.geometry.slot_at(slot)
-            sealed = Sealed.from_page(self._map[at : at + PAGE])
+            sealed = Sealed.from_page(self._file.map[at : at + PAGE])
             if sealed is not None and not self._holds(sealed):
                 sealed = None
             found.append(sealed)
@@ -276,7 +199,7 @@ class Arena:
     def pins(self, slot: int) -> tuple[bool, ...]:
         """Which tiers have pinned a slot, in the order of `Pin`."""
         at = self.geometry.pin_at(slot, Pin(0))
-        return tuple(map(bool, self._map[at : at + len(Pin)]))
+        return tuple(map(bool, self._file.map[at : at + len(Pin)]))
 
     def pin(self, sealed: Sealed, pin: Pin, *, on: bool = True) -> bool:
         """Keep a snapshot from being overwritten, or (`on=False`) let go of it.
@@ -289,7 +212,7 @@ class Arena:
         """
         for slot, held in enumerate(self.slots()):
             if held == sealed:
-                self._map[self.geometry.pin_at(slot, pin)] = on
+                self._file.map[self.geometry.pin_at(slot, pin)] = on
                 return True
         return False
 
@@ -314,7 +237,8 @@ class Arena:
         table_at = at + self.geometry.table_at
         meta = sealed.layout_bytes + sealed.small_bytes
         return (
-            self._map[at : at + PAGE + meta] + self._map[table_at : table_at + sealed.table_bytes]
+            self._file.map[at : at + PAGE + meta]
+            + self._file.map[table_at : table_at + sealed.table_bytes]
         )
 
     def head(self, sealed: Sealed) -> Head:
@@ -327,7 +251,7 @@ class Arena:
         The view must be released before `close`. IntegrityError when overwritten.
         """
         at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
-        return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
+        return self._file.bytes[at : at + sealed.data_bytes].data.toreadonly()
 
     def data_offset(self, sealed: Sealed) -> int:
         """Where the part's data begins in the file. IntegrityError when overwritten."""
@@ -396,7 +320,7 @@ class Arena:
                 f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
             )
         return SlotWriter(
-            self._bytes,
+            self._file.bytes,
             self.geometry,
             self._spare(step, complete, pins),
             step,
@@ -404,7 +328,7 @@ class Arena:
             layout,
             chunks,
             layouts,
-            reserve=self._reserve,
+            reserve=self._file.reserve,
             sealed=self._seal,
         )
 
@@ -430,7 +354,12 @@ class Arena:
             )
         slot = self._spare(sealed.step, None, pins)
         return SlotCopy(
-            self._bytes, self.geometry, slot, head, reserve=self._reserve, sealed=self._seal
+            self._file.bytes,
+            self.geometry,
+            slot,
+            head,
+            reserve=self._file.reserve,
+            sealed=self._seal,
         )
 
     def data_to_mend(self, sealed: Sealed) -> memoryview:
@@ -438,7 +367,7 @@ class Arena:
         if not self.writable:
             raise UsageError(f"{self.path.name} was opened read-only")
         at = self.data_offset(sealed)
-        return self._bytes[at : at + sealed.data_bytes].data
+        return self._file.bytes[at : at + sealed.data_bytes].data
 
     def _spare(self, step: Step, complete: Step | None, pins: Collection[Pin]) -> int:
         """Take the slot that can best be spared, and pin it. AllPinned when there is none."""
@@ -451,7 +380,7 @@ class Arena:
             )
         self._held[slot] = None
         for pin in Pin:
-            self._map[self.geometry.pin_at(slot, pin)] = pin in pins
+            self._file.map[self.geometry.pin_at(slot, pin)] = pin in pins
         return slot
 
     def reserve(self, part_bytes: int) -> None:
@@ -463,41 +392,21 @@ class Arena:
           CapacityError: there is no memory for them.
         """
         for slot in range(self.geometry.slots):
-            self._reserve(slot, part_bytes)
-
-    def _reserve(self, slot: int, part_bytes: int) -> None:
-        """Give a slot pages for a part of this size, and map them. Any thread; once a size."""
-        with self._reserving:
-            if part_bytes <= self._reserved[slot]:
-                return
-            at, count = self.geometry.slot_at(slot), self.geometry.data_at + part_bytes
-            _fallocate(self._fd, self.path, at, count)
-            # A first touch costs as much as copying the page: have them all in one call.
-            with contextlib.suppress(OSError):  # an old kernel; the touches will do it
-                self._map.madvise(_POPULATE_WRITE, at, count)
-            self._reserved[slot] = part_bytes
+            self._file.reserve(slot, part_bytes)
 
     def drop(self, sealed: Sealed) -> None:
         """Forget a snapshot that turned out to be damaged; nothing when it is overwritten."""
         for slot, held in enumerate(self.slots()):
             if held == sealed:
                 at = self.geometry.slot_at(slot)
-                self._bytes[at : at + PAGE] = 0
+                self._file.bytes[at : at + PAGE] = 0
 
     def _seal(self, slot: int, sealed: Sealed) -> None:
         self._held[slot] = sealed
 
     def close(self) -> None:
         """Unmap the file. Views handed out keep the memory until they are gone."""
-        self._bytes = np.empty(0, dtype=np.uint8)
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-        try:
-            self._map.close()
-        except BufferError:
-            # Someone still holds a view; the mapping goes with the last of them.
-            pass
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -543,31 +452,3 @@ class Arena:
             except (IntegrityError, CapacityError):
                 # A damaged snapshot is lost already; it must not keep the others back.
                 continue
-
-
-def _fallocate(fd: int, path: Path, at: int, count: int) -> None:
-    """Have pages for a range of the file, or CapacityError: a write without is a SIGBUS."""
-    try:
-        os.posix_fallocate(fd, at, count)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
-            raise
-        raise CapacityError(
-            f"arena {path.name} needs {count} bytes more and {path.parent} ran out while they "
-            f"were reserved: {error.strerror}"
-        ) from error
-
-
-def _check_room(directory: Path, need: int) -> None:
-    """Refuse before anything is written: a half-made arena would take what others need."""
-    status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
-    if need > free:
-        raise CapacityError(
-            f"an arena of {need} bytes does not fit: {directory} has {free} bytes free "
-            f"({need - free} too few). Give it more room, or protect less state"
-        )
-
-
-if sys.byteorder != "little":
-    raise ImportError("an arena is little-endian and used in place; this machine is big-endian")

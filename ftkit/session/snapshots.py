@@ -101,6 +101,7 @@ class Snapshots:
             chunk_bytes = self._arena.geometry.chunk_bytes
             self._arena.reserve(share.bytes_max(layout.total_bytes, chunk_bytes))
             self._capture = Capture(self._arena, self._state, self._trace.event)
+        assert self._arena is not None, "made with the capture"
         if step == self._begun:
             self._capture.abandon()  # the share due in an older world
         self._begun = step

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftkit.checkpoint.arena import Arena, arena_path, remove_arenas
+from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.slots import Geometry, Pin, Sealed, choose_slot
 from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
@@ -154,19 +154,6 @@ def test_a_killed_creation_leaves_nothing_in_the_way(path):
     path.write_bytes(b"rubbish" * 1000)
     with make_arena(path, LAYOUT) as arena:
         assert arena.newest() is None
-
-
-def test_only_this_jobs_arenas_are_removed(tmp_path):
-    for seat in range(2):
-        make_arena(arena_path(JobId("t"), Seat(seat), tmp_path), LAYOUT).close()
-    size = arena_path(JobId("t"), Seat(0), tmp_path).stat().st_size
-    (tmp_path / "ftkit-t-5.arena.new").write_bytes(b"12345")
-    for other in ("ftkit-t-1-0.arena", "ftkit-u-0.arena", "ftkit-t-x.arena"):
-        (tmp_path / other).touch()
-    assert remove_arenas(JobId("t"), tmp_path) == 2 * size + 5
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"ftkit-t-1-0.arena", "ftkit-u-0.arena", "ftkit-t-x.arena"}
-    assert remove_arenas(JobId("t"), tmp_path) == 0
 
 
 def test_no_room_is_refused_before_anything_is_written(path, monkeypatch):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.checkpoint import arena as arena_module
+from ftkit.checkpoint import pages
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
@@ -166,7 +166,7 @@ def test_no_memory_for_a_larger_share_costs_the_snapshot_and_not_the_training(
 
     for rig in three[1:]:
         lose(rig)
-    monkeypatch.setattr(arena_module, "_fallocate", full)
+    monkeypatch.setattr(pages, "_fallocate", full)
     alone = world_of(2, 0)
     three[0].snapshots.begin(Step(3), alone)
     three[0].step(4, alone)
