@@ -14,25 +14,20 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ftkit.checkpoint.serve import ArenaServer
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
-from ftkit.core.ids import Boot, Generation, JobId, MemberId, NodeId, Seat, Step
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
-from ftkit.launch.ending import UNTOLD_S, limit_s
 from ftkit.launch.environment import rank_environment
-from ftkit.launch.parity import ParityTier
 from ftkit.launch.ranks import RankProcess
+from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
-
-if TYPE_CHECKING:
-    from ftkit.launch.persister import Persister
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +79,15 @@ class Agent:
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
-        self._parity = None
-        if config.code is not None:
-            self._parity = ParityTier(
-                config, config.code, node, self._secret, self._arenas, self.trace
-            )
-        self._store = ArenaServer(
-            self._arenas.directory,
-            JobId(config.job),
+        self._tiers = Tiers(
+            config,
+            node,
             self._secret,
+            self._arenas,
+            self.trace,
             host=host,
-            operations=self._parity.operations if self._parity else {},
+            changed=lambda: self._inbox.put(("tiers", None)),
         )
-        self._persister = self._make_persister()
         # Not the process's number: that may be given again, and differs not between hosts.
         self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
@@ -108,7 +99,6 @@ class Agent:
         self._coordinator_number = 0
         self._ending_since: float | None = None
         self._missing_since: float | None = None
-        self._checkpoints_over = False
         self._stopped = False
 
     @property
@@ -128,8 +118,7 @@ class Agent:
             threading.Thread(
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
             ).start()
-        if self._parity is not None:
-            self._parity.start()
+        self._tiers.start()
         tick_s = self._config.times.tick_s
         next_tick = self._clock.now()
         try:
@@ -163,11 +152,7 @@ class Agent:
             except OSError:
                 pass  # a listener that nobody waits on
             listener.close()
-        if self._persister is not None:
-            self._persister.close()
-        self._store.close()
-        if self._parity is not None:
-            self._parity.close()
+        self._tiers.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -185,7 +170,7 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._take_plan(*value)
-            case "persister":
+            case "tiers":
                 self._end_if_due()
                 self._tell_coordinator()
             case "stop":
@@ -324,28 +309,16 @@ class Agent:
                     )
                     self._spawn_missing()
                 case "arena":
-                    self._make_arena(
-                        member, facts.seat, message["layout"], int(message["replicas"])
+                    self._tiers.make_arena(
+                        facts.seat,
+                        message["layout"],
+                        int(message["replicas"]),
+                        lambda answer: self._answer(member, {"type": "arena", **answer}),
                     )
                 case other:
                     logger.warning("member %s sent an unknown message %r", member, other)
         except (KeyError, TypeError, ValueError) as error:
             logger.warning("member %s sent a malformed message: %s", member, error)
-
-    def _make_arena(self, member: MemberId, seat: Seat, layout: object, replicas: int) -> None:
-        """Allocating gigabytes takes a while: do it aside, answer when it is there."""
-
-        def make() -> None:
-            try:
-                path = self._arenas.ensure(seat, layout, replicas)
-                answer: dict[str, object] = {"path": str(path)}
-            except (FtkitError, OSError) as error:
-                answer = {"error": str(error)}
-            line = self._lines.get(member)
-            if line is not None:
-                self._send(line, {"type": "arena", **answer})
-
-        threading.Thread(target=make, name=f"ftkit-arena-{seat}", daemon=True).start()
 
     # Plans and facts.
 
@@ -368,13 +341,9 @@ class Agent:
             return
         stores = dict(message.get("stores", {}))
         moved, self._stores = stores != self._stores, stores
-        if self._persister is not None:
-            self._persister.take_message(message.get("checkpoint"), stores)
-        self._checkpoints_over = bool(message.get("checkpoints_over"))
         is_new = plan.order > self._plan.order
         self._plan = plan if is_new else self._plan
-        if self._parity is not None:
-            self._parity.take(self._plan, stores)
+        self._tiers.take(self._plan, message)
         if not is_new:
             # Nodes come and go without a new plan; ranks read snapshots from them.
             for member in list(self._lines) if moved else []:
@@ -454,25 +423,9 @@ class Agent:
         if any(r.exit_code is None for r in self._ranks.values()):
             return False
         stop, since = self._plan.stop, self._ending_since
-        if self._persister is None or stop is None or since is None or not limit_s(stop):
+        if stop is None or since is None:
             return True
-        if self._clock.now() - since > limit_s(stop) + UNTOLD_S:
-            return True
-        return self._checkpoints_over and (stop.code != 0 or not self._persister.tidying)
-
-    def _make_persister(self) -> "Persister | None":
-        if not self._config.checkpoint_dir:
-            return None
-        # Imported here: a job without checkpoints needs no pyarrow in its agents.
-        from ftkit.launch.persister import Persister
-
-        return Persister(
-            self._config,
-            self._node,
-            self._secret,
-            self.trace,
-            changed=lambda: self._inbox.put(("persister", None)),
-        )
+        return self._tiers.through(stop, self._clock.now() - since)
 
     def _set(self, facts: MemberFacts, **changes: Any) -> None:
         changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})
@@ -482,9 +435,7 @@ class Agent:
     def _tell_coordinator(self) -> None:
         if self._coordinator is None:
             return
-        host, port = self._store.address
         rows = self._arenas.rows(self._facts.values())
-        copies = self._arenas.copies()
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
@@ -496,13 +447,10 @@ class Agent:
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
                 ],
-                "copies": copies if self._parity is None else self._parity.good(copies),
-                "parity": None if self._parity is None else self._parity.report(),
+                **self._tiers.facts(),
                 "rows": rows,
-                "store": [host, port],
                 "plan": self._plan.to_json(),
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
-                "persister": self._persister and self._persister.report().to_json(),
                 "at": self._clock.now(),
             },
         )
@@ -512,6 +460,12 @@ class Agent:
             self._lines[member],
             {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores},
         )
+
+    def _answer(self, member: MemberId, message: dict[str, object]) -> None:
+        """(any thread) Send to a rank, if it is still there."""
+        line = self._lines.get(member)
+        if line is not None:
+            self._send(line, message)
 
     def _send(self, line: Line, message: dict[str, object]) -> None:
         try:

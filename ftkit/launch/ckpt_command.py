@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,7 @@ def ls(folder: str | None, root: str, as_json: bool) -> None:
                 "bytes": _bytes(checkpoint),
                 "tensors": len(checkpoint.tensors),
                 "metrics": dict(checkpoint.record.metrics),
+                "written_at": checkpoint.record.written_at,
             }
         except FileNotFoundError:
             line |= {"state": "partial", "why": "never committed"}
@@ -91,11 +93,12 @@ def ls(folder: str | None, root: str, as_json: bool) -> None:
                 line["state"],
                 _size(line["bytes"]) if "bytes" in line else "",
                 str(line.get("tensors", "")),
+                _date(line.get("written_at")),
                 ", ".join(f"{k} {v}" for k, v in line.get("metrics", {}).items()) or line["why"],
             )
             for line in found
         ]
-        _table(["step", "state", "size", "tensors", "metrics"], rows)
+        _table(["step", "state", "size", "tensors", "written", "metrics"], rows)
 
 
 @ckpt.command("show")
@@ -122,6 +125,7 @@ def show(step: str | None, root: str, as_json: bool) -> None:
     about = {
         "step": checkpoint.step,
         "bytes": _bytes(checkpoint),
+        "written_at": checkpoint.record.written_at,
         "metrics": dict(checkpoint.record.metrics),
         "profile": checkpoint.record.profile.to_json(),
         "small": sorted(checkpoint.small),
@@ -329,6 +333,11 @@ def _newest(store: "Store") -> int | None:
 def _bytes(checkpoint: "Checkpoint") -> int:
     loose = sum(count for count, _ in checkpoint.record.files.values())
     return sum(r.bytes for r in checkpoint.rows) + loose
+
+
+def _date(seconds: float | None) -> str:
+    """In local time."""
+    return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
 def _size(count: int) -> str:

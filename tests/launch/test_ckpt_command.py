@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_ls_tells_good_from_damaged_and_partial(root):
     assert found[0]["bytes"] == on_disk - commit
     out, _ = ftkit("ls", "-d", root)
     assert "manifest.parquet" in out
+    assert abs(found[0]["written_at"] - time.time()) < 600
+    assert time.strftime("%Y-%m-") in out
 
 
 def test_show_names_every_tensor(root):

@@ -15,14 +15,18 @@ def test_progress_and_failure_are_told_once_and_success_is_silent(tmp_path: Path
         words.poll()
         words.poll()
         assert told == [
-            "the job is over; the checkpoint of step 45 is being written to /data/ck: 1.2 MB of "
-            "4 MB (Ctrl-C ends without it)"
+            (
+                "the job is over; the checkpoint of step 45 is being written to /data/ck: 1.2 MB "
+                "of 4 MB (Ctrl-C ends without it)"
+            )
         ]
         trace.event("checkpoint-last", step=45, failed="the disk is full.")
         words.poll()
         assert told[1:] == [
-            "warning: the job's last step, 45, is not on disk: the disk is full. A next run goes "
-            "on from what is there (`ftkit ckpt ls /data/ck`)"
+            (
+                "warning: the job's last step, 45, is not on disk: the disk is full. A next run "
+                "goes on from what is there (`ftkit ckpt ls /data/ck`)"
+            )
         ]
         assert words.told == {"step": 45, "failed": "the disk is full."}
         trace.event("checkpoint-last", step=45, failed="")

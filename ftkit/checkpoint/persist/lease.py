@@ -142,6 +142,11 @@ class Lease:
                 store.put(LEASE, me.encode())
         return cls(store, me, wall)
 
+    @property
+    def checked_at(self) -> float:
+        """When it was last shown to be this process's. Unix seconds."""
+        return self._holder.renewed_at
+
     def check(self) -> None:
         """Show that the lease is still this process's, and renew it.
 

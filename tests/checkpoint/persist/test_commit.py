@@ -160,6 +160,8 @@ def test_a_newer_format_is_refused_and_not_passed_over(store, monkeypatch):
 def test_a_record_that_says_too_little_is_damaged(store):
     save(store, 1)
     value = json.loads(store.files["step-1/commit.json"])
+    del value["written_at"]
+    assert CommitRecord.decode(committing._sealed(value)).written_at is None, "an older one"
     del value["metrics"]
     with pytest.raises(IntegrityError, match="lacks"):
         CommitRecord.decode(committing._sealed(value))
