@@ -1,13 +1,11 @@
 """CheckpointLead: the coordinator's part in the writing of checkpoints, until the job's end."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from ftkit.core.ids import NodeId, Step
-from ftkit.core.inventory import Copy
 from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, Outcome, Report, judge
 from ftkit.launch.disk import Tell
-from ftkit.launch.ending import Ending
-from ftkit.recovery.plan import Stop
+from ftkit.launch.ending import End, Ending
 
 #: Between two events that say how far the last checkpoint is.
 PROGRESS_S = 2.0
@@ -36,35 +34,23 @@ class CheckpointLead:
         """Whether the job has ended, and no agent has to wait for a checkpoint any more."""
         return self._ending is not None and self._ending.over
 
-    def advance(
-        self,
-        reports: Mapping[NodeId, Report],
-        copies: Iterable[Copy],
-        *,
-        stop: Stop | None,
-        running: bool,
-        interrupted: bool,
-        now: float,
-    ) -> bool:
+    def advance(self, reports: Mapping[NodeId, Report], end: End | None, *, now: float) -> bool:
         """Judge once more; returns whether the agents have to be told something.
 
         Args:
           reports: of every persister that can be reached.
-          copies: all that those nodes hold.
-          stop: how the job ended; None while it goes on.
-          running: whether there are ranks.
-          interrupted: whether somebody wants all of it to end.
+          end: of the job; None while it goes on.
           now: seconds.
         """
         before = self.order, self.over
         due = None
-        if stop is not None:
-            self._ending = self._ending or Ending(stop, self._written)
-            due = self._ending.due(copies, running=running, now=now)
+        if end is not None:
+            self._ending = self._ending or Ending(end.stop, self._written)
+            due = self._ending.due(end, now)
         order, outcome = judge(self.order, reports, last_attempt=self._attempts, due=due)
-        if self._ending is not None and order is not None:
+        if self._ending is not None and end is not None and order is not None:
             self._tell_progress(order, reports, now)
-            if late := self._ending.too_late(order, interrupted=interrupted, now=now):
+            if late := self._ending.too_late(order, end, now):
                 order, outcome = None, late
         if outcome is not None:
             self._take(outcome)

@@ -27,6 +27,7 @@ from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
 from ftkit.launch.disk import Disk
+from ftkit.launch.ending import End
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
@@ -259,18 +260,18 @@ class Coordinator:
         if not self._config.checkpoint_dir or self._plan is None:
             return
         here = {n: r for n, r in self._reports.items() if n not in lost and n in self._lines}
-        changed = self._checkpoints.advance(
-            {n: Report.from_json(r["persister"]) for n, r in here.items()},
-            _copies(here.values()),
-            stop=self._plan.stop,
-            # As their agents say: of those lost with an agent nobody tells any more.
-            running=any(
-                MemberFacts.from_json(m).stage in ALIVE for r in here.values() for m in r["members"]
-            ),
-            interrupted=bool(self._interrupted),
-            now=now,
-        )
-        if changed:
+        end = None
+        if self._plan.stop is not None:
+            # As their agents say: of ranks lost with an agent nobody tells any more.
+            ranks = (MemberFacts.from_json(m) for r in here.values() for m in r["members"])
+            end = End(
+                stop=self._plan.stop,
+                copies=_copies(here.values()),
+                running=any(m.stage in ALIVE for m in ranks),
+                interrupted=bool(self._interrupted),
+            )
+        reports = {n: Report.from_json(r["persister"]) for n, r in here.items()}
+        if self._checkpoints.advance(reports, end, now=now):
             self._send_plan()
 
     def _awaited(self, copies: tuple[Copy, ...], lost: frozenset[NodeId]) -> str:

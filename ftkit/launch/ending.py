@@ -5,7 +5,7 @@ gone, the newest snapshot that is complete in memory is written, unless it has b
 failed writes nothing more, as what made it fail may be in its state.
 """
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 from ftkit.core import exit_codes
 from ftkit.core.ids import Step
@@ -31,6 +31,19 @@ def limit_s(stop: Stop) -> float:
             return 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What is known of a job whose plan has ended."""
+
+    stop: Stop
+    copies: tuple[Copy, ...]
+    """All that the nodes hold."""
+    running: bool
+    """Whether there are ranks, which may still change that."""
+    interrupted: bool
+    """Whether somebody wants all of it to end."""
+
+
 class Ending:
     """Begun when the plan has ended; judges, and is told of attempts that end."""
 
@@ -51,28 +64,21 @@ class Ending:
         self.failed = ""
         """Why it was given up; empty when it was not."""
 
-    def due(self, copies: Iterable[Copy], *, running: bool, now: float) -> tuple[Copy, ...]:
-        """What to write next; when there is nothing, all is over.
-
-        Args:
-          copies: all that the nodes hold.
-          running: whether there are ranks, which may still change that.
-          now: seconds.
-        """
-        if self.over or running:
+    def due(self, end: End, now: float) -> tuple[Copy, ...]:
+        """What to write next; when there is nothing, all is over. `now` is in seconds."""
+        if self.over or end.running:
             return ()
         if self._since is None:
             self._since = now
-        held = Inventory(copies=tuple(copies))
-        newest = held.newest_complete()
+        newest = Inventory(copies=end.copies).newest_complete()
         if newest is None or newest[1] in self._tried:
             self.over = True
             return ()
-        return held.copies
+        return end.copies
 
-    def too_late(self, order: Order, *, interrupted: bool, now: float) -> Outcome | None:
+    def too_late(self, order: Order, end: End, now: float) -> Outcome | None:
         """The end of an attempt that is no longer waited for; None while it is."""
-        if interrupted and self._stop.code == 0:
+        if end.interrupted and self._stop.code == 0:
             why = "interrupted"
         elif self._since is not None and now - self._since > limit_s(self._stop):
             why = f"it was not done {limit_s(self._stop):g} s after the last rank had ended"

@@ -8,7 +8,7 @@ from ftkit.core.inventory import Copy, Part
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Order, Report, Stage
 from ftkit.launch.config import PREEMPTED_S
-from ftkit.launch.ending import LAST_S
+from ftkit.launch.ending import LAST_S, End
 from ftkit.recovery.plan import Stop
 
 WELL = Stop(code=0, reason="every rank finished")
@@ -47,15 +47,13 @@ class Job:
         return self.lead.over
 
     def look(self, report: Report | None = None) -> Order | None:
-        copies = [held(s) for s in range(max(1, self.newest - 2), self.newest + 1)]
-        self.lead.advance(
-            {NodeId(0): report or Report()},
-            copies,
+        end = self.stop and End(
             stop=self.stop,
+            copies=tuple(held(s) for s in range(max(1, self.newest - 2), self.newest + 1)),
             running=self.running,
             interrupted=self.interrupted,
-            now=self.now,
         )
+        self.lead.advance({NodeId(0): report or Report()}, end, now=self.now)
         return self.lead.order
 
     def end(self, stop: Stop, newest: int) -> None:
