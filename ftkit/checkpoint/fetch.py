@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX
-from ftkit.checkpoint.slots import Head
+from ftkit.checkpoint.slabs import Head
 from ftkit.core.errors import IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import Generation, NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Part

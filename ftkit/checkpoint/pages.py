@@ -1,7 +1,7 @@
 """ArenaFile: the pages of an arena in shared memory, made before training needs them, and mapped.
 
 Fresh pages are nearly the whole cost of a snapshot on CPU: a file gets them when it is made, a
-slot that grows gets its further ones before it is written, and a process maps them all in one call.
+slab that grows gets its further ones before it is written, and a process maps them all in one call.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ftkit.checkpoint.slots import PAGE, Geometry
+from ftkit.checkpoint.slabs import PAGE, Geometry
 from ftkit.core.errors import CapacityError, IntegrityError
 
 #: madvise(2), Linux 5.14: allocate and map all pages of a range, ready to be written.
@@ -60,27 +60,27 @@ class ArenaFile:
         self._fd = fd if writable else -1
         if not writable:
             os.close(fd)
-        self._reserved = [0] * self.geometry.slots
+        self._reserved = [0] * self.geometry.slabs
         self._reserving = threading.Lock()
         self.path = path
         self.bytes: NDArray[np.uint8] = np.frombuffer(self.map, dtype=np.uint8)
         """All of the file; `map` is the same, for copies of small pieces."""
 
-    def reserve(self, slot: int, part_bytes: int) -> None:
-        """Give a slot pages for a part of this size, and map them. Any thread; once a size.
+    def reserve(self, slab: int, part_bytes: int) -> None:
+        """Give a slab pages for a part of this size, and map them. Any thread; once a size.
 
         Raises:
           CapacityError: there is no memory for them.
         """
         with self._reserving:
-            if part_bytes <= self._reserved[slot]:
+            if part_bytes <= self._reserved[slab]:
                 return
-            at, count = self.geometry.slot_at(slot), self.geometry.data_at + part_bytes
+            at, count = self.geometry.slab_at(slab), self.geometry.data_at + part_bytes
             _fallocate(self._fd, self.path, at, count)
             # A first touch costs as much as copying the page: have them all in one call.
             with contextlib.suppress(OSError):  # an old kernel; the touches will do it
                 self.map.madvise(_POPULATE_WRITE, at, count)
-            self._reserved[slot] = part_bytes
+            self._reserved[slab] = part_bytes
 
     def close(self) -> None:
         """Unmap the file. Views handed out keep the memory until they are gone."""
@@ -105,13 +105,13 @@ def new_file(path: Path, geometry: Geometry, *, part_bytes: int) -> Iterator[Pat
     Args:
       path: where it is to lie.
       geometry: its sizes.
-      part_bytes: every slot gets pages for a part of this size; the rest of it is a hole.
+      part_bytes: every slab gets pages for a part of this size; the rest of it is a hole.
 
     Raises:
       CapacityError: the file system has not enough room.
     """
     holes = geometry.data_bytes - part_bytes
-    _check_room(path.parent, geometry.file_bytes - geometry.slots * holes)
+    _check_room(path.parent, geometry.file_bytes - geometry.slabs * holes)
     building = path.with_name(path.name + ".new")
     # Left by an agent that was killed right here, once.
     building.unlink(missing_ok=True)
@@ -119,9 +119,9 @@ def new_file(path: Path, geometry: Geometry, *, part_bytes: int) -> Iterator[Pat
     try:
         try:
             os.ftruncate(fd, geometry.file_bytes)
-            _fallocate(fd, path, 0, geometry.slot_at(0))
-            for slot in range(geometry.slots):
-                _fallocate(fd, path, geometry.slot_at(slot), geometry.data_at + part_bytes)
+            _fallocate(fd, path, 0, geometry.slab_at(0))
+            for slab in range(geometry.slabs):
+                _fallocate(fd, path, geometry.slab_at(slab), geometry.data_at + part_bytes)
         finally:
             os.close(fd)
         with building.open("r+b") as file:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import Head
+from ftkit.checkpoint.slabs import Head
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, WireError
 from ftkit.core.ids import NodeId, Seat, Step

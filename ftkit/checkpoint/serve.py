@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.copies import arena_name, local_copies
-from ftkit.checkpoint.slots import Sealed
+from ftkit.checkpoint.slabs import Sealed
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import Generation, JobId, NodeId, Step
 from ftkit.core.wire import authenticate, listen, receive_message, send_message

@@ -15,7 +15,7 @@ from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.box import Box, TensorBox, boxes_of_range
 from ftkit.checkpoint.layout import ITEM_BYTES, Entry
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX
-from ftkit.checkpoint.slots import Head
+from ftkit.checkpoint.slabs import Head
 from ftkit.core.ids import Generation, Step
 
 #: Kinds that numpy copies bit for bit, by bytes per element.

@@ -24,7 +24,7 @@ from ftkit.checkpoint.parity.rounds import NOBODY, Holding, RoundId, StripeSet
 from ftkit.checkpoint.parity.scrub import scrub
 from ftkit.checkpoint.parity.streams import Peers
 from ftkit.checkpoint.serve import Operation
-from ftkit.checkpoint.slots import Sealed
+from ftkit.checkpoint.slabs import Sealed
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import CapacityError, FtkitError, IntegrityError, WireError
 from ftkit.core.ids import Generation, JobId, NodeId
@@ -240,7 +240,7 @@ class ParityTier:
                     peers,
                     # Nobody trains: as fast as can be.
                     Pace(lambda: not self._ended.is_set(), share=1.0),
-                    slots=self._arenas.slots,
+                    slabs=self._arenas.slabs,
                 )
             self._forget_damage(head.stripes)
             self._tell_rebuilt(head.stripes, done)

@@ -27,7 +27,7 @@ from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.source import identity
 from ftkit.checkpoint.persist.store import Store, open_store
 from ftkit.checkpoint.persist.write import write
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.clock import Clock, MonotonicClock
 from ftkit.core.errors import FtkitError, IntegrityError, ProtocolError
 from ftkit.core.ids import JobId, NodeId

@@ -2,12 +2,12 @@
 
 It is set from the start of the capture, so that the snapshot cannot be overwritten before the
 agent has seen it. The newest wins: one that has waited until then is due no more. While one is
-being written none is marked: the arena has one slot for it.
+being written none is marked: the arena has one slab for it.
 """
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.ports import TraceHook
-from ftkit.checkpoint.slots import Pin, Sealed
+from ftkit.checkpoint.slabs import Pin, Sealed
 from ftkit.core.ids import Step
 
 
@@ -25,7 +25,7 @@ class DueMark:
         self._moved = []
         if not self._every or step % self._every:
             return []
-        held = [(s, arena.pins(slot)) for slot, s in enumerate(arena.slots()) if s is not None]
+        held = [(s, arena.pins(slab)) for slab, s in enumerate(arena.slabs()) if s is not None]
         for sealed, pins in held:
             if pins[Pin.PERSIST] and sealed.step != step:
                 reason = f"step {sealed.step} is still being written"

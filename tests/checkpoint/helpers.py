@@ -12,7 +12,7 @@ from torch import nn
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.ports import BoxSource
-from ftkit.checkpoint.slots import SLOTS, Pin
+from ftkit.checkpoint.slabs import SLABS, Pin
 from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError
@@ -72,9 +72,9 @@ def assert_same(left: ProtectedState, right: ProtectedState) -> None:
 
 
 def make_arena(
-    path: Path, layout: StateLayout, *, chunk_bytes: int = 1024, slots: int = SLOTS
+    path: Path, layout: StateLayout, *, chunk_bytes: int = 1024, slabs: int = SLABS
 ) -> Arena:
-    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes, slots=slots)
+    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes, slabs=slabs)
 
 
 def pattern(step: int, count: int) -> bytes:

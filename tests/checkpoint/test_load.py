@@ -18,7 +18,7 @@ from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.layout import ITEM_BYTES, StateLayout
 from ftkit.checkpoint.load import load_state, small_of_seats
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer
-from ftkit.checkpoint.slots import Head
+from ftkit.checkpoint.slabs import Head
 from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, StateChanged, WireError
@@ -41,8 +41,8 @@ def damage(arena: Arena, name: str) -> None:
     """Flip one bit near the end of a tensor, in the file."""
     sealed = arena.find(STEP)
     entry = next(e for e in arena.head(sealed).layout.entries if e.name == name)
-    slot = arena.slots().index(sealed)
-    at = arena.geometry.slot_at(slot) + arena.geometry.data_at + entry.at + entry.bytes - 1
+    slab = arena.slabs().index(sealed)
+    at = arena.geometry.slab_at(slab) + arena.geometry.data_at + entry.at + entry.bytes - 1
     with arena.path.open("r+b") as file:
         file.seek(at)
         (byte,) = file.read(1)
@@ -132,7 +132,7 @@ def test_only_the_chunks_that_are_needed_are_read(replicas):
     assert not report.fallbacks
 
 
-def test_a_slot_that_is_overwritten_while_it_is_read_is_not_believed(replicas):
+def test_a_slab_that_is_overwritten_while_it_is_read_is_not_believed(replicas):
     sources, small = replicas.sources(), replicas.small()
     arena = replicas.arenas[Seat(0)]
     for step in (4, 5, 6):
@@ -441,8 +441,8 @@ def test_parts_on_another_node_are_read_through_its_byte_server(shared_out, tmp_
     training, paths = shared_out
     with Arena.open(paths[0], writable=True) as arena:
         sealed = arena.find(STEP)
-        slot = arena.slots().index(sealed)
-        arena._file.bytes[arena.geometry.slot_at(slot) + arena.geometry.data_at] ^= 1
+        slab = arena.slabs().index(sealed)
+        arena._file.bytes[arena.geometry.slab_at(slab) + arena.geometry.data_at] ^= 1
         small = arena.head(sealed).small
         first = arena.head(sealed).layout.entries[0].name
     server = ArenaServer(tmp_path, JOB, b"secret")

@@ -19,7 +19,7 @@ from ftkit.checkpoint.persist.checkpoint import load, open_checkpoint, steps
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.source import identities, newest_good, small_by_seat
 from ftkit.checkpoint.serve import ArenaServer
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.trace import Trace, read_events
 from ftkit.launch.checkpointing import Order, Outcome, Report, judge
@@ -85,7 +85,7 @@ class Nodes:
 
     def pins(self, node: int) -> list[tuple[bool, ...]]:
         arena = self.arenas[NodeId(node)]
-        return [arena.pins(slot) for slot in range(arena.geometry.slots)]
+        return [arena.pins(slab) for slab in range(arena.geometry.slabs)]
 
     def wait(self, done: Callable[[], bool]) -> None:
         with self.changed:
@@ -126,7 +126,7 @@ def nodes(folder: Path, *, fault: StoreFault | None = None, **more: Any) -> Iter
             shm.mkdir(exist_ok=True)
             path = arena_path(JobId("j"), Seat(node), shm)
             arenas[node] = stack.enter_context(
-                Arena.ensure(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slots=4)
+                Arena.ensure(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slabs=4)
             )
             server = stack.enter_context(ArenaServer(shm, JobId("j"), SECRET))
             servers[node] = server.address
@@ -221,7 +221,7 @@ def test_a_flipped_bit_in_memory_never_reaches_the_disk(tmp_path: Path) -> None:
         two.capture(10)
         arena = two.arenas[NodeId(1)]
         with arena.path.open("r+b") as file:
-            at = arena.geometry.slot_at(0) + arena.geometry.data_at
+            at = arena.geometry.slab_at(0) + arena.geometry.data_at
             file.seek(at)
             byte = file.read(1)[0]
             file.seek(at)

@@ -10,7 +10,7 @@ from ftkit.checkpoint import pages
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
@@ -147,8 +147,8 @@ def test_the_survivors_take_the_same_step_again_and_it_is_whole_without_the_dead
 def test_a_damaged_part_is_struck_and_the_step_is_complete_no_more(three, tmp_path):
     path = arena_path(JOB, Seat(1), tmp_path)
     with Arena.open(path) as arena, path.open("r+b") as file:
-        slot = next(i for i, s in enumerate(arena.slots()) if s is not None and s.step == 3)
-        file.seek(arena.geometry.slot_at(slot) + arena.geometry.data_at + 7)
+        slab = next(i for i, s in enumerate(arena.slabs()) if s is not None and s.step == 3)
+        file.seek(arena.geometry.slab_at(slab) + arena.geometry.data_at + 7)
         file.write(b"\xa5\x5a")
     late = Rig(tmp_path, 5, seed=9)
     with pytest.raises(IntegrityError, match="step 3 is not complete"):
@@ -197,7 +197,7 @@ def test_what_was_restored_is_kept_until_something_newer_is_whole(three, tmp_pat
         rig.snapshots.close()
 
 
-def test_a_rank_that_finds_all_slots_pinned_skips_alone_and_nobody_is_misled(tmp_path):
+def test_a_rank_that_finds_all_slabs_pinned_skips_alone_and_nobody_is_misled(tmp_path):
     rigs, world = [Rig(tmp_path, seat, every=2) for seat in range(2)], world_of(1, 0, 1)
 
     def step(number: int) -> None:

@@ -32,7 +32,7 @@ from ftkit.checkpoint.parity.rounds import (
 )
 from ftkit.checkpoint.parity.streams import Peers, open_shard
 from ftkit.checkpoint.rebuild import shards_to_read
-from ftkit.checkpoint.slots import Pin, Sealed
+from ftkit.checkpoint.slabs import Pin, Sealed
 from ftkit.core.errors import IntegrityError, ProtocolError
 from ftkit.core.ids import Generation, JobId, NodeId, Step
 from ftkit.core.inventory import Copy
@@ -167,7 +167,7 @@ class Holder:
     def repin(self) -> None:
         """Pin again what is to be pinned: an arena that grew this instant lost the pins.
 
-        An offer that nobody took up is pinned no longer: ranks need their slots.
+        An offer that nobody took up is pinned no longer: ranks need their slabs.
         """
         with self._lock:
             if OFFER in self._pinned and time.monotonic() - self._offered > OFFER_S:
@@ -324,7 +324,7 @@ def _pin(path: Path, sealed: Sealed, *, on: bool = True) -> bool:
     """Keep a part from being overwritten, or let go of it; whether it is there."""
     with Arena.open(path, writable=True) as arena:
         # It may have been chosen between the two: then it is being overwritten.
-        return arena.pin(sealed, Pin.PARITY, on=on) and sealed in arena.slots()
+        return arena.pin(sealed, Pin.PARITY, on=on) and sealed in arena.slabs()
 
 
 def _newest(

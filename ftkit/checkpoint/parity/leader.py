@@ -71,7 +71,7 @@ def lead_round(peers: Peers, node: NodeId, code: Code, ballot: Ballot) -> tuple[
     except FtkitError as error:
         broken = Round(kept=kept, broken=f"step {round_.step}: {error}")
         if kept is not None:
-            # So that no slot stays pinned for it. Said again by the next round, if it is lost.
+            # So that no slab stays pinned for it. Said again by the next round, if it is lost.
             _tell_all(peers, ballot, kept)
         return broken, ballot
     _tell_all(peers, ballot, round_)

@@ -8,7 +8,7 @@ from ftkit.checkpoint.chunks import CHUNK_BYTES, chunk_count
 from ftkit.checkpoint.fetch import HEAD_BYTES_MAX, ByteLine, Remote, fetch
 from ftkit.checkpoint.parity.buffer import Heads, ParityHead
 from ftkit.checkpoint.parity.rounds import PartRef, RoundId, StripeSet
-from ftkit.checkpoint.slots import PAGE, Sealed
+from ftkit.checkpoint.slabs import PAGE, Sealed
 from ftkit.checkpoint.stripes import Place
 from ftkit.core.errors import IntegrityError, WireError
 from ftkit.core.ids import NodeId

@@ -16,7 +16,7 @@ from ftkit.checkpoint.fetch import Remote, fetch
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.persist.division import Extent, Writing
 from ftkit.checkpoint.persist.plan import Piece
-from ftkit.checkpoint.slots import Head, Pin
+from ftkit.checkpoint.slabs import Head, Pin
 from ftkit.core.errors import IntegrityError
 from ftkit.core.ids import JobId, NodeId
 from ftkit.core.inventory import Copy
@@ -198,8 +198,8 @@ def let_go(directory: Path) -> None:
             with Arena.open(path) as arena:
                 held = [
                     sealed
-                    for slot, sealed in enumerate(arena.slots())
-                    if sealed and arena.pins(slot)[Pin.PERSIST]
+                    for slab, sealed in enumerate(arena.slabs())
+                    if sealed and arena.pins(slab)[Pin.PERSIST]
                 ]
             if held:
                 with Arena.open(path, writable=True) as arena:

@@ -19,7 +19,7 @@ from ftkit.checkpoint.parity.protocol import standing
 from ftkit.checkpoint.parity.rounds import NOBODY, Ballot, Holding
 from ftkit.checkpoint.parity.streams import Peers
 from ftkit.checkpoint.serve import ArenaServer
-from ftkit.checkpoint.slots import SLOTS
+from ftkit.checkpoint.slabs import SLABS
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from tests.checkpoint.helpers import pattern
@@ -115,7 +115,7 @@ class Cluster:
                 self.layout,
                 replicas=count,
                 chunk_bytes=self.chunk_bytes,
-                slots=SLOTS + 2,
+                slabs=SLABS + 2,
             ) as arena:
                 writer = arena.start(
                     Step(step), Generation(generation), self.layout, share=Share(seat, count)
@@ -142,7 +142,7 @@ class Cluster:
         where = self.machines[NodeId(node)].directory
         head = fetch_head(self.peers(), holding, NodeId(node))
         missing = missing_parts(where, head, NodeId(node))
-        return mend(where, head, NodeId(node), missing, self.peers(), hurry(lambda: True), slots=5)
+        return mend(where, head, NodeId(node), missing, self.peers(), hurry(lambda: True), slabs=5)
 
     def assert_state(self, step: int, nodes: Sequence[int] | None = None) -> None:
         """Every byte of a step is in the arenas, and right."""

@@ -17,7 +17,7 @@ from ftkit.checkpoint.parity.leader import ask_all
 from ftkit.checkpoint.parity.mend import fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.scrub import scrub
-from ftkit.checkpoint.slots import Pin, paged
+from ftkit.checkpoint.slabs import Pin, paged
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import NodeId, Step
@@ -38,9 +38,9 @@ def flip(path: Path, at: int) -> None:
 def data_at(cluster: Cluster, seat: int, step: int) -> int:
     """Where a part's data begins in its arena's file."""
     with Arena.open(cluster.arena(seat)) as arena:
-        for slot, sealed in enumerate(arena.slots()):
+        for slab, sealed in enumerate(arena.slabs()):
             if sealed is not None and sealed.step == step:
-                return arena.geometry.slot_at(slot) + arena.geometry.data_at
+                return arena.geometry.slab_at(slab) + arena.geometry.data_at
     raise AssertionError(f"no step {step}")
 
 
@@ -132,7 +132,7 @@ def test_an_arena_that_grows_keeps_its_pins(tmp_path):
         cluster.round()
         cluster.layout = StateLayout.of([("w", "float32", (9000,)), ("b", "int8", (50_000,))])
         with Arena.ensure(cluster.arena(0), cluster.layout) as arena:
-            assert [any(arena.pins(s)) for s, held in enumerate(arena.slots()) if held] == [True]
+            assert [any(arena.pins(s)) for s, held in enumerate(arena.slabs()) if held] == [True]
 
 
 def test_a_node_that_dies_in_a_round_ends_it_and_costs_nothing(tmp_path, monkeypatch):
@@ -305,7 +305,7 @@ def test_a_rebuild_that_is_killed_leaves_nothing_that_looks_good(tmp_path, monke
         def die(self) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("ftkit.checkpoint.writer.SlotCopy.seal", die)
+        monkeypatch.setattr("ftkit.checkpoint.writer.SlabMirror.seal", die)
         with pytest.raises(KeyboardInterrupt):
             cluster.mend(B, stands)
         assert machine.state().parts == ()
@@ -394,10 +394,10 @@ class TestScrub:
             mend(where, head, C, [0], cluster.peers(), hurry(lambda: True), in_place=True)
             assert missing_parts(where, head, C) == []
             with Arena.open(cluster.arena(C)) as arena:
-                assert sum(s is not None for s in arena.slots()) == 1, "in place"
+                assert sum(s is not None for s in arena.slabs()) == 1, "in place"
                 assert arena.pins(0)[Pin.PARITY]
 
-    def test_while_ranks_write_no_slot_is_taken(self, tmp_path):
+    def test_while_ranks_write_no_slab_is_taken(self, tmp_path):
         with Cluster(tmp_path, Code(2, 1), 3) as cluster:
             cluster.write(1)
             cluster.round()

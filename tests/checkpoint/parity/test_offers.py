@@ -6,7 +6,7 @@ import pytest
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.parity import holder
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.ids import NodeId
 from tests.checkpoint.parity.cluster import Cluster, ballot
@@ -15,7 +15,7 @@ from tests.checkpoint.parity.cluster import Cluster, ballot
 def pinned(cluster: Cluster) -> list[int]:
     """The steps that parity keeps in the arena of node 0."""
     with Arena.open(cluster.arena(0)) as arena:
-        held = [(s, arena.pins(slot)[Pin.PARITY]) for slot, s in enumerate(arena.slots()) if s]
+        held = [(s, arena.pins(slab)[Pin.PARITY]) for slab, s in enumerate(arena.slabs()) if s]
     return sorted(s.step for s, pin in held if pin)
 
 
