@@ -263,9 +263,12 @@ class Coordinator:
         end = None
         if self._plan.stop is not None:
             # As their agents say: of ranks lost with an agent nobody tells any more.
-            ranks = (MemberFacts.from_json(m) for r in here.values() for m in r["members"])
+            ranks = [MemberFacts.from_json(m) for r in here.values() for m in r["members"]]
+            last = max((m.step for m in ranks if m.step is not None), default=None)
+            begun = [m.entry_step for m in ranks if m.entry_step is not None]
             end = End(
                 stop=self._plan.stop,
+                trained_to=last if last is not None and last > min(begun, default=0) else None,
                 copies=_copies(here.values()),
                 running=any(m.stage in ALIVE for m in ranks),
                 interrupted=bool(self._interrupted),

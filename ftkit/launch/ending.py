@@ -36,6 +36,8 @@ class End:
     """What is known of a job whose plan has ended."""
 
     stop: Stop
+    trained_to: Step | None
+    """The last step that was committed; None when no rank has trained since the job began."""
     copies: tuple[Copy, ...]
     """All that the nodes hold."""
     running: bool
@@ -73,8 +75,18 @@ class Ending:
         newest = Inventory(copies=end.copies).newest_complete()
         if newest is None or newest[1] in self._tried:
             self.over = True
+            self._miss(end.trained_to)
             return ()
         return end.copies
+
+    def _miss(self, last: Step | None) -> None:
+        """Note that the last step of a job that ended well is not to be had, where that is so.
+
+        Of one that was told to end, the last step may have been in capture.
+        """
+        missed = last is not None and (self.step is None or self.step < last)
+        if self._stop.code == 0 and missed and not self.failed:
+            self.step, self.failed = last, "no complete snapshot of it is left in memory"
 
     def too_late(self, order: Order, end: End, now: float) -> Outcome | None:
         """The end of an attempt that is no longer waited for; None while it is."""

@@ -39,6 +39,7 @@ class Job:
         self.interrupted = False
         self.now = 0.0
         self.newest = 0
+        self.trained_to: Step | None = None
 
     def tell(self, kind: str, /, **more: object) -> None:
         self.events.append((kind, more))
@@ -49,6 +50,7 @@ class Job:
     def look(self, report: Report | None = None) -> Order | None:
         end = self.stop and End(
             stop=self.stop,
+            trained_to=self.trained_to,
             copies=tuple(held(s) for s in range(max(1, self.newest - 2), self.newest + 1)),
             running=self.running,
             interrupted=self.interrupted,
@@ -124,6 +126,19 @@ def test_a_failed_job_writes_nothing_more_and_one_without_snapshots_cannot() -> 
     assert empty.look() is None
     assert empty.over()
     assert empty.told("checkpoint-last") == [{"step": None, "failed": ""}]
+
+
+def test_a_last_step_that_went_with_a_node_is_told() -> None:
+    job = Job()
+    job.write(job.look(Report(due=(held(40),))))
+    job.trained_to = Step(45)
+    job.end(WELL, newest=40)
+    job.running = False
+    assert job.look() is None
+    assert job.over()
+    ((last),) = job.told("checkpoint-last")
+    assert last["step"] == 45
+    assert "no complete snapshot" in str(last["failed"])
 
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_not_tried_again() -> None:
