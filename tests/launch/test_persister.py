@@ -22,6 +22,7 @@ from ftkit.checkpoint.serve import ArenaServer
 from ftkit.checkpoint.slabs import Pin
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.trace import Trace, read_events
+from ftkit.launch import persister
 from ftkit.launch.checkpointing import Order, Outcome, Report, judge
 from ftkit.launch.config import JobConfig
 from ftkit.launch.faulty_store import FaultyStore, StoreFault, StoreFaultKind
@@ -163,6 +164,17 @@ def test_two_nodes_write_tensors_that_their_parts_cut(tmp_path: Path) -> None:
         assert two.persist() is None, "what is on disk is due no more"
     names = {p.name for p in (tmp_path / "disk").iterdir()}
     assert names == {"step-10", ".lease.lock"}, "fragments and the lease are gone"
+
+
+def test_how_much_is_written_is_told_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(persister, "TELL_S", -1.0)
+    with nodes(tmp_path) as two:
+        two.capture(10)
+        two.persist()
+        # Told before each tensor: when the last one of this node was begun, the first was done.
+        assert two.persisters[NodeId(0)].report().written == LAYOUT.entries[0].bytes
 
 
 def test_a_snapshot_that_is_due_is_kept_and_one_that_is_written_too(tmp_path: Path) -> None:
