@@ -48,13 +48,15 @@ class Job:
         return self.lead.over
 
     def look(self, report: Report | None = None) -> Order | None:
-        end = self.stop and End(
-            stop=self.stop,
-            trained_to=self.trained_to,
-            copies=tuple(held(s) for s in range(max(1, self.newest - 2), self.newest + 1)),
-            running=self.running,
-            interrupted=self.interrupted,
-        )
+        end = None
+        if self.stop is not None:
+            end = End(
+                stop=self.stop,
+                trained_to=self.trained_to,
+                copies=tuple(held(s) for s in range(max(1, self.newest - 2), self.newest + 1)),
+                running=self.running,
+                interrupted=self.interrupted,
+            )
         self.lead.advance({NodeId(0): report or Report()}, end, now=self.now)
         return self.lead.order
 
