@@ -7,8 +7,9 @@ from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, Outcome, Report, jud
 from ftkit.launch.disk import Tell
 from ftkit.launch.ending import End, Ending
 
-#: Between two events that say how far the last checkpoint is.
+#: Until the first event that says how far the last checkpoint is; then twice as long each time.
 PROGRESS_S = 2.0
+PROGRESS_MAX_S = 60.0
 
 
 class CheckpointLead:
@@ -25,7 +26,8 @@ class CheckpointLead:
         self._attempts = number * ATTEMPTS_MAX
         self._written: Step | None = None
         self._ending: Ending | None = None
-        self._progress_at: float | None = None
+        self._tell_next: float | None = None
+        self._tell_every = PROGRESS_S
         self.order: Order | None = None
         """What the agents are to do."""
 
@@ -69,10 +71,11 @@ class CheckpointLead:
             self._ending.take(outcome)
 
     def _tell_progress(self, order: Order, reports: Mapping[NodeId, Report], now: float) -> None:
-        if self._progress_at is None:
-            self._progress_at = now
-        if now - self._progress_at < PROGRESS_S:
+        if self._tell_next is None:
+            self._tell_next = now + self._tell_every
+        if now < self._tell_next:
             return
-        self._progress_at = now
+        self._tell_every = min(2 * self._tell_every, PROGRESS_MAX_S)
+        self._tell_next = now + self._tell_every
         written = sum(r.written for r in reports.values() if r.attempt == order.attempt)
         self._tell("checkpoint-progress", step=order.step, bytes=written, of=order.bytes)
