@@ -139,7 +139,7 @@ class ForkServer:
         if self._state is State.STARTING:
             reason = "it ended" if answer is None else answer[0]["unfit"]
             if reason:
-                logger.warning("ranks are started without the fork server: %s", reason)
+                logger.info("ranks are started without the fork server: %s", reason)
             self._channel.settimeout(ANSWER_S)
             self._state = State.GONE if reason else State.READY
         self._changed()
