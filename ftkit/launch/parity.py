@@ -14,6 +14,7 @@ from typing import Any
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.erasure import best_engine
+from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded, be_nice
 from ftkit.checkpoint.parity.holder import Holder, local_parts
 from ftkit.checkpoint.parity.leader import ask_all, lead_round
@@ -73,9 +74,10 @@ class ParityTier:
           arenas: this node's.
           trace: where rounds, rebuilds and scrubs are told.
         """
-        self._code, self._node, self._secret = code, node, secret
+        self._code, self._node = code, node
         self._arenas, self._trace = arenas, trace
         self._job = JobId(config.job)
+        self._lines = Lines(secret)
         self._holder = Holder(arenas.directory, self._job, node, self._peers)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ftkit-parity", daemon=True)
@@ -106,6 +108,7 @@ class ParityTier:
         known = {NodeId(int(n)): (str(a[0]), int(a[1])) for n, a in stores.items()}
         with self._lock:
             self._plan, self._stores = plan, known
+        self._lines.only(known.values())
 
     def report(self) -> dict[str, object]:
         """For the coordinator: what this node holds, and what it knows to be beyond repair."""
@@ -127,6 +130,7 @@ class ParityTier:
         """End the thread, and unmap what was mapped. May be called twice."""
         self._ended.set()
         self._holder.close()
+        self._lines.close()
         if self._thread.is_alive():
             # It may wait for another node, and has nothing here that anybody misses.
             self._thread.join(CLOSE_S)
@@ -335,7 +339,7 @@ class ParityTier:
 
     def _peers(self) -> Peers:
         with self._lock:
-            return Peers(dict(self._stores), self._secret)
+            return Peers(dict(self._stores), self._lines)
 
     def _state(self) -> NodeState:
         parts = local_parts(self._arenas.directory, self._job, self._node)

@@ -253,8 +253,7 @@ class Holder:
                         arena.head(sealed)
                         found[node].append(arena.head_bytes(sealed))
                 else:
-                    with peers.part(node, part) as remote:
-                        found[node].append(remote.head_bytes)
+                    found[node].append(peers.head_bytes(node, part))
         return found
 
     def _encode(self, stripes: StripeSet, buffer: ParityBuffer) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace
 from ftkit.checkpoint.parity.holder import Holder, local_parts
 from ftkit.checkpoint.parity.leader import Round, lead_round
@@ -72,6 +73,7 @@ class Cluster:
         self.layout = layout or StateLayout.of([("w", "float32", (9000,)), ("b", "int8", (77,))])
         self.chunk_bytes = chunk_bytes
         self.machines: dict[NodeId, Machine] = {}
+        self.lines = Lines(SECRET, timeout_s=5)
         self.ballot = NOBODY
         self._born = 0
         for node in range(nodes):
@@ -84,9 +86,10 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for machine in self.machines.values():
             machine.close()
+        self.lines.close()
 
     def peers(self) -> Peers:
-        return Peers({n: m.server.address for n, m in self.machines.items()}, SECRET, timeout_s=5)
+        return Peers({n: m.server.address for n, m in self.machines.items()}, self.lines)
 
     def start(self, node: NodeId) -> Machine:
         self._born += 1

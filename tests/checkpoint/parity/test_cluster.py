@@ -10,6 +10,7 @@ import pytest
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.erasure import Codec
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.lines import ByteLine
 from ftkit.checkpoint.parity import combine
 from ftkit.checkpoint.parity.buffer import ParityHead, read_head
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded
@@ -22,7 +23,7 @@ from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import NodeId, Step
 
-from .cluster import Cluster, ballot, hurry
+from .cluster import SECRET, Cluster, ballot, hurry
 
 A, B, C, D = (NodeId(n) for n in range(4))
 
@@ -415,7 +416,7 @@ def test_strangers_orders_are_refused(tmp_path):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         cluster.write(1)
         cluster.round()
-        line = cluster.peers().line(A)
+        line = ByteLine.open(cluster.machines[A].server.address, SECRET, timeout_s=5)
         wrong: list[dict[str, object]] = [
             {"op": "parity-make", "set": {}, "keep": None},
             {"op": "parity-make"},
