@@ -16,10 +16,11 @@ from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.erasure import best_engine
 from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded, be_nice
-from ftkit.checkpoint.parity.holder import Holder, local_parts
+from ftkit.checkpoint.parity.holder import Holder
 from ftkit.checkpoint.parity.leader import ask_all, lead_round
 from ftkit.checkpoint.parity.mend import Mended, fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.operations import NodeState, operations
+from ftkit.checkpoint.parity.parts import local_parts
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.rounds import NOBODY, Holding, RoundId, StripeSet
 from ftkit.checkpoint.parity.scrub import scrub

@@ -12,10 +12,11 @@ from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace
-from ftkit.checkpoint.parity.holder import Holder, local_parts
+from ftkit.checkpoint.parity.holder import Holder
 from ftkit.checkpoint.parity.leader import Round, lead_round
 from ftkit.checkpoint.parity.mend import Mended, fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.operations import NodeState, operations
+from ftkit.checkpoint.parity.parts import local_parts
 from ftkit.checkpoint.parity.protocol import standing
 from ftkit.checkpoint.parity.rounds import NOBODY, Ballot, Holding
 from ftkit.checkpoint.parity.streams import Peers

@@ -110,6 +110,27 @@ def test_larger_than_a_window(tmp_path):
         cluster.assert_state(7)
 
 
+def test_connections_are_kept_from_round_to_round(tmp_path, monkeypatch):
+    opened = list[object]()
+    connect = ByteLine.open
+
+    def count(address, secret, *, timeout_s):
+        opened.append(address)
+        return connect(address, secret, timeout_s=timeout_s)
+
+    monkeypatch.setattr(ByteLine, "open", count)
+    with Cluster(tmp_path, Code(2, 2), 4) as cluster:
+        for step in range(1, 4):
+            cluster.write(step)
+            assert cluster.round().made is not None
+        most = len(opened)
+        for step in range(4, 8):
+            cluster.write(step)
+            assert cluster.round().made is not None
+        # How many are needed at once depends on which threads meet; most rounds need no more.
+        assert len(opened) - most <= most // 3
+
+
 def test_nothing_newer_makes_nothing_and_the_kept_is_pinned(tmp_path):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         assert cluster.round().made is None
@@ -202,7 +223,7 @@ def test_a_second_leader_is_obeyed_and_the_first_no_more(tmp_path):
 def test_a_part_that_is_gone_when_it_is_asked_for_ends_the_round(tmp_path, monkeypatch):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         cluster.write(1)
-        monkeypatch.setattr("ftkit.checkpoint.parity.holder._pin", lambda *a, **k: False)
+        monkeypatch.setattr("ftkit.checkpoint.parity.parts._pin", lambda *a, **k: False)
         done = cluster.round()
         assert "has lost step 1" in done.broken
         assert cluster.stands() is None
