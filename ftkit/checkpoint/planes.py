@@ -17,7 +17,7 @@ import numpy as np
 
 from ftkit.checkpoint.galois import Matrix, inverse, multiply
 from ftkit.checkpoint.horner import Row, scheme, shifts
-from ftkit.checkpoint.raw import Bytes
+from ftkit.checkpoint.raw import Bytes, address
 
 #: A block and what it is computed from stays in a second-level cache of 1 MiB.
 BLOCK_BYTES = 256 << 10
@@ -41,17 +41,17 @@ class Planes:
 
     def multiply(self, sources: Sequence[Bytes], targets: Sequence[Bytes]) -> None:
         """Set targets = matrix x sources, all of one length; targets overlap nothing."""
+        # Lanes are whole pairs of bytes, at an even address.
+        even = [address(targets[t]) % 2 == 0 for t in self._scheme.order]
         for at in range(0, targets[0].nbytes, BLOCK_BYTES):
             blocks = [s[at : at + BLOCK_BYTES] for s in sources]
             out = [targets[t][at : at + BLOCK_BYTES] for t in self._scheme.order]
-            for row, target in zip(self._scheme.rows, out, strict=True):
-                self._run(row, [*blocks, *out], target)
+            for row, target, fits in zip(self._scheme.rows, out, even, strict=True):
+                self._run(row, [*blocks, *out], target, fits=fits and target.nbytes % 2 == 0)
             if self._scheme.paired:
                 np.bitwise_xor(out[0], out[1], out[0])
 
-    def _run(self, row: Row, sources: Sequence[Bytes], target: Bytes) -> None:
-        # Lanes are whole pairs of bytes, at an even address.
-        fits = target.nbytes % 2 == 0 and target.ctypes.data % 2 == 0
+    def _run(self, row: Row, sources: Sequence[Bytes], target: Bytes, *, fits: bool) -> None:
         aside, carry, spare = self._scratch[:, : target.nbytes + target.nbytes % 2]
         found = _Sum(target if fits else spare, target.nbytes, carry, aside)
         for columns in row.down:
