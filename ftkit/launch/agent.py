@@ -23,8 +23,10 @@ from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
-from ftkit.launch.environment import rank_environment
-from ftkit.launch.ranks import RankProcess
+from ftkit.launch.environment import common_environment, rank_environment
+from ftkit.launch.fork_server import Program
+from ftkit.launch.forking import ForkServer, State
+from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
+
+#: The longest that ranks are held back for the fork server to have imported torch.
+PRELOAD_LATEST_S = 30.0
 
 
 class Agent:
@@ -88,6 +93,7 @@ class Agent:
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
         )
+        self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
         self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
@@ -152,6 +158,8 @@ class Agent:
             except OSError:
                 pass  # a listener that nobody waits on
             listener.close()
+        if self._forks is not None:
+            self._forks.close()
         self._tiers.close()
         self._arenas.remove()
         self.trace.close()
@@ -170,6 +178,8 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._take_plan(*value)
+            case "forks":
+                self._spawn_missing()
             case "tiers":
                 self._end_if_due()
                 self._tell_coordinator()
@@ -242,6 +252,7 @@ class Agent:
                 cwd=self._config.cwd or None,
                 log=log,
                 on_exit=lambda m: self._inbox.put(("exit", m)),
+                start=self._forks.start if self._forks is not None else execute,
             )
         except OSError as error:
             self._set(base, stage=Stage.DEAD, exit_code=127, error=str(error))
@@ -385,8 +396,11 @@ class Agent:
             return
         if self._missing_since is None:
             self._missing_since = self._clock.now()
-        late = self._clock.now() - self._missing_since > SPAWN_LATEST_S
-        if self._repairing() and not late:
+        waited = self._clock.now() - self._missing_since
+        importing = self._forks is not None and self._forks.state is State.STARTING
+        if importing and waited < PRELOAD_LATEST_S:
+            return
+        if self._repairing() and waited < SPAWN_LATEST_S:
             return
         for seat in missing:
             before = [r for r in self._ranks.values() if r.seat == seat.seat]
@@ -426,6 +440,12 @@ class Agent:
         if stop is None or since is None:
             return True
         return self._tiers.through(stop, self._clock.now() - since)
+
+    def _make_fork_server(self) -> ForkServer | None:
+        if not self._config.preload or Program.of(self._config.command) is None:
+            return None
+        env = common_environment(self._config, inherited=self._inherited)
+        return ForkServer(env, changed=lambda: self._inbox.put(("forks", None)))
 
     def _set(self, facts: MemberFacts, **changes: Any) -> None:
         changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})

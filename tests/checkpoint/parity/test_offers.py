@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.parity import holder
+from ftkit.checkpoint.parity import parts
 from ftkit.checkpoint.slabs import Pin
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.ids import NodeId
@@ -29,6 +29,6 @@ def test_an_offer_is_let_go_when_its_leader_never_chooses(
         assert mine.ask(ballot(7, 1)) == ""
         mine.repin()
         assert pinned(cluster) == [2, 3]
-        monkeypatch.setattr(holder, "OFFER_S", -1.0)
+        monkeypatch.setattr(parts, "OFFER_S", -1.0)
         mine.repin()
         assert pinned(cluster) == []
