@@ -209,11 +209,12 @@ class Persister:
         match stage:
             case Stage.BEGIN:
                 self._began = self._clock.now()
-                if order.committer == self._node and self._clear(order):
-                    stage = Stage.COMMIT  # of an earlier attempt: nothing is left to do
-                elif self._node in order.writers:
+                if self._node in order.writers:
                     with self._gather(servers) as parts:
                         parts.keep(order.copies)
+            case Stage.CLEAR if order.committer == self._node:
+                if self._clear(order):
+                    stage = Stage.COMMIT  # of an earlier attempt: nothing is left to do
             case Stage.WRITE if self._node in order.writers:
                 self._write(order, servers)
             case Stage.COMMIT if order.committer == self._node:
