@@ -13,12 +13,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit.checkpoint.copies import local_copies
+from ftkit.checkpoint.copies import let_go, local_copies
 from ftkit.checkpoint.persist.checkpoint import load, steps
 from ftkit.checkpoint.persist.commit import begin, commit
 from ftkit.checkpoint.persist.division import divide
 from ftkit.checkpoint.persist.folder import PART
-from ftkit.checkpoint.persist.gather import Gather, let_go
+from ftkit.checkpoint.persist.gather import Gather
 from ftkit.checkpoint.persist.gc import gc, remove
 from ftkit.checkpoint.persist.keep import policies
 from ftkit.checkpoint.persist.lease import Lease
@@ -163,11 +163,11 @@ class Persister:
                 continue
             order, stage = todo
             if order is None:
-                let_go(self._directory)
+                let_go(self._directory, Pin.PERSIST)
                 self._holding = False
                 continue
             if order.attempt != self._report.attempt:
-                let_go(self._directory)
+                let_go(self._directory, Pin.PERSIST)
                 self._holding = True
                 self._say(Report(attempt=order.attempt))
             error = self._guarded(self._do, order, stage, servers)
