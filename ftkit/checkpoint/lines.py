@@ -182,9 +182,11 @@ class ByteLine:
         """Whether it can be asked: nothing of an answer is missing, and the server is there."""
         if self._owed or self._sock.fileno() < 0:
             return False
-        # Whatever is there to be read now was not asked for: the end of the stream, mostly.
-        readable, _, _ = select.select([self._sock], [], [], 0)
-        return not readable
+        # Whatever is there to be read now was not asked for: the end of the stream, mostly. Not by
+        # select(2), which knows no descriptor above 1023.
+        waiting = select.poll()
+        waiting.register(self._sock, select.POLLIN)
+        return not waiting.poll(0)
 
     def close(self) -> None:
         """Hang up. May be called twice."""
