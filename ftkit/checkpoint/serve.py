@@ -99,9 +99,11 @@ class ArenaServer:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         self._thread.join()
-        for sock, thread in clients.items():
+        for sock in clients:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
+        # All at once: a thread that makes parity looks up once a second.
+        for thread in clients.values():
             thread.join()
 
     def __enter__(self) -> Self:
