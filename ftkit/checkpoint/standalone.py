@@ -66,7 +66,8 @@ def save(
     plan, store = CheckpointPlan.of(pieces), open_store(url)
     with Lease.take(store, one_time(JobId("save"))) as lease:
         begin(store, Step(step), lease)
-        fragment = write(store, Step(step), plan, pieces, small={"0": json.loads(picture.small)})
+        small = {"0": json.loads(picture.small)}
+        fragment = write(store, Step(step), plan, lease.kept_while(pieces), small=small)
         return commit(store, Step(step), plan, [fragment], lease, metrics=metrics)
 
 

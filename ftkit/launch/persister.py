@@ -239,7 +239,7 @@ class Persister:
             if known is None:
                 remove(store, step)  # of a writer that died, or met a full disk
             elif step == order.step:
-                if known not in self._config.checkpoint_ignore and _whole(store, order):
+                if known not in self._config.checkpoint_ignore and _whole(store, order, lease):
                     return True
                 remove(store, step)
         begin(store, order.step, lease)
@@ -359,10 +359,10 @@ def _fragment(order: Order, node: NodeId) -> str:
     return f"{_FRAGMENT}{order.attempt}-{node}"
 
 
-def _whole(store: Store, order: Order) -> bool:
+def _whole(store: Store, order: Order, lease: Lease) -> bool:
     """Whether the step's checkpoint, of before a restart, is good to the last byte."""
     try:
-        load(store, order.step).verify()
+        load(store, order.step).verify(lambda _: lease.keep())
     except IntegrityError:
         return False
     return True

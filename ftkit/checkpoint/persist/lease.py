@@ -15,13 +15,13 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import psutil
 
@@ -29,6 +29,8 @@ from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.store import Store
 from ftkit.core.errors import RootInUse
 from ftkit.core.ids import JobId
+
+T = TypeVar("T")
 
 LEASE = "lease.json"
 
@@ -120,7 +122,7 @@ class Lease:
         Args:
           store: the root.
           job: this job's name, which no other job may bear.
-          term_s: after so many seconds without `renew` or `check`, another may take it.
+          term_s: after so many seconds without `check` or `keep`, another may take it.
           wall: Unix seconds.
 
         Raises:
@@ -166,7 +168,20 @@ class Lease:
             self._holder = replace(self._holder, renewed_at=self._wall())
             self._store.put(LEASE, self._holder.encode())
 
-    renew = check
+    def keep(self) -> None:
+        """`check`, once a third of the term has passed: to be called often during long work.
+
+        Raises:
+          RootInUse: as `check`.
+        """
+        if self._wall() - self._holder.renewed_at > self._holder.term_s / 3:
+            self.check()
+
+    def kept_while(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; the lease is kept between them. Raises as `keep`."""
+        for item in items:
+            self.keep()
+            yield item
 
     def release(self) -> None:
         """Give the lease up, if it is still this process's."""
