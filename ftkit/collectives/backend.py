@@ -21,7 +21,8 @@ from torch.distributed import distributed_c10d as c10d
 
 from ftkit.collectives.config import CollectivesConfig
 from ftkit.collectives.group import Group
-from ftkit.collectives.process_group import BACKEND, FtkitProcessGroup
+from ftkit.collectives.identity import BACKEND
+from ftkit.collectives.process_group import FtkitProcessGroup
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.core.world import Member, World

@@ -36,8 +36,8 @@ class JobFault(FtkitError):
     """The job failed around this rank; inside a step it is survived."""
 
 
-class GenerationAborted(JobFault):
-    """A collective ended early because its generation is over."""
+class GenerationAborted(JobFault, RuntimeError):
+    """A collective ended early because its generation is over. Also what gloo raises then."""
 
 
 class StepRolledBack(JobFault):

@@ -1,32 +1,17 @@
-"""The process group under torch.distributed: the same results as gloo, in the same processes."""
+"""The process group under torch.distributed, through everything that is built on it."""
 
 # torch's stubs know neither what a default group is nor its private helpers.
 # mypy: allow-untyped-calls
 # mypy: disable-error-code="index,comparison-overlap,arg-type,union-attr,attr-defined,assignment"
-
-import os
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from .crew import Crew
+from .scratch import scratch_path
 
 pytestmark = pytest.mark.multiproc
-
-DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.uint8,
-    torch.int8,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-]
-R = dist.ReduceOp
 
 
 def start(rank, size, path):
@@ -36,151 +21,6 @@ def start(rank, size, path):
     store = dist.FileStore(path, size)
     dist.init_process_group("ftkit", store=store, rank=rank, world_size=size)
     return dist.new_group(backend="gloo")
-
-
-def values(dtype, shape, rank, salt=0):
-    g = torch.Generator().manual_seed(1000 * salt + rank)
-    if dtype == torch.bool:
-        return torch.randint(0, 2, shape, generator=g).bool()
-    return torch.randint(0, 4, shape, generator=g).to(dtype)
-
-
-def both(make, run, gloo, name):
-    """Run the same call on both groups, from the same inputs; compare all tensors."""
-    ours, theirs = make(), make()
-    run(ours, None)
-    run(theirs, gloo)
-
-    def flat(x):
-        if isinstance(x, torch.Tensor):
-            return [x]
-        return [t for item in x for t in flat(item)]
-
-    for a, b in zip(flat(ours), flat(theirs), strict=True):
-        assert torch.equal(a, b), f"{name}: {a} is not {b}"
-
-
-def compare_dtype(dtype, rank, size, gloo):
-    def v(shape, salt=0):
-        return values(dtype, shape, rank, salt)
-
-    for shape in [(), (7,), (3, 5), (40_000,)]:
-        for op in [R.SUM, R.PRODUCT, R.MIN, R.MAX]:
-            both(
-                lambda shape=shape: v(shape),
-                lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                gloo,
-                f"all_reduce {op} {dtype} {shape}",
-            )
-    if not dtype.is_floating_point:
-        for op in [R.BAND, R.BOR, R.BXOR]:
-            both(
-                lambda: v((33,)),
-                lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                gloo,
-                f"all_reduce {op} {dtype}",
-            )
-    for root in range(size):
-        both(
-            lambda: v((9,)),
-            lambda t, g, r=root: dist.broadcast(t, r, group=g),
-            gloo,
-            "broadcast",
-        )
-        both(
-            lambda: (v((9,)), [torch.zeros(9, dtype=dtype) for _ in range(size)]),
-            lambda t, g, r=root: dist.gather(t[0], t[1] if rank == r else None, r, group=g),
-            gloo,
-            "gather",
-        )
-        both(
-            lambda: (torch.zeros(9, dtype=dtype), [v((9,), i) for i in range(size)]),
-            lambda t, g, r=root: dist.scatter(t[0], t[1] if rank == r else None, r, group=g),
-            gloo,
-            "scatter",
-        )
-        # The roots agree; gloo leaves partial sums at the others, we leave them alone.
-        a, b = v((9,)), v((9,))
-        dist.reduce(a, root)
-        dist.reduce(b, root, group=gloo)
-        assert torch.equal(a, b if rank == root else v((9,)))
-    both(
-        lambda: (v((4, 3)), [torch.zeros((4, 3), dtype=dtype) for _ in range(size)]),
-        lambda t, g: dist.all_gather(t[1], t[0], group=g),
-        gloo,
-        "all_gather",
-    )
-    both(
-        lambda: (v((4, 3)), torch.zeros((4 * size, 3), dtype=dtype)),
-        lambda t, g: dist.all_gather_into_tensor(t[1], t[0], group=g),
-        gloo,
-        "gather_into",
-    )
-    both(
-        lambda: (v((size, 6)), torch.zeros((size, 6), dtype=dtype)),
-        lambda t, g: dist.all_to_all_single(t[1], t[0], group=g),
-        gloo,
-        "all_to_all_single",
-    )
-    if dtype != torch.bool:
-        both(
-            lambda: (torch.zeros(5, dtype=dtype), v((5 * size,))),
-            lambda t, g: dist.reduce_scatter_tensor(t[0], t[1], group=g),
-            gloo,
-            "rs_tensor",
-        )
-        both(
-            lambda: (torch.zeros(5, dtype=dtype), [v((5,), i) for i in range(size)]),
-            lambda t, g: dist.reduce_scatter(t[0], t[1], group=g),
-            gloo,
-            "reduce_scatter",
-        )
-
-
-def same_as_gloo(rank, size, talk, path):
-    gloo = start(rank, size, path)
-    for dtype in DTYPES:
-        compare_dtype(dtype, rank, size, gloo)
-    # uneven splits
-    splits = [[(r + c) % 3 for c in range(size)] for r in range(size)]
-    takes = [splits[r][rank] for r in range(size)]
-    both(
-        lambda: (values(torch.float32, (sum(splits[rank]), 2), rank), torch.zeros(sum(takes), 2)),
-        lambda t, g: dist.all_to_all_single(t[1], t[0], takes, splits[rank], group=g),
-        gloo,
-        "uneven all_to_all_single",
-    )
-    # AVG, which gloo lacks
-    t = torch.full((5,), float(rank))
-    dist.all_reduce(t, R.AVG)
-    assert torch.equal(t, torch.full((5,), (size - 1) / 2))
-    # not contiguous: results land in the view
-    base = torch.zeros(4, 6)
-    view = base[:, ::2]
-    view.fill_(rank + 1)
-    dist.all_reduce(view)
-    assert torch.equal(view, torch.full((4, 3), float(sum(range(1, size + 1)))))
-    assert base[:, 1::2].eq(0).all()
-    # all_to_all with lists
-    outs = [torch.zeros(2) for _ in range(size)]
-    dist.all_to_all(outs, [torch.full((2,), 10.0 * rank + i) for i in range(size)])
-    assert [o[0].item() for o in outs] == [10.0 * i + rank for i in range(size)]
-    dist.barrier()
-    dist.destroy_process_group()
-    return "same"
-
-
-def scratch_path():
-    handle, path = tempfile.mkstemp()
-    os.close(handle)
-    os.unlink(path)
-    return path
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_results_are_those_of_gloo(size):
-    with Crew(same_as_gloo, size, scratch_path()) as crew:
-        assert crew.results() == ["same"] * size
 
 
 def objects_and_friends(rank, size, talk, path):

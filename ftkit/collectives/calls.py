@@ -1,0 +1,221 @@
+"""Calls: each collective on tensors, once; checked, then issued on a channel.
+
+The process group gives them torch's many names. Tensors are used in place; one that is not
+contiguous is copied and copied back.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftkit.collectives import checks, moves, reductions
+from ftkit.collectives.arithmetic import Bytes
+from ftkit.collectives.channel import Channel
+from ftkit.collectives.handle import Handle
+from ftkit.collectives.homes import Home, restored, source
+from ftkit.collectives.op import Program
+
+
+class Calls:
+    """See the module. Every method returns at once; `limit_s` is the operation's timeout."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+
+    def all_reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+        op = checks.op_of(opts, tensor.dtype)
+        home = Home(tensor)
+        program = reductions.all_reduce(home.data, tensor.dtype, op)
+        return home.restored(self._issue("all_reduce", program, home.data.size, limit_s))
+
+    def reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+        op = checks.op_of(opts, tensor.dtype)
+        root = checks.root_of(opts, self._channel.size)
+        home = Home(tensor)
+        program = reductions.reduce(home.data, tensor.dtype, op, root)
+        return home.restored(self._issue("reduce", program, home.data.size, limit_s))
+
+    def reduce_scatter(
+        self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        op = checks.op_of(opts, out.dtype)
+        checks.count(ins, "inputs", self._channel.size)
+        checks.one_dtype(out, *ins)
+        checks.same_shape(out, ins[self._channel.rank])
+        return self._scatter_reduced(out, [source(t) for t in ins], op, limit_s)
+
+    def reduce_scatter_whole(
+        self, out: torch.Tensor, whole: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        op = checks.op_of(opts, out.dtype)
+        checks.one_a_rank(whole, out, self._channel.size)
+        return self._scatter_reduced(out, _even(source(whole), self._channel.size), op, limit_s)
+
+    def broadcast(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+        root = checks.root_of(opts, self._channel.size)
+        home = Home(tensor)
+        program = moves.broadcast(home.data, root)
+        return home.restored(self._issue("broadcast", program, home.data.size, limit_s))
+
+    def all_gather(
+        self, outs: Sequence[torch.Tensor], mine: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        checks.count(outs, "outputs", self._channel.size)
+        checks.one_dtype(mine, *outs)
+        checks.same_shape(outs[self._channel.rank], mine)
+        homes = [Home(t) for t in outs]
+        return restored(homes, self._gathered([h.data for h in homes], source(mine), limit_s))
+
+    def all_gather_whole(
+        self, whole: torch.Tensor, mine: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        checks.one_a_rank(whole, mine, self._channel.size)
+        home = Home(whole)
+        outs = _even(home.data, self._channel.size)
+        return home.restored(self._gathered(outs, source(mine), limit_s))
+
+    def gather(
+        self, outs: Sequence[torch.Tensor], mine: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        """`outs` at the root alone."""
+        root = checks.root_of(opts, self._channel.size)
+        homes: list[Home] = []
+        if self._channel.rank == root:
+            checks.count(outs, "outputs", self._channel.size)
+            checks.one_dtype(mine, *outs)
+            checks.same_shape(outs[root], mine)
+            homes = [Home(t) for t in outs]
+        data = source(mine)
+        program = moves.gather([h.data for h in homes], data, root)
+        return restored(homes, self._issue("gather", program, data.size, limit_s))
+
+    def scatter(
+        self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        """`ins` at the root alone."""
+        root = checks.root_of(opts, self._channel.size)
+        if self._channel.rank == root:
+            checks.count(ins, "inputs", self._channel.size)
+            checks.one_dtype(out, *ins)
+            checks.same_shape(out, ins[root])
+        home = Home(out)
+        program = moves.scatter(home.data, [source(t) for t in ins], root)
+        return home.restored(self._issue("scatter", program, home.data.size, limit_s))
+
+    def all_to_all(
+        self,
+        outs: Sequence[torch.Tensor],
+        ins: Sequence[torch.Tensor],
+        opts: Any,
+        limit_s: float | None,
+    ) -> Handle[Any]:
+        size, rank = self._channel.size, self._channel.rank
+        checks.count(outs, "outputs", size)
+        checks.count(ins, "inputs", size)
+        checks.one_dtype(*outs, *ins)
+        checks.same_shape(outs[rank], ins[rank])
+        homes = [Home(t) for t in outs]
+        data = [source(t) for t in ins]
+        return restored(homes, self._exchanged([h.data for h in homes], data, limit_s))
+
+    def all_to_all_whole(
+        self,
+        out: torch.Tensor,
+        whole: torch.Tensor,
+        out_rows: Sequence[int],
+        in_rows: Sequence[int],
+        opts: Any,
+        limit_s: float | None,
+    ) -> Handle[Any]:
+        """Rows per rank, or none for even pieces."""
+        size, rank = self._channel.size, self._channel.rank
+        checks.one_dtype(out, whole)
+        home = Home(out)
+        outs = _rows(home.data, out, out_rows, size)
+        ins = _rows(source(whole), whole, in_rows, size)
+        if outs[rank].size != ins[rank].size:
+            raise checks.Refused(
+                f"{ins[rank].size} bytes to ourselves do not fit the {outs[rank].size} bytes "
+                "that we take from ourselves"
+            )
+        return home.restored(self._exchanged(outs, ins, limit_s))
+
+    def barrier(self, limit_s: float | None) -> Handle[Any]:
+        return self._issue("barrier", moves.exchange(np.empty(0, dtype=np.uint8)), 0, limit_s)
+
+    def send(
+        self, tensor: torch.Tensor, target: int, tag: int, limit_s: float | None
+    ) -> Handle[Any]:
+        checks.rank(target, self._channel.size)
+        data = source(tensor)
+        return self._channel.issue_p2p(
+            "send",
+            target,
+            checks.tag(tag),
+            moves.send(data, target),
+            nbytes=data.size,
+            timeout_s=limit_s,
+        )
+
+    def recv(
+        self, tensor: torch.Tensor, origin: int | None, tag: int, limit_s: float | None
+    ) -> Handle[Any]:
+        """From anybody, when `origin` is None."""
+        number = -1 if origin is None else checks.rank(origin, self._channel.size)
+        home = Home(tensor)
+        handle = self._channel.issue_p2p(
+            "recv",
+            number,
+            checks.tag(tag),
+            moves.recv(home.data, number),
+            nbytes=home.data.size,
+            timeout_s=limit_s,
+        )
+        return home.restored(handle)
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    def _scatter_reduced(
+        self, out: torch.Tensor, ins: Sequence[Bytes], op: str, limit_s: float | None
+    ) -> Handle[Any]:
+        home = Home(out)
+        program = reductions.reduce_scatter(home.data, ins, out.dtype, op)
+        nbytes = sum(data.size for data in ins)
+        return home.restored(self._issue("reduce_scatter", program, nbytes, limit_s))
+
+    def _gathered(self, outs: Sequence[Bytes], mine: Bytes, limit_s: float | None) -> Handle[Any]:
+        return self._issue("all_gather", moves.all_gather(outs, mine), mine.size, limit_s)
+
+    def _exchanged(
+        self, outs: Sequence[Bytes], ins: Sequence[Bytes], limit_s: float | None
+    ) -> Handle[Any]:
+        nbytes = sum(data.size for data in ins)
+        return self._issue("all_to_all", moves.all_to_all(outs, ins), nbytes, limit_s)
+
+    def _issue(
+        self, name: str, program: Program, nbytes: int, limit_s: float | None
+    ) -> Handle[Any]:
+        return self._channel.issue(name, program, nbytes=nbytes, timeout_s=limit_s)
+
+
+def _even(data: Bytes, count: int) -> list[Bytes]:
+    step = data.size // count
+    return [data[r * step : (r + 1) * step] for r in range(count)]
+
+
+def _rows(data: Bytes, tensor: torch.Tensor, counts: Sequence[int], size: int) -> list[Bytes]:
+    """One piece a rank along the first dimension: even ones, or `counts` rows each."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    if not counts:
+        if rows % size:
+            raise checks.Refused(f"{rows} rows cannot be divided evenly between {size} ranks")
+        return _even(data, size)
+    if len(counts) != size or sum(counts) != rows or min(counts) < 0:
+        raise checks.Refused(
+            f"splits {list(counts)} do not divide {rows} rows between {size} ranks"
+        )
+    row = data.size // rows if rows else 0
+    starts = [sum(counts[:i]) * row for i in range(size + 1)]
+    return [data[starts[i] : starts[i + 1]] for i in range(size)]
