@@ -4,31 +4,42 @@ The process group gives them torch's many names. Tensors are used in place; one 
 contiguous is copied and copied back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from ftkit.collectives import checks, moves, reductions
+from ftkit.collectives import checks, moves, reductions, sparse
 from ftkit.collectives.arithmetic import Bytes
 from ftkit.collectives.channel import Channel
+from ftkit.collectives.config import OnLoss
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.homes import Home, restored, source
-from ftkit.collectives.op import Program
+from ftkit.collectives.mending import Again, Mender
+from ftkit.collectives.op import Op, Program, Wait
 
 
 class Calls:
     """See the module. Every method returns at once; `limit_s` is the operation's timeout."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(
+        self, channel: Channel, mender: Mender | None = None, on_loss: OnLoss = OnLoss.RAISE
+    ) -> None:
+        """Issue on `channel`, by way of `mender` unless losses are to be raised."""
         self._channel = channel
+        self._mender = None if on_loss is OnLoss.RAISE else mender
+        self._on_loss = on_loss
 
     def all_reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
         op = checks.op_of(opts, tensor.dtype)
+        if tensor.layout != torch.strided:
+            return self._all_reduce_sparse(tensor, op, limit_s)
         home = Home(tensor)
         program = reductions.all_reduce(home.data, tensor.dtype, op)
-        return home.restored(self._issue("all_reduce", program, home.data.size, limit_s))
+        summed = tensor.dtype if op == "sum" and tensor.dtype.is_floating_point else None
+        again = Again(home.data, summed)
+        return home.restored(self._issue("all_reduce", program, home.data.size, limit_s, again))
 
     def reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
         op = checks.op_of(opts, tensor.dtype)
@@ -54,10 +65,15 @@ class Calls:
         return self._scatter_reduced(out, _even(source(whole), self._channel.size), op, limit_s)
 
     def broadcast(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
-        root = checks.root_of(opts, self._channel.size)
+        root = self._channel.members[checks.root_of(opts, self._channel.size)]
         home = Home(tensor)
-        program = moves.broadcast(home.data, root)
-        return home.restored(self._issue("broadcast", program, home.data.size, limit_s))
+
+        def program(op: Op) -> Generator[Wait, None, Any]:
+            # Ranks change when a member is lost; the root stays who it is.
+            return moves.broadcast(home.data, op.members.index(root))(op)
+
+        again = Again(home.data, root=root)
+        return home.restored(self._issue("broadcast", program, home.data.size, limit_s, again))
 
     def all_gather(
         self, outs: Sequence[torch.Tensor], mine: torch.Tensor, opts: Any, limit_s: float | None
@@ -143,7 +159,8 @@ class Calls:
         return home.restored(self._exchanged(outs, ins, limit_s))
 
     def barrier(self, limit_s: float | None) -> Handle[Any]:
-        return self._issue("barrier", moves.exchange(np.empty(0, dtype=np.uint8)), 0, limit_s)
+        nothing: Bytes = np.empty(0, dtype=np.uint8)
+        return self._issue("barrier", moves.exchange(nothing), 0, limit_s, Again(nothing))
 
     def send(
         self, tensor: torch.Tensor, target: int, tag: int, limit_s: float | None
@@ -177,6 +194,15 @@ class Calls:
 
     # -- helpers ----------------------------------------------------------------------------
 
+    def _all_reduce_sparse(
+        self, tensor: torch.Tensor, op: str, limit_s: float | None
+    ) -> Handle[Any]:
+        sparse.check(tensor, op)
+        mine = tensor.detach().coalesce()
+        program = sparse.all_reduce(mine, op)
+        handle = self._issue("all_reduce", program, sparse.nbytes(mine), limit_s)
+        return handle.then(lambda total: sparse.replace(tensor, total))
+
     def _scatter_reduced(
         self, out: torch.Tensor, ins: Sequence[Bytes], op: str, limit_s: float | None
     ) -> Handle[Any]:
@@ -195,9 +221,24 @@ class Calls:
         return self._issue("all_to_all", moves.all_to_all(outs, ins), nbytes, limit_s)
 
     def _issue(
-        self, name: str, program: Program, nbytes: int, limit_s: float | None
+        self,
+        name: str,
+        program: Program,
+        nbytes: int,
+        limit_s: float | None,
+        again: Again | None = None,
     ) -> Handle[Any]:
-        return self._channel.issue(name, program, nbytes=nbytes, timeout_s=limit_s)
+        if self._mender is None:
+            return self._channel.issue(name, program, nbytes=nbytes, timeout_s=limit_s)
+        return self._mender.issue(
+            self._channel,
+            name,
+            program,
+            nbytes=nbytes,
+            limit_s=limit_s,
+            mode=self._on_loss,
+            again=again,
+        )
 
 
 def _even(data: Bytes, count: int) -> list[Bytes]:

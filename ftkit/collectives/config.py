@@ -17,10 +17,27 @@ class Transport(StrEnum):
     """By memory reads; a pair that cannot is refused."""
 
 
+class OnLoss(StrEnum):
+    """What becomes of a collective when a member dies in it.
+
+    A session keeps RAISE: it repairs the world itself and plays the whole step again.
+    """
+
+    RAISE = "raise"
+    """It ends with GenerationAborted, at every survivor. What it was to fill is undefined."""
+    RETRY = "retry"
+    """The survivors run it again among themselves, from its inputs: a sum is the survivors'."""
+    LEAVE_OUT = "leave out"
+    """As RETRY, and a sum of floats is scaled by the old size over the new: what the dead
+    would have brought is taken to be the mean of the others'."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectivesConfig:
     """Sizes in bytes, times in seconds. Peers compare `wire` when they meet."""
 
+    on_loss: OnLoss = OnLoss.RAISE
+    """For groups that no session watches over; see `mending` for its cost and its limits."""
     transport: Transport = Transport.AUTO
     segment_bytes: int = 1 << 20
     """Frame and fold unit. An abort waits for one segment; larger ones cost fewer calls."""

@@ -67,6 +67,8 @@ class Group:
             raise ValueError(f"the secret has {len(secret)} bytes; at least 16 are needed")
         self.member = member
         self.config = config or CollectivesConfig()
+        self._on_fault = on_fault
+        self._fault_listeners: list[Callable[[Generation], None]] = []
         word = ValidWord()
         alone = Member(member=member, seat=Seat(0), node=NodeId(0), host=host, port=0)
         self._engine = Engine(
@@ -75,7 +77,7 @@ class Group:
             word,
             World(generation=Generation(0), members=(alone,)),
             recorder=recorder or NullRecorder(),
-            on_fault=on_fault,
+            on_fault=self._faulted,
             on_tell=on_tell or _ignore,
         )
         try:
@@ -176,6 +178,14 @@ class Group:
     def remove_edit_listener(self, listener: Callable[[World], None]) -> None:
         if listener in self._listeners:
             self._listeners.remove(listener)
+
+    def add_fault_listener(self, listener: Callable[[Generation], None]) -> None:
+        """Call `listener(generation)` when one ends by a fault, as `on_fault`: do not block."""
+        self._fault_listeners.append(listener)
+
+    def remove_fault_listener(self, listener: Callable[[Generation], None]) -> None:
+        if listener in self._fault_listeners:
+            self._fault_listeners.remove(listener)
 
     def tell(self, member: MemberId, payload: bytes) -> None:
         """Send `payload` outside any operation and generation; does not block.
@@ -308,6 +318,11 @@ class Group:
         return self.channel.issue("reduce_slots", program, nbytes=data.size * len(nodes))
 
     # -- helpers --------------------------------------------------------------------------
+
+    def _faulted(self, generation: Generation, lost: frozenset[MemberId], reason: str) -> None:
+        for listener in list(self._fault_listeners):
+            listener(generation)
+        self._on_fault(generation, lost, reason)
 
     def _bring_up(self, world: World, missing: Sequence[MemberId], deadline: float) -> None:
         by_id = {m.member: m for m in world.members}

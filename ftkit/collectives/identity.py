@@ -68,7 +68,9 @@ class Identity(dist.ProcessGroup):
 
     @property
     def _device_types(self) -> list[torch.device]:
-        return [torch.device("cpu")]
+        # torch's object collectives take the first.
+        devices = [torch.device("cpu")]
+        return [*devices, torch.device("cuda")] if torch.cuda.is_available() else devices
 
     def _has_hooks(self) -> bool:
         return False

@@ -3,6 +3,7 @@
 from collections.abc import Generator, Sequence
 from typing import cast
 
+from ftkit.collectives import rings
 from ftkit.collectives.arithmetic import Bytes, copy
 from ftkit.collectives.op import Op, Program, Wait
 
@@ -64,6 +65,9 @@ def all_gather(outs: Sequence[Bytes], mine: Bytes) -> Program:
     def program(op: Op) -> Generator[Wait, None, None]:
         if outs[op.rank].ctypes.data != mine.ctypes.data:
             copy(outs[op.rank], mine)
+        if rings.serve(op, outs):
+            yield from rings.all_gather(op, outs)
+            return
         others = op.others()
         came = [op.recv(rank, outs[rank]) for rank in others]
         yield came + [op.send(rank, mine) for rank in others]

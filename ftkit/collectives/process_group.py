@@ -20,6 +20,7 @@ from ftkit.collectives.channel import Channel
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import Handle, finished
 from ftkit.collectives.identity import Identity
+from ftkit.collectives.nccl import NcclLane
 from ftkit.collectives.work import FtkitWork, join
 from ftkit.core.world import World
 
@@ -27,12 +28,18 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _of_cpu(method: Method) -> Method:
-    """Tensors on "meta" have no bytes to move: such a call is done when it is made."""
+    """`method` for tensors on the CPU; NCCL's of the same name for those on a CUDA device.
+
+    Tensors on "meta" have no bytes to move: such a call is done when it is made.
+    """
 
     @wraps(method)
     def call(self: "FtkitProcessGroup", tensors: Any, *args: Any, **more: Any) -> Any:
-        if _first(tensors, *args).is_meta:
+        first = _first(tensors, *args)
+        if first is not None and first.is_meta:
             return FtkitWork(finished(None), tensors, self._end)
+        if first is not None and first.is_cuda:
+            return self._lane().call(method.__name__, tensors, *args, **more)
         return method(self, tensors, *args, **more)
 
     return cast("Method", call)
@@ -46,6 +53,7 @@ class FtkitProcessGroup(Identity):
         group: Group,
         channel: Channel,
         *,
+        calls: Calls | None = None,
         timeout: timedelta,
         on_shutdown: Callable[[], None],
     ) -> None:
@@ -54,15 +62,17 @@ class FtkitProcessGroup(Identity):
         Args:
           group: shared with other process groups.
           channel: the members this one spans.
+          calls: how collectives are issued on `channel`, and what a loss does to them.
           timeout: longest an operation may take; then its generation is aborted.
           on_shutdown: called once by `destroy_process_group`.
         """
         super().__init__(channel)
         self.group = group
-        self._calls = Calls(channel)
+        self._calls = calls or Calls(channel)
         self._timeout = timeout
         self._on_shutdown: Callable[[], None] | None = on_shutdown
         self._coalescing: list[Handle[Any]] | None = None
+        self._cuda: NcclLane | None = None
         self.renumber: Callable[[World], None] | None = None
         """Keeps torch's table of ranks right after an edit; set by the backend."""
 
@@ -74,6 +84,8 @@ class FtkitProcessGroup(Identity):
         self._end("ProcessGroup.abort() was called")
 
     def shutdown(self) -> None:
+        if self._cuda is not None:
+            self._cuda.close()
         if self._on_shutdown is not None:
             on_shutdown, self._on_shutdown = self._on_shutdown, None
             on_shutdown()
@@ -104,7 +116,10 @@ class FtkitProcessGroup(Identity):
     ) -> FtkitWork:
         return self._each(self._calls.reduce_scatter_whole, opts, outputs, inputs)
 
-    allreduce_coalesced = allreduce
+    @_of_cpu
+    def allreduce_coalesced(self, tensors: Any, opts: Any = None) -> FtkitWork:
+        return self._each(self._calls.all_reduce, opts, tensors)
+
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
@@ -128,7 +143,10 @@ class FtkitProcessGroup(Identity):
     def all_gather_single_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> FtkitWork:
         return self._each(self._calls.all_gather_whole, opts, outputs, inputs)
 
-    allgather_coalesced = allgather
+    @_of_cpu
+    def allgather_coalesced(self, outputs: Any, inputs: Any, opts: Any = None) -> FtkitWork:
+        return self._each(self._calls.all_gather, opts, outputs, inputs)
+
     _allgather_base = all_gather_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
 
@@ -182,13 +200,22 @@ class FtkitProcessGroup(Identity):
     # -- coalescing -------------------------------------------------------------------------
 
     def _start_coalescing(self, device: torch.device) -> None:
+        if device.type == "cuda":
+            self._lane().call("_start_coalescing", device)
         self._coalescing = []
 
-    def _end_coalescing(self, device: torch.device) -> FtkitWork:
+    def _end_coalescing(self, device: torch.device) -> Any:
+        if device.type == "cuda":
+            return self._lane().call("_end_coalescing", device)
         handles, self._coalescing = self._coalescing or [], None
         return FtkitWork(join(handles), [], self._end)
 
     # -- helpers ----------------------------------------------------------------------------
+
+    def _lane(self) -> NcclLane:
+        if self._cuda is None:
+            self._cuda = NcclLane(self.group, self.channel, self._timeout)
+        return self._cuda
 
     def _each(self, call: Callable[..., Handle[Any]], opts: Any, *lists: Any) -> FtkitWork:
         """`call` on the n-th entries of all `lists`; the work of them all."""
@@ -215,11 +242,12 @@ def _listed(tensors: Any) -> list[torch.Tensor]:
     return [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
 
 
-def _first(*args: Any) -> torch.Tensor:
-    """The first tensor among nested lists; an empty one, if there is none."""
+def _first(*args: Any) -> torch.Tensor | None:
+    """The first tensor among nested lists."""
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            return arg
-        if isinstance(arg, (list, tuple)) and arg:
-            return _first(*arg)
-    return torch.empty(0)
+        found = arg if isinstance(arg, torch.Tensor) else None
+        if isinstance(arg, (list, tuple)):
+            found = _first(*arg)
+        if found is not None:
+            return found
+    return None

@@ -1,4 +1,4 @@
-"""Programs that reduce: all-reduce in three forms, reduce-scatter, reduce.
+"""Programs that reduce: all-reduce in three forms, reduce-scatter in two, reduce.
 
 Whatever the form, every element is folded by one rank, or by all in the same order, and
 copied from there: all ranks end with the same bits. (For bits that do not depend on the
@@ -19,6 +19,7 @@ from typing import cast
 
 import torch
 
+from ftkit.collectives import rings
 from ftkit.collectives.arithmetic import Bytes, average, bounds, combine, copy
 from ftkit.collectives.flows import Inflow, produce
 from ftkit.collectives.link import Ticket
@@ -49,6 +50,9 @@ def reduce_scatter(out: Bytes, ins: Sequence[Bytes], dtype: torch.dtype, op_name
 
     def program(op: Op) -> Generator[Wait, None, None]:
         mine = ins[op.rank]
+        if rings.serve(op, ins):
+            yield from rings.reduce_scatter(op, out, ins, dtype, op_name)
+            return
         if out.ctypes.data != mine.ctypes.data:
             copy(out, mine)
         sent: list[Ticket] = []

@@ -28,6 +28,10 @@ def cases(size: int) -> Iterator[Case]:
     yield from every_dtype_and_op()
     yield from every_shape_and_layout(size)
     yield from rounding(size)
+    for name, op in OPS.items():
+        yield Case(f"all_reduce sparse {name}", partial(all_reduce_sparse, op, 4))
+    for entries in (0, 1, 900):
+        yield Case(f"all_reduce sparse {entries}", partial(all_reduce_sparse, R.SUM, entries))
     for name, special in SPECIAL.items():
         for op in ["sum", "product", "min", "max"]:
             # Three of the largest numbers overflow in one order and not in another.
@@ -101,6 +105,16 @@ def all_reduce_of(special, op, side: Side):
     tensor = torch.tensor(special[min(side.rank, 1)])
     side.call(dist.all_reduce, tensor, op)
     return tensor
+
+
+def all_reduce_sparse(op, entries, side: Side):
+    """Entries at places of each rank's own, some of them twice; rank 1 has none."""
+    count = entries * (side.rank != 1)
+    rows = (torch.arange(count) * (side.rank + 2)) % 50
+    values = side.make(torch.float32, (count, 3))
+    tensor = torch.sparse_coo_tensor(rows[None], values, (50, 3), check_invariants=True)
+    side.call(dist.all_reduce, tensor, op)
+    return tensor.coalesce().indices(), tensor.coalesce().values()
 
 
 def reduce(dtype, op, shape, side: Side, layout="plain", root=-1):

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from tests.collectives.crew import Crew
 from tests.collectives.scratch import scratch_path
+
 from . import inputs
 
 pytestmark = pytest.mark.multiproc

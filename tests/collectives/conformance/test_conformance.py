@@ -11,16 +11,43 @@ import torch
 
 from tests.collectives.crew import Crew
 from tests.collectives.scratch import scratch_path
-from . import built_on, case, known, moving, point_to_point, reducing, refused
+
+from . import (
+    built_on,
+    case,
+    groups,
+    known,
+    meshes,
+    moving,
+    point_to_point,
+    reducing,
+    refused,
+    training,
+)
 
 pytestmark = pytest.mark.multiproc
 
-SUITES = [reducing, moving, point_to_point, built_on, refused]
-#: Fewer would mean that the suites lost cases without anybody's notice.
-CASES_MIN = 1300
+SUITES = {
+    "reducing": reducing,
+    "moving": moving,
+    "point_to_point": point_to_point,
+    "built_on": built_on,
+    "refused": refused,
+    "groups": groups,
+    "training": training,
+    "meshes": meshes,
+}
+CALLS = ["reducing", "moving", "point_to_point", "built_on", "refused", "groups"]
+#: What to run with how many ranks, over which transport, and how many cases it has at least:
+#: fewer would mean that a suite lost some without anybody's notice.
+RUNS = [
+    (2, "tcp", [*CALLS, "training"], 1300),
+    (3, "auto", CALLS, 1300),
+    (4, "auto", ["meshes"], 10),
+]
 
 
-def side_by_side(rank, size, talk, path, transport):
+def side_by_side(rank, size, talk, path, transport, suites):
     import torch.distributed as dist
 
     from ftkit.collectives.backend import register
@@ -39,20 +66,20 @@ def side_by_side(rank, size, talk, path, transport):
     ours = case.Side("ftkit", dist.new_group(backend="ftkit"))
     count = 0
     found: list[case.Difference] = []
-    for suite in SUITES:
-        more, differences = case.differences(suite.cases(size), gloo, ours)
+    for name in suites:
+        more, differences = case.differences(SUITES[name].cases(size), gloo, ours)
         count, found = count + more, found + differences
     dist.destroy_process_group()
     return count, found
 
 
-@pytest.mark.parametrize(("size", "transport"), [(2, "tcp"), (3, "auto")])
-def test_ftkit_does_what_gloo_does(size, transport):
-    with Crew(side_by_side, size, scratch_path(), transport) as crew:
+@pytest.mark.parametrize(("size", "transport", "suites", "cases_min"), RUNS)
+def test_ftkit_does_what_gloo_does(size, transport, suites, cases_min):
+    with Crew(side_by_side, size, scratch_path(), transport, suites) as crew:
         results = crew.results()
     everywhere = []
     for count, found in results:
-        assert count > CASES_MIN
+        assert count >= cases_min
         assert not (new := known.unexplained(found)), "\n".join(map(str, new[:20]))
         everywhere += found
     assert not known.unused(everywhere, size)
