@@ -5,7 +5,7 @@ needs a device is marked so."""
 # mypy: disable-error-code="arg-type,attr-defined,call-arg"
 
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from ftkit.collectives.nccl import NcclLane, Way, build_nccl, way
-from ftkit.core.errors import UsageError
+from ftkit.core.errors import GenerationAborted, UsageError
 from ftkit.core.ids import Generation
 
 from .crew import Crew
 from .scratch import scratch_path
-from .worlds import join, world
+from .worlds import in_one_process, world
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,7 @@ class GlooInPlaceOfNccl:
     def __init__(self) -> None:
         self.built: list[tuple[int, int]] = []
         self.aborted = threading.Event()
+        self.let_go = threading.Event()
 
     def build(self, store, rank, size, timeout):
         self.built.append((rank, size))
@@ -59,60 +60,63 @@ class GlooInPlaceOfNccl:
         made._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
         made._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
         made._set_group_name("stand-in")
-        return _Abortable(made, self.aborted)
+        return _Abortable(made, self)
 
 
 class _Abortable:
-    def __init__(self, made, aborted):
-        self._made, self._aborted = made, aborted
+    def __init__(self, made, fake):
+        self._made, self._fake = made, fake
 
     def __getattr__(self, name):
         return getattr(self._made, name)
 
     def abort(self):
-        time.sleep(0.2)  # the communication thread must not wait for this
-        self._aborted.set()
+        assert self._fake.let_go.wait(10)  # NCCL's may block as long as it likes
+        self._fake.aborted.set()
 
 
-def lane_through_generations(rank, size, talk):
-    group, _, addresses = join(rank, talk, "auto")
-    fake = GlooInPlaceOfNccl()
-    lane = NcclLane(group, group.channel, timedelta(seconds=10), fake.build)
+def test_each_generation_has_a_communicator_of_its_own():
+    groups = in_one_process(3)
+    fakes = [GlooInPlaceOfNccl() for _ in groups]
+    lanes = [
+        NcclLane(group, group.channel, timedelta(seconds=10), fake.build)
+        for group, fake in zip(groups, fakes, strict=True)
+    ]
 
-    def total():
+    def total(rank):
         tensor = torch.full((5,), 2.0**rank)
-        lane.call("allreduce", [tensor], dist.AllreduceOptions()).wait()
+        lanes[rank].call("allreduce", [tensor], dist.AllreduceOptions()).wait()
         return tensor[0].item()
 
-    sums = [total(), total()]
-    assert len(fake.built) == 1, "one communicator a generation"
-    group.edit(world(2, addresses), timeout_s=10)
-    sums.append(total())
-    assert len(fake.built) == 1, "the same members without a fault: it is kept"
-    talk.everyone("before the fault")
-    if rank == 0:
-        group.abort(Generation(2), "drill")
-    assert fake.aborted.wait(10), "a fault aborts it"
-    if rank == 2:
+    def edit(generation, ranks):
+        addresses = {r: groups[r].address for r in ranks}
+        return lambda rank: groups[rank].edit(world(generation, addresses), timeout_s=10)
+
+    with ThreadPoolExecutor(3) as threads:
+
+        def everyone(do, ranks=(0, 1, 2)):
+            return list(threads.map(do, ranks))
+
+        assert everyone(total) == [7.0] * 3
+        assert everyone(total) == [7.0] * 3
+        assert [len(fake.built) for fake in fakes] == [1] * 3, "one a generation"
+        everyone(edit(2, (0, 1, 2)))
+        assert everyone(total) == [7.0] * 3
+        assert [len(fake.built) for fake in fakes] == [1] * 3, "the same members: it is kept"
+        groups[0].abort(Generation(2), "drill")
+        with pytest.raises(GenerationAborted):
+            groups[1].barrier().wait(10)  # the news is through, though the aborts still block
+        assert not any(fake.aborted.is_set() for fake in fakes)
+        for fake in fakes:
+            fake.let_go.set()
+        assert all(fake.aborted.wait(10) for fake in fakes), "a fault aborts it, at each member"
+        everyone(edit(3, (0, 1)), (0, 1))
+        assert everyone(total, (0, 1)) == [3.0] * 2
+        assert [fake.built[1:] for fake in fakes] == [[(0, 2)], [(1, 2)], []], "built anew"
+    for lane in lanes:
+        lane.close()
+    for group in groups:
         group.close()
-        talk.everyone("left")
-        return sums, fake.built
-    talk.everyone("left")
-    del addresses[2]
-    group.edit(world(3, addresses), timeout_s=10)
-    sums.append(total())
-    assert fake.built[1:] == [(rank, 2)], "after a fault it is built anew, of who is left"
-    group.barrier().wait(10)
-    lane.close()
-    group.close()
-    return sums, fake.built
-
-
-@pytest.mark.multiproc
-def test_each_generation_has_a_communicator_of_its_own():
-    with Crew(lane_through_generations, 3) as crew:
-        results = crew.results()
-    assert [sums for sums, _ in results] == [[7.0] * 3 + [3.0]] * 2 + [[7.0] * 3]
 
 
 def on_a_device(rank, size, talk, path):
