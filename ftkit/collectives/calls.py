@@ -18,6 +18,7 @@ from ftkit.collectives.handle import Handle
 from ftkit.collectives.homes import Home, restored, source
 from ftkit.collectives.mending import Again, Mender
 from ftkit.collectives.op import Op, Program, Wait
+from ftkit.core.errors import Refused
 
 
 class Calls:
@@ -152,7 +153,7 @@ class Calls:
         outs = _rows(home.data, out, out_rows, size)
         ins = _rows(source(whole), whole, in_rows, size)
         if outs[rank].size != ins[rank].size:
-            raise checks.Refused(
+            raise Refused(
                 f"{ins[rank].size} bytes to ourselves do not fit the {outs[rank].size} bytes "
                 "that we take from ourselves"
             )
@@ -251,12 +252,10 @@ def _rows(data: Bytes, tensor: torch.Tensor, counts: Sequence[int], size: int) -
     rows = tensor.shape[0] if tensor.ndim else 1
     if not counts:
         if rows % size:
-            raise checks.Refused(f"{rows} rows cannot be divided evenly between {size} ranks")
+            raise Refused(f"{rows} rows cannot be divided evenly between {size} ranks")
         return _even(data, size)
     if len(counts) != size or sum(counts) != rows or min(counts) < 0:
-        raise checks.Refused(
-            f"splits {list(counts)} do not divide {rows} rows between {size} ranks"
-        )
+        raise Refused(f"splits {list(counts)} do not divide {rows} rows between {size} ranks")
     row = data.size // rows if rows else 0
     starts = [sum(counts[:i]) * row for i in range(size + 1)]
     return [data[starts[i] : starts[i + 1]] for i in range(size)]

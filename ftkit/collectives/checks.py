@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ftkit.collectives import arithmetic
-from ftkit.core.errors import UsageError
+from ftkit.core.errors import Refused
 
 _OPS = [
     (dist.ReduceOp.SUM, "sum"),
@@ -24,10 +24,6 @@ _OPS = [
     (dist.ReduceOp.BOR, "bor"),
     (dist.ReduceOp.BXOR, "bxor"),
 ]
-
-
-class Refused(UsageError, RuntimeError):
-    """The arguments do not fit the operation; nothing was sent. Also a RuntimeError, as gloo's."""
 
 
 def op_of(opts: Any, dtype: torch.dtype) -> str:

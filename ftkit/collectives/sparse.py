@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ftkit.collectives.arithmetic import Bytes, as_bytes, average
-from ftkit.collectives.checks import Refused
 from ftkit.collectives.op import Op, Program, Wait
+from ftkit.core.errors import Refused
 
 
 def all_reduce(mine: torch.Tensor, op_name: str) -> Program:

@@ -11,6 +11,7 @@ arguments are `ValueError` where they come in. What remains::
     ├── UsageError               the script or command line asks for something impossible
     │   ├── OutsideStep          an optimizer stepped outside `with step:`
     │   ├── RootInUse            another job writes checkpoints there
+    │   ├── Refused              a collective's arguments do not fit it; nothing was sent
     │   ├── StateChanged         state appeared, moved or changed shape after `protect`
     │   └── NotDeterministic     the data differed between two readings of the same step
     ├── CapacityError            not enough memory, shared memory or disk; says how much
@@ -58,6 +59,10 @@ class OutsideStep(UsageError):
 
 class RootInUse(UsageError):
     """Another job holds the lease of this root of checkpoints; the message says whose it is."""
+
+
+class Refused(UsageError, RuntimeError):
+    """The arguments do not fit the collective; nothing was sent. Also what gloo raises then."""
 
 
 class StateChanged(UsageError):

@@ -178,3 +178,38 @@ def test_a_minority_does_not_go_on():
         threading.Event().wait(0.1)
         crew.kill(0)  # of two halves, the one that has the lowest member may go on
         assert crew.results([1]) == ["stopped"]
+
+
+def ddp_trains_on(rank, size, talk, path):
+    begin(rank, size, path, OnLoss.LEAVE_OUT)
+    torch.manual_seed(0)
+    model = torch.nn.parallel.DistributedDataParallel(
+        torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 8)),
+        bucket_cap_mb=0.05,
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    talk.say("ready")
+    steps_after, last = 0, 0.0
+    while steps_after < 4:
+        model(torch.randn(16, 64)).pow(2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if dist.get_world_size() < size:
+            steps_after += 1
+    for parameter in model.parameters():
+        last = parameter.detach().double().sum().item()
+        box = torch.tensor([last, -last], dtype=torch.float64)
+        dist.all_reduce(box, dist.ReduceOp.MAX)
+        assert box[0] == -box[1], "parameters are the same on all survivors"
+    dist.destroy_process_group()
+    return last
+
+
+def test_ddp_trains_on_without_the_dead_and_nobody_sees_an_exception():
+    with Crew(ddp_trains_on, 3, scratch_path()) as crew:
+        for rank in range(3):
+            assert crew.hear(rank) == "ready"
+        threading.Event().wait(0.2)
+        crew.kill(1)
+        first, second = crew.results([0, 2])
+        assert first == second

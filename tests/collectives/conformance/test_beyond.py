@@ -69,7 +69,7 @@ def beyond(rank, size, talk, path):
 
 def refusals(rank, size):
     """What nobody could do right is refused at the call; the group goes on."""
-    from ftkit.collectives.checks import Refused
+    from ftkit.core.errors import Refused
 
     with pytest.raises(Refused, match=r"7 rows cannot be divided evenly"):
         dist.all_to_all_single(torch.zeros(7), torch.zeros(7))
