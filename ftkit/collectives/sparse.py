@@ -5,12 +5,11 @@ in one exchange, are put together in rank order, and coalesced: the same bits on
 """
 
 from collections.abc import Generator
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 import torch
 
-from ftkit.collectives.arithmetic import Bytes, as_bytes, average
+from ftkit.collectives.arithmetic import Bytes, as_bytes, average, copy
 from ftkit.collectives.op import Op, Program, Wait
 from ftkit.core.errors import Refused
 
@@ -60,11 +59,12 @@ def replace(tensor: torch.Tensor, total: torch.Tensor) -> None:
 
 
 def _typed(data: Bytes, like: torch.Tensor) -> torch.Tensor:
-    # Received memory may be read-only or empty; a copy is neither, and small.
-    return torch.from_numpy(np.array(data)).view(like.dtype)
+    """A copy: what came in may be read-only, and memory of no bytes has no dtype."""
+    typed = torch.empty(data.size // like.itemsize, dtype=like.dtype)
+    copy(as_bytes(typed), data)
+    return typed
 
 
 def nbytes(tensor: torch.Tensor) -> int:
     """Bytes of a coalesced tensor."""
-    values: Any = tensor.values()
-    return tensor.indices().nbytes + int(values.nbytes)
+    return tensor.indices().nbytes + tensor.values().nbytes

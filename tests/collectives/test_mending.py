@@ -75,9 +75,10 @@ def test_the_survivors_run_it_again_without_the_dead(on_loss, transport, in_the_
     everybodys, survivors = 15.0, 13.0
     for sums, after, box, size_after in results:
         assert sums == results[0][0], "all survivors saw the same results"
-        assert set(sums) <= {everybodys, survivors, survivors * in_the_middle}
+        scaled = pytest.approx(survivors * in_the_middle)
+        assert all(s in (everybodys, survivors) or s == scaled for s in sums)
         assert sums[0] == everybodys
-        assert survivors * in_the_middle in sums
+        assert any(s == scaled for s in sums)
         assert after == survivors * factor
         assert box == [2, "from member 2"], "ranks are those of the smaller world"
         assert size_after == 3
