@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import Store, TCPStore
 
 from ftkit.collectives import moves
 from ftkit.collectives.channel import Channel
@@ -33,7 +34,7 @@ from ftkit.core.world import World
 
 logger = logging.getLogger(__name__)
 
-Build = Callable[[dist.Store, int, int, timedelta], Any]
+Build = Callable[[Store, int, int, timedelta], Any]
 """(store, rank, size, timeout) -> a torch ProcessGroup for one generation."""
 
 
@@ -126,11 +127,11 @@ class NcclLane:
             )
         self._generation, self._members, self._aborted = world.generation, members, False
 
-    def _store(self) -> dist.Store:
+    def _store(self) -> Store:
         """A store of this generation: rank 0's, at an address that all are told."""
         store, mine = None, b""
         if self._channel.rank == 0:
-            store = dist.TCPStore(self._group.address[0], 0, is_master=True, wait_for_workers=False)
+            store = TCPStore(self._group.address[0], 0, is_master=True, wait_for_workers=False)
             mine = json.dumps([store.host, store.port]).encode()
         payload = np.frombuffer(mine, dtype=np.uint8)
         handle = self._channel.issue(
@@ -142,7 +143,7 @@ class NcclLane:
         told = handle.wait()
         if store is None:
             host, port = json.loads(told[0])
-            store = dist.TCPStore(str(host), int(port), is_master=False)
+            store = TCPStore(str(host), int(port), is_master=False)
         return store
 
     def _abort(self, generation: Generation) -> None:
@@ -153,7 +154,7 @@ class NcclLane:
             _abort_aside(made)
 
 
-def build_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> Any:
+def build_nccl(store: Store, rank: int, size: int, timeout: timedelta) -> Any:
     """Torch's NCCL, behind the ProcessGroup that gives its methods the names `dist` uses.
 
     Raises:
@@ -161,14 +162,14 @@ def build_nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> A
     """
     if not dist.is_nccl_available():
         raise UsageError("tensors on a CUDA device need a torch that was built with NCCL")
-    options = dist.ProcessGroupNCCL.Options()  # type: ignore[attr-defined]
+    options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    backend = dist.ProcessGroupNCCL(store, rank, size, options)  # type: ignore[attr-defined]
+    backend = dist.ProcessGroupNCCL(store, rank, size, options)
     return _named(backend, store)
 
 
-def _named(backend: Any, store: dist.Store) -> Any:
-    made = dist.ProcessGroup(store, backend.rank(), backend.size())  # type: ignore[call-arg]
+def _named(backend: Any, store: Store) -> Any:
+    made: Any = dist.ProcessGroup(store, backend.rank(), backend.size())
     made._register_backend(torch.device("cuda"), dist.ProcessGroup.BackendType.NCCL, backend)
     made._set_default_backend(dist.ProcessGroup.BackendType.NCCL)
     made._set_group_name("ftkit nccl")

@@ -1,7 +1,7 @@
 """A member dies in the middle of a collective, by SIGKILL: raised, run again, or left out."""
 
 # mypy: allow-untyped-calls
-# mypy: disable-error-code="arg-type,union-attr"
+# mypy: disable-error-code="arg-type,union-attr,attr-defined"
 
 import threading
 from datetime import timedelta
@@ -40,7 +40,7 @@ def reduce_until_someone_dies(rank, size, talk, path, on_loss, transport):
     """Each rank brings 2**rank, so that a sum says whose terms are in it."""
     begin(rank, size, path, on_loss, transport)
     talk.say("ready")
-    sums = []
+    sums: list[float] = []
     while not sums or sums[-1] == sums[0] or len(sums) < 3:
         tensors = [torch.full((N,), float(2**rank)), torch.full((5,), float(2**rank))]
         works = [dist.all_reduce(t, async_op=True) for t in tensors]
@@ -198,7 +198,7 @@ def ddp_trains_on(rank, size, talk, path):
         # One may see the smaller world a step before the other: they count together.
         smaller = torch.tensor([int(dist.get_world_size() < size)])
         dist.all_reduce(smaller, dist.ReduceOp.MIN)
-        steps_after += smaller.item()
+        steps_after += int(smaller)
     for parameter in model.parameters():
         last = parameter.detach().double().sum().item()
         box = torch.tensor([last, -last], dtype=torch.float64)

@@ -43,7 +43,7 @@ class Ensemble:
             Calls(group.channel, mender, mode)
             for group, mender in zip(self.groups, self.menders, strict=True)
         ]
-        self.sums = [[] for _ in range(size)]
+        self.sums: list[list[float]] = [[] for _ in range(size)]
 
     def cut_off(self, id_):
         for link in list(self.groups[id_]._engine.net.links.values()):

@@ -126,8 +126,8 @@ def sequence_parallel(side):
         "1": ColwiseParallel(input_layouts=Shard(0)),
         "2": RowwiseParallel(output_layouts=Replicate()),
     }
-    model = parallelize_module(model, mesh(side)["inner"], plan)
-    return [whole(loss) for loss in steps(model, 0)], state(model)
+    split = parallelize_module(model, mesh(side)["inner"], plan)
+    return [whole(loss) for loss in steps(split, 0)], state(split)
 
 
 def fsdp_over_tensor_parallel(side):
@@ -155,7 +155,7 @@ def redistributed(side):
 def checkpointed(side):
     """Saved from an HSDP model and its optimizer, loaded into another one."""
     group = side.group
-    box = [tempfile.mkdtemp() if side.rank == 0 else None]
+    box = [tempfile.mkdtemp() if side.rank == 0 else ""]
     dist.broadcast_object_list(box, src=0, group=group)
     try:
         models = []
@@ -197,4 +197,4 @@ def both_dimensions(side):
         tensor = torch.full((3,), float(dist.get_rank()))
         dist.all_reduce(tensor, group=mesh(side)[name].get_group())
         outs.append(tensor)
-    return outs, list(mesh(side).get_coordinate())
+    return outs, str(mesh(side).get_coordinate())

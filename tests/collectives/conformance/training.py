@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from .case import Case, Side
@@ -115,6 +114,9 @@ def batch(side, step, part, dtype, whole_numbers):
 
 
 def sharded_optimizer(model, side):
+    # Its import warns of torch's own use of torch.jit.
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     return ZeroRedundancyOptimizer(
         model.parameters(), torch.optim.Adam, process_group=side.group, lr=0.01
     )
