@@ -28,8 +28,8 @@ def cases(size: int) -> Iterator[Case]:
     yield from every_dtype_and_op()
     yield from every_shape_and_layout(size)
     yield from rounding(size)
-    for name in OPS:
-        yield Case(f"all_reduce sparse {name}", partial(all_reduce_sparse, OPS[name], 4))
+    for name, reduction in OPS.items():
+        yield Case(f"all_reduce sparse {name}", partial(all_reduce_sparse, reduction, 4))
     for entries in (0, 1, 900):
         yield Case(f"all_reduce sparse {entries}", partial(all_reduce_sparse, R.SUM, entries))
     for name, special in SPECIAL.items():
