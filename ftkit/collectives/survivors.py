@@ -6,6 +6,9 @@ everybody whom it has not lost says the same. Losses only add up, so this ends; 
 they are counted from the beginning, the next generation's number follows from them alone:
 one who learned of two deaths at once meets those who went through one after the other.
 
+Where two members have lost each other and both live, the rest believe both: both are left
+behind, and learn it when they hear that they are counted among the lost.
+
 Statements are made between two generations only, when nothing can be committed; so those of
 an agreement count the same operations. A committed operation is one whose result everybody
 holds (`mending`): if any survivor counts it, all may complete it, otherwise none has.

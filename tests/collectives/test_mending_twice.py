@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-calls
 
+import contextlib
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +47,17 @@ class Ensemble:
         self.sums: list[list[float]] = [[] for _ in range(size)]
 
     def cut_off(self, id_):
-        for link in list(self.groups[id_]._engine.net.links.values()):
-            link.sock.shutdown(socket.SHUT_RDWR)
+        engine = self.groups[id_]._engine
+
+        def cut():
+            for link in engine.net.links.values():
+                with contextlib.suppress(OSError):  # the other end may be gone already
+                    link.sock.shutdown(socket.SHUT_RDWR)
+
+        # All at once, on its own thread: one by one, it would tell those whom it still reaches
+        # that the others are lost, and be believed.
+        engine.call(cut)
+        engine.barrier()
 
     def play(self, id_, enough):
         """Sum 2**id of everybody until `enough` of the sums, a large and a small at a time."""
