@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 _COMMIT = 0xFFFF
 _LOOK_S = 0.02
 _EDIT_S = 0.2
+#: For the news of a loss to come after the end of the generation.
+_GRACE_S = 1.0
 #: Deaths are seen at once; who has not spoken by then is stopped, and nothing tells us so.
 _AGREE_S = 20.0
 _EMPTY: Bytes = np.empty(0, dtype=np.uint8)
@@ -102,6 +104,8 @@ class Mender:
         self._heard: dict[MemberId, Statement] = {}
         self._fault: str | None = None
         self._mending = False
+        self._fault_in = Generation(0)
+        self._since_s = 0.0
         self._hopeless: str | None = None
         self._thread: threading.Thread | None = None
 
@@ -147,11 +151,8 @@ class Mender:
         if self._thread is None:
             return  # the first world never stood; whoever waits for it is told
         with self._changed:
-            self._fault, self._mending = reason, True
+            self._begin(generation, reason)
             self._lost |= lost | self._group.unlinked
-            if not self._lost & self._group.world.member_ids:
-                self._hopeless = reason
-            self._changed.notify_all()
 
     def take_statement(self, member: MemberId, payload: bytes) -> None:
         """Another survivor speaks (`on_tell`). Does not block."""
@@ -163,6 +164,28 @@ class Mender:
         with self._changed:
             self._heard[member] = statement
             self._changed.notify_all()
+            if not self._mending:
+                self._heed(self._group.world)
+
+    def _begin(self, generation: Generation, reason: str) -> None:
+        """With the lock held: the generation is over."""
+        self._fault, self._fault_in, self._mending = reason, generation, True
+        self._since_s = time.monotonic()
+        self._changed.notify_all()
+
+    def _heed(self, world: World) -> None:
+        """With the lock held: end a world of which somebody has lost a member.
+
+        We may have a link to it: one that broke for a moment, and was made again. Its member
+        has lost its place all the same.
+        """
+        for member, statement in self._heard.items():
+            gone = statement.lost & world.member_ids
+            if gone and member in world.member_ids:
+                reason = f"member {member} has lost {sorted(gone)}"
+                self._begin(world.generation, reason)
+                self._group.abort(world.generation, reason)
+                return
 
     # -- the life of a task -------------------------------------------------------------------
 
@@ -210,8 +233,9 @@ class Mender:
 
     def _mend(self) -> None:
         deadline = time.monotonic() + _AGREE_S
+        reason = ""
         while True:
-            self._agree(deadline)
+            self._agree(deadline, self._fault or reason)
             living = self._living()
             # Of the first world, not the last: all must judge alike, and one may have gone
             # through a world that another has not seen.
@@ -225,7 +249,7 @@ class Mender:
                 [m for m in self._first.members if m.member in living],
             )
             with self._changed:
-                self._fault = None
+                reason, self._fault = self._fault or reason, None
             try:
                 # The survivors' links stand: an edit that waits, waits for the newly dead.
                 self._group.edit(world, timeout_s=_EDIT_S)
@@ -237,12 +261,21 @@ class Mender:
                     self._changed.wait(_LOOK_S)  # for the news of who else is lost
                 continue
             with self._changed:
+                if self._fault_in < world.generation:
+                    self._fault = None  # late news of a generation that is replaced
                 self._settle(living)
                 self._mending = self._fault is not None
+                if not self._mending:
+                    self._heed(world)
             return
 
-    def _agree(self, deadline: float) -> None:
-        """Block until the survivors say the same. Raises GenerationAborted when they do not."""
+    def _agree(self, deadline: float, reason: str) -> None:
+        """Block until the survivors say the same.
+
+        Raises:
+          GenerationAborted: they do not; we are counted among the lost; or nobody is lost, and
+            `reason` is not for us to mend.
+        """
         while True:
             with self._changed:
                 if self._hopeless is not None:
@@ -253,8 +286,11 @@ class Mender:
                 living = self._living() - {self._group.member}
                 if self._said is None or self._said.lost != self._lost:
                     self._said = Statement(self._lost, dict(self._committed))
-                    self._tell(living, self._said)
-                if self._lost and agreed(self._said, self._heard, living):
+                    self._tell(self._said)
+                if not self._lost & self._group.world.member_ids:
+                    if time.monotonic() > self._since_s + _GRACE_S:
+                        raise GenerationAborted(reason)
+                elif agreed(self._said, self._heard, living):
                     return
                 if time.monotonic() > deadline:
                     raise GenerationAborted(
@@ -270,12 +306,13 @@ class Mender:
             if member not in self._lost:
                 self._lost |= statement.lost
 
-    def _tell(self, living: frozenset[MemberId], statement: Statement) -> None:
-        for member in living:
+    def _tell(self, statement: Statement) -> None:
+        """Also the lost, should they live: they learn so that nobody waits for them."""
+        for member in self._first.member_ids - {self._group.member}:
             try:
                 self._group.tell(member, statement.to_bytes())
             except WireError:
-                pass  # its link is gone: the next look counts it among the lost
+                pass  # there is no link
 
     def _settle(self, living: frozenset[MemberId]) -> None:
         """With the lock held: complete what is held by all, run the rest again, in order."""
