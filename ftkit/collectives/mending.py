@@ -113,7 +113,10 @@ class Mender:
         """Begin: `group` stands in its first world, before anything is issued."""
         self._group = group
         self._first = group.world
-        self._thread = threading.Thread(target=self._run, name="ftkit-mender", daemon=True)
+        with self._changed:
+            self._thread = threading.Thread(target=self._run, name="ftkit-mender", daemon=True)
+            if group.aborted:
+                self._begin(group.world.generation, "the first generation ended as it began")
         self._thread.start()
 
     def close(self) -> None:
@@ -148,11 +151,10 @@ class Mender:
 
     def take_fault(self, generation: Generation, lost: frozenset[MemberId], reason: str) -> None:
         """A generation ended (`on_fault`). Does not block."""
-        if self._thread is None:
-            return  # the first world never stood; whoever waits for it is told
         with self._changed:
-            self._begin(generation, reason)
-            self._lost |= lost | self._group.unlinked
+            self._lost |= lost
+            if self._thread is not None:
+                self._begin(generation, reason)
 
     def take_statement(self, member: MemberId, payload: bytes) -> None:
         """Another survivor speaks (`on_tell`). Does not block."""
@@ -164,7 +166,7 @@ class Mender:
         with self._changed:
             self._heard[member] = statement
             self._changed.notify_all()
-            if not self._mending:
+            if self._thread is not None and not self._mending:
                 self._heed(self._group.world)
 
     def _begin(self, generation: Generation, reason: str) -> None:
@@ -229,6 +231,11 @@ class Mender:
                 self._mend()
             except FtkitError as error:
                 self._give_up(str(error))
+                return
+            except Exception as error:
+                # A bug here must not leave anybody waiting for ever.
+                logger.exception("mending failed")
+                self._give_up(f"mending failed: {error!r}")
                 return
 
     def _mend(self) -> None:
