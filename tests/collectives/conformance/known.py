@@ -25,6 +25,7 @@ KNOWN = [
         "gloo only",
         "complex numbers are multiplied",
     ),
+    Known(r"all_reduce sparse avg", "gloo only", "sparse tensors are averaged as well"),
     Known(
         r"all_reduce (min|max) not a number",
         "values",

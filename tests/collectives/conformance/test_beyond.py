@@ -37,6 +37,10 @@ def beyond(rank, size, talk, path):
         outs = [torch.zeros(9, dtype=dtype) for _ in range(size)] if rank == 0 else None
         dist.gather(inputs.make(dtype, (9,), rank), outs, 0)
         assert rank or all(map(torch.equal, outs, all_))
+    sparse = torch.eye(4)[rank : rank + 2].to_sparse()
+    dist.all_reduce(sparse, R.AVG)
+    expected = sum(torch.eye(4)[r : r + 2] for r in range(size)) / size
+    assert torch.equal(sparse.to_dense(), expected)
     for op in (R.MIN, R.MAX):
         mine = torch.tensor([torch.nan, 1.0] if rank == 0 else [1.0, torch.nan])
         dist.all_reduce(mine, op)
