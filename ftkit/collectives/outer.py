@@ -47,12 +47,13 @@ class Outer:
         self._gather(moved)
         return torch.sub(self.params, moved, out=moved)
 
-    def impose(self) -> None:
-        """Set the model to `params`."""
+    def impose(self, ahead: torch.Tensor | None = None) -> None:
+        """Set the model to `params`, or to where a drift of `ahead` has already moved it."""
+        flat = self.params if ahead is None else self.params - ahead
         at = 0
         with torch.no_grad():
             for param in self._inner:
-                part = self.params[at : at + param.numel()]
+                part = flat[at : at + param.numel()]
                 param.copy_(part.view(param.shape))
                 at += param.numel()
 

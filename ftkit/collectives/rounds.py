@@ -10,9 +10,9 @@ nothing to agree on. A new generation begins with a *meeting*, where all say wha
 ====================================== =======================================================
 a member that ...                      does
 ====================================== =======================================================
-has fewer rounds, but holds the sum    applies it: somebody saw that vote pass, so it counts
-of the one that is missing             (*roll forward*)
-has fewer rounds, and no sum           takes the whole outer state from one that is furthest
+has one round less, but holds its sum  applies it: somebody saw that vote pass, so it counts
+                                       (*roll forward*)
+has fewer rounds, and no such sum      takes the whole outer state from one that is furthest
 has all rounds                         goes on; a sum whose vote nobody saw pass is dropped,
                                        and that round reduced again from the drifts it kept,
                                        by those who are here now: the mean is over them
@@ -33,7 +33,7 @@ import logging
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -55,14 +55,19 @@ logger = logging.getLogger(__name__)
 #: raises to give up.
 Repair = Callable[[], None]
 
-_NOTE = struct.Struct("!qqqII?")
+_NOTE = struct.Struct("!qqqqqII")
 
 
-class _Note(NamedTuple):
+class Note(NamedTuple):
     """What a member says of itself at a meeting."""
 
     applied: int
     """Rounds it has applied; -1: it has no state yet."""
+    applied_in: int
+    """Generation in which the last of them was reduced. Whoever applied a round of the same
+    number in the same generation has the same state: they had met there, and were alike."""
+    held_in: int
+    """Generation of the sum it holds of the round after `applied`; -1 without one."""
     end: int
     """`applied` and the drifts it has: the number after the last round it knows of."""
     seen: int
@@ -71,14 +76,66 @@ class _Note(NamedTuple):
     """Drifts in the mean of the last round it applied."""
     settings: int
     """A digest of what all must have alike."""
-    holds_sum: bool
-    """Whether it has the sum of the round after `applied`."""
+
+    def pack(self) -> bytes:
+        return _NOTE.pack(*self)
 
     @classmethod
-    def read(cls, data: bytes) -> "_Note":
+    def read(cls, data: bytes) -> "Note":
         if len(data) != _NOTE.size:
             raise ProtocolError(f"a note of {len(data)} bytes, not {_NOTE.size}")
         return cls(*_NOTE.unpack(data))
+
+
+class Settled(NamedTuple):
+    """What a meeting comes to."""
+
+    best: Note
+    """Of a member that is furthest: all are as it is afterwards."""
+    forward: frozenset[int]
+    """Ranks that apply the sum they hold."""
+    sources: Mapping[int, int]
+    """Ranks that take the outer state, and from which rank each."""
+    end: int
+    """The number after the last round for which anybody has a drift."""
+
+
+def settle(notes: Sequence[Note]) -> Settled:
+    """Judge the notes of all members, in rank order; pure, and alike on all of them.
+
+    Raises:
+      JobStopped: the state of a round that was seen is held by nobody.
+      UsageError: members differ in settings.
+    """
+    if len({note.settings for note in notes}) > 1:
+        raise UsageError(
+            "members differ in parameters, learning rate, momentum, codec, feedback or delay: "
+            f"{[hex(note.settings) for note in notes]} in rank order"
+        )
+    if all(note.applied < 0 for note in notes):
+        # The beginning: the first parameters of rank 0 are everybody's.
+        notes = [notes[0]._replace(applied=0), *notes[1:]]
+    # A round that was reduced again, without a member that had applied it, counts as made
+    # in the later generation; that member, back again, takes the others' state.
+    best = max(notes, key=lambda n: (n.applied, n.applied_in))
+    seen = max(note.seen for note in notes)
+    if best.applied < seen:
+        raise JobStopped(
+            f"the outer state of round {seen} is lost: all who held it are gone. Begin anew, "
+            "or from a checkpoint"
+        )
+    state = (best.applied, best.applied_in)
+    holders = [r for r, n in enumerate(notes) if (n.applied, n.applied_in) == state]
+    forward = frozenset(
+        r for r, n in enumerate(notes) if (n.applied + 1, n.held_in) == state and n.applied >= 0
+    )
+    behind = [r for r in range(len(notes)) if r not in forward and r not in holders]
+    return Settled(
+        best=best,
+        forward=forward,
+        sources={rank: holders[i % len(holders)] for i, rank in enumerate(behind)},
+        end=max(note.end for note in notes),
+    )
 
 
 @dataclass(slots=True)
@@ -126,7 +183,7 @@ class Rounds:
         self._drifts: deque[torch.Tensor | None] = deque()
         self._running: _Running | None = None
         self._met: Generation | None = None
-        self._seen = self._counted = 0
+        self._seen = self._counted = self._applied_in = 0
         alike = (outer.params.numel(), str(outer.params.dtype), outer.lr, outer.momentum_factor)
         self._settings = zlib.crc32(repr((*alike, codec, feedback, delay)).encode())
         self.applied = -1
@@ -152,6 +209,11 @@ class Rounds:
     def drain(self) -> None:
         """Finish the rounds under way: the last call, on every member. Blocks."""
         self._advance(leave=0)
+
+    @property
+    def under_way(self) -> torch.Tensor | None:
+        """Our own drift in the round under way; None without one. Not to be changed."""
+        return self._drifts[-1] if self._drifts else None
 
     # -- the loop -------------------------------------------------------------------------
 
@@ -207,7 +269,8 @@ class Rounds:
 
     def _apply(self, counted: int) -> None:
         assert self._running is not None, "a round has run before it is applied"
-        total, self._running = self._running.total, None
+        total, self._applied_in = self._running.total, int(self._running.generation)
+        self._running = None
         self._drifts.popleft()
         if self._feedback is not None:
             self._feedback.commit()
@@ -225,48 +288,31 @@ class Rounds:
             return
         if self._running is not None and _passed(self._running.vote):
             self._complete()
-        notes = [_Note.read(n) for n in self._group.exchange(_NOTE.pack(*self._note())).wait()]
-        if len({note.settings for note in notes}) > 1:
-            raise UsageError(
-                "members differ in parameters, learning rate, momentum, codec or delay: "
-                f"{[hex(note.settings) for note in notes]} in rank order"
-            )
-        me = self._group.rank
-        if all(note.applied < 0 for note in notes):
-            notes[0] = notes[0]._replace(applied=0)  # its first parameters are everybody's
-            self.applied = notes[me].applied
-        newest, seen = max(n.applied for n in notes), max(n.seen for n in notes)
-        if newest < seen:
-            raise JobStopped(
-                f"the outer state of round {seen} is lost: all who held it are gone. Begin "
-                "anew, or from a checkpoint"
-            )
-        self._seen = newest
-        forward = [n.applied == newest - 1 and n.holds_sum for n in notes]
-        holders = [r for r, n in enumerate(notes) if n.applied == newest]
-        behind = [r for r, n in enumerate(notes) if n.applied < newest and not forward[r]]
-        if forward[me]:
-            self._apply(notes[holders[0]].counted)
-        self._hand_over({r: holders[i % len(holders)] for i, r in enumerate(behind)})
-        if me in behind:
-            self.applied = newest
-        end = max(note.end for note in notes)
-        self._drifts.extend([None] * (end - self.applied - len(self._drifts)))
+        notes = [Note.read(data) for data in self._group.exchange(self._note().pack()).wait()]
+        settled = settle(notes)
+        best, me = settled.best, self._group.rank
+        self._seen = best.applied
+        if me in settled.forward:
+            self._apply(best.counted)
+        self._hand_over(settled.sources)
+        self.applied, self._applied_in, self._counted = best.applied, best.applied_in, best.counted
+        self._drifts.extend([None] * (settled.end - self.applied - len(self._drifts)))
         self._running = None
         self._met = generation
 
-    def _note(self) -> _Note:
+    def _note(self) -> Note:
         held = self._running
-        return _Note(
+        return Note(
             applied=self.applied,
+            applied_in=self._applied_in,
+            held_in=held.generation if held is not None and _passed(held.summed) else -1,
             end=max(self.applied, 0) + len(self._drifts),
             seen=self._seen,
             counted=self._counted,
             settings=self._settings,
-            holds_sum=held is not None and _passed(held.summed),
         )
 
-    def _hand_over(self, sources: dict[int, int]) -> None:
+    def _hand_over(self, sources: Mapping[int, int]) -> None:
         """The outer state goes to the ranks in `sources`, each from the one given there."""
         channel, me = self._group.channel, self._group.rank
         given = [self._outer.params, self._outer.momentum]

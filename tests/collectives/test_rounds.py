@@ -7,14 +7,15 @@ R rounds it must be -R: a round applied twice, or not at all, shows, whoever too
 # mypy: allow-untyped-calls
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 
 from ftkit.collectives.handle import failed
 from ftkit.collectives.outer import Outer
-from ftkit.collectives.rounds import Rounds
-from ftkit.core.errors import GenerationAborted, JobStopped, UsageError
+from ftkit.collectives.rounds import Note, Rounds, settle
+from ftkit.core.errors import GenerationAborted, JobStopped, ProtocolError, UsageError
 
 from .worlds import make_group, world
 
@@ -111,8 +112,8 @@ class Member(threading.Thread):
         self.at, self.dies, self.newcomer = at, dies, newcomer
         self.param = torch.full((300,), float(10 * id_))  # rank 0's counts
         self.error = None
-        self.rounds = None
-        self.outer = None
+        self.rounds: Any = None
+        self.outer: Any = None
         self.start()
 
     def run(self):
@@ -121,9 +122,9 @@ class Member(threading.Thread):
                 self.fleet.enter(self.id_)
             else:
                 self.fleet.groups[self.id_].edit(self.fleet.world, timeout_s=LIMIT_S)
-            group = Cut(self.fleet.groups[self.id_], self.at, self.dies)
+            group: Any = Cut(self.fleet.groups[self.id_], self.at, self.dies)
             self.outer = Outer([self.param], lr=1.0, momentum=0.0)
-            rounds = self.rounds = Rounds(
+            self.rounds = rounds = Rounds(
                 self.outer,
                 group,
                 lambda: self.fleet.repair(self.id_),
@@ -236,3 +237,51 @@ def test_misuse_is_named():
         group.abort(group.world.generation, "drill")
         with pytest.raises(UsageError, match=r"repair\(\) returned"):
             rounds.advance(torch.zeros(3))
+
+
+def note(applied, applied_in=1, held_in=-1, *, drifts=1, seen=0, counted=3):
+    end = max(applied, 0) + drifts
+    return Note(applied, applied_in, held_in, end, max(seen, applied, 0), counted, 77)
+
+
+def test_at_the_beginning_all_take_what_rank_0_has():
+    settled = settle([note(-1, drifts=0)] * 3)
+    assert settled.sources == {1: 0, 2: 0}
+    assert (settled.best.applied, settled.end, settled.forward) == (0, 0, frozenset())
+
+
+def test_who_holds_the_sum_of_a_passed_vote_rolls_forward_and_others_take_the_state():
+    settled = settle([note(5), note(6, 4), note(5, 1, held_in=4), note(-1, drifts=0), note(6, 4)])
+    assert settled.forward == {2}
+    assert settled.sources == {0: 1, 3: 4}, "spread over those who are furthest"
+    assert settled.end == 7
+
+
+def test_a_sum_of_another_attempt_at_the_same_round_is_not_applied():
+    # Rank 1 was put out after it had its sum in generation 3; the round was made in 4.
+    settled = settle([note(6, 4), note(5, 1, held_in=3)])
+    assert settled.forward == frozenset()
+    assert settled.sources == {1: 0}
+
+
+def test_a_round_applied_alone_and_made_again_by_the_others_is_theirs():
+    settled = settle([note(6, 3), note(6, 4), note(6, 4)])
+    assert settled.sources == {0: 1}
+    assert settled.best.applied_in == 4
+
+
+def test_a_sum_whose_vote_nobody_saw_pass_is_dropped():
+    settled = settle([note(5, 2, held_in=3), note(5, 2), note(5, 2, held_in=3)])
+    assert settled.forward == frozenset()
+    assert not settled.sources
+
+
+def test_a_round_that_was_seen_and_is_held_by_nobody_stops_the_job():
+    with pytest.raises(JobStopped, match="round 9 is lost"):
+        settle([note(-1, seen=9, drifts=0), note(-1, drifts=0)])
+
+
+def test_a_note_of_another_length_is_refused():
+    assert Note.read(note(5).pack()) == note(5)
+    with pytest.raises(ProtocolError, match="3 bytes"):
+        Note.read(b"abc")
