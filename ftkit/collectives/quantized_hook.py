@@ -41,7 +41,9 @@ class QuantizedHook:
         self.__name__ = "quantized"
 
     def __call__(
-        self, state: object, bucket: dist.GradBucket
+        self,
+        state: object,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
     ) -> torch.futures.Future[torch.Tensor]:
         """(DDP) Start the reduction of one bucket."""
         grads = bucket.buffer()

@@ -5,6 +5,7 @@
 import os
 import signal
 import zlib
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from .worlds import join, make_group, world
 
 pytestmark = pytest.mark.multiproc
 
-KINDS = {"sync": DiLoCo, "async": AsyncDiLoCo}
+KINDS: dict[str, Any] = {"sync": DiLoCo, "async": AsyncDiLoCo}
 INNER, OUTER = 10, 16
 
 
@@ -161,7 +162,7 @@ def move(diloco, model, until):
 
 
 def kill_in(strike):
-    codec = block_codec.CODECS["int8"]
+    codec: Any = block_codec.CODECS["int8"]
     encode, count = codec.encode, 0
 
     def last_words(values, coded):
