@@ -34,13 +34,13 @@ def _of_cpu(method: Method) -> Method:
     """
 
     @wraps(method)
-    def call(self: "FtkitProcessGroup", tensors: Any, *args: Any, **more: Any) -> Any:
-        first = _first(tensors, *args)
+    def call(self: "FtkitProcessGroup", *args: Any, **more: Any) -> Any:
+        first = _first(*args, *more.values())
         if first is not None and first.is_meta:
-            return FtkitWork(finished(None), tensors, self._end)
+            return FtkitWork(finished(None), args[:1], self._end)
         if first is not None and first.is_cuda:
-            return self._lane().call(method.__name__, tensors, *args, **more)
-        return method(self, tensors, *args, **more)
+            return self._lane().call(method.__name__, *args, **more)
+        return method(self, *args, **more)
 
     return cast("Method", call)
 
