@@ -44,6 +44,7 @@ def cases(size: int) -> Iterator[Case]:
         "tensor parallel": tensor_parallel,
         "sequence parallel": sequence_parallel,
         "fsdp2 over tensor parallel": fsdp_over_tensor_parallel,
+        "a pipeline of two stages": pipeline,
         "dtensor redistributed": redistributed,
         "checkpoint saved and loaded": checkpointed,
         "sums along both dimensions": both_dimensions,
@@ -137,6 +138,27 @@ def fsdp_over_tensor_parallel(side):
     fully_shard(model, mesh=mesh(side)["outer"])
     losses = steps(model, dist.get_rank() // 2)
     return [whole(loss) for loss in losses], state(model)
+
+
+def pipeline(side):
+    """Four micro-batches through two stages, forward and backward."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    group = mesh(side)["inner"].get_group()
+    place, model = dist.get_rank(group), net()
+    part = model[:2] if place == 0 else model[2:]
+    stage = PipelineStage(part, place, 2, torch.device("cpu"), group=group)
+    schedule = ScheduleGPipe(stage, 4, loss_fn=nn.functional.mse_loss)
+    optimizer = torch.optim.SGD(part.parameters(), 0.05)
+    losses: list[torch.Tensor] = []
+    for step in range(2):
+        if place == 0:
+            schedule.step(batch(step, dist.get_rank() // 2))
+        else:
+            schedule.step(target=torch.ones(8, 6), losses=losses)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [loss.detach() for loss in losses], state(part)
 
 
 def redistributed(side):

@@ -43,7 +43,7 @@ CALLS = ["reducing", "moving", "point_to_point", "built_on", "refused", "groups"
 RUNS = [
     (2, "tcp", [*CALLS, "training"], 1300),
     (3, "auto", CALLS, 1300),
-    (4, "auto", ["meshes"], 10),
+    (4, "auto", ["meshes"], 11),
 ]
 
 
