@@ -357,10 +357,12 @@ class Engine:
                 except Exception:
                     logger.exception("the receiver of a told message raised")
             case Kind.BYE:
-                link.said_bye = True
+                link.ended = True
                 self.net.tell_news()
+                link = link.root
                 if (
-                    not self._is_over(self.world.generation)
+                    link.said_bye
+                    and not self._is_over(self.world.generation)
                     and (link.awaited or link.owes)
                     and link.peer in self.world.member_ids
                 ):

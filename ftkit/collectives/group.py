@@ -8,12 +8,13 @@ goes wrong comes through the handle, as `GenerationAborted` once the generation 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import torch
 
-from ftkit.collectives import canonical, moves, reductions
+from ftkit.collectives import canonical, moves, planning, reductions
 from ftkit.collectives.arithmetic import Bytes, as_bytes, check
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.cma import ValidWord
@@ -22,7 +23,9 @@ from ftkit.collectives.engine import Engine, FaultCallback, TellCallback
 from ftkit.collectives.frames import CONTROL_BYTES_MAX
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.mesh import Mesh
+from ftkit.collectives.meter import Flow
 from ftkit.collectives.ports import NullRecorder, OpRecorder
+from ftkit.collectives.ring_order import Ring
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign, nodes_of
 from ftkit.core.errors import GenerationAborted, Unreachable, WireError
@@ -30,6 +33,16 @@ from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
 from ftkit.core.world import Member, World
 
 WORLD_CHANNEL = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What passed between us and one peer, of large messages."""
+
+    sent: Flow
+    """To it, over all connections."""
+    read: Flow | None
+    """From its memory; None where that is not possible."""
 
 
 class Group:
@@ -268,6 +281,39 @@ class Group:
     def barrier(self) -> Handle[list[bytes]]:
         """Completes when every member has issued it."""
         return self.exchange(b"")
+
+    # -- the ring -----------------------------------------------------------------------------
+
+    @property
+    def ring(self) -> tuple[int, ...]:
+        """Ranks in the order in which bulk goes round between hosts. Any thread."""
+        return self.channel.ring
+
+    @property
+    def wants_plan(self) -> bool:
+        """Whether this member has a reason to plan the ring. Any thread; does not block.
+
+        Members may see it differently: agree, then let all call `plan_ring`.
+        """
+        return self.channel.wants_plan
+
+    def plan_ring(self) -> Handle[Ring]:
+        """Order the ring by what was measured; in use from the next operation on.
+
+        An operation of all members, like any other. Hosts that have not exchanged anything
+        large yet try each other first, for `probe_s` a round.
+        """
+        return self.channel.issue("plan_ring", planning.plan_ring(), nbytes=16 * self.size)
+
+    @property
+    def traffic(self) -> dict[MemberId, Traffic]:
+        """What went to, and was read from, each linked member, and how fast. Any thread."""
+        return {
+            member: Traffic(link.flow, link.cma.pace.flow if link.cma is not None else None)
+            for member, link in list(self._engine.net.links.items())
+        }
+
+    # -- more operations ----------------------------------------------------------------------
 
     def reduce_slots(
         self,

@@ -216,6 +216,7 @@ class Transfers:
             return memoryview(bytearray(header.length)), None
         if self._is_over(header.generation):
             return view_of(self._void)[: header.length], None
+        link = link.root
         key = _key_of(header)
         inbound = self._mail.find(key)
         if inbound is None:
@@ -238,7 +239,7 @@ class Transfers:
         match header.kind:
             case Kind.DATA:
                 if isinstance(token, Inbound):
-                    self._data_arrived(link, header, token)
+                    self._data_arrived(link.root, header, token)
             case Kind.OFFER:
                 self._offer_arrived(link, header, view)
             case Kind.ACK:
