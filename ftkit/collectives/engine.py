@@ -174,7 +174,7 @@ class Engine:
         with self._lock:
             closing = self._closing is not None
         if closing:
-            greeted.sock.close()
+            greeted.close()
             return
         self.call(lambda: self._add_link(greeted))
 
@@ -316,11 +316,11 @@ class Engine:
 
     def _add_link(self, greeted: Greeted) -> None:
         if self._closing is not None:
-            greeted.sock.close()
+            greeted.close()
             return
         if greeted.peer in self._retired:
             logger.warning("refused member %s: it is no longer part of the job", greeted.peer)
-            greeted.sock.close()
+            greeted.close()
             return
         old = self.net.links.get(greeted.peer)
         if old is not None:

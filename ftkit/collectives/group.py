@@ -305,6 +305,13 @@ class Group:
         """
         return self.channel.issue("plan_ring", planning.plan_ring(), nbytes=16 * self.size)
 
+    def probe(self, partner: Rank) -> Handle[None]:
+        """Load the path to and from a rank for `probe_s`; what came of it is in `traffic`.
+
+        Both ranks call it, and in a larger world so do pairs of all the others.
+        """
+        return self.channel.issue("probe", planning.probe(partner), nbytes=0)
+
     @property
     def traffic(self) -> dict[MemberId, Traffic]:
         """What went to, and was read from, each linked member, and how fast. Any thread."""

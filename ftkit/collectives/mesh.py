@@ -46,6 +46,11 @@ class Greeted:
     lanes: tuple[socket.socket, ...] = ()
     """Further connections to the same peer, as good as the first."""
 
+    def close(self) -> None:
+        """Nobody wants them."""
+        for sock in (self.sock, *self.lanes):
+            sock.close()
+
 
 class Mesh:
     """The listener of one member. Thread-safe; `close` ends every thread it started."""

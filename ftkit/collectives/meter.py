@@ -17,7 +17,7 @@ _INFO = struct.Struct("=120xQ40xQQ")
 WINDOW_S = 0.1
 WINDOW_BYTES = 64 << 20
 #: Less says nothing: it may all have been in flight at once.
-_BYTES_MIN = 1 << 20
+_BYTES_MIN = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import numpy as np
 
 from ftkit.collectives import rates as matrices
 from ftkit.collectives.moves import exchange
-from ftkit.collectives.op import Op, Program, Wait, empty
+from ftkit.collectives.op import Op, Program, Wait
 from ftkit.collectives.rates import Matrix
 from ftkit.collectives.ring_order import Ring, plan
 from ftkit.collectives.tournament import rounds
@@ -25,6 +25,8 @@ from ftkit.collectives.tournament import rounds
 #: Probes begin with this much and double, so that a slow pair is not kept for long.
 _PROBE_BYTES_MIN = 256 << 10
 _PROBE_BYTES_MAX = 8 << 20
+#: The first ones only open the connection's window.
+_PROBES_MIN = 3
 #: Rounds of probes in one plan: training waits meanwhile. What is left is guessed.
 _ROUNDS_MAX = 16
 _BEFORE, _AFTER, _FIRST_ROUND = 0, 1, 2
@@ -47,6 +49,16 @@ def plan_ring() -> Program:
         ring = plan(matrices.filled(rates, hosts), hosts, op.channel.ring)
         op.channel.adopt(ring, rates)
         return ring
+
+    return program
+
+
+def probe(partner: int) -> Program:
+    """Load the path to rank `partner`, which must do the same."""
+
+    def program(op: Op) -> Generator[Wait, None, None]:
+        yield from _try_out(op, partner, _FIRST_ROUND)
+        _measured(op)
 
     return program
 
@@ -100,15 +112,14 @@ def _try_out(op: Op, partner: int, tag: int) -> Generator[Wait, None, None]:
     """
     deadline = time.monotonic() + op.engine.config.probe_s
     least = max(_PROBE_BYTES_MIN, 2 * op.engine.config.exchange_bytes_max)
+    most = max(least, _PROBE_BYTES_MAX)
+    # Written once: the kernel finding pages for us is not the network's pace.
+    mine, theirs = np.ones(most, dtype=np.uint8), np.ones(most, dtype=np.uint8)
     size, part = least, 0
-    mine, theirs = np.zeros(size, dtype=np.uint8), empty(size)
     while True:
-        mine[0] = time.monotonic() >= deadline
-        came = op.recv(partner, theirs, tag=tag, part=part)
-        yield [came, op.send(partner, mine, tag=tag, part=part)]
+        mine[0] = time.monotonic() >= deadline and part >= _PROBES_MIN - 1
+        came = op.recv(partner, theirs[:size], tag=tag, part=part)
+        yield [came, op.send(partner, mine[:size], tag=tag, part=part)]
         if mine[0] or theirs[0]:
             return
-        part += 1
-        if size < max(least, _PROBE_BYTES_MAX):
-            size *= 2
-            mine, theirs = np.zeros(size, dtype=np.uint8), empty(size)
+        size, part = min(2 * size, most), part + 1

@@ -2,8 +2,8 @@
 
 import signal
 import socket
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -51,25 +51,18 @@ def test_a_message_is_cut_over_all_lanes_and_is_done_when_the_last_piece_is_out(
     payload = bytes(range(256)) * (3 << 12)  # 3 MiB
     header = Header(Kind.DATA, 0, 0, 1, 7, 0, 0, 0, 0, len(payload), len(payload))
     ticket = Ticket()
-    received = [None] * 3
-    threads = [
-        threading.Thread(target=lambda i=i, s=s: received.__setitem__(i, frames_of(s)))
-        for i, s in enumerate(far)
-    ]
-    for thread in threads:
-        thread.start()
-    link.queue(header, memoryview(payload), ticket, urgent=False)
-    bye = Header(Kind.BYE, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0)
-    link.say_goodbye(bye)
-    while any(lane.has_output for lane in link.lanes):
-        assert not (ticket.done and link.owes)
+    with ThreadPoolExecutor(3) as readers:
+        reading = [readers.submit(frames_of, sock) for sock in far]
+        link.queue(header, memoryview(payload), ticket, urgent=False)
+        link.say_goodbye(Header(Kind.BYE, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0))
+        while any(lane.has_output for lane in link.lanes):
+            assert not (ticket.done and link.owes)
+            for lane in link.lanes:
+                lane.flush()
+        assert ticket.done
         for lane in link.lanes:
-            lane.flush()
-    assert ticket.done
-    for lane in link.lanes:
-        lane.close()
-    for thread in threads:
-        thread.join()
+            lane.close()
+        received = [future.result() for future in reading]
     for sock in far:
         sock.close()
     # On every lane pieces of the message, then the goodbye, and nothing after it.
