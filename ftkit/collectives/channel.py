@@ -46,6 +46,7 @@ class Channel:
         """Ranks, each sending to the next. Changed between two operations, by `adopt`."""
         self._planned = False
         self._planned_rate: float | None = None
+        self._looked = 0
         self.queue: deque[Op] = deque()
         self.running: Op | None = None
 
@@ -62,7 +63,7 @@ class Channel:
             by_id = {m.member: m.host for m in world.members}
             self.hosts = tuple(by_id.get(m, "") for m in order)
             self.ring = natural(self.hosts)
-            self._planned, self._planned_rate = False, None
+            self._planned, self._planned_rate, self._looked = False, None, 0
 
     @property
     def members(self) -> tuple[MemberId, ...]:
@@ -83,6 +84,19 @@ class Channel:
         rate = float(rates[self._rank, self._after])
         self._planned_rate = None if math.isnan(rate) else rate
 
+    def look_due(self) -> bool:
+        """(a ring operation, on all members alike) Whether this one begins with a look."""
+        every = self._engine.config.plan_every
+        if not every or not self._choices:
+            return False
+        self._looked += 1
+        return self._looked % every == 1 % every
+
+    @property
+    def _choices(self) -> bool:
+        """Whether there is more than one ring to choose from."""
+        return len(self.hosts) > 2 and len(set(self.hosts)) > 1
+
     @property
     def wants_plan(self) -> bool:
         """Whether this member has a reason to plan the ring.
@@ -90,7 +104,7 @@ class Channel:
         It has when none was planned since the generation began, when the edge it sends over
         has become slow, and when that was first measured after the plan. Any thread.
         """
-        if len(set(self.hosts)) < 2:
+        if not self._choices:
             return False
         if not self._planned:
             return True

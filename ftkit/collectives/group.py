@@ -301,7 +301,8 @@ class Group:
         """Order the ring by what was measured; in use from the next operation on.
 
         An operation of all members, like any other. Hosts that have not exchanged anything
-        large yet try each other first, for `probe_s` a round.
+        large yet try each other first, for `probe_s` a round. Rings plan themselves, too,
+        every `plan_every` operations, when a member `wants_plan`.
         """
         return self.channel.issue("plan_ring", planning.plan_ring(), nbytes=16 * self.size)
 

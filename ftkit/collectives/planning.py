@@ -5,11 +5,13 @@
     tell all what came of it                   (one more round, if anything was tried)
     compute the ring                           (everybody the same, from the same matrix)
 
-It is an operation like any other: it has a number, all members run it between the same two
-operations, and what follows uses the new ring on all of them. If it is cut in half the
-generation is over, and the next one begins with the natural order on every member.
+It is an operation like any other, or the beginning of one: it has a number, all members run
+it between the same two operations, and what follows uses the new ring on all of them. If it
+is cut in half the generation is over, and the next one begins with the natural order on
+every member.
 """
 
+import logging
 import time
 from collections.abc import Generator, Sequence
 
@@ -22,35 +24,48 @@ from ftkit.collectives.rates import Matrix
 from ftkit.collectives.ring_order import Ring, plan
 from ftkit.collectives.tournament import rounds
 
+logger = logging.getLogger(__name__)
+
 #: Probes begin with this much and double, so that a slow pair is not kept for long.
 _PROBE_BYTES_MIN = 256 << 10
 _PROBE_BYTES_MAX = 8 << 20
 #: The first ones only open the connection's window.
 _PROBES_MIN = 3
 #: Rounds of probes in one plan: training waits meanwhile. What is left is guessed.
-_ROUNDS_MAX = 16
-_BEFORE, _AFTER, _FIRST_ROUND = 0, 1, 2
+_ROUNDS_MAX = 8
+#: Tags apart from those of the operation that begins with a plan.
+_LOOK = 1 << 16
+_BEFORE, _AFTER, _FIRST_ROUND = _LOOK + 1, _LOOK + 2, _LOOK + 3
 
 
 def plan_ring() -> Program:
     """Plan the channel's ring anew; value: the `Ring`, which is in use from here on."""
+    return _plan
 
-    def program(op: Op) -> Generator[Wait, None, Ring]:
-        hosts = op.channel.hosts
-        rates = yield from _gather(op, _BEFORE)
-        schedule = _unknown(rates, hosts) if op.engine.config.probe_s else []
-        for number, pairs in enumerate(schedule):
-            for pair in pairs:
-                if op.rank in pair:
-                    partner = pair[0] if pair[1] == op.rank else pair[1]
-                    yield from _try_out(op, partner, _FIRST_ROUND + number)
-        if schedule:
-            rates = yield from _gather(op, _AFTER)
-        ring = plan(matrices.filled(rates, hosts), hosts, op.channel.ring)
-        op.channel.adopt(ring, rates)
-        return ring
 
-    return program
+def look(op: Op) -> Generator[Wait, None, None]:
+    """Plan the ring if any member has a reason to: all ask each other, and all do the same."""
+    asks = np.array([op.channel.wants_plan], dtype=np.uint8)
+    answers = yield from exchange(asks, tag=_LOOK)(op)
+    if any(answer != b"\0" for answer in answers):
+        yield from _plan(op)
+
+
+def _plan(op: Op) -> Generator[Wait, None, Ring]:
+    hosts = op.channel.hosts
+    rates = yield from _gather(op, _BEFORE)
+    schedule = _unknown(rates, hosts) if op.engine.config.probe_s else []
+    for number, pairs in enumerate(schedule):
+        for pair in pairs:
+            if op.rank in pair:
+                partner = pair[0] if pair[1] == op.rank else pair[1]
+                yield from _try_out(op, partner, _FIRST_ROUND + number)
+    if schedule:
+        rates = yield from _gather(op, _AFTER)
+    ring = plan(matrices.filled(rates, hosts), hosts, op.channel.ring)
+    op.channel.adopt(ring, rates)
+    logger.info("group %s: ring %s, slowest %.3g B/s", op.channel.id, ring.order, ring.slowest)
+    return ring
 
 
 def probe(partner: int) -> Program:

@@ -23,6 +23,7 @@ from ftkit.collectives.arithmetic import Bytes, average, bounds, combine, copy
 from ftkit.collectives.flows import Inflow, produce
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
+from ftkit.collectives.planning import look
 
 _FOLD, _RESULT = 0, 1
 _RING_AHEAD = 3
@@ -39,6 +40,8 @@ def all_reduce(data: Bytes, dtype: torch.dtype, op_name: str) -> Program:
         elif op.engine.on_one_host:
             yield from _direct(op, data, dtype, op_name)
         else:
+            if op.channel.look_due():
+                yield from look(op)
             yield from _ring(op, data, dtype, op_name)
 
     return program

@@ -2,8 +2,8 @@
 
 Cast just before the first optimizer changes anything. Each rank counts the same votes, so
 all reach the same result, or none does: if any rank saw it pass, all had reduced and voted.
-The vote also carries what would otherwise need a message of its own: the slots' losses,
-which newcomers' world each rank is ready to switch to, and who asks for a new ring.
+The vote also carries what would otherwise need a message of its own: the slots' losses, and
+which newcomers' world each rank is ready to switch to.
 """
 
 import struct
@@ -14,7 +14,7 @@ from enum import StrEnum, auto
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQQ?I")
+_HEAD = struct.Struct("<QQQQQQI")
 _LOSS = struct.Struct("<Id")
 
 
@@ -33,8 +33,6 @@ class Ballot:
     capture of it. 0 before the first snapshot."""
     prepared: Generation = Generation(0)
     """The newcomers' world this rank is linked for, 0 for none."""
-    replan: bool = False
-    """Whether this rank asks that the ring be planned anew after this step."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
 
     def pack(self) -> bytes:
@@ -45,7 +43,6 @@ class Ballot:
             self.data_digest,
             self.layout,
             self.prepared,
-            self.replan,
             len(self.losses),
         )
         return head + b"".join(_LOSS.pack(s, v) for s, v in sorted(self.losses.items()))
@@ -55,8 +52,7 @@ class Ballot:
         """Read what `pack` wrote. Raises ProtocolError on anything else."""
         if len(data) < _HEAD.size:
             raise ProtocolError(f"a ballot has at least {_HEAD.size} bytes, got {len(data)}")
-        head = _HEAD.unpack_from(data)
-        generation, step, digest, data_digest, layout, prepared, replan, count = head
+        generation, step, digest, data_digest, layout, prepared, count = _HEAD.unpack_from(data)
         if len(data) != _HEAD.size + count * _LOSS.size:
             raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
         return cls(
@@ -66,7 +62,6 @@ class Ballot:
             data_digest=data_digest,
             layout=layout,
             prepared=Generation(prepared),
-            replan=replan,
             losses={Slot(s): v for s, v in _LOSS.iter_unpack(data[_HEAD.size :])},
         )
 
@@ -94,8 +89,6 @@ class Tally:
     """The same for people, naming the ranks that differ."""
     switch: Generation | None = None
     """The newcomers' generation that all members enter after this step."""
-    replan: bool = False
-    """Whether all plan the ring anew after this step: somebody asked."""
     loss: float | None = None
     """Mean over the slots, summed in the order of slots; None when nobody recorded any."""
 
@@ -133,7 +126,6 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
     switch = prepared.pop() if len(prepared) == 1 else Generation(0)
     return Tally(
         switch=switch if switch > first.generation else None,
-        replan=any(b.replan for b in ballots),
         loss=sum(losses[s] for s in sorted(losses)) / len(losses) if losses else None,
     )
 

@@ -62,7 +62,6 @@ class Step:
         self._digest: int | None = None
         """Of the reduced gradients, once they are."""
         self._newcomers: World | None = None
-        self._replan = False
         """The world to switch to once this step is over."""
         self.entered = False
         self.over = False
@@ -236,7 +235,6 @@ class Step:
             data_digest=self._loop.feed.digest(number),
             layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
-            replan=parts.group.wants_plan,
             losses=self._losses,
         )
         data = derive(*(self._loop.read[number, slot] for slot in self._held))
@@ -258,8 +256,6 @@ class Step:
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
-            # A new generation, if one begins now, asks for itself.
-            self._replan = result.replan and result.switch is None
         elif parts.membership.fate() is Fate.BACK:
             raise StepRolledBack(f"step {number} was cut short and is played again")
         else:
@@ -297,19 +293,9 @@ class Step:
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
-        if self._replan and parts.membership.active:
-            self._plan_ring()
         if self._newcomers is not None and parts.membership.active:
             self._loop.worlds.switch(self._newcomers, self._number)
         parts.recorder.phase(Phase.BETWEEN)
-
-    def _plan_ring(self) -> None:
-        """All members voted for a new ring. Blocks: nobody may leave in the middle of it."""
-        try:
-            ring = self._parts.group.plan_ring().wait()
-        except GenerationAborted:
-            return  # the next generation asks anew
-        self._parts.trace.event("ring", order=ring.order, slowest=ring.slowest, edge=ring.edge)
 
     def _roll_back(self, error: BaseException) -> None:
         """Note that the attempt is undone: gradients and buffers are all it changed."""

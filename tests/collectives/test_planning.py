@@ -34,7 +34,7 @@ def reduced(group, megabytes):
 
 
 def plan_and_plan_again(rank, size, talk):
-    group, faults = hosts_of_their_own(rank, talk)
+    group, faults = hosts_of_their_own(rank, talk, plan_every=0)
     wanted = [group.wants_plan]
     if rank < 2:
         cap(group, 1 - rank)
@@ -89,6 +89,29 @@ def test_the_ring_avoids_a_slow_link_and_is_planned_again_when_an_edge_becomes_s
 
 def edges(ring):
     return set(zip(ring.order, (*ring.order[1:], ring.order[0]), strict=True))
+
+
+def rings_of_themselves(rank, size, talk):
+    group, faults = hosts_of_their_own(rank, talk, plan_every=2, probe_s=0.1)
+    if rank < 2:
+        cap(group, 1 - rank)
+    rings, right = [group.ring], []
+    for _ in range(4):
+        right.append(reduced(group, 2))
+        rings.append(group.ring)
+    talk.everyone("done")
+    group.close()
+    return rings, right, list(faults)
+
+
+def test_a_ring_plans_itself_with_its_first_operation_and_the_same_on_all_members():
+    with Crew(rings_of_themselves, 4) as crew:
+        results = crew.results()
+    assert all(results[0][0] == r[0] and all(r[1]) and not r[2] for r in results)
+    rings = results[0][0]
+    assert rings[0] == (0, 1, 2, 3)
+    for order in rings[1:]:
+        assert not {(0, 1), (1, 0)} & set(zip(order, (*order[1:], order[0]), strict=True))
 
 
 def one_host(rank, size, talk):

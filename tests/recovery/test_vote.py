@@ -56,12 +56,6 @@ def test_a_switch_needs_all_and_goes_forward(prepared: list[int]) -> None:
     assert result.switch == expected
 
 
-@given(st.lists(st.booleans(), min_size=1, max_size=6))
-def test_all_plan_the_ring_anew_when_anybody_asks(asked: list[bool]) -> None:
-    ballots = [Ballot.unpack(replace(YES, replan=ask).pack()) for ask in asked]
-    assert tally(ballots).replan == any(asked)
-
-
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12), st.integers(1, 5))
 def test_the_mean_loss_has_the_same_bits_for_any_world(losses: list[float], size: int) -> None:
     def count(ranks: int) -> float | None:
