@@ -19,7 +19,7 @@ from typing import Protocol
 
 from ftkit.collectives.cma import CmaPeer
 from ftkit.collectives.frames import HEADER_BYTES, SEGMENT_BYTES_MAX, Header, Kind, pack, parse
-from ftkit.collectives.meter import Flow, SocketMeter
+from ftkit.collectives.meter import METERED_BYTES, Flow, SocketMeter
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import MemberId
 
@@ -128,6 +128,7 @@ class Link:
         """Receives and acknowledgements that are posted and still open on this link."""
         self.events = 0
         self._segment = segment_bytes
+        self._metered = min(segment_bytes, METERED_BYTES)
         self._urgent: deque[Outbound] = deque()
         self._bulk: deque[Outbound] = root._bulk if root else deque()
         self._last: deque[Outbound] = deque()
@@ -182,9 +183,10 @@ class Link:
         self, header: Header, view: memoryview, ticket: Ticket | None, *, urgent: bool
     ) -> None:
         """Append a message. `view` must stay untouched until the ticket is done."""
+        large = len(view) >= self._metered
         for lane in self.lanes:
-            if not urgent or lane.meter.open:
-                lane.meter.mark(bulk=not urgent, idle=not lane.has_output)
+            if large or lane.meter.open:
+                lane.meter.mark(bulk=large, idle=not lane.has_output)
         (self._urgent if urgent else self._bulk).append(Outbound(header, view, ticket))
 
     def say_goodbye(self, goodbye: Header) -> None:

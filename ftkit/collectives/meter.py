@@ -2,9 +2,9 @@
 
 For TCP the kernel counts what we need and we only look: bytes the peer has acknowledged, and
 the time in which some were on their way. Time in which the peer's window was shut is the
-peer's, not the network's, and is left out. We look when a large message meets an idle
-connection and when the next one does; small messages, whose time is all latency, do not
-count. Memory reads are timed by whoever makes them.
+peer's, not the network's, and is left out. We look, for about 2 us, when a large message
+meets an idle connection and when the next message does; small messages, whose time is all
+latency, do not count. Memory reads are timed by whoever makes them.
 """
 
 import socket
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 #: tcpi_bytes_acked, tcpi_busy_time and tcpi_rwnd_limited of struct tcp_info (Linux 4.10).
 _INFO = struct.Struct("=120xQ40xQQ")
+#: A message of this size is large.
+METERED_BYTES = 256 << 10
 #: A rate is taken over this much, whichever comes first.
 WINDOW_S = 0.1
 WINDOW_BYTES = 64 << 20
