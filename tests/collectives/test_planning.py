@@ -1,5 +1,6 @@
 """The ring in use: measured, agreed by all, changed between two operations."""
 
+import signal
 import socket
 import time
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 
 from ftkit.collectives.meter import WINDOW_BYTES, Pace
+from ftkit.core.errors import GenerationAborted
 from tests.collectives.crew import Crew
-from tests.collectives.worlds import join
+from tests.collectives.worlds import join, world
 
 SO_MAX_PACING_RATE = 47
 SLOW = 8e6
@@ -112,6 +114,34 @@ def test_a_ring_plans_itself_with_its_first_operation_and_the_same_on_all_member
     assert rings[0] == (0, 1, 2, 3)
     for order in rings[1:]:
         assert not {(0, 1), (1, 0)} & set(zip(order, (*order[1:], order[0]), strict=True))
+
+
+def killed_in_a_plan(rank, size, talk):
+    group, faults, addresses = join(
+        rank, talk, transport="tcp", host=f"127.0.0.{rank + 1}", probe_s=5.0
+    )
+    handle = group.plan_ring()
+    talk.say("planning")
+    with pytest.raises(GenerationAborted):
+        handle.wait(30)
+    lost = sorted(faults.wait()[1])
+    survivors = {r: addresses[r] for r in (0, 1, 2)}
+    group.edit(world(2, survivors), timeout_s=20)
+    ring, wants = group.ring, group.wants_plan
+    right = group.broadcast(torch.zeros(1 << 20), 1).wait(30) is None
+    talk.everyone("done")
+    group.close()
+    return lost, ring, wants, right
+
+
+def test_a_member_killed_in_a_plan_ends_it_and_the_next_generation_begins_in_natural_order():
+    with Crew(killed_in_a_plan, 4) as crew:
+        crew.swap()
+        for rank in range(4):
+            assert crew.hear(rank) == "planning"
+        crew.kill(3, signal.SIGKILL)  # probes take 15 s
+        results = crew.results([0, 1, 2])
+    assert results == [([3], (0, 1, 2), True, True)] * 3
 
 
 def one_host(rank, size, talk):
