@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ftkit.collectives.cma import CmaPeer
 from ftkit.collectives.frames import HEADER_BYTES, SEGMENT_BYTES_MAX, Header, Kind, pack, parse
+from ftkit.collectives.fuse import Fuse
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import MemberId
 
@@ -84,6 +85,7 @@ class Link:
         cma: CmaPeer | None,
         can_offer: bool,
         segment_bytes: int,
+        fuse: Fuse,
     ) -> None:
         """Take over a connected socket.
 
@@ -93,6 +95,7 @@ class Link:
           cma: reads the peer's memory, where that works.
           can_offer: whether the peer can read ours.
           segment_bytes: size of a frame's payload.
+          fuse: burns with what is sent.
         """
         sock.setblocking(False)
         self.sock = sock
@@ -109,6 +112,7 @@ class Link:
         """Receives and acknowledgements that are posted and still open on this link."""
         self.events = 0
         self._segment = segment_bytes
+        self._fuse = fuse
         self._urgent: deque[Outbound] = deque()
         self._bulk: deque[Outbound] = deque()
         self._current: Outbound | None = None
@@ -147,7 +151,11 @@ class Link:
             if not self._out and not self._next_frame():
                 return
             try:
-                sent = self.sock.sendmsg(self._out)
+                if self._fuse.lit:
+                    sent = self.sock.sendmsg(self._fuse.short(self._out))
+                    self._fuse.burn(sent)
+                else:
+                    sent = self.sock.sendmsg(self._out)
             except (BlockingIOError, InterruptedError):
                 return
             while self._out and sent >= len(self._out[0]):

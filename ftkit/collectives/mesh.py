@@ -81,18 +81,32 @@ class Mesh:
         self._thread = threading.Thread(target=self._accept, name="ftkit-accept", daemon=True)
         self._thread.start()
 
-    def dial(self, peer: MemberId, address: tuple[str, int], *, timeout_s: float) -> Greeted:
+    def dial(
+        self,
+        peer: MemberId,
+        address: tuple[str, int],
+        *,
+        timeout_s: float,
+        connect: Callable[[float], socket.socket] | None = None,
+    ) -> Greeted:
         """Connect to `peer`, blocking for at most about `timeout_s`.
+
+        `connect` opens the connection within so many seconds, where it is not to be the
+        shortest way.
 
         Raises:
           WireError: nobody answers there, the greeting failed, or somebody else lives there.
         """
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family)
+        try:
+            sock = socket.socket(family) if connect is None else connect(timeout_s)
+        except OSError as error:
+            raise WireError(f"cannot reach member {peer}: {error}") from error
         try:
             _tune(sock)
             sock.settimeout(timeout_s)
-            sock.connect(address)
+            if connect is None:
+                sock.connect(address)
             greeted = self._greet(
                 sock, server=False, timeout_s=min(timeout_s, self._config.greeting_timeout_s)
             )

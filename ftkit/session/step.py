@@ -168,6 +168,8 @@ class Step:
         inject, last = self._parts.injector.at, self._bucket + 1 == self._loop.reducer.buckets
         inject(Point.BACKWARD, self._number, bucket=self._bucket, last=last)
         self._check()
+        nbytes = out.numel() * out.element_size()
+        inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
