@@ -21,8 +21,8 @@ from ftkit.session.detour import VARIABLE
 
 #: After so long the link is whole again.
 CUT_S, SLOW_S = 3.0, 4.0
-#: What a slow link carries. The bundled job sends some 0.3 MB a step over each.
-SLOW_BYTES_PER_S = 1e6
+#: What a slow link carries. The bundled job has 1 MB of gradients a step.
+SLOW_BYTES_PER_S = 3e6
 #: Steps that take less than so many times as long were not slowed.
 SLOWER = 1.5
 
