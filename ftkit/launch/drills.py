@@ -374,8 +374,24 @@ def run_drill(
         _, events = job.run(
             run_dir, faults=drill.faults(), on_poll=poll, job_id=job_id, settings=settings
         )
-    told = expectation_of(reference or events)
-    expectation = Expectation(
+    outcome = check(events, reference, _expected(drill, job, reference or events))
+    if drill.store_fault is not None:
+        outcome = witness.judge(outcome, events)
+    elif drill.fault == JOIN:
+        from ftkit.launch.member_drills import judge_join
+
+        outcome = judge_join(outcome, events)
+    elif drill.fault == SLOW_LINK:
+        from ftkit.launch.link_drills import judge_slow
+
+        outcome = judge_slow(outcome, events)
+    return outcome, events
+
+
+def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectation:
+    """What the checker is to hold a run against; `events` are of the job undisturbed, if any."""
+    told = expectation_of(events)
+    return Expectation(
         fault=drill.fault,
         phase=drill.where,
         seed=drill.seed,
@@ -389,18 +405,6 @@ def run_drill(
         corrupts=drill.fault == CORRUPT_SHARD,
         strikes=STRIKES.get(drill.fault, 1),
     )
-    outcome = check(events, reference, expectation)
-    if drill.store_fault is not None:
-        outcome = witness.judge(outcome, events)
-    elif drill.fault == JOIN:
-        from ftkit.launch.member_drills import judge_join
-
-        outcome = judge_join(outcome, events)
-    elif drill.fault == SLOW_LINK:
-        from ftkit.launch.link_drills import judge_slow
-
-        outcome = judge_slow(outcome, events)
-    return outcome, events
 
 
 class CoordinatorKiller:
