@@ -17,13 +17,12 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.figures import Figure, Report, finish, parser, percentile, say
-from benchmarks.jobs import ROOT, leave_if_ended, params_of, scratch
+from benchmarks.jobs import ROOT, Event, leave_if_ended, params_of, scratch
 from ftkit.core.fault_plan import Kind, PlannedFault, Point
 from ftkit.launch.drills import BUCKETS, Job
 from ftkit.launch.report_history import read_history
@@ -95,9 +94,8 @@ def plan(rng: random.Random, *, nproc: int, kills: int, gap: int) -> list[Planne
     ]
 
 
-def judge(events: Iterable[Mapping[str, Any]], params: str, *, nproc: int) -> Done:
+def judge(events: Sequence[Event], params: str, *, nproc: int) -> Done:
     """What one job's events say; pure. Its seed and its duration are the caller's to fill in."""
-    events = list(events)
     history = read_history(events)
     problems = list[str]()
     if history.end_outcome != "completed":

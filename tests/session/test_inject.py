@@ -44,7 +44,7 @@ def test_it_dies_at_that_byte_and_the_others_are_told(transport):
 def counts(rank, size, talk):
     """What burns is what is moved: a fuse of exactly that length goes off at its end."""
     group, _, _ = join(rank, talk, "tcp")
-    struck = []
+    struck: list[int] = []
     moved = HEADER_BYTES + 40_000
     if rank == 0:
         for short in (moved - 1, moved, moved + 1):
