@@ -30,6 +30,7 @@ SMALL = {
     ],
     "respawn": ["--nproc", "2", "--rounds", "1", "--kills", "1", "--gap", "90"],
     "persist": ["--mib", "1", "--rounds", "1"],
+    "quantized": ["--worlds", "2", "--repetitions", "1"],
     "kills": ["--quick", "--kills", "2", "--nproc", "3"],
     "churn": ["--minutes", "0.25", "--seed", "1"],
     "snapshot": ["--params", "20000", "--steps", "2", "--rounds", "1"],
