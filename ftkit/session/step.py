@@ -89,6 +89,7 @@ class Step:
         self._loop.check_parameters()
         self._loop.schedulers.begin(self._number, self._generation)
         self.entered = True
+        self._loop.grew = False
         self._loop.current = self
         self._parts.recorder.step(self._number)
         self._loop.reducer.begin()
@@ -296,6 +297,7 @@ class Step:
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
         if self._newcomers is not None and parts.membership.active:
+            self._loop.grew = True
             self._loop.worlds.switch(self._newcomers, self._number)
         parts.recorder.phase(Phase.BETWEEN)
 
