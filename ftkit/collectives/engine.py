@@ -182,6 +182,10 @@ class Engine:
         """Queue a message outside any generation. Dropped when the member is gone."""
         self.call(lambda: self._tell(member, payload))
 
+    def light_fuse(self, nbytes: int, strike: Callable[[], None]) -> None:
+        """Call `strike`, on the communication thread, once `nbytes` more were moved."""
+        self.call(lambda: self.net.fuse.light(nbytes, strike))
+
     def suspend(self, reason: str) -> None:
         """End the current generation quietly: an edit is about to replace it."""
         self.call(lambda: self._end_generation(reason))

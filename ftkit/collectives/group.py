@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
@@ -24,7 +25,7 @@ from ftkit.collectives.frames import CONTROL_BYTES_MAX
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.mesh import Mesh
 from ftkit.collectives.meter import Flow
-from ftkit.collectives.ports import NullRecorder, OpRecorder
+from ftkit.collectives.ports import Detour, NullRecorder, OpRecorder
 from ftkit.collectives.ring_order import Ring
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign, nodes_of
@@ -58,6 +59,7 @@ class Group:
         on_fault: FaultCallback,
         on_tell: TellCallback | None = None,
         recorder: OpRecorder | None = None,
+        detour: Detour | None = None,
     ) -> None:
         """Listen on `host` and start the communication thread.
 
@@ -71,6 +73,7 @@ class Group:
             not block. Also called for an abort of our own.
           on_tell: receives what peers `tell` us, from the communication thread.
           recorder: told of every operation.
+          detour: opens our connections; None dials members where they listen.
 
         Raises:
           OSError: nothing can listen on `host`.
@@ -79,6 +82,7 @@ class Group:
         if len(secret) < 16:
             raise ValueError(f"the secret has {len(secret)} bytes; at least 16 are needed")
         self.member = member
+        self._detour = detour
         self.config = config or CollectivesConfig()
         word = ValidWord()
         alone = Member(member=member, seat=Seat(0), node=NodeId(0), host=host, port=0)
@@ -204,6 +208,14 @@ class Group:
         if member not in self._engine.net.links:
             raise WireError(f"there is no link to member {member}")
         self._engine.tell(member, bytes(payload))
+
+    def light_fuse(self, nbytes: int, strike: Callable[[], None]) -> None:
+        """For drills: call `strike` in the middle of a transfer, after `nbytes` more.
+
+        What is counted is what this process sends through sockets, headers included, and reads
+        from peers' memory. `strike` runs on the communication thread.
+        """
+        self._engine.light_fuse(nbytes, strike)
 
     def subset(self, id_: int, members: tuple[MemberId, ...]) -> Channel:
         """A channel of these members, in this order; all must pass the same `id_` (not 0)."""
@@ -395,7 +407,12 @@ class Group:
                 f"no time left to reach member {member.member}", frozenset({member.member})
             )
         try:
-            link = self._mesh.dial(member.member, (member.host, member.port), timeout_s=left)
+            link = self._mesh.dial(
+                member.member,
+                (member.host, member.port),
+                timeout_s=left,
+                connect=None if self._detour is None else partial(self._detour.connect, member),
+            )
         except WireError as error:
             raise Unreachable(str(error), frozenset({member.member})) from error
         self._engine.add_link(link)

@@ -19,6 +19,7 @@ from typing import Protocol
 
 from ftkit.collectives.cma import CmaPeer
 from ftkit.collectives.frames import HEADER_BYTES, SEGMENT_BYTES_MAX, Header, Kind, pack, parse
+from ftkit.collectives.fuse import Fuse
 from ftkit.collectives.meter import METERED_BYTES, Flow, SocketMeter
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import MemberId
@@ -95,6 +96,7 @@ class Link:
         cma: CmaPeer | None,
         can_offer: bool,
         segment_bytes: int,
+        fuse: Fuse,
         root: "Link | None" = None,
     ) -> None:
         """Take over a connected socket.
@@ -105,6 +107,7 @@ class Link:
           cma: reads the peer's memory, where that works.
           can_offer: whether the peer can read ours.
           segment_bytes: size of a frame's payload.
+          fuse: burns with what is sent.
           root: the link that this one is a further lane of.
         """
         sock.setblocking(False)
@@ -129,6 +132,7 @@ class Link:
         self.events = 0
         self._segment = segment_bytes
         self._metered = min(segment_bytes, METERED_BYTES)
+        self._fuse = fuse
         self._urgent: deque[Outbound] = deque()
         self._bulk: deque[Outbound] = root._bulk if root else deque()
         self._last: deque[Outbound] = deque()
@@ -200,7 +204,11 @@ class Link:
             if not self._out and not self._next_frame():
                 return
             try:
-                sent = self.sock.sendmsg(self._out)
+                if self._fuse.lit:
+                    sent = self.sock.sendmsg(self._fuse.short(self._out))
+                    self._fuse.burn(sent)
+                else:
+                    sent = self.sock.sendmsg(self._out)
             except (BlockingIOError, InterruptedError):
                 return
             while self._out and sent >= len(self._out[0]):

@@ -17,6 +17,7 @@ import numpy as np
 from ftkit.collectives.arithmetic import view_of
 from ftkit.collectives.faults import FaultError
 from ftkit.collectives.frames import Header
+from ftkit.collectives.fuse import Fuse
 from ftkit.collectives.link import Link, Router, Ticket
 from ftkit.collectives.mesh import Greeted
 from ftkit.core.errors import ProtocolError, WireError
@@ -51,6 +52,7 @@ class LinkSet:
         self.router: Router | None = None
         """Where incoming frames go; set once by the engine, before the first link."""
         self.dirty: set[Link] = set()
+        self.fuse = Fuse()
         self._segment = segment_bytes
         self._later = later
         self._on_lost = on_lost
@@ -96,6 +98,7 @@ class LinkSet:
                 cma=greeted.cma,
                 can_offer=greeted.can_offer,
                 segment_bytes=self._segment,
+                fuse=self.fuse,
                 root=root,
             )
             root = root or lane

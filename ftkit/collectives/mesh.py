@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ftkit.collectives.cma import CmaPeer, ValidWord
@@ -94,38 +95,63 @@ class Mesh:
         self._thread = threading.Thread(target=self._accept, name="ftkit-accept", daemon=True)
         self._thread.start()
 
-    def dial(self, peer: MemberId, address: tuple[str, int], *, timeout_s: float) -> Greeted:
+    def dial(
+        self,
+        peer: MemberId,
+        address: tuple[str, int],
+        *,
+        timeout_s: float,
+        connect: Callable[[float], socket.socket] | None = None,
+    ) -> Greeted:
         """Connect to `peer`, blocking for at most about `timeout_s`.
+
+        `connect` opens the connection within so many seconds, where it is not to be the
+        shortest way.
 
         Raises:
           WireError: nobody answers there, the greeting failed, or somebody else lives there.
         """
+        opened = connect or partial(self._straight, address)
         word = secrets.token_hex(8)
-        greeted = self._dial(peer, address, word, timeout_s, further=False)
+        greeted = self._dial(peer, address, opened, word, timeout_s, further=False)
         lanes: list[socket.socket] = []
         with contextlib.ExitStack() as undo:
             undo.callback(greeted.sock.close)
             for _ in range(self._further(greeted)):
-                lane = self._dial(peer, address, word, timeout_s, further=True).sock
+                lane = self._dial(peer, address, opened, word, timeout_s, further=True).sock
                 undo.callback(lane.close)
                 lanes.append(lane)
             undo.pop_all()
         return replace(greeted, lanes=tuple(lanes))
 
+    def _straight(self, address: tuple[str, int], timeout_s: float) -> socket.socket:
+        """A connection to `address`. OSError when there is none to be had."""
+        sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        try:
+            _tune(sock, lanes=self._config.connections)  # what it announces depends on its buffers
+            sock.settimeout(timeout_s)
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
     def _dial(
         self,
         peer: MemberId,
         address: tuple[str, int],
+        connect: Callable[[float], socket.socket],
         word: str,
         timeout_s: float,
         *,
         further: bool,
     ) -> Greeted:
-        sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        try:
+            sock = connect(timeout_s)
+        except OSError as error:
+            raise WireError(f"cannot reach member {peer} at {address}: {error}") from error
         try:
             _tune(sock, lanes=self._config.connections)
-            sock.settimeout(timeout_s)
-            sock.connect(address)
             greeted, _ = self._greet(
                 sock,
                 server=False,

@@ -142,7 +142,12 @@ class Transfers:
     def fetch(self, peer: MemberId, address: int, into: Bytes) -> None:
         """Read offered memory now. Ends the generation when the peer is gone."""
         cma = self._reader(peer)
+        fuse = self._links.fuse
         try:
+            if fuse.lit:
+                short = fuse.first(into)
+                cma.read(short.ctypes.data, address, short.size)
+                fuse.burn(short.size)
             cma.read(into.ctypes.data, address, into.size)
         except ProcessGoneError as error:
             raise FaultError(f"member {peer} is gone: {error}", frozenset({peer})) from error

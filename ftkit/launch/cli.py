@@ -178,7 +178,7 @@ def drill_list(as_json: bool) -> None:
         click.echo(json.dumps({"faults": faults, "phases": [p.value for p in Point]}))
         return
     for name, what in every.items():
-        click.echo(f"{name:17} {what}")
+        click.echo(f"{name:19} {what}")
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
 

@@ -89,6 +89,7 @@ class Step:
         self._loop.check_parameters()
         self._loop.schedulers.begin(self._number, self._generation)
         self.entered = True
+        self._loop.grew = False
         self._loop.current = self
         self._parts.recorder.step(self._number)
         self._loop.reducer.begin()
@@ -168,6 +169,8 @@ class Step:
         inject, last = self._parts.injector.at, self._bucket + 1 == self._loop.reducer.buckets
         inject(Point.BACKWARD, self._number, bucket=self._bucket, last=last)
         self._check()
+        nbytes = out.numel() * out.element_size()
+        inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
@@ -294,6 +297,7 @@ class Step:
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
         if self._newcomers is not None and parts.membership.active:
+            self._loop.grew = True
             self._loop.worlds.switch(self._newcomers, self._number)
         parts.recorder.phase(Phase.BETWEEN)
 

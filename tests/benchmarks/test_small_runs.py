@@ -33,6 +33,8 @@ SMALL = {
     "persist": ["--mib", "1", "--rounds", "1"],
     "rings": ["--megabytes", "2", "--rounds", "1"],
     "quantized": ["--worlds", "2", "--repetitions", "1"],
+    "kills": ["--quick", "--kills", "2", "--nproc", "3"],
+    "churn": ["--minutes", "0.25", "--seed", "1"],
     "snapshot": ["--params", "20000", "--steps", "2", "--rounds", "1"],
 }
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ftkit.collectives.frames import HEADER_BYTES, Header, Kind, parse
+from ftkit.collectives.fuse import Fuse
 from ftkit.collectives.lanes import LaneDesk, LaneKey
 from ftkit.collectives.link import Link, Ticket
 from ftkit.core.errors import GenerationAborted, WireError
@@ -25,7 +26,15 @@ def pair(lanes):
     root, far = None, []
     for _ in range(lanes):
         a, b = socket.socketpair()
-        lane = Link(a, MemberId(1), cma=None, can_offer=False, segment_bytes=1 << 20, root=root)
+        lane = Link(
+            a,
+            MemberId(1),
+            cma=None,
+            can_offer=False,
+            segment_bytes=1 << 20,
+            fuse=Fuse(),
+            root=root,
+        )
         root = root or lane
         far.append(b)
     return root, far
