@@ -39,9 +39,6 @@ class Loop:
     """The step whose `with` is open."""
     read: dict[tuple[StepNumber, Slot], int] = field(default_factory=dict)
     """Digests of the batches this rank has read for the step under way, in any attempt."""
-    grew: bool = False
-    """Whether newcomers entered at the end of the last step. They begin with the next one: what
-    the others do together until then they do not do."""
     refusals: int = 0
     """Votes in a row that did not pass."""
 

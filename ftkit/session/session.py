@@ -226,8 +226,6 @@ class Session:
             raise UsageError("call session.protect(model=..., optimizer=...) before verify()")
         if self._loop is not None and self._loop.current is not None:
             raise UsageError("call session.verify() between two steps, not inside `with step:`")
-        if self._loop is not None and self._loop.grew:
-            return Verification(step=self.step, unknown="ranks came in at the end of this step")
         return verify(self._parts, self._snapshots, step=self.step, repair=repair)
 
     @contextlib.contextmanager
@@ -285,6 +283,7 @@ class Session:
                 raise UsageError("a step must be played: use `with step:`")
             if not step.over:
                 loop.after_exception(step)
+            step.let_in()
         loop.snapshots.gate()
         self._parts.membership.done()
         self._parts.recorder.phase(Phase.DONE)

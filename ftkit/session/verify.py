@@ -37,8 +37,7 @@ class Verification:
     refusal: str = ""
     """Why nothing could be repaired, whether or not that was asked for."""
     unknown: str = ""
-    """Why nothing can be said: the world ended meanwhile, or grew right before. Ask again after
-    the next step."""
+    """Why nothing can be said: the world ended meanwhile. Ask again after the next step."""
 
     @property
     def equal(self) -> bool:
