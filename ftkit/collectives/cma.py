@@ -12,9 +12,11 @@ import ctypes
 import errno
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from ftkit.collectives.meter import Pace
 from ftkit.core.errors import WireError
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -127,6 +129,8 @@ class CmaPeer:
         self._words = words
         self._nonce = nonce
         self._local = _Words()
+        self.pace = Pace()
+        """How fast the peer's memory was read."""
 
     @classmethod
     def probe(cls, hello: object) -> "CmaPeer | None":
@@ -147,7 +151,9 @@ class CmaPeer:
 
     def read(self, local: int, remote: int, length: int) -> None:
         """Copy from the peer. WireError when it is gone or withdrew the mapping."""
+        began = time.perf_counter()
         read(self.pid, local, remote, length)
+        self.pace.add(length, time.perf_counter() - began)
 
     def holds(self, generation: int) -> bool:
         """Whether the peer's offers of `generation` still hold. WireError when it is gone."""

@@ -48,6 +48,15 @@ class CollectivesConfig:
     early_bytes_max: int = 8 << 20
     """Per link: what may arrive before its operation is posted. Beyond it we stop reading
     the link until a receive is posted on it, so memory stays bounded and nothing locks."""
+    connections: int = 1
+    """TCP connections to each member. More than one is for networks that cap a single one; a
+    pair that reads each other's memory has one all the same."""
+    plan_every: int = 64
+    """Between hosts: ring operations from one look at the measured rates to the next, by which
+    all members agree whether to plan the ring anew. 0 keeps the order of ranks."""
+    probe_s: float = 0.2
+    """How long two hosts whose rate is unknown try each other when a ring is planned, in
+    seconds; 0 never does."""
     greeting_timeout_s: float = 5.0
     """How long a stranger may take to prove that it holds the secret."""
     close_timeout_s: float = 2.0
@@ -64,6 +73,12 @@ class CollectivesConfig:
                 f"early_bytes_max ({self.early_bytes_max}) must hold at least one segment "
                 f"({self.segment_bytes})"
             )
+        if not 1 <= self.connections <= 64:
+            raise ValueError(f"connections must be in 1..64, got {self.connections}")
+        if self.plan_every < 0:
+            raise ValueError(f"plan_every is a count of operations, got {self.plan_every}")
+        if not 0 <= self.probe_s <= 10:
+            raise ValueError(f"probe_s must be in 0..10, got {self.probe_s}")
         if min(self.greeting_timeout_s, self.close_timeout_s) <= 0:
             raise ValueError("timeouts must be positive")
 
@@ -75,4 +90,7 @@ class CollectivesConfig:
             "segment_bytes": self.segment_bytes,
             "exchange_bytes_max": self.exchange_bytes_max,
             "cma_bytes_min": self.cma_bytes_min,
+            "connections": self.connections,
+            "plan_every": self.plan_every,
+            "probe_s": self.probe_s,
         }

@@ -174,13 +174,17 @@ class Engine:
         with self._lock:
             closing = self._closing is not None
         if closing:
-            greeted.sock.close()
+            greeted.close()
             return
         self.call(lambda: self._add_link(greeted))
 
     def tell(self, member: MemberId, payload: bytes) -> None:
         """Queue a message outside any generation. Dropped when the member is gone."""
         self.call(lambda: self._tell(member, payload))
+
+    def light_fuse(self, nbytes: int, strike: Callable[[], None]) -> None:
+        """Call `strike`, on the communication thread, once `nbytes` more were moved."""
+        self.call(lambda: self.net.fuse.light(nbytes, strike))
 
     def suspend(self, reason: str) -> None:
         """End the current generation quietly: an edit is about to replace it."""
@@ -316,11 +320,11 @@ class Engine:
 
     def _add_link(self, greeted: Greeted) -> None:
         if self._closing is not None:
-            greeted.sock.close()
+            greeted.close()
             return
         if greeted.peer in self._retired:
             logger.warning("refused member %s: it is no longer part of the job", greeted.peer)
-            greeted.sock.close()
+            greeted.close()
             return
         old = self.net.links.get(greeted.peer)
         if old is not None:
@@ -357,10 +361,12 @@ class Engine:
                 except Exception:
                     logger.exception("the receiver of a told message raised")
             case Kind.BYE:
-                link.said_bye = True
+                link.ended = True
                 self.net.tell_news()
+                link = link.root
                 if (
-                    not self._is_over(self.world.generation)
+                    link.said_bye
+                    and not self._is_over(self.world.generation)
                     and (link.awaited or link.owes)
                     and link.peer in self.world.member_ids
                 ):

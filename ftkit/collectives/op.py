@@ -100,6 +100,13 @@ class Op:
         """The other ranks, beginning with the one after us, so that not all talk to rank 0."""
         return [(self.rank + i) % self.size for i in range(1, self.size)]
 
+    @property
+    def neighbours(self) -> tuple[int, int]:
+        """The ranks before and after us in the channel's ring."""
+        ring = self.channel.ring
+        place = ring.index(self.rank)
+        return ring[place - 1], ring[(place + 1) % self.size]
+
     def key(self, rank: int, tag: int, part: int) -> Key:
         return Key(
             self.generation, self.members[rank], self.channel.id, self.seq, tag, part, self.flags

@@ -8,8 +8,8 @@ number of ranks, see `canonical`.)
 small                everyone sends all to everyone and folds in rank order: one round
 one host             each rank owns a chunk, reads it from everybody segment by
                      segment (flows), folds, and hands the result round
-several hosts        the pipelined ring: every byte crosses each edge about twice,
-                     and no member talks to more than two others
+several hosts        the pipelined ring, in the order that was planned: every byte
+                     crosses each edge about twice, and nobody talks to more than two
 ==================== ===========================================================
 """
 
@@ -24,6 +24,7 @@ from ftkit.collectives.arithmetic import Bytes, average, bounds, combine, copy
 from ftkit.collectives.flows import Inflow, produce
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
+from ftkit.collectives.planning import look
 
 _FOLD, _RESULT = 0, 1
 _RING_AHEAD = 3
@@ -40,6 +41,8 @@ def all_reduce(data: Bytes, dtype: torch.dtype, op_name: str) -> Program:
         elif op.engine.on_one_host:
             yield from _direct(op, data, dtype, op_name)
         else:
+            if op.channel.look_due():
+                yield from look(op)
             yield from _ring(op, data, dtype, op_name)
 
     return program
@@ -143,12 +146,14 @@ def share(op: Op, chunks: Sequence[Bytes], tag: int) -> Generator[Wait, None, No
 def _ring(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[Wait, None, None]:
     """Reduce-scatter and all-gather as one stream of segments round the ring.
 
-    In turn t we send chunk (rank - t) and receive chunk (rank - t - 1). What we send from
+    In turn t we send chunk (place - t) and receive chunk (place - t - 1). What we send from
     turn 1 on is what we received the turn before, so segment j goes out as soon as it came
     in; the pipe is never empty.
     """
     chunks = chunks_of(data, dtype, op.size)
     step = op.segment
+    before, after = op.neighbours
+    place = op.channel.ring.index(op.rank)
 
     def segments(chunk: int) -> list[Bytes]:
         whole = chunks[chunk % op.size]
@@ -158,11 +163,10 @@ def _ring(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[Wa
     incoming = [
         (part, turn < op.size - 1, turn == op.size - 2)
         for turn in range(turns)
-        for part in segments(op.rank - turn - 1)
+        for part in segments(place - turn - 1)
     ]
-    outgoing = sum(len(segments(op.rank - turn)) for turn in range(turns))
-    after, before = (op.rank + 1) % op.size, (op.rank - 1) % op.size
-    sent = [op.send(after, part, part=i) for i, part in enumerate(segments(op.rank))]
+    outgoing = sum(len(segments(place - turn)) for turn in range(turns))
+    sent = [op.send(after, part, part=i) for i, part in enumerate(segments(place))]
     ahead: deque[tuple[Ticket, Bytes | None]] = deque()
     posted = 0
 

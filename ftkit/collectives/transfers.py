@@ -142,7 +142,12 @@ class Transfers:
     def fetch(self, peer: MemberId, address: int, into: Bytes) -> None:
         """Read offered memory now. Ends the generation when the peer is gone."""
         cma = self._reader(peer)
+        fuse = self._links.fuse
         try:
+            if fuse.lit:
+                short = fuse.first(into)
+                cma.read(short.ctypes.data, address, short.size)
+                fuse.burn(short.size)
             cma.read(into.ctypes.data, address, into.size)
         except ProcessGoneError as error:
             raise FaultError(f"member {peer} is gone: {error}", frozenset({peer})) from error
@@ -216,6 +221,7 @@ class Transfers:
             return memoryview(bytearray(header.length)), None
         if self._is_over(header.generation):
             return view_of(self._void)[: header.length], None
+        link = link.root
         key = _key_of(header)
         inbound = self._mail.find(key)
         if inbound is None:
@@ -238,7 +244,7 @@ class Transfers:
         match header.kind:
             case Kind.DATA:
                 if isinstance(token, Inbound):
-                    self._data_arrived(link, header, token)
+                    self._data_arrived(link.root, header, token)
             case Kind.OFFER:
                 self._offer_arrived(link, header, view)
             case Kind.ACK:

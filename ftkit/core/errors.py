@@ -17,6 +17,7 @@ arguments are `ValueError` where they come in. What remains::
     ├── CapacityError            not enough memory, shared memory or disk; says how much
     ├── StoreError               a store of checkpoints failed or was too slow
     ├── IntegrityError           bytes are not what was written; treated as lost
+    ├── StateRefused             ranks differ in what they should share, and none can be chosen
     └── WireError                a connection broke or spoke wrongly
         ├── Unreachable          members of a world to whom no link could be made
         ├── AuthenticationError  the peer does not hold the job's secret
@@ -87,6 +88,10 @@ class StoreError(FtkitError):
 
 class IntegrityError(FtkitError):
     """Stored bytes do not match their checksum."""
+
+
+class StateRefused(FtkitError):
+    """What ranks should hold alike differs, and nothing says who is right; nothing was changed."""
 
 
 class WireError(FtkitError):

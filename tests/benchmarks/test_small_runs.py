@@ -15,6 +15,7 @@ import pytest
 
 from benchmarks import against_torchft
 from benchmarks.jobs import ROOT, scratch
+from benchmarks.wires import Wires
 from ftkit.launch.arenas import OWNER
 
 pytestmark = pytest.mark.multiproc
@@ -30,7 +31,10 @@ SMALL = {
     ],
     "respawn": ["--nproc", "2", "--rounds", "1", "--kills", "1", "--gap", "90"],
     "persist": ["--mib", "1", "--rounds", "1"],
+    "rings": ["--megabytes", "2", "--rounds", "1"],
     "quantized": ["--worlds", "2", "--repetitions", "1"],
+    "kills": ["--quick", "--kills", "2", "--nproc", "3"],
+    "churn": ["--minutes", "0.25", "--seed", "1"],
     "snapshot": ["--params", "20000", "--steps", "2", "--rounds", "1"],
 }
 
@@ -63,6 +67,8 @@ def run(name: str, tmp: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_benchmark_runs_small(name: str, tmp_path: Path) -> None:
+    if name == "rings" and not Wires.available():
+        pytest.skip("network namespaces need root")
     kept = tmp_path / "kept"
     scratch_folder = tmp_path / "tmp"
     scratch_folder.mkdir()

@@ -19,6 +19,7 @@ from ftkit.collectives.frames import (
     parse,
     parse_offer,
 )
+from ftkit.collectives.fuse import Fuse
 from ftkit.collectives.link import Link, Ticket
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import MemberId
@@ -114,7 +115,7 @@ class Inbox:
 
 def make_pair(segment=4096):
     a, b = socket.socketpair()
-    kwargs = {"cma": None, "can_offer": False, "segment_bytes": segment}
+    kwargs = {"cma": None, "can_offer": False, "segment_bytes": segment, "fuse": Fuse()}
     return Link(a, MemberId(2), **kwargs), Link(b, MemberId(1), **kwargs), b
 
 

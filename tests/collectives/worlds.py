@@ -42,10 +42,16 @@ def member(id_: int, address: tuple[str, int], seat: int | None = None) -> Membe
     )
 
 
-def make_group(id_: int, transport: str = "auto", **more: Any) -> tuple[Group, Faults]:
+def make_group(
+    id_: int, transport: str = "auto", host: str = "127.0.0.1", **more: Any
+) -> tuple[Group, Faults]:
     faults = Faults()
     group = Group(
-        member=MemberId(id_), secret=SECRET, on_fault=faults, config=config(transport, **more)
+        member=MemberId(id_),
+        secret=SECRET,
+        host=host,
+        on_fault=faults,
+        config=config(transport, **more),
     )
     return group, faults
 
