@@ -30,18 +30,19 @@ def reduce_scatter(
 ) -> Generator[Wait, None, None]:
     """The reduction of all ranks' `ins[r]` into the `out` of rank r.
 
-    A piece starts at the rank after its owner, and gathers a term at each until it is home. What is on
-    its way lives in scratch memory, at most about one piece of it.
+    A piece starts at the rank after its owner, and gathers a term at each until it is home.
+    What is on its way lives in scratch memory, at most about one piece of it.
     """
+    before, after = op.neighbours
     final = op.size - 2
-    sent = [op.send(_after(op), s.of(ins), part=i) for i, s in enumerate(_cut(op, ins, -1))]
+    sent = [op.send(after, s.of(ins), part=i) for i, s in enumerate(_cut(op, ins, -1))]
     coming = deque(s for turn in range(op.size - 1) for s in _cut(op, ins, -2 - turn, turn))
     posted: deque[tuple[Ticket, Bytes, _Segment]] = deque()
     count = 0
     while coming or posted:
         while coming and len(posted) < _AHEAD:
             segment, buffer = coming.popleft(), op.scratch()
-            ticket = op.recv(_before(op), buffer[: segment.size], part=count)
+            ticket = op.recv(before, buffer[: segment.size], part=count)
             posted.append((ticket, buffer, segment))
             count += 1
         ticket, buffer, segment = posted.popleft()
@@ -51,7 +52,7 @@ def reduce_scatter(
         if segment.turn < final:
             combine(op_name, dtype, came, came, own)
             # The buffer is the message's until it was taken; it does not come back.
-            sent.append(op.send(_after(op), came, part=len(sent)))
+            sent.append(op.send(after, came, part=len(sent)))
             continue
         target = out[segment.at : segment.at + segment.size]
         combine(op_name, dtype, target, came, own)
@@ -63,14 +64,15 @@ def reduce_scatter(
 
 def all_gather(op: Op, outs: Sequence[Bytes]) -> Generator[Wait, None, None]:
     """Everybody's `outs[rank]` to all; ours is there already. Sizes may differ."""
+    before, after = op.neighbours
     coming = [s for turn in range(op.size - 1) for s in _cut(op, outs, -1 - turn, turn)]
-    came = [op.recv(_before(op), s.of(outs), part=i) for i, s in enumerate(coming)]
-    sent = [op.send(_after(op), s.of(outs), part=i) for i, s in enumerate(_cut(op, outs, 0))]
+    came = [op.recv(before, s.of(outs), part=i) for i, s in enumerate(coming)]
+    sent = [op.send(after, s.of(outs), part=i) for i, s in enumerate(_cut(op, outs, 0))]
     for ticket, segment in zip(came, coming, strict=True):
         if not ticket.done:
             yield ticket
         if segment.turn < op.size - 2:  # what came last, began at the one after us
-            sent.append(op.send(_after(op), segment.of(outs), part=len(sent)))
+            sent.append(op.send(after, segment.of(outs), part=len(sent)))
     yield sent
 
 
@@ -85,24 +87,9 @@ class _Segment(NamedTuple):
 
 
 def _cut(op: Op, pieces: Sequence[Bytes], offset: int, turn: int = 0) -> Iterator[_Segment]:
-    """The segments of the piece that belongs `offset` places round the ring from us."""
-    order = _order(op)
-    piece = order[(order.index(op.rank) + offset) % op.size]
+    """The segments of the piece whose owner is `offset` places round the ring from us."""
+    ring = op.channel.ring
+    piece = ring[(ring.index(op.rank) + offset) % op.size]
     whole = pieces[piece].size
     for at in range(0, whole, op.segment):
         yield _Segment(piece, at, min(op.segment, whole - at), turn)
-
-
-def _order(op: Op) -> Sequence[int]:
-    """The ranks in the order of the ring."""
-    return range(op.size)
-
-
-def _after(op: Op) -> int:
-    order = _order(op)
-    return order[(order.index(op.rank) + 1) % op.size]
-
-
-def _before(op: Op) -> int:
-    order = _order(op)
-    return order[order.index(op.rank) - 1]

@@ -74,7 +74,8 @@ def test_all_gather_brings_every_piece_to_all(size):
                 assert all(map(torch.equal, row, pieces))
 
 
-def test_every_byte_goes_to_the_next_rank_and_no_more_than_needed(monkeypatch):
+@pytest.mark.parametrize("ring", [(0, 1, 2, 3), (0, 2, 1, 3)])
+def test_every_byte_goes_to_the_next_rank_and_no_more_than_needed(monkeypatch, ring):
     sent = []
     send = Op.send
 
@@ -85,14 +86,18 @@ def test_every_byte_goes_to_the_next_rank_and_no_more_than_needed(monkeypatch):
     monkeypatch.setattr(Op, "send", note)
     n, size = 20_000, 4
     with groups(size) as members:
+        for group in members:
+            group.channel.ring = ring
         for name in ("all_gather", "reduce_scatter"):
             many = [[torch.zeros(n) for _ in range(size)] for _ in range(size)]
             for handle in [getattr(g, name)(*args(name, many[r])) for r, g in enumerate(members)]:
                 handle.wait(10)
             mine = [s for s in sent if s[0] == name]
             assert {(rank, target) for _, rank, target, _ in mine} == {
-                (rank, (rank + 1) % size) for rank in range(size)
+                (ring[place], ring[(place + 1) % size]) for place in range(size)
             }
+            if name == "all_gather":
+                assert all(t.eq(1).all() for row in many for t in row)
             assert sum(nbytes for *_, nbytes in mine) == size * (size - 1) * 4 * n
 
 
