@@ -19,6 +19,8 @@ from ftkit.launch.arenas import OWNER
 
 pytestmark = pytest.mark.multiproc
 
+SMALLEST = ["--mib", "1", "--rounds", "1", "--positions", "8"]
+
 #: As small as it gets; the machine may be busy.
 SMALL = {
     "repair": ["--worlds", "2", "--runs", "1", "--gap", "20", "--step-s", "0", "--slots", "2"],
@@ -30,7 +32,9 @@ SMALL = {
     ],
     "respawn": ["--nproc", "2", "--rounds", "1", "--kills", "1", "--gap", "90"],
     "persist": ["--mib", "1", "--rounds", "1"],
-    "snapshot": ["--params", "20000", "--steps", "2", "--rounds", "1"],
+    "snapshot": [*SMALLEST, "--steps", "1", "--without"],
+    "every_step": [*SMALLEST, "--steps", "1", "--without"],
+    "capture": ["--mib", "1", "--rounds", "1"],
 }
 
 
