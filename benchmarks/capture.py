@@ -1,9 +1,9 @@
 """How close does capture come to the memory's own speed?
 
-The state of a GPT is captured over and over, digests included, and in turn the machine copies
-as many bytes as fast as it can: the limit is one thread's memcpy from private memory into a
-shared mapping, all of whose pages are there, in pieces of 16 MiB; and the same with an xxh3 of
-every chunk behind it, which is the work that capture does. ::
+The state of a GPT is captured over and over, digests included, and in turn the machine copies the
+same tensors as fast as it can: the limit is one thread's memcpy, a call for each tensor, into a
+shared mapping all of whose pages are there; and the same with an xxh3 of every MiB behind it,
+which is the work that capture does. ::
 
     beside     the capture thread alone: from `begin` until the snapshot is sealed, while the
                training thread sleeps; against one thread
@@ -38,11 +38,11 @@ def measure(loop: Loop, way: Captured, rounds: int) -> Seconds:
         kind: [] for kind in ("memcpy", "memcpy + digest", "memcpy, 2 threads", "beside", "at once")
     }
     capture = way.capture
-    half = loop.total_bytes // 2
+    pieces = limits.pieces_of(loop.state.tensors())
     with (
-        limits.memory(loop.total_bytes) as whole,
-        limits.memory(half) as left,
-        limits.memory(half) as right,
+        limits.memory(pieces) as whole,
+        limits.memory(pieces[::2]) as left,
+        limits.memory(pieces[1::2]) as right,
         ThreadPoolExecutor(2) as pool,
     ):
         for number in range(-1, rounds):  # the first round warms up and is not counted

@@ -10,7 +10,7 @@ in processes of their own, of which node 0 has this rank's snapshot and the othe
 parity. Together they do what one node of three does in a job: as many bytes are sent, received,
 checked and encoded as a node holds. The peers write to disk, for that is what they have.
 
-    python -m benchmarks.every_step [--mib 1024] [--steps 3] [--rounds 4] [--quick] [--json]
+    python -m benchmarks.every_step [--mib 1024] [--steps 3] [--rounds 3] [--quick] [--json]
                                     [--save]
 """
 
@@ -140,9 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--mib", type=int, help="size of the state in MiB (1024; quick: 128)")
     made.add_argument("--steps", type=int, help="saves of each way in a round (3; quick: 2)")
-    made.add_argument("--rounds", type=int, help="rounds (4; quick: 1)")
+    made.add_argument("--rounds", type=int, help="rounds (3; quick: 1)")
     made.add_argument("--plain", action="store_true", help="AdamW that is not fused")
-    made.add_argument("--positions", type=int, default=256, help="bytes in a step's batch")
+    made.add_argument("--positions", type=int, default=96, help="bytes in a step's batch")
     made.add_argument(
         "--peers", type=Path, default=peers_folder(), help="where torch_checkpointing is installed"
     )
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mib = options.mib or (128 if options.quick else 1024)
     steps = options.steps or (2 if options.quick else 3)
     loop = Loop(mib << 20, fused=not options.plain, positions=options.positions)
-    memcpy_s = limits.memcpy_s(loop.total_bytes)
+    memcpy_s = limits.memcpy_s(loop.state.tensors())
     with scratch("every-step") as folder, ExitStack() as stack:
         agents = stack.enter_context(nodes(folder / "nodes", CODE, NODES))
         stack.enter_context(group_of_one())
@@ -180,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         if not notes:
             ways["torch_checkpointing"] = TorchCheckpointing(loop, folder / "modern", stack)
-        found = measure(loop, ways, steps, options.rounds or (1 if options.quick else 4))
+        found = measure(loop, ways, steps, options.rounds or (1 if options.quick else 3))
         for ours in (alone, watched):
             play(loop, ours, 1)
             problems += filter(None, [broken_snapshot(ours, loop)])

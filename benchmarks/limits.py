@@ -4,48 +4,48 @@ import ctypes
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 
 from ftkit.checkpoint.chunks import CHUNK_BYTES
 from ftkit.checkpoint.raw import address
+from ftkit.checkpoint.state import bytes_of
 
 Bytes = NDArray[np.uint8]
 
-#: One call of memmove; it releases the GIL and needs no other thread.
-PIECE_BYTES = 16 << 20
-
 
 class Memory(NamedTuple):
-    """Private memory and a shared mapping of as many bytes; all pages there."""
+    """Pieces of private memory, and a shared mapping with room for all; all pages are there."""
 
-    private: Bytes
+    pieces: Sequence[Bytes]
     shared: Bytes
 
     def copy(self) -> None:
-        """One thread's memcpy into the mapping, as fast as it goes."""
-        source, target = address(self.private), address(self.shared)
-        for at in range(0, self.private.nbytes, PIECE_BYTES):
-            count = min(PIECE_BYTES, self.private.nbytes - at)
-            ctypes.memmove(target + at, source + at, count)
+        """One thread's memcpy of each piece into the mapping."""
+        target = address(self.shared)
+        for piece in self.pieces:
+            ctypes.memmove(target, address(piece), piece.nbytes)
+            target += piece.nbytes
 
     def copy_and_digest(self) -> None:
         """The same, and the digest of each chunk, one thing after another."""
         self.copy()
-        view = self.private.data
-        for at in range(0, self.private.nbytes, CHUNK_BYTES):
+        view = self.shared.data
+        for at in range(0, self.shared.nbytes, CHUNK_BYTES):
             xxhash.xxh3_64_intdigest(view[at : at + CHUNK_BYTES])
 
 
 @contextmanager
-def memory(total: int) -> Iterator[Memory]:
-    """So many bytes on each side, warm."""
+def memory(pieces: Sequence[Bytes]) -> Iterator[Memory]:
+    """A mapping for these pieces, warm."""
+    total = sum(piece.nbytes for piece in pieces)
     fd = os.memfd_create("ftkit-limits")
     try:
         os.ftruncate(fd, total)
@@ -54,7 +54,7 @@ def memory(total: int) -> Iterator[Memory]:
         os.close(fd)
     shared = np.frombuffer(mapped, np.uint8)
     shared[:] = 1
-    yield Memory(np.ones(total, np.uint8), shared)
+    yield Memory(pieces, shared)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -64,9 +64,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def memcpy_s(total: int, rounds: int = 5) -> float:
-    """Seconds of the best of some copies of so many bytes into warm shared memory."""
-    with memory(total) as warm:
+def pieces_of(tensors: Iterable[torch.Tensor]) -> list[Bytes]:
+    """The memory of contiguous CPU tensors."""
+    return [np.frombuffer(bytes_of(tensor), np.uint8) for tensor in tensors]
+
+
+def memcpy_s(tensors: Iterable[torch.Tensor], rounds: int = 5) -> float:
+    """Seconds of the best of some copies of these tensors into warm shared memory."""
+    with memory(pieces_of(tensors)) as warm:
         return min(seconds(warm.copy) for _ in range(rounds))
 
 

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--steps", type=int, help="saves of each way in a round (3; quick: 2)")
     made.add_argument("--rounds", type=int, help="rounds (2; quick: 1)")
     made.add_argument("--plain", action="store_true", help="AdamW that is not fused")
-    made.add_argument("--positions", type=int, default=256, help="bytes in a step's batch")
+    made.add_argument("--positions", type=int, default=96, help="bytes in a step's batch")
     made.add_argument(
         "--peers", type=Path, default=peers_folder(), help="where torch_checkpointing is installed"
     )
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         notes.append(f"no figures for torch_checkpointing: {error}")
     mib = options.mib or (128 if options.quick else 1024)
     loop = Loop(mib << 20, fused=not options.plain, positions=options.positions)
-    memcpy_s = limits.memcpy_s(loop.total_bytes)
+    memcpy_s = limits.memcpy_s(loop.state.tensors())
     with scratch("snapshot") as folder, ExitStack() as stack:
         ours = stack.enter_context(captured(loop, SHM / f"{folder.name}-0.arena"))
         ways = everybody(loop, ours, folder, stack, modern=not notes)

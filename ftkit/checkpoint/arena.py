@@ -11,10 +11,11 @@ import errno
 import mmap
 import os
 import re
+import socket
 import stat
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -38,6 +39,9 @@ from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageErr
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
 SHM = Path("/dev/shm")
+
+#: Buffers in one system call; the kernel takes 1024.
+_VECTOR = 512
 
 #: madvise(2), Linux 5.14: allocate and map all pages of a range, ready to be written.
 _POPULATE_WRITE = 23
@@ -97,9 +101,7 @@ class Arena:
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd if writable else -1
-        if not writable:
-            os.close(fd)
+        self._fd = fd
         self._reserved = [0] * self.geometry.slots
         self._reserving = threading.Lock()
         self.path = path
@@ -328,6 +330,29 @@ class Arena:
         """
         at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
         return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
+
+    def send(self, sock: socket.socket, at: int, count: int) -> None:
+        """Send bytes of the file (`data_offset`), unchecked, straight from its pages. Blocks.
+
+        Raises:
+          OSError: the socket failed, or its timeout is over.
+        """
+        with open(self._fd, "rb", buffering=0, closefd=False) as file:
+            sock.sendfile(file, at, count)
+
+    def read(self, at: int, into: Sequence[memoryview]) -> None:
+        """Fill buffers one after another with bytes of the file (`data_offset`). Any thread.
+
+        Raises:
+          IntegrityError: the file ends before they do.
+        """
+        for first in range(0, len(into), _VECTOR):
+            views = into[first : first + _VECTOR]
+            count = sum(map(len, views))
+            # Of memory, all is there at once, or the file was cut.
+            if os.preadv(self._fd, views, at) != count:
+                raise IntegrityError(f"{self.path.name} was cut while it was read")
+            at += count
 
     def data_offset(self, sealed: Sealed) -> int:
         """Where the part's data begins in the file. IntegrityError when overwritten."""

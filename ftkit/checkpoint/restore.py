@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.fetch import fetch
+from ftkit.checkpoint.chunks import scatter
+from ftkit.checkpoint.fetch import Remote, fetch
+from ftkit.checkpoint.in_place import read_in_place
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.slots import Head
 from ftkit.checkpoint.state import ProtectedState
@@ -256,8 +258,10 @@ def _load(
     secret: bytes,
     timeout_s: float,
 ) -> StateLayout:
+    with _open(reads[0].source, secret, timeout_s) as part:
+        layout, small = part.head.layout, part.head.small
 
-    def blocks() -> Iterator[memoryview]:
+    def fill(targets: Sequence[memoryview]) -> None:
         for read in reads:
             with _open(read.source, secret, timeout_s) as part:
                 if part.head.layout.digest != plan.layout:
@@ -267,11 +271,9 @@ def _load(
                             f"its layout is {part.head.layout.digest}, not {plan.layout}"
                         ),
                     )
-                yield from part.blocks(part.head.span(read.first, read.end))
+                part.read(read, targets)
 
-    with _open(reads[0].source, secret, timeout_s) as part:
-        layout, small = part.head.layout, part.head.small
-    state.load(layout, blocks(), small)
+    state.load_by(layout, fill, small)
     return layout
 
 
@@ -279,7 +281,8 @@ class _Part(NamedTuple):
     """A part that is open for reading, here or on another node."""
 
     head: Head
-    blocks: Callable[[range], Iterator[memoryview]]
+    read: Callable[[Read, Sequence[memoryview]], None]
+    """Puts what is to be read of it into a buffer for each entry of the layout."""
 
 
 @contextmanager
@@ -296,7 +299,7 @@ def _open(source: Source, secret: bytes, timeout_s: float) -> Iterator[_Part]:
                 sealed = arena.find(copy.step, copy.generation)
                 try:
                     head = arena.head(sealed)
-                    yield _Part(head, partial(arena.blocks, head))
+                    yield _Part(head, partial(_read_here, arena, head))
                 except IntegrityError:
                     with Arena.open(path, writable=True) as writable:
                         writable.drop(sealed)
@@ -305,6 +308,15 @@ def _open(source: Source, secret: bytes, timeout_s: float) -> Iterator[_Part]:
             with fetch(
                 source.server, secret, path.name, copy.step, copy.generation, timeout_s=timeout_s
             ) as remote:
-                yield _Part(remote.head, remote.blocks)
+                yield _Part(remote.head, partial(_read_there, remote))
     except (IntegrityError, WireError, OSError) as error:
         raise _Unusable(source, error) from error
+
+
+def _read_here(arena: Arena, head: Head, read: Read, targets: Sequence[memoryview]) -> None:
+    read_in_place(arena, head, head.span(read.first, read.end), targets)
+
+
+def _read_there(remote: Remote, read: Read, targets: Sequence[memoryview]) -> None:
+    blocks = remote.blocks(remote.head.span(read.first, read.end))
+    scatter(remote.head.layout, blocks, targets, read.first, read.end)

@@ -34,6 +34,11 @@ SMALL = {
     "persist": ["--mib", "1", "--rounds", "1"],
     "snapshot": [*SMALLEST, "--steps", "1", "--without"],
     "every_step": [*SMALLEST, "--steps", "1", "--without"],
+    "restore": ["--mib", "1", "--rounds", "1"],
+    "survival": [
+        *("--losses", "5", "--kills", "2", "--places", "12"),
+        *("--writers", "4", "--dcp", "1"),
+    ],
     "capture": ["--mib", "1", "--rounds", "1"],
 }
 
