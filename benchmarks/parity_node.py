@@ -16,7 +16,6 @@ from pathlib import Path
 
 from benchmarks.children import Children, python
 from benchmarks.jobs import JobFailed, ended_by_sigterm
-from ftkit.checkpoint.parity.streams import Peers
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.ids import JobId, NodeId
@@ -41,9 +40,9 @@ class Nodes:
     """Where they say where they are, and write their events."""
 
     @property
-    def peers(self) -> Peers:
-        """How to reach them all."""
-        return Peers(_addresses(self.folder), SECRET)
+    def servers(self) -> dict[NodeId, tuple[str, int]]:
+        """Where their byte servers are."""
+        return _addresses(self.folder)
 
     def rounds(self) -> list[int]:
         """The steps that parity was made of."""

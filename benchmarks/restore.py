@@ -40,6 +40,7 @@ from ftkit.checkpoint.capture import Capture
 from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
+from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace
 from ftkit.checkpoint.parity.leader import ask_all
 from ftkit.checkpoint.parity.mend import fetch_head, mend, missing_parts
@@ -81,6 +82,8 @@ class Kept:
         self._disk, self._dcp = folder / "disk", folder / "dcp"
         save(self._disk, STEP, model=loop.model, optimizer=loop.optimizer)
         dcp_save(loop.state_dict, checkpoint_id=self._dcp, no_dist=True)
+        self._lines = Lines(SECRET)
+        stack.callback(self._lines.close)
         self.rebuild_s = list[float]()
 
     def ways(self) -> dict[str, Callable[[], object]]:
@@ -111,15 +114,15 @@ class Kept:
         self._execute(local_copies(self._job, self._own, LOST), LOST, {})
 
     def peers(self) -> None:
-        servers = self._agents.peers.addresses
+        servers = self._agents.servers
         copies = [c for n, server in servers.items() for c in list_copies(server, SECRET, n)]
         self._execute(copies, NEW, servers)
 
     def parity(self) -> None:
         """As the agent of a node that came in place of the lost one, and then its rank."""
         start, where = time.perf_counter(), self._own / "new"
-        servers = {n: a for n, a in self._agents.peers.addresses.items() if n != LOST}
-        peers = Peers(servers, SECRET)
+        servers = {n: a for n, a in self._agents.servers.items() if n != LOST}
+        peers = Peers(servers, self._lines)
         states = ask_all(peers, list(servers))
         wanted = awaited(
             [copy for s in states.values() for copy, _ in s.parts],

@@ -34,7 +34,9 @@ from ftkit.core.wire import authenticate, listen, receive_message, send_message
 logger = logging.getLogger(__name__)
 
 RANGE_BYTES_MAX = 16 << 20
-CONNECTIONS_MAX = 64
+#: Each node of a group keeps a few (`lines`), a leader one to each node of the job, and those
+#: who join must get in beside them.
+CONNECTIONS_MAX = 512
 #: A round of parity names every part of a group, and every node of the job.
 _REQUEST_BYTES_MAX = 4 << 20
 

@@ -24,9 +24,11 @@ from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
-from ftkit.launch.environment import rank_environment
+from ftkit.launch.environment import common_environment, rank_environment
+from ftkit.launch.fork_server import Program
+from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.parity import ParityTier
-from ftkit.launch.ranks import RankProcess
+from ftkit.launch.ranks import RankProcess, execute
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
@@ -37,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
+
+#: The longest that ranks are held back for the fork server to have imported torch.
+PRELOAD_LATEST_S = 30.0
 
 #: The longest the end of a job is held back for the checkpoint of its last steps.
 LAST_CHECKPOINT_S = 60.0
@@ -99,6 +104,7 @@ class Agent:
             operations=self._parity.operations if self._parity else {},
         )
         self._persister = self._make_persister()
+        self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
         self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
@@ -165,6 +171,8 @@ class Agent:
             except OSError:
                 pass  # a listener that nobody waits on
             listener.close()
+        if self._forks is not None:
+            self._forks.close()
         if self._persister is not None:
             self._persister.close()
         self._store.close()
@@ -187,6 +195,8 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._take_plan(*value)
+            case "forks":
+                self._spawn_missing()
             case "persister":
                 self._end_if_due()
                 self._tell_coordinator()
@@ -259,6 +269,7 @@ class Agent:
                 cwd=self._config.cwd or None,
                 log=log,
                 on_exit=lambda m: self._inbox.put(("exit", m)),
+                start=self._forks.start if self._forks is not None else execute,
             )
         except OSError as error:
             self._set(base, stage=Stage.DEAD, exit_code=127, error=str(error))
@@ -418,8 +429,11 @@ class Agent:
             return
         if self._missing_since is None:
             self._missing_since = self._clock.now()
-        late = self._clock.now() - self._missing_since > SPAWN_LATEST_S
-        if self._repairing() and not late:
+        waited = self._clock.now() - self._missing_since
+        importing = self._forks is not None and self._forks.state is State.STARTING
+        if importing and waited < PRELOAD_LATEST_S:
+            return
+        if self._repairing() and waited < SPAWN_LATEST_S:
             return
         for seat in missing:
             before = [r for r in self._ranks.values() if r.seat == seat.seat]
@@ -473,6 +487,12 @@ class Agent:
             self.trace,
             changed=lambda: self._inbox.put(("persister", None)),
         )
+
+    def _make_fork_server(self) -> ForkServer | None:
+        if not self._config.preload or Program.of(self._config.command) is None:
+            return None
+        env = common_environment(self._config, inherited=self._inherited)
+        return ForkServer(env, changed=lambda: self._inbox.put(("forks", None)))
 
     def _set(self, facts: MemberFacts, **changes: Any) -> None:
         changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})

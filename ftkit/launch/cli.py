@@ -57,6 +57,12 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
+@click.option(
+    "--preload/--no-preload",
+    default=True,
+    show_default=True,
+    help="Import torch once a node, and fork its ranks from there.",
+)
 @click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
 @click.option("--checkpoint-every", default=0, help="Steps between two checkpoints.")
 @click.option(
@@ -83,6 +89,7 @@ def run(
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
+    preload: bool,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: str,
@@ -113,6 +120,7 @@ def run(
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
+        preload=preload,
         checkpoint_dir=absolute(checkpoint_dir),
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,

@@ -92,6 +92,8 @@ class JobConfig:
     """Write each rank's output to a file in run_dir/logs instead of passing it through."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables added to every rank's environment."""
+    preload: bool = True
+    """Import torch once a node, and fork ranks from there, where the command is a Python script."""
     same_place_max: int = 3
     restarts_max: int = 100
     master_port: int = 0

@@ -170,7 +170,7 @@ def test_a_part_that_rotted_is_not_told_of_until_it_is_mended(job: Job) -> None:
     copies = node.arenas.copies()
     assert node.tier.good(copies) == copies, "nobody has looked"
     job.tell(FORMING)
-    node.tier._check()  # what its first look begins with
+    node.tier._recovery.check()  # what its first look begins with
     assert node.tier.good(copies) == []
     assert "digest" in job.events("scrub")[0]["reason"]
     node.tier.look()

@@ -16,7 +16,7 @@ from pathlib import Path
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.parity.buffer import ParityHead
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, combine
-from ftkit.checkpoint.parity.holder import find_part
+from ftkit.checkpoint.parity.parts import find_part
 from ftkit.checkpoint.parity.rounds import Holding, PartRef, StripeSet
 from ftkit.checkpoint.parity.streams import Open, Peers, open_shard
 from ftkit.checkpoint.rebuild import shards_to_read

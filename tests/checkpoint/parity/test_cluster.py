@@ -10,6 +10,7 @@ import pytest
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.erasure import Codec
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.lines import ByteLine
 from ftkit.checkpoint.parity import combine
 from ftkit.checkpoint.parity.buffer import ParityHead, read_head
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded
@@ -22,7 +23,7 @@ from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import NodeId, Step
 
-from .cluster import Cluster, ballot, hurry
+from .cluster import SECRET, Cluster, ballot, hurry
 
 A, B, C, D = (NodeId(n) for n in range(4))
 
@@ -107,6 +108,27 @@ def test_larger_than_a_window(tmp_path):
         mended = cluster.mend(B, stands)
         assert mended.bytes == pytest.approx(layout.total_bytes / 3, rel=0.1)
         cluster.assert_state(7)
+
+
+def test_connections_are_kept_from_round_to_round(tmp_path, monkeypatch):
+    opened = list[object]()
+    connect = ByteLine.open
+
+    def count(address, secret, *, timeout_s):
+        opened.append(address)
+        return connect(address, secret, timeout_s=timeout_s)
+
+    monkeypatch.setattr(ByteLine, "open", count)
+    with Cluster(tmp_path, Code(2, 2), 4) as cluster:
+        for step in range(1, 4):
+            cluster.write(step)
+            assert cluster.round().made is not None
+        most = len(opened)
+        for step in range(4, 8):
+            cluster.write(step)
+            assert cluster.round().made is not None
+        # How many are needed at once depends on which threads meet; most rounds need no more.
+        assert len(opened) - most <= most // 3
 
 
 def test_nothing_newer_makes_nothing_and_the_kept_is_pinned(tmp_path):
@@ -201,7 +223,7 @@ def test_a_second_leader_is_obeyed_and_the_first_no_more(tmp_path):
 def test_a_part_that_is_gone_when_it_is_asked_for_ends_the_round(tmp_path, monkeypatch):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         cluster.write(1)
-        monkeypatch.setattr("ftkit.checkpoint.parity.holder._pin", lambda *a, **k: False)
+        monkeypatch.setattr("ftkit.checkpoint.parity.parts._pin", lambda *a, **k: False)
         done = cluster.round()
         assert "has lost step 1" in done.broken
         assert cluster.stands() is None
@@ -415,7 +437,7 @@ def test_strangers_orders_are_refused(tmp_path):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         cluster.write(1)
         cluster.round()
-        line = cluster.peers().line(A)
+        line = ByteLine.open(cluster.machines[A].server.address, SECRET, timeout_s=5)
         wrong: list[dict[str, object]] = [
             {"op": "parity-make", "set": {}, "keep": None},
             {"op": "parity-make"},
