@@ -21,6 +21,7 @@ import logging
 import mmap
 import random
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -59,7 +60,8 @@ class Stories:
         try:
             found = story()
         except AssertionError as error:
-            self.broken[name] = f"{name}: {str(error) or 'something was lost, or bad and believed'}"
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            self.broken[name] = f"{name}: {at.line} ({at.filename}:{at.lineno}): {error}"
             say(self.broken[name])
             return None
         say(f"{name}: {found}")

@@ -15,6 +15,7 @@ import socket
 import stat
 import sys
 import threading
+import weakref
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -102,6 +103,8 @@ class Arena:
             os.close(fd)
             raise
         self._fd = fd
+        # Whoever forgets to close it must not use up the process's descriptors.
+        self._close_fd = weakref.finalize(self, os.close, fd)
         self._reserved = [0] * self.geometry.slots
         self._reserving = threading.Lock()
         self.path = path
@@ -515,9 +518,8 @@ class Arena:
     def close(self) -> None:
         """Unmap the file. Views handed out keep the memory until they are gone."""
         self._bytes = np.empty(0, dtype=np.uint8)
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._fd = -1
+        self._close_fd()
         try:
             self._map.close()
         except BufferError:

@@ -190,8 +190,10 @@ class ByteLine:
         if self._owed or self._sock.fileno() < 0:
             return False
         # Whatever is there to be read now was not asked for: the end of the stream, mostly.
-        readable, _, _ = select.select([self._sock], [], [], 0)
-        return not readable
+        # Not select(), which knows descriptors below 1024 only.
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
 
     def close(self) -> None:
         """Hang up. May be called twice."""

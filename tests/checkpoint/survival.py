@@ -64,10 +64,11 @@ def lose_nodes(folder: Path, times: int, seed: int) -> int:
 
 def _lose(cluster: Cluster, step: int, rng: random.Random) -> int:
     cluster.write(step)
-    assert not cluster.round().broken
+    done = cluster.round()
+    assert not done.broken, (step, done)
     stands = cluster.stands()
-    assert stands is not None
-    assert stands.round.step == step
+    assert stands is not None, (step, done)
+    assert stands.round.step == step, (step, done, stands)
     if rng.random() < 0.5:
         # A newer step that has no parity yet: it is lost with them, and the older one is not.
         cluster.write(step + 1)
