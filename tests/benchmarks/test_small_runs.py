@@ -20,6 +20,8 @@ from ftkit.launch.arenas import OWNER
 
 pytestmark = pytest.mark.multiproc
 
+SMALLEST = ["--mib", "1", "--rounds", "1", "--positions", "8"]
+
 #: As small as it gets; the machine may be busy.
 SMALL = {
     "repair": ["--worlds", "2", "--runs", "1", "--gap", "20", "--step-s", "0", "--slots", "2"],
@@ -35,7 +37,14 @@ SMALL = {
     "quantized": ["--worlds", "2", "--repetitions", "1"],
     "kills": ["--quick", "--kills", "2", "--nproc", "3"],
     "churn": ["--minutes", "0.25", "--seed", "1"],
-    "snapshot": ["--params", "20000", "--steps", "2", "--rounds", "1"],
+    "snapshot": [*SMALLEST, "--steps", "1", "--without"],
+    "every_step": [*SMALLEST, "--steps", "1", "--without"],
+    "restore": ["--mib", "1", "--rounds", "1"],
+    "survival": [
+        *("--losses", "5", "--kills", "2", "--places", "12"),
+        *("--writers", "4", "--dcp", "1"),
+    ],
+    "capture": ["--mib", "1", "--rounds", "1"],
 }
 
 
