@@ -5,17 +5,16 @@ a rank; the owner of a chunk runs the fold plan on it, segment by segment, scale
 hands the result round. A world of one runs the same plan on its own nodes.
 """
 
-from collections.abc import Generator, Sequence
-from typing import NamedTuple
+from collections.abc import Generator, Mapping, Sequence
 
 import torch
 
 from ftkit.collectives.arithmetic import Bytes, combine, copy, scale
-from ftkit.collectives.flows import Inflow, produce
+from ftkit.collectives.flows import Handout, Inflow, pieces_of, produce, take_in
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
-from ftkit.collectives.reductions import chunks_of, share
-from ftkit.collectives.slots import Take, fold_plan
+from ftkit.collectives.reductions import FOLD_BYTES, chunks_of
+from ftkit.collectives.slots import Add, Take, fold_plan
 
 _RESULT = 0
 _FIRST_NODE = 1
@@ -29,81 +28,70 @@ def reduce_slots(
     def program(op: Op) -> Generator[Wait, None, None]:
         plan = fold_plan(slots, op.size)
         chunks = chunks_of(out, dtype, op.size)
-        pieces = [chunks_of(node, dtype, op.size) for node in nodes]
+        cut = [chunks_of(node, dtype, op.size) for node in nodes]
+        mine, own = chunks[op.rank], [node[op.rank] for node in cut]
+        came = take_in(op, chunks, _RESULT)
         sent: list[Ticket] = []
         for rank in op.others():
-            for position, piece in enumerate(pieces):
-                sent += produce(op, rank, piece[rank], _FIRST_NODE + position)
-        mine = chunks[op.rank]
+            for position, node in enumerate(cut):
+                sent += produce(op, rank, node[rank], _FIRST_NODE + position)
+        handout = Handout(op, mine, _RESULT)
+        takes = [step for step in plan if isinstance(step, Take)]
+        ours = [take for take in takes if take.rank == op.rank]
         flows = {
-            (step.rank, step.position): Inflow(
-                op, step.rank, mine.size, _FIRST_NODE + step.position
-            )
-            for step in plan
-            if isinstance(step, Take) and step.rank != op.rank
+            take: Inflow(op, take.rank, mine.size, _FIRST_NODE + take.position)
+            for take in takes
+            if take.rank != op.rank
         }
-        for index in range(-(-mine.size // op.segment)):
-            at = index * op.segment
-            target = mine[at : at + op.segment]
-            stack: list[_Value] = []
-            for number, step in enumerate(plan):
-                if isinstance(step, Take):
-                    flow = flows.get((step.rank, step.position))
-                    if flow is None:
-                        own = pieces[step.position][op.rank]
-                        stack.append(_Value(own[at : at + op.segment], None, None))
-                    else:
-                        buffer = yield from flow.segment(index)
-                        stack.append(_Value(buffer[: target.size], buffer, flow))
-                else:
-                    right, left = stack.pop(), stack.pop()
-                    # The last sum goes where the result belongs: one pass over memory less.
-                    into = target if number == len(plan) - 1 else None
-                    stack.append(_add(op, dtype, left, right, into))
-            value = stack.pop()
-            if value.view.ctypes.data != target.ctypes.data:
-                copy(target, value.view)
-            _free(op, value)
-            if factor is not None:
-                scale(dtype, target, factor)
+        for index, target in enumerate(pieces_of(mine, op.piece)):
+            start = index * op.piece
+            pieces = {}
+            for take, flow in flows.items():
+                pieces[take] = yield from flow.piece(index)
+            views = {take: piece.view for take, piece in pieces.items()}
+            for take in ours:
+                views[take] = own[take.position][start : start + target.size]
+            for at in range(0, target.size, FOLD_BYTES):
+                part = slice(at, at + FOLD_BYTES)
+                values = {take: view[part] for take, view in views.items()}
+                _fold(op, plan, values, target[part], dtype)
+                if factor is not None:
+                    scale(dtype, target[part], factor)
+            for take, flow in flows.items():
+                flow.done(pieces[take])
+            yield from handout.hand(index, target)
             yield None
-        for flow in flows.values():
-            flow.finish()
-        yield sent
-        yield from share(op, chunks, _RESULT)
+        yield [*sent, *came, *handout.in_use]
 
     return program
 
 
-class _Value(NamedTuple):
-    """A value on the fold's stack. Without a `buffer` it is the caller's: read only."""
-
-    view: Bytes
-    buffer: Bytes | None
-    flow: Inflow | None
-
-
-def _add(op: Op, dtype: torch.dtype, left: _Value, right: _Value, into: Bytes | None) -> _Value:
-    if into is not None:
-        combine("sum", dtype, into, left.view, right.view)
-        _free(op, left)
-        _free(op, right)
-        return _Value(into, None, None)
-    # Sums live in scratch memory: the nodes are not ours to change.
-    if left.buffer is not None:
-        result, other = left, right
-    elif right.buffer is not None:
-        result, other = right, left
-    else:
-        buffer = op.scratch()
-        result, other = _Value(buffer[: left.view.size], buffer, None), right
-    combine("sum", dtype, result.view, left.view, right.view)
-    _free(op, other)
-    return result
-
-
-def _free(op: Op, value: _Value) -> None:
-    if value.flow is not None and value.buffer is not None:
-        value.flow.done(value.buffer)
-    elif value.buffer is not None:
-        op.release(value.buffer)
+def _fold(
+    op: Op,
+    plan: Sequence[Take | Add],
+    values: Mapping[Take, Bytes],
+    out: Bytes,
+    dtype: torch.dtype,
+) -> None:
+    """Carry out the plan. Sums live in scratch memory: the values are not ours to change."""
+    if len(plan) == 1:
+        (value,) = values.values()
+        copy(out, value)
+        return
+    stack: list[tuple[Bytes, Bytes | None]] = []
+    for number, step in enumerate(plan, 1):
+        if isinstance(step, Take):
+            stack.append((values[step], None))
+            continue
+        (right, used_right), (left, used_left) = stack.pop(), stack.pop()
+        if number == len(plan):
+            # The last sum goes where the result belongs: one pass over memory less.
+            target, buffer = out, None
+        else:
+            buffer = used_left if used_left is not None else used_right
+            if buffer is None:
+                buffer = op.scratch()
+            target = buffer[: out.size]
+        combine("sum", dtype, target, left, right)
+        op.release(*(b for b in (used_left, used_right) if b is not None and b is not buffer))
+        stack.append((target, buffer))

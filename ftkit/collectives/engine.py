@@ -13,6 +13,7 @@ fail.
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -227,6 +228,7 @@ class Engine:
         try:
             while self._closing is None:
                 self._turn()
+            self._settle(self.config.close_timeout_s)
             self._end_generation("the group was closed")
             self.net.farewell(self._bye(), self.config.close_timeout_s)
         except Exception as error:
@@ -240,14 +242,22 @@ class Engine:
             COMM_THREADS.discard(threading.get_ident())
             self._end_generation(self._closing or "the group was closed")
             self.net.close()
+            self.transfers.close()
+            self._word.close()
             with self._wake_lock:
                 self._over = True
                 os.close(self._wake)
             self._run_commands()
             self.net.tell_news()
 
-    def _turn(self) -> None:
-        for fd, event in self.net.poll(self._patience_s()):
+    def _settle(self, timeout_s: float) -> None:
+        """Let peers read what operations that have ended here still show them."""
+        deadline = time.monotonic() + timeout_s
+        while self.transfers.lent and time.monotonic() < deadline:
+            self._turn(0.01)
+
+    def _turn(self, patience_max_s: float = math.inf) -> None:
+        for fd, event in self.net.poll(min(self._patience_s(), patience_max_s)):
             if fd == self._wake:
                 os.eventfd_read(self._wake)
                 continue
@@ -266,14 +276,14 @@ class Engine:
             self._guard(partial(self.net.flush, link))
         self._check_deadlines()
 
-    def _patience_s(self) -> float | None:
+    def _patience_s(self) -> float:
         if self._ready or self._commands or self.net.dirty or self.transfers.fetching:
             return 0.0
         deadlines = [op.deadline_s for op in self._active if op.deadline_s is not None]
         if self._doubt is not None:
             deadlines.append(self._doubt[0])
         if not deadlines:
-            return None
+            return math.inf
         return min(max(min(deadlines) - time.monotonic(), 0.001), 60.0)
 
     def _run_commands(self) -> None:

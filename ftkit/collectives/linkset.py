@@ -5,6 +5,7 @@ Owned by the communication thread. Other threads may look up `links`, and wait f
 
 import contextlib
 import logging
+import math
 import select
 import socket
 import threading
@@ -60,10 +61,10 @@ class LinkSet:
         """Report `fd`, too, from `poll` when it is readable."""
         self._epoll.register(fd, select.EPOLLIN)
 
-    def poll(self, patience_s: float | None) -> list[tuple[int, int]]:
+    def poll(self, patience_s: float) -> list[tuple[int, int]]:
         """(descriptor, events) of what is ready; waits for at most `patience_s`."""
         try:
-            return self._epoll.poll(patience_s)
+            return self._epoll.poll(-1 if patience_s == math.inf else patience_s)
         except InterruptedError:
             return []
 

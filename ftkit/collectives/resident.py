@@ -1,0 +1,208 @@
+"""Resident memory: buffers that the other processes of a host map, and read like their own.
+
+Reading a peer's private memory costs the kernel more for finding its pages than for copying
+them; a mapped page costs nothing, and what is folded need not be copied first. Each segment
+is an anonymous file that cannot shrink. A peer opens it through `/proc`, which asks for no
+more than what reading the process's memory asks for.
+
+A segment is given back to the system when the last array or tensor on it is gone, even while
+peers still have it mapped: they then read zeros, and learn from the valid word (see `cma`)
+that what they read is void.
+"""
+
+import bisect
+import contextlib
+import ctypes
+import fcntl
+import mmap
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ftkit.collectives.arithmetic import Bytes
+
+#: Every segment holds a descriptor; a process has a thousand of them, and other uses for them.
+SEGMENTS_MAX = 256
+_MAPPINGS_MAX = 512
+_ALIGN = 64
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_PUNCH_HOLE, _KEEP_SIZE = 2, 1
+_POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Segment(NamedTuple):
+    """One resident segment of this process."""
+
+    start: int
+    """Address of its first byte here."""
+    nbytes: int
+    fd: int
+    serial: int
+    """Its inode: tells a reader whether descriptor `fd` is still this segment."""
+
+
+class Place(NamedTuple):
+    """Where a peer finds memory of ours."""
+
+    fd: int
+    serial: int
+    offset: int
+
+
+class _Segments:
+    """The segments of this process. Looked up without a lock, from any thread."""
+
+    def __init__(self) -> None:
+        # A finalizer may run in the middle of `add`, on the same thread.
+        self._lock = threading.RLock()
+        self._all: dict[int, Segment] = {}
+        self._sorted: tuple[list[int], list[Segment]] = ([], [])
+
+    def add(self, segment: Segment) -> None:
+        with self._lock:
+            self._all[segment.start] = segment
+            self._renew()
+
+    def remove(self, segment: Segment) -> None:
+        with self._lock:
+            del self._all[segment.start]
+            self._renew()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def find(self, address: int, nbytes: int) -> Place | None:
+        starts, segments = self._sorted
+        at = bisect.bisect_right(starts, address) - 1
+        if at < 0:
+            return None
+        segment = segments[at]
+        offset = address - segment.start
+        if offset + nbytes > segment.nbytes:
+            return None
+        return Place(segment.fd, segment.serial, offset)
+
+    def _renew(self) -> None:
+        ordered = [self._all[start] for start in sorted(self._all)]
+        self._sorted = ([segment.start for segment in ordered], ordered)
+
+
+_segments = _Segments()
+
+
+def find(address: int, nbytes: int) -> Place | None:
+    """Where peers find these bytes; None for private memory. Any thread."""
+    return _segments.find(address, nbytes)
+
+
+def allocate(nbytes: int) -> Bytes:
+    """Memory of its own segment, zeroed; private where the system gives no more of the other."""
+    if not nbytes or len(_segments) >= SEGMENTS_MAX:
+        return np.zeros(nbytes, dtype=np.uint8)
+    try:
+        fd = os.memfd_create("ftkit-resident", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return np.zeros(nbytes, dtype=np.uint8)
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        memory = mmap.mmap(fd, nbytes)
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+            memory.madvise(_POPULATE_WRITE)  # now, rather than page by page in an operation
+    except OSError:
+        os.close(fd)
+        return np.zeros(nbytes, dtype=np.uint8)
+    array: Bytes = np.frombuffer(memory, dtype=np.uint8)
+    segment = Segment(array.ctypes.data, nbytes, fd, os.fstat(fd).st_ino)
+    _segments.add(segment)
+    # The arrays and tensors on it hold the mapping; it ends with the last of them.
+    weakref.finalize(memory, _free, segment).atexit = False
+    return array
+
+
+def _free(segment: Segment) -> None:
+    _segments.remove(segment)
+    # Pages that a peer has mapped would stay as long as its mapping; there is nothing to read.
+    _libc.fallocate(
+        segment.fd,
+        _PUNCH_HOLE | _KEEP_SIZE,
+        ctypes.c_long(0),
+        ctypes.c_long(segment.nbytes),
+    )
+    os.close(segment.fd)
+
+
+def resident(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A zeroed CPU tensor in resident memory: collectives on it skip a copy.
+
+    It is an ordinary tensor otherwise; its memory is freed with the last view of it. For a few
+    large, long-lived buffers: each takes a descriptor, and where there are no more (or no
+    `memfd_create`) the memory is ordinary memory.
+    """
+    whole = torch.empty(shape, dtype=dtype, device="meta")
+    data = allocate(whole.numel() * whole.element_size())
+    return torch.from_numpy(data).view(dtype).view(shape)
+
+
+class Pool:
+    """Cuts resident memory into buffers that live about as long as each other."""
+
+    def __init__(self, slab_bytes: int) -> None:
+        """Take `slab_bytes` from the system at a time; they go back when no buffer is left."""
+        self._slab_bytes = slab_bytes
+        self._slab: Bytes = np.empty(0, dtype=np.uint8)
+
+    def take(self, nbytes: int) -> Bytes:
+        """Memory for one buffer, zeroed, aligned to a cache line."""
+        room = -(-nbytes // _ALIGN) * _ALIGN
+        if room > self._slab.size:
+            self._slab = allocate(max(room, self._slab_bytes))
+        taken, self._slab = self._slab[:nbytes], self._slab[room:]
+        return taken
+
+
+class Mappings:
+    """What a peer's resident segments look like from here. One thread."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._known: OrderedDict[tuple[int, int], Bytes | None] = OrderedDict()
+
+    def view(self, place: Place, nbytes: int) -> Bytes | None:
+        """These bytes of the peer, shared with it; None when they cannot be mapped."""
+        key = (place.fd, place.serial)
+        if key not in self._known:
+            self._known[key] = self._map(place)
+            if len(self._known) > _MAPPINGS_MAX:
+                self._known.popitem(last=False)
+        whole = self._known[key]
+        if whole is None or place.offset + nbytes > whole.size:
+            return None
+        return whole[place.offset : place.offset + nbytes]
+
+    def _map(self, place: Place) -> Bytes | None:
+        try:
+            fd = os.open(f"/proc/{self._pid}/fd/{place.fd}", os.O_RDWR | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            about = os.fstat(fd)
+            # Sealed against shrinking: touching it can never fault.
+            sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+            if about.st_ino != place.serial or not sealed or not about.st_size:
+                return None
+            return np.frombuffer(
+                mmap.mmap(fd, about.st_size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE),
+                dtype=np.uint8,
+            )
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
