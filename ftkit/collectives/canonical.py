@@ -34,7 +34,8 @@ def reduce_slots(
         sent: list[Ticket] = []
         for rank in op.others():
             for position, node in enumerate(cut):
-                sent += produce(op, rank, node[rank], _FIRST_NODE + position)
+                tag = _FIRST_NODE + position
+                sent += produce(op, rank, node[rank], tag, answered=True)
         handout = Handout(op, mine, _RESULT)
         takes = [step for step in plan if isinstance(step, Take)]
         ours = [take for take in takes if take.rank == op.rank]

@@ -45,6 +45,7 @@ FaultCallback = Callable[[Generation, frozenset[MemberId], str], None]
 TellCallback = Callable[[MemberId, bytes], None]
 
 _DOUBT_S = 2.0
+_SPIN_S = 0.0
 
 
 class Engine:
@@ -84,6 +85,7 @@ class Engine:
         self._closing: str | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._over = False
+        self._awake = False
         self._wake_lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.net = LinkSet(config.segment_bytes, self._commands.append, self._link_lost)
@@ -99,6 +101,8 @@ class Engine:
     def call(self, command: Callable[[], None]) -> None:
         """Run `command` soon on the communication thread."""
         self._commands.append(command)
+        if self._awake:
+            return  # it looks for commands before it sleeps
         with self._wake_lock:
             if not self._over:
                 os.eventfd_write(self._wake, 1)
@@ -244,6 +248,7 @@ class Engine:
             self.net.close()
             self.transfers.close()
             self._word.close()
+            self._awake = False
             with self._wake_lock:
                 self._over = True
                 os.close(self._wake)
@@ -257,10 +262,16 @@ class Engine:
             self._turn(0.01)
 
     def _turn(self, patience_max_s: float = math.inf) -> None:
-        for fd, event in self.net.poll(min(self._patience_s(), patience_max_s)):
+        # In this order: a command that comes after the look at them finds us asleep.
+        self._awake = False
+        patience_s = min(self._patience_s(), patience_max_s)
+        events = self._spin() if patience_s and self._active and _SPIN_S else []
+        if not events:
+            events = self.net.poll(0.0 if self._commands else patience_s)
+        self._awake = True
+        for fd, event in events:
             if fd == self._wake:
-                os.eventfd_read(self._wake)
-                continue
+                continue  # edge-triggered: it need not be read
             link = self.net.by_fd(fd)
             if link is not None:
                 self._guard(partial(self.net.serve, link, event))
@@ -275,6 +286,14 @@ class Engine:
         for link in list(self.net.dirty):
             self._guard(partial(self.net.flush, link))
         self._check_deadlines()
+
+    def _spin(self) -> list[tuple[int, int]]:
+        limit = time.perf_counter() + _SPIN_S
+        while True:
+            events = self.net.poll(0.0)
+            if events or self._commands or time.perf_counter() > limit:
+                return events
+            os.sched_yield()
 
     def _patience_s(self) -> float:
         if self._ready or self._commands or self.net.dirty or self.transfers.fetching:

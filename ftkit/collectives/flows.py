@@ -30,25 +30,32 @@ def pieces_of(chunk: Bytes, step: int) -> list[Bytes]:
     return [chunk[at : at + step] for at in range(0, chunk.size, step)]
 
 
-def produce(op: Op, target: int, chunk: Bytes, tag: int) -> list[Ticket]:
-    """Send `chunk` to an `Inflow` at `target`. The memory is in use until all are done."""
+def produce(op: Op, target: int, chunk: Bytes, tag: int, *, answered: bool = False) -> list[Ticket]:
+    """Send `chunk` to an `Inflow` at `target`.
+
+    The memory is in use until all tickets are done, and, where the chunk is `answered`, until
+    the target's folded chunk has come: it says that the target has read ours.
+    """
     if not chunk.size:
         return []
     pieces = pieces_of(chunk, op.piece)
     if not op.pushes(target, chunk.size):
-        return [_Outflow(op, target, pieces, tag).sent]
+        return [_Outflow(op, target, pieces, tag, answered=answered).sent]
     return [op.send(target, piece, tag=tag, part=i) for i, piece in enumerate(pieces)]
 
 
 class _Outflow:
     """Offers the pieces: resident ones all at once, staged ones window by window."""
 
-    def __init__(self, op: Op, target: int, pieces: Sequence[Bytes], tag: int) -> None:
+    def __init__(
+        self, op: Op, target: int, pieces: Sequence[Bytes], tag: int, *, answered: bool
+    ) -> None:
         self._op = op
         self._target = target
         self._tag = tag
         self._left = deque(enumerate(pieces))
         self._resident = is_resident(pieces)
+        self._answered = answered
         self._open = 0
         self._in_use: list[Ticket] = []
         self.sent = Ticket()
@@ -63,12 +70,13 @@ class _Outflow:
     def _go_on(self) -> None:
         while self._left and (self._resident or self._open < _WINDOWS):
             part, piece = self._left.popleft()
+            told = is_told(part, last=not self._left, resident=self._resident)
             tickets, copied = self._op.lend(
                 [self._target],
                 piece,
                 tag=self._tag,
                 part=part,
-                told=is_told(part, last=not self._left, resident=self._resident),
+                told=told and not (self._resident and self._answered),
             )
             for ticket in tickets:
                 ticket.owner = self

@@ -58,8 +58,8 @@ class LinkSet:
         self._epoll = select.epoll()
 
     def watch(self, fd: int) -> None:
-        """Report `fd`, too, from `poll` when it is readable."""
-        self._epoll.register(fd, select.EPOLLIN)
+        """Report `fd`, too, from `poll`, each time that it is written to."""
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
 
     def poll(self, patience_s: float) -> list[tuple[int, int]]:
         """(descriptor, events) of what is ready; waits for at most `patience_s`."""

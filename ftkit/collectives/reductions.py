@@ -31,7 +31,8 @@ _FOLD, _RESULT = 0, 1
 FOLD_BYTES = 256 << 10
 #: One more round of messages takes as long as a pass over so many bytes.
 _HOP_BYTES = 2 << 20
-_RING_AHEAD = 3
+#: A neighbour sends as fast as it can; what comes before it is awaited is copied once more.
+_RING_AHEAD = 8
 
 
 def all_reduce(data: Bytes, dtype: torch.dtype, op_name: str) -> Program:
@@ -176,7 +177,7 @@ def _direct(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[
     came = take_in(op, chunks, _RESULT)
     sent: list[Ticket] = []
     for rank in op.others():
-        sent += produce(op, rank, chunks[rank], _FOLD)
+        sent += produce(op, rank, chunks[rank], _FOLD, answered=True)
     handout = Handout(op, mine, _RESULT)
     yield from fold_into(op, mine, op.others(), dtype, op_name, handout)
     yield [*sent, *came, *handout.in_use]

@@ -11,9 +11,9 @@ that what they read is void.
 """
 
 import bisect
-import contextlib
 import ctypes
 import fcntl
+import math
 import mmap
 import os
 import threading
@@ -34,6 +34,33 @@ _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PUNCH_HOLE, _KEEP_SIZE = 2, 1
 _POPULATE_WRITE = 23  # MADV_POPULATE_WRITE, since Linux 5.14
 _libc = ctypes.CDLL(None, use_errno=True)
+_size, _pointer = ctypes.c_size_t, ctypes.c_void_p
+_libc.mmap.argtypes = (_pointer, _size, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64)
+_libc.mmap.restype = _pointer
+_libc.munmap.argtypes = (_pointer, _size)
+_libc.madvise.argtypes = (_pointer, _size, ctypes.c_int)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class _Mapping:
+    """A shared mapping; Python's own would keep a descriptor of its own for each."""
+
+    def __init__(self, fd: int, nbytes: int, flags: int = 0) -> None:
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        address = _libc.mmap(None, nbytes, protection, mmap.MAP_SHARED | flags, fd, 0)
+        if address in (None, _pointer(-1).value):
+            raise OSError(ctypes.get_errno(), f"cannot map {nbytes} bytes")
+        self.address: int = address
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+        }
+
+    def array(self) -> Bytes:
+        """The memory. It and all arrays and tensors made of it hold the mapping."""
+        return np.asarray(self)
 
 
 class Segment(NamedTuple):
@@ -112,30 +139,24 @@ def allocate(nbytes: int) -> Bytes:
     try:
         os.ftruncate(fd, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-        memory = mmap.mmap(fd, nbytes)
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            memory.madvise(_POPULATE_WRITE)  # now, rather than page by page in an operation
+        memory = _Mapping(fd, nbytes)
     except OSError:
         os.close(fd)
         return np.zeros(nbytes, dtype=np.uint8)
-    array: Bytes = np.frombuffer(memory, dtype=np.uint8)
-    segment = Segment(array.ctypes.data, nbytes, fd, os.fstat(fd).st_ino)
+    _libc.madvise(memory.address, nbytes, mmap.MADV_HUGEPAGE)
+    # Now, rather than page by page in the middle of an operation.
+    _libc.madvise(memory.address, nbytes, _POPULATE_WRITE)
+    segment = Segment(memory.address, nbytes, fd, os.fstat(fd).st_ino)
     _segments.add(segment)
-    # The arrays and tensors on it hold the mapping; it ends with the last of them.
     weakref.finalize(memory, _free, segment).atexit = False
-    return array
+    return memory.array()
 
 
 def _free(segment: Segment) -> None:
     _segments.remove(segment)
+    _libc.munmap(segment.start, segment.nbytes)
     # Pages that a peer has mapped would stay as long as its mapping; there is nothing to read.
-    _libc.fallocate(
-        segment.fd,
-        _PUNCH_HOLE | _KEEP_SIZE,
-        ctypes.c_long(0),
-        ctypes.c_long(segment.nbytes),
-    )
+    _libc.fallocate(segment.fd, _PUNCH_HOLE | _KEEP_SIZE, 0, segment.nbytes)
     os.close(segment.fd)
 
 
@@ -146,9 +167,10 @@ def resident(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     large, long-lived buffers: each takes a descriptor, and where there are no more (or no
     `memfd_create`) the memory is ordinary memory.
     """
-    whole = torch.empty(shape, dtype=dtype, device="meta")
-    data = allocate(whole.numel() * whole.element_size())
-    return torch.from_numpy(data).view(dtype).view(shape)
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    return torch.from_numpy(allocate(count * dtype.itemsize)).view(dtype).view(shape)
 
 
 class Pool:
@@ -166,6 +188,10 @@ class Pool:
             self._slab = allocate(max(room, self._slab_bytes))
         taken, self._slab = self._slab[:nbytes], self._slab[room:]
         return taken
+
+    def tensor(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor of `count` elements, zeroed."""
+        return torch.from_numpy(self.take(count * dtype.itemsize)).view(dtype)
 
 
 class Mappings:
@@ -198,10 +224,9 @@ class Mappings:
             sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
             if about.st_ino != place.serial or not sealed or not about.st_size:
                 return None
-            return np.frombuffer(
-                mmap.mmap(fd, about.st_size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE),
-                dtype=np.uint8,
-            )
+            mapping = _Mapping(fd, about.st_size, mmap.MAP_POPULATE)
+            weakref.finalize(mapping, _libc.munmap, mapping.address, about.st_size).atexit = False
+            return mapping.array()
         except OSError:
             return None
         finally:
