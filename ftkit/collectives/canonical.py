@@ -5,12 +5,12 @@ a rank; the owner of a chunk runs the fold plan on it, segment by segment, scale
 hands the result round. A world of one runs the same plan on its own nodes.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 
 from ftkit.collectives.arithmetic import Bytes, combine, copy, scale
-from ftkit.collectives.flows import Handout, Inflow, pieces_of, produce, take_in
+from ftkit.collectives.flows import Handout, Inflow, Piece, pieces_of, produce, take_in
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
 from ftkit.collectives.reductions import FOLD_BYTES, chunks_of
@@ -38,28 +38,29 @@ def reduce_slots(
                 sent += produce(op, rank, node[rank], tag, answered=True)
         handout = Handout(op, mine, _RESULT)
         takes = [step for step in plan if isinstance(step, Take)]
-        ours = [take for take in takes if take.rank == op.rank]
-        flows = {
-            take: Inflow(op, take.rank, mine.size, _FIRST_NODE + take.position)
+        flows = [
+            None
+            if take.rank == op.rank
+            else Inflow(op, take.rank, mine.size, _FIRST_NODE + take.position)
             for take in takes
-            if take.rank != op.rank
-        }
+        ]
         for index, target in enumerate(pieces_of(mine, op.piece)):
             start = index * op.piece
-            pieces = {}
-            for take, flow in flows.items():
-                pieces[take] = yield from flow.piece(index)
-            views = {take: piece.view for take, piece in pieces.items()}
-            for take in ours:
-                views[take] = own[take.position][start : start + target.size]
+            pieces, views = list[tuple[Inflow, Piece]](), list[Bytes]()
+            for take, flow in zip(takes, flows, strict=True):
+                if flow is None:
+                    views.append(own[take.position][start : start + target.size])
+                else:
+                    piece = yield from flow.piece(index)
+                    pieces.append((flow, piece))
+                    views.append(piece.view)
             for at in range(0, target.size, FOLD_BYTES):
                 part = slice(at, at + FOLD_BYTES)
-                values = {take: view[part] for take, view in views.items()}
-                _fold(op, plan, values, target[part], dtype)
+                _fold(op, plan, [view[part] for view in views], target[part], dtype)
                 if factor is not None:
                     scale(dtype, target[part], factor)
-            for take, flow in flows.items():
-                flow.done(pieces[take])
+            for flow, piece in pieces:
+                flow.done(piece)
             yield from handout.hand(index, target)
             yield None
         yield [*sent, *came, *handout.in_use]
@@ -68,21 +69,18 @@ def reduce_slots(
 
 
 def _fold(
-    op: Op,
-    plan: Sequence[Take | Add],
-    values: Mapping[Take, Bytes],
-    out: Bytes,
-    dtype: torch.dtype,
+    op: Op, plan: Sequence[Take | Add], values: Sequence[Bytes], out: Bytes, dtype: torch.dtype
 ) -> None:
-    """Carry out the plan. Sums live in scratch memory: the values are not ours to change."""
-    if len(plan) == 1:
-        (value,) = values.values()
-        copy(out, value)
+    """Carry out the plan on `values`, one a Take, in its order; they are not ours to change."""
+    if len(values) == 1:
+        copy(out, values[0])
         return
+    taken = iter(values)
+    # A value, and the scratch memory that it is in, if it is a sum.
     stack: list[tuple[Bytes, Bytes | None]] = []
     for number, step in enumerate(plan, 1):
         if isinstance(step, Take):
-            stack.append((values[step], None))
+            stack.append((next(taken), None))
             continue
         (right, used_right), (left, used_left) = stack.pop(), stack.pop()
         if number == len(plan):

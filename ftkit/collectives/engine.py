@@ -45,6 +45,9 @@ FaultCallback = Callable[[Generation, frozenset[MemberId], str], None]
 TellCallback = Callable[[MemberId, bytes], None]
 
 _DOUBT_S = 2.0
+_PARTING_S = 0.5
+#: Receipts come without a message: they have to be looked for.
+_LOOK_AGAIN_S = 0.001
 _SPIN_S = 0.0
 
 
@@ -77,6 +80,7 @@ class Engine:
         self.aborted_here = False
         """Whether the current generation was reported as faulty."""
         self._doubt: tuple[float, str] | None = None
+        self._parting: list[tuple[Handle[None], float]] = []
         self._early_aborts: dict[int, tuple[frozenset[MemberId], str]] = {}
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()
@@ -188,7 +192,15 @@ class Engine:
         self.call(lambda: self._tell(member, payload))
 
     def suspend(self, reason: str) -> None:
-        """End the current generation quietly: an edit is about to replace it."""
+        """End the current generation quietly: an edit is about to replace it.
+
+        Blocks, though not for long, until peers have read what operations that have ended here
+        still show them: theirs shall end well, too.
+        """
+        parted: Handle[None] = Handle()
+        limit_s = time.monotonic() + _PARTING_S
+        self.call(lambda: self._begin_parting(parted, limit_s))
+        parted.wait()
         self.call(lambda: self._end_generation(reason))
 
     def barrier(self) -> None:
@@ -253,13 +265,14 @@ class Engine:
                 self._over = True
                 os.close(self._wake)
             self._run_commands()
+            self._part(math.inf)
             self.net.tell_news()
 
     def _settle(self, timeout_s: float) -> None:
         """Let peers read what operations that have ended here still show them."""
         deadline = time.monotonic() + timeout_s
         while self.transfers.lent and time.monotonic() < deadline:
-            self._turn(0.01)
+            self._turn(_LOOK_AGAIN_S)
 
     def _turn(self, patience_max_s: float = math.inf) -> None:
         # In this order: a command that comes after the look at them finds us asleep.
@@ -298,6 +311,8 @@ class Engine:
     def _patience_s(self) -> float:
         if self._ready or self._commands or self.net.dirty or self.transfers.fetching:
             return 0.0
+        if self._parting:
+            return _LOOK_AGAIN_S
         deadlines = [op.deadline_s for op in self._active if op.deadline_s is not None]
         if self._doubt is not None:
             deadlines.append(self._doubt[0])
@@ -327,6 +342,8 @@ class Engine:
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if self._parting:
+            self._part(now)
         if self._doubt is not None and self._doubt[0] <= now:
             self._abort(self.world.generation, frozenset(), self._doubt[1])
             return
@@ -340,6 +357,19 @@ class Engine:
                     f"timeout; nothing came from members {silent}",
                 )
                 return
+
+    def _begin_parting(self, parted: Handle[None], limit_s: float) -> None:
+        if self._over or not self.transfers.lent:
+            parted.finish(None)
+        else:
+            self._parting.append((parted, limit_s))
+
+    def _part(self, now: float) -> None:
+        """Let go of those who wait for peers to have read what we show, where they have."""
+        for parted, limit_s in self._parting:
+            if not self.transfers.lent or limit_s <= now:
+                parted.finish(None)
+        self._parting = [p for p in self._parting if not p[0].done()]
 
     # -- links ------------------------------------------------------------------------------
 
