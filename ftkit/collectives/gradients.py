@@ -20,7 +20,7 @@ from ftkit.collectives.resident import Pool
 from ftkit.collectives.slot_tree import SlotNode, SlotTree
 from ftkit.core.errors import StateChanged, UsageError
 
-#: Bytes of gradients in one bucket: large enough that the rounds of a reduction are cheap
+#: A bucket is closed once it has so many bytes of gradients: large enough that the rounds of a reduction are cheap
 #: beside its bytes, small enough that the first bucket is on its way early in backward, and
 #: that little is left to do at its end.
 BUCKET_BYTES_MIN, BUCKET_BYTES_MAX = 4 << 20, 32 << 20
@@ -96,8 +96,8 @@ class GradientReducer:
           params: in the order of the model, the same on all ranks.
           slots: slots of the global batch; the sum is divided by it.
           reduce: starts the canonical reduction of one bucket.
-          bucket_bytes: gradients in one bucket; must be the same on all ranks. By default an
-            eighth of all, within bounds.
+          bucket_bytes: gradients after which a bucket is closed; must be the same on all ranks.
+            By default an eighth of all, within bounds.
         """
         self._slots = slots
         self._reduce = reduce
@@ -255,7 +255,8 @@ def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int | None) -> li
         nbytes = param.numel() * param.element_size()
         last = groups[-1][-1] if groups else None
         alike = last is not None and (last.dtype, last.device) == (param.dtype, param.device)
-        if not alike or size + nbytes > bucket_bytes:
+        # Not "would be too large": a weight's bias would often be left to a bucket of its own.
+        if not alike or size >= bucket_bytes:
             groups.append([])
             size = 0
         groups[-1].append(param)
