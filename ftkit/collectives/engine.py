@@ -294,6 +294,7 @@ class Engine:
             self._guard(partial(self._step, op))
             if op.waiting < 0:
                 break
+        self._run_commands()  # what follows an operation that ended begins in this turn
         if self.transfers.fetching:
             self._guard(self.transfers.fetch_segment)
         for link in list(self.net.dirty):

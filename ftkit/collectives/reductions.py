@@ -60,13 +60,10 @@ def reduce_scatter(out: Bytes, ins: Sequence[Bytes], dtype: torch.dtype, op_name
     """The reduction of all ranks' `ins[r]` into the `out` of rank r. Inputs stay."""
 
     def program(op: Op) -> Generator[Wait, None, None]:
-        mine = ins[op.rank]
-        if out.ctypes.data != mine.ctypes.data:
-            copy(out, mine)
         sent: list[Ticket] = []
         for rank in op.others():
             sent += produce(op, rank, ins[rank], _FOLD)
-        yield from fold_into(op, out, op.others(), dtype, op_name)
+        yield from fold_into(op, out, ins[op.rank], op.others(), dtype, op_name)
         yield sent
 
     return program
@@ -77,7 +74,7 @@ def reduce(data: Bytes, dtype: torch.dtype, op_name: str, root: int) -> Program:
 
     def program(op: Op) -> Generator[Wait, None, None]:
         if op.rank == root:
-            yield from fold_into(op, data, op.others(), dtype, op_name)
+            yield from fold_into(op, data, data, op.others(), dtype, op_name)
         else:
             yield produce(op, root, data, _FOLD)
 
@@ -86,25 +83,32 @@ def reduce(data: Bytes, dtype: torch.dtype, op_name: str, root: int) -> Program:
 
 def fold_into(
     op: Op,
-    acc: Bytes,
+    out: Bytes,
+    own: Bytes,
     sources: Sequence[int],
     dtype: torch.dtype,
     op_name: str,
     handout: Handout | None = None,
 ) -> Generator[Wait, None, None]:
-    """Fold: acc = acc op source op source ...: each sends a chunk as long as `acc`.
+    """Fold: out = own op source op source ...: each sends a chunk as long as `out`.
 
-    With `avg` the sum is divided by the number of ranks. Pieces go to `handout` when final.
+    `own` may be `out`. With `avg` the sum is divided by the number of ranks. Pieces go to
+    `handout` when they are final.
     """
-    flows = [Inflow(op, source, acc.size, _FOLD) for source in sources]
-    for index, target in enumerate(pieces_of(acc, op.piece)):
+    if not sources and own is not out:
+        copy(out, own)
+    flows = [Inflow(op, source, out.size, _FOLD) for source in sources]
+    for index, target in enumerate(pieces_of(out, op.piece)):
         pieces = {}
         for flow in flows:
             pieces[flow] = yield from flow.piece(index)
+        start = index * op.piece
         for at in range(0, target.size, FOLD_BYTES):
             part = target[at : at + FOLD_BYTES]
+            value = own[start + at : start + at + part.size]
             for piece in pieces.values():
-                combine(op_name, dtype, part, part, piece.view[at : at + FOLD_BYTES])
+                combine(op_name, dtype, part, value, piece.view[at : at + FOLD_BYTES])
+                value = part
             if op_name == "avg":
                 average(dtype, part, op.size)
         for flow, piece in pieces.items():
@@ -179,7 +183,7 @@ def _direct(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[
     for rank in op.others():
         sent += produce(op, rank, chunks[rank], _FOLD, answered=True)
     handout = Handout(op, mine, _RESULT)
-    yield from fold_into(op, mine, op.others(), dtype, op_name, handout)
+    yield from fold_into(op, mine, mine, op.others(), dtype, op_name, handout)
     yield [*sent, *came, *handout.in_use]
 
 

@@ -148,15 +148,17 @@ def allocate(nbytes: int) -> Bytes:
     _libc.madvise(memory.address, nbytes, _POPULATE_WRITE)
     segment = Segment(memory.address, nbytes, fd, os.fstat(fd).st_ino)
     _segments.add(segment)
-    weakref.finalize(memory, _free, segment).atexit = False
+    weakref.finalize(memory, _free, segment, os.getpid()).atexit = False
     return memory.array()
 
 
-def _free(segment: Segment) -> None:
+def _free(segment: Segment, owner: int) -> None:
     _segments.remove(segment)
     _libc.munmap(segment.start, segment.nbytes)
-    # Pages that a peer has mapped would stay as long as its mapping; there is nothing to read.
-    _libc.fallocate(segment.fd, _PUNCH_HOLE | _KEEP_SIZE, 0, segment.nbytes)
+    if os.getpid() == owner:
+        # Pages that a peer has mapped would stay as long as its mapping; there is nothing to
+        # read. A forked child that drops its tensors must not empty its parent's.
+        _libc.fallocate(segment.fd, _PUNCH_HOLE | _KEEP_SIZE, 0, segment.nbytes)
     os.close(segment.fd)
 
 

@@ -59,6 +59,17 @@ def test_memory_ends_with_the_last_view_and_peers_then_read_zeros():
     assert open_descriptors() == before
 
 
+def test_a_forked_child_that_drops_its_tensors_does_not_empty_its_parents(monkeypatch):
+    tensor = resident(100)
+    tensor.fill_(7)
+    parents = Mappings(os.getpid()).view(place_of(tensor.data_ptr(), 400), 400)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    del tensor
+    gc.collect()
+    assert parents is not None
+    assert parents.view(np.float32).tolist() == [7.0] * 100
+
+
 def test_a_descriptor_that_is_something_else_by_now_is_not_mapped(tmp_path):
     data = allocate(4096)
     place = place_of(data.ctypes.data, 4096)
