@@ -48,7 +48,6 @@ _DOUBT_S = 2.0
 _PARTING_S = 0.5
 #: Receipts come without a message: they have to be looked for.
 _LOOK_AGAIN_S = 0.001
-_SPIN_S = 0.0
 
 
 class Engine:
@@ -278,9 +277,7 @@ class Engine:
         # In this order: a command that comes after the look at them finds us asleep.
         self._awake = False
         patience_s = min(self._patience_s(), patience_max_s)
-        events = self._spin() if patience_s and self._active and _SPIN_S else []
-        if not events:
-            events = self.net.poll(0.0 if self._commands else patience_s)
+        events = self.net.poll(patience_s)
         self._awake = True
         for fd, event in events:
             if fd == self._wake:
@@ -300,14 +297,6 @@ class Engine:
         for link in list(self.net.dirty):
             self._guard(partial(self.net.flush, link))
         self._check_deadlines()
-
-    def _spin(self) -> list[tuple[int, int]]:
-        limit = time.perf_counter() + _SPIN_S
-        while True:
-            events = self.net.poll(0.0)
-            if events or self._commands or time.perf_counter() > limit:
-                return events
-            os.sched_yield()
 
     def _patience_s(self) -> float:
         if self._ready or self._commands or self.net.dirty or self.transfers.fetching:

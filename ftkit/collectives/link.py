@@ -20,9 +20,6 @@ _STAGE_BYTES = 32 << 10
 #: Work done on one link before the others get their turn.
 _READS_A_TURN = 8
 _FRAMES_A_TURN = 8
-#: Frames that leave in one call, as long as they are no larger than this.
-_GATHERED_MAX = 16
-_SMALL_BYTES = 4096
 
 
 class Ticket:
@@ -114,8 +111,7 @@ class Link:
         self._segment = segment_bytes
         self._urgent: deque[Outbound] = deque()
         self._bulk: deque[Outbound] = deque()
-        self._begun: list[Outbound] = []
-        """The messages of which a frame is in `_out`, in its order."""
+        self._current: Outbound | None = None
         self._out: list[memoryview] = []
         self._stage = bytearray(_STAGE_BYTES)
         self._stage_view = memoryview(self._stage)
@@ -134,7 +130,9 @@ class Link:
     @property
     def owes(self) -> bool:
         """Whether payload of an operation still waits to be sent."""
-        waiting = [*self._begun, *self._urgent, *self._bulk]
+        waiting = [*self._urgent, *self._bulk]
+        if self._current is not None:
+            waiting.append(self._current)
         return any(m.header.kind in (Kind.DATA, Kind.OFFER) for m in waiting)
 
     def queue(
@@ -146,8 +144,7 @@ class Link:
     def flush(self) -> None:
         """Send what the kernel takes now, up to a turn. Raises OSError: the peer is gone."""
         for _ in range(_FRAMES_A_TURN):
-            self._gather()
-            if not self._out:
+            if not self._out and not self._next_frame():
                 return
             try:
                 sent = self.sock.sendmsg(self._out)
@@ -158,9 +155,7 @@ class Link:
             if self._out:
                 self._out[0] = self._out[0][sent:]
                 return
-            begun, self._begun = self._begun, []
-            for message in begun:
-                self._frame_sent(message)
+            self._frame_sent()
 
     def drop_output(self, generation: int) -> int:
         """Forget messages of `generation` and older; returns how many.
@@ -175,33 +170,31 @@ class Link:
             dropped += len(queue) - len(kept)
             queue.clear()
             queue.extend(kept)
-        stale = [m for m in self._begun if _stale(m.header, generation)]
-        if stale:
-            dropped += len(stale)
+        current = self._current
+        if current is not None and _stale(current.header, generation):
+            dropped += 1
             self._out = [memoryview(bytes(part)) for part in self._out]
-        for message in stale:
-            message.ticket = None
-            message.offset = len(message.view)
+            current.ticket = None
+            current.offset = len(current.view)
         return dropped
 
-    def _gather(self) -> None:
-        """Put the next frame into `_out`, and those after it while they are small."""
-        if self._out:
-            return
-        while len(self._begun) < _GATHERED_MAX and (queue := self._urgent or self._bulk):
-            message = queue.popleft()
-            length = min(self._segment, len(message.view) - message.offset)
-            header = message.header._replace(offset=message.offset, length=length)
-            self._out.append(memoryview(pack(header)))
-            if length:
-                self._out.append(message.view[message.offset : message.offset + length])
-            message.offset += length
-            self._begun.append(message)
-            # After a large frame others may come first: those of an abort above all.
-            if length > _SMALL_BYTES:
-                return
+    def _next_frame(self) -> bool:
+        queue = self._urgent or self._bulk
+        if not queue:
+            return False
+        message = queue.popleft()
+        length = min(self._segment, len(message.view) - message.offset)
+        header = message.header._replace(offset=message.offset, length=length)
+        self._out = [memoryview(pack(header))]
+        if length:
+            self._out.append(message.view[message.offset : message.offset + length])
+        message.offset += length
+        self._current = message
+        return True
 
-    def _frame_sent(self, message: Outbound) -> None:
+    def _frame_sent(self) -> None:
+        message, self._current = self._current, None
+        assert message is not None, "a frame belongs to a message"
         if message.offset < len(message.view):
             # Back to the front: between its segments only urgent frames may slip in.
             self._bulk.appendleft(message)
