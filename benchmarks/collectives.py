@@ -48,9 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with scratch("collectives") as folder:
         for world in options.worlds:
             if "bandwidth" in options.only:
-                sizes = QUICK_SIZES if options.quick else SIZES
-                names = [f"all_reduce:{size}" for size in sizes]
-                names += [f"{name}:{64 * MB}" for name in ("reduce_scatter", "all_gather")]
+                names = [f"all_reduce:{size}" for size in options.sizes]
+                large = min(64 * MB, max(options.sizes))
+                names += [f"{name}:{large}" for name in ("reduce_scatter", "all_gather")]
                 cases += run_ranks(world, names, options.blocks, folder)
             if "step" in options.only:
                 # As many slots as ranks, or twice four of which one is lost.
@@ -293,9 +293,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     made.add_argument("--worlds", type=int, nargs="+", default=[2, 3, 4], help="ranks")
+    made.add_argument("--sizes", type=int, nargs="+", help="bytes, of one host's all-reduces")
     made.add_argument("--blocks", type=int, help="of each side and case (9; quick: 5)")
     made.add_argument("--kills", type=int, help="of each kind (20; quick: 5)")
     options = made.parse_args(argv)
+    options.sizes = options.sizes or (QUICK_SIZES if options.quick else SIZES)
     options.blocks = options.blocks or (5 if options.quick else 9)
     options.kills = options.kills or (5 if options.quick else 20)
     return options
