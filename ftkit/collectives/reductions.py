@@ -6,8 +6,8 @@ number of ranks, see `canonical`.)
 
 ==================== ===========================================================
 small                everyone sends all to everyone and folds in rank order: one round
-one host, two ranks  the same, but shown in staging memory: as many passes over memory as
-or not large         by the next form, and one round of messages less
+one host, not large  the same, but shown in staging memory: moves more bytes than the next
+                     form, and needs one round of messages less
 one host             each rank owns a chunk, folds everybody's piece by piece, and
                      hands each folded piece round (flows)
 several hosts        the pipelined ring: every byte crosses each edge about twice,
@@ -29,8 +29,9 @@ from ftkit.collectives.op import Op, Program, Wait
 _FOLD, _RESULT = 0, 1
 #: A fold works on this much at a time, so that what it writes again is still in the cache.
 FOLD_BYTES = 256 << 10
-#: One more round of messages takes as long as a pass over so many bytes.
-_HOP_BYTES = 2 << 20
+#: One more round of messages takes as long as moving so many bytes. To show all to all moves, in
+#: copies and folds, n + 3 times the data through memory; by chunks it is 5 - 2 / n times.
+_HOP_BYTES = 6 << 20
 #: A neighbour sends as fast as it can; what comes before it is awaited is copied once more.
 _RING_AHEAD = 8
 
@@ -44,7 +45,7 @@ def all_reduce(data: Bytes, dtype: torch.dtype, op_name: str) -> Program:
         if op.engine.on_one_host:
             if data.size < op.engine.config.cma_bytes_min:
                 yield from _one_round(op, data, dtype, op_name)
-            elif data.size * (op.size - 4 * (op.size - 1) / op.size) <= _HOP_BYTES:
+            elif data.size * (op.size - 2 + 2 / op.size) <= _HOP_BYTES:
                 yield from _shown_to_all(op, data, dtype, op_name)
             else:
                 yield from _direct(op, data, dtype, op_name)
