@@ -24,7 +24,7 @@ class CollectivesConfig:
     transport: Transport = Transport.AUTO
     segment_bytes: int = 1 << 20
     """A frame. An abort waits for one; larger ones cost fewer calls."""
-    piece_bytes: int = 2 << 20
+    piece_bytes: int = 4 << 20
     """What is shown to, and folded for, peers of one host at a time. An abort waits for one."""
     exchange_bytes_max: int = 64 << 10
     """Reductions up to this size go to everyone in one round."""

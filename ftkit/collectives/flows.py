@@ -20,9 +20,8 @@ from ftkit.collectives.resident import find
 from ftkit.core.errors import ProtocolError
 
 _AHEAD = 2
-#: Pieces staged for a reader until it has to tell how far it is; two windows are open at once.
-_WINDOW = 2
-_WINDOWS = 2
+#: Pieces of a chunk that are staged before the first of them has been read.
+_SHOWN_AHEAD = 2
 
 
 def pieces_of(chunk: Bytes, step: int) -> list[Bytes]:
@@ -45,7 +44,7 @@ def produce(op: Op, target: int, chunk: Bytes, tag: int, *, answered: bool = Fal
 
 
 class _Outflow:
-    """Offers the pieces: resident ones all at once, staged ones window by window."""
+    """Offers the pieces: resident ones all at once, staged ones a few ahead of the reader."""
 
     def __init__(
         self, op: Op, target: int, pieces: Sequence[Bytes], tag: int, *, answered: bool
@@ -68,9 +67,9 @@ class _Outflow:
         self._go_on()
 
     def _go_on(self) -> None:
-        while self._left and (self._resident or self._open < _WINDOWS):
+        while self._left and (self._resident or self._open < _SHOWN_AHEAD):
             part, piece = self._left.popleft()
-            told = is_told(part, last=not self._left, resident=self._resident)
+            told = is_told(last=not self._left, resident=self._resident)
             tickets, copied = self._op.lend(
                 [self._target],
                 piece,
@@ -92,13 +91,13 @@ def is_resident(pieces: Sequence[Bytes]) -> bool:
     return all(find(piece.ctypes.data, piece.size) is not None for piece in pieces)
 
 
-def is_told(part: int, *, last: bool, resident: bool) -> bool:
+def is_told(*, last: bool, resident: bool) -> bool:
     """Whether readers of this piece tell its owner.
 
     Of what is read in place the owner must know the end. Of copies it must know how far the
     readers are while there is more to copy.
     """
-    return last if resident else part % _WINDOW == _WINDOW - 1 and not last
+    return last if resident else not last
 
 
 class Piece(NamedTuple):
@@ -197,14 +196,14 @@ class Handout:
             ]
         if not self._lent:
             return
-        if len(self._unread) >= _WINDOWS:
+        if len(self._unread) >= _SHOWN_AHEAD:
             yield self._unread.popleft()
         tickets, copied = self._op.lend(
             self._lent,
             piece,
             tag=self._tag,
             part=index,
-            told=is_told(index, last=index == self._last, resident=self._resident),
+            told=is_told(last=index == self._last, resident=self._resident),
             copied=self._copies,
         )
         if not copied:

@@ -17,7 +17,7 @@ from ftkit.collectives.arithmetic import Bytes
 from ftkit.collectives.resident import allocate
 
 #: Blocks taken from the system at a time.
-_SLAB_BLOCKS = 8
+_SLAB_BLOCKS = 4
 #: Readers of one block, at most; more are served without a copy.
 READERS_MAX = 64
 _RECEIPT_BYTES = 8

@@ -15,7 +15,7 @@ from .worlds import join
 
 pytestmark = pytest.mark.multiproc
 
-#: Many small pieces, so that windows open and close and blocks are used again and again.
+#: Many small pieces, so that blocks are used again and again.
 PIECE = 4096
 SIZES = (9_000, 300_001)
 
