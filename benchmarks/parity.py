@@ -4,9 +4,14 @@ For each code k + m, in one process and on one thread, over and over in turn::
 
     memcpy      the k data shards into memory that has its pages
     encode      their m parity shards
-    rebuild     min(k, m) data shards, from the rest and the parity
+    rebuild     the first min(k, m) data shards, from the rest and the parity
+    ... apart   the first and the last one, where two are lost and others lie between
     numpy ...   both by the engine that needs no ISA-L
     pyeclib ... both through PyEClib's own API, on less data
+
+Shards lie a few pages and lines further apart than their length: at the distance of a power of
+two they would share cache sets and memory banks, which costs all that read many at once, and
+pieces of a state lie anywhere.
 
 What counts is the best processor time of each: all of it is one thread that never waits, and
 noise only ever adds. Every rebuilt byte is compared, and the parity of the engines too.
@@ -32,6 +37,8 @@ from ftkit.checkpoint.raw import address
 CODES = [(k, m) for k in range(2, 9) for m in (1, 2, 3)]
 #: PyEClib is slow, and its speed does not depend on the size.
 PYECLIB_BYTES_MAX = 32 << 20
+#: Between two shards.
+GAP_BYTES = 3 * 4096 + 5 * 64
 
 Bytes = NDArray[np.uint8]
 
@@ -52,17 +59,23 @@ class Memory:
     """The data, room for a copy, and room for parity; all pages there, lines not shared."""
 
     def __init__(self, total: int) -> None:
-        self.data = np.random.default_rng(0).integers(0, 256, total, dtype=np.uint8)
-        self.copy, self.parity, self.other = (np.ones(total * n // 2, np.uint8) for n in (2, 3, 3))
+        self.values = np.random.default_rng(0).integers(0, 256, total, dtype=np.uint8)
+        room = total + 8 * GAP_BYTES
+        self.data, self.copy, self.parity, self.other = (
+            np.ones(room * n // 2, np.uint8) for n in (2, 2, 3, 3)
+        )
 
     def shards(self, k: int, m: int) -> tuple[list[Bytes], list[Bytes], list[Bytes], list[Bytes]]:
         """Data, copy, parity and other parity, cut for a code."""
-        length = self.data.nbytes // k // 4096 * 4096
+        length = self.values.nbytes // k // 4096 * 4096
 
         def cut(memory: Bytes, count: int) -> list[Bytes]:
-            return [memory[i * length : (i + 1) * length] for i in range(count)]
+            return [memory[i * (length + GAP_BYTES) :][:length] for i in range(count)]
 
-        return cut(self.data, k), cut(self.copy, k), cut(self.parity, m), cut(self.other, m)
+        data = cut(self.data, k)
+        for number, shard in enumerate(data):
+            shard[:] = self.values[number * length :][:length]
+        return data, cut(self.copy, k), cut(self.parity, m), cut(self.other, m)
 
 
 def measure(total: int, rounds: int, codes: Sequence[tuple[int, int]]) -> Report:
@@ -85,15 +98,15 @@ def measure(total: int, rounds: int, codes: Sequence[tuple[int, int]]) -> Report
                 job()
                 spent = (time.thread_time() - start) / gigabytes
                 row.seconds[kind] = min(spent, row.seconds.get(kind, spent))
-                lost = copy[: min(k, m)]
-                if kind.endswith("rebuild") and any(map(_differ, lost, data)):
+                lost = _lost(k, m, apart=kind.endswith("apart"))
+                if "rebuild" in kind and any(_differ(copy[i], data[i]) for i in lost):
                     problems.append(f"{kind} {k}+{m} gave wrong bytes")
                 for shard in lost:
-                    shard.fill(0)  # so that what is compared next was written by the next
+                    copy[shard].fill(0)  # so that what is compared next was written by the next
         if len(engines) > 1 and any(map(_differ, parity, other)):
             problems.append(f"the engines made different parity for {k}+{m}")
         parities = zlib.crc32(np.concatenate(other).data, parities)
-        row.seconds |= _pyeclib(k, m, memory.data[: min(total, PYECLIB_BYTES_MAX)])
+        row.seconds |= _pyeclib(k, m, memory.values[: min(total, PYECLIB_BYTES_MAX)])
         say(_line(row))
     return report(rows, problems, f"{parities:08x}")
 
@@ -110,14 +123,22 @@ def _differ(left: Bytes, right: Bytes) -> bool:
 def _coding(
     codec: Codec, name: str, data: Sequence[Bytes], copy: Sequence[Bytes], parity: Sequence[Bytes]
 ) -> dict[str, Callable[[], None]]:
-    lost = min(codec.k, codec.m)
-    rest = {i: s for i, s in enumerate([*data, *parity]) if i >= lost}
-    wanted = dict(enumerate(copy[:lost]))
+    def rebuild(lost: Sequence[int]) -> Callable[[], None]:
+        rest = {i: s for i, s in enumerate([*data, *parity]) if i not in lost}
+        return partial(codec.rebuild, rest, {i: copy[i] for i in lost})
 
-    return {
+    k, m = codec.k, codec.m
+    jobs: dict[str, Callable[[], None]] = {
         f"{name}encode": partial(codec.encode, data, parity),
-        f"{name}rebuild": partial(codec.rebuild, rest, wanted),
+        f"{name}rebuild": rebuild(_lost(k, m)),
     }
+    if m == 2 and k > 2:
+        jobs[f"{name}rebuild apart"] = rebuild(_lost(k, m, apart=True))
+    return jobs
+
+
+def _lost(k: int, m: int, *, apart: bool = False) -> Sequence[int]:
+    return (0, k - 1) if apart else range(min(k, m))
 
 
 def _pyeclib(k: int, m: int, data: Bytes) -> dict[str, float]:
@@ -175,6 +196,16 @@ def report(rows: Sequence[Row], problems: Sequence[str], parity: str) -> Report:
                 unit="s/GB",
                 at_most=1 / 5,
                 against=f"{plain.k}+{plain.m}: {_speed(plain, f'numpy {kind}')}",
+            )
+        )
+    if apart := [r for r in rows if "numpy rebuild apart" in r.seconds]:
+        worst = max(apart, key=lambda r: r.seconds["numpy rebuild apart"])
+        figures.append(
+            Figure(
+                name="the same, two lost that lie apart",
+                value=worst.seconds["numpy rebuild apart"],
+                unit="s/GB",
+                against=f"{worst.k}+{worst.m}: {_speed(worst, 'numpy rebuild apart')}",
             )
         )
     return Report(

@@ -1,46 +1,36 @@
 """Arena: the shared-memory file in which one seat's snapshots outlive its process.
 
-An agent makes the file (`Arena.ensure`), with all its pages, before training needs it: fresh
-pages are nearly the whole cost of a snapshot on CPU. The seat's process opens it for writing;
-anybody of the same user may map it read-only meanwhile. One writer at a time is the caller's
-duty: generations see to it.
+An agent makes the file (`Arena.ensure`) before training needs it. The seat's process opens it for
+writing; anybody of the same user may map it read-only meanwhile. One writer at a time is the
+caller's duty: generations see to it. The file and its pages are `pages`, what the bytes mean is
+`slabs`.
 """
 
-import contextlib
-import errno
-import mmap
-import os
 import re
-import stat
-import sys
-import threading
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ftkit.checkpoint.chunks import CHUNK_BYTES, WHOLE, Share, chunk_count
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import (
+from ftkit.checkpoint.pages import ArenaFile, new_file
+from ftkit.checkpoint.slabs import (
     PAGE,
-    SLOTS,
+    SLABS,
     Geometry,
     Head,
     Pin,
     Sealed,
-    choose_slot,
+    choose_slab,
 )
-from ftkit.checkpoint.writer import SlotCopy, SlotWriter
+from ftkit.checkpoint.writer import SlabMirror, SlabWriter
 from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
 SHM = Path("/dev/shm")
-
-#: madvise(2), Linux 5.14: allocate and map all pages of a range, ready to be written.
-_POPULATE_WRITE = 23
 
 
 def arena_path(job: JobId, seat: Seat, directory: Path = SHM) -> Path:
@@ -50,63 +40,17 @@ def arena_path(job: JobId, seat: Seat, directory: Path = SHM) -> Path:
     return directory / f"ftkit-{job}-{seat}.arena"
 
 
-def remove_arenas(job: JobId, directory: Path = SHM) -> int:
-    """Unlink every arena of a job, and half-made ones; returns how many bytes that gives back.
-
-    For an agent whose job is over. Memory that some process still has mapped stays until it
-    ends.
-    """
-    stem = arena_path(job, Seat(0), directory).name.removesuffix("0.arena")
-    name = re.compile(re.escape(stem) + r"\d+\.arena(\.new)?")
-    freed = 0
-    for path in directory.iterdir():
-        if name.fullmatch(path.name):
-            try:
-                size = path.lstat().st_size
-                path.unlink()
-            except FileNotFoundError:
-                continue  # an agent beside us was faster
-            freed += size
-    return freed
-
-
 class Arena:
     """An open arena file. Not thread-safe, except that reading never disturbs writing."""
 
     def __init__(self, path: Path, *, writable: bool) -> None:
         """Map the file at `path`; prefer `open` and `ensure`."""
-        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW
-        fd = os.open(path, flags)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                raise IntegrityError(f"{path} is not a regular file")
-            self.geometry = Geometry.from_page(os.pread(fd, PAGE, 0))
-            if status.st_size != self.geometry.file_bytes:
-                # Reading past the end of a mapping would be a SIGBUS, not an exception.
-                raise IntegrityError(
-                    f"{path} has {status.st_size} bytes, its first page says "
-                    f"{self.geometry.file_bytes}"
-                )
-            self._map = mmap.mmap(
-                fd,
-                status.st_size,
-                flags=mmap.MAP_SHARED,
-                prot=mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0),
-            )
-        except BaseException:
-            os.close(fd)
-            raise
-        self._fd = fd if writable else -1
-        if not writable:
-            os.close(fd)
-        self._reserved = [0] * self.geometry.slots
-        self._reserving = threading.Lock()
+        self._file = ArenaFile(path, writable=writable)
+        self.geometry = self._file.geometry
         self.path = path
         self.writable = writable
-        self._bytes: NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         # A writer is alone: what it has sealed since is what there is.
-        self._held = list(self.slots()) if writable else []
+        self._held = list(self.slabs()) if writable else []
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> "Arena":
@@ -127,7 +71,7 @@ class Arena:
         meta_bytes: int,
         part_bytes: int | None = None,
         chunk_bytes: int = CHUNK_BYTES,
-        slots: int = SLOTS,
+        slabs: int = SLABS,
         keep: "Arena | None" = None,
     ) -> "Arena":
         """Make an arena with its pages and put it at `path`, replacing what is there.
@@ -137,12 +81,12 @@ class Arena:
 
         Args:
           path: where to; its directory decides the memory (/dev/shm) or disk used.
-          data_bytes: tensor bytes of the largest part a slot may ever hold.
-          part_bytes: of which each slot gets this many pages now; None for all. The rest is a
-            hole in the file until a larger part is written (`SlotWriter.reserve`).
+          data_bytes: tensor bytes of the largest part a slab may ever hold.
+          part_bytes: of which each slab gets this many pages now; None for all. The rest is a
+            hole in the file until a larger part is written (`SlabWriter.reserve`).
           meta_bytes: bytes of layout and small state of one snapshot.
           chunk_bytes: bytes under one digest.
-          slots: snapshots held: 3, and one for each tier below that pins one.
+          slabs: snapshots held: 3, and one for each tier below that pins one.
           keep: an arena of the same `chunk_bytes` whose good snapshots are carried over
             where they fit.
 
@@ -150,34 +94,13 @@ class Arena:
           CapacityError: the file system has not enough room; nothing was written.
         """
         geometry = Geometry(
-            data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
+            data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slabs=slabs
         )
         part_bytes = data_bytes if part_bytes is None else part_bytes
-        holes = data_bytes - part_bytes
-        _check_room(path.parent, geometry.file_bytes - slots * holes)
-        building = path.with_name(path.name + ".new")
-        # Left by an agent that was killed right here, once.
-        building.unlink(missing_ok=True)
-        fd = os.open(
-            building, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
-        )
-        try:
-            try:
-                os.ftruncate(fd, geometry.file_bytes)
-                _fallocate(fd, path, 0, geometry.slot_at(0))
-                for slot in range(slots):
-                    _fallocate(fd, path, geometry.slot_at(slot), geometry.data_at + part_bytes)
-            finally:
-                os.close(fd)
-            with building.open("r+b") as file:
-                file.write(geometry.to_page())
+        with new_file(path, geometry, part_bytes=part_bytes) as building:
             if keep is not None:
                 with cls(building, writable=True) as new:
                     keep._copy_snapshots(new)
-            building.rename(path)
-        except BaseException:
-            building.unlink(missing_ok=True)
-            raise
         return cls(path, writable=True)
 
     @classmethod
@@ -188,7 +111,7 @@ class Arena:
         *,
         replicas: int = 1,
         chunk_bytes: int = CHUNK_BYTES,
-        slots: int = SLOTS,
+        slabs: int = SLABS,
     ) -> "Arena":
         """Open the arena at `path` for writing, made or made larger so that `layout` fits.
 
@@ -198,10 +121,10 @@ class Arena:
 
         Args:
           path: where the arena lies, or is to lie.
-          layout: of the state; a slot can hold all of it.
+          layout: of the state; a slab can hold all of it.
           replicas: among how many the state is shared out; there are pages for one share.
           chunk_bytes: as `create`; an arena that is there keeps its own.
-          slots: as `create`; an arena that is there keeps its own.
+          slabs: as `create`; an arena that is there keeps its own.
 
         Raises:
           CapacityError: as `create`; the old arena is untouched.
@@ -218,7 +141,7 @@ class Arena:
                 meta_bytes=meta_bytes,
                 part_bytes=share.bytes_max(need, chunk_bytes),
                 chunk_bytes=chunk_bytes,
-                slots=slots,
+                slabs=slabs,
             )
         if old.fits(layout):
             return old
@@ -229,23 +152,23 @@ class Arena:
                 meta_bytes=max(meta_bytes, old.geometry.meta_bytes),
                 part_bytes=share.bytes_max(need, old.geometry.chunk_bytes),
                 chunk_bytes=old.geometry.chunk_bytes,
-                slots=old.geometry.slots,
+                slabs=old.geometry.slabs,
                 keep=old,
             )
 
     def fits(self, layout: StateLayout) -> bool:
-        """Whether a snapshot of this layout has room in a slot."""
+        """Whether a snapshot of this layout has room in a slab."""
         return (
             layout.total_bytes <= self.geometry.data_bytes
             and layout.meta_bytes <= self.geometry.meta_bytes
         )
 
-    def slots(self) -> tuple[Sealed | None, ...]:
-        """What each slot's page says, by slot; None for one without a sealed page."""
+    def slabs(self) -> tuple[Sealed | None, ...]:
+        """What each slab's page says, by slab; None for one without a sealed page."""
         found = list[Sealed | None]()
-        for slot in range(self.geometry.slots):
-            at = self.geometry.slot_at(slot)
-            sealed = Sealed.from_page(self._map[at : at + PAGE])
+        for slab in range(self.geometry.slabs):
+            at = self.geometry.slab_at(slab)
+            sealed = Sealed.from_page(self._file.map[at : at + PAGE])
             if sealed is not None and not self._holds(sealed):
                 sealed = None
             found.append(sealed)
@@ -253,7 +176,7 @@ class Arena:
 
     def snapshots(self) -> tuple[Sealed, ...]:
         """The sealed snapshots, oldest first. Their data has not been checked."""
-        return tuple(sorted((s for s in self.slots() if s), key=lambda s: s.version))
+        return tuple(sorted((s for s in self.slabs() if s), key=lambda s: s.version))
 
     def sealed_steps(self) -> tuple[Step, ...]:
         """The steps of `snapshots`, in the same order."""
@@ -273,23 +196,23 @@ class Arena:
             return sealed
         return None
 
-    def pins(self, slot: int) -> tuple[bool, ...]:
-        """Which tiers have pinned a slot, in the order of `Pin`."""
-        at = self.geometry.pin_at(slot, Pin(0))
-        return tuple(map(bool, self._map[at : at + len(Pin)]))
+    def pins(self, slab: int) -> tuple[bool, ...]:
+        """Which tiers have pinned a slab, in the order of `Pin`."""
+        at = self.geometry.pin_at(slab, Pin(0))
+        return tuple(map(bool, self._file.map[at : at + len(Pin)]))
 
     def pin(self, sealed: Sealed, pin: Pin, *, on: bool = True) -> bool:
         """Keep a snapshot from being overwritten, or (`on=False`) let go of it.
 
         For the agent and the writing process alike; the arena must be writable. A writer that
-        has just chosen the slot takes it nevertheless: readers check what they read.
+        has just chosen the slab takes it nevertheless: readers check what they read.
 
         Returns:
           Whether the snapshot is there.
         """
-        for slot, held in enumerate(self.slots()):
+        for slab, held in enumerate(self.slabs()):
             if held == sealed:
-                self._map[self.geometry.pin_at(slot, pin)] = on
+                self._file.map[self.geometry.pin_at(slab, pin)] = on
                 return True
         return False
 
@@ -310,11 +233,12 @@ class Arena:
 
     def head_bytes(self, sealed: Sealed) -> bytes:
         """The head of a snapshot as `Head.parse` wants it. IntegrityError when overwritten."""
-        at = self.geometry.slot_at(self._slot_of(sealed))
+        at = self.geometry.slab_at(self._slab_of(sealed))
         table_at = at + self.geometry.table_at
         meta = sealed.layout_bytes + sealed.small_bytes
         return (
-            self._map[at : at + PAGE + meta] + self._map[table_at : table_at + sealed.table_bytes]
+            self._file.map[at : at + PAGE + meta]
+            + self._file.map[table_at : table_at + sealed.table_bytes]
         )
 
     def head(self, sealed: Sealed) -> Head:
@@ -326,12 +250,12 @@ class Arena:
 
         The view must be released before `close`. IntegrityError when overwritten.
         """
-        at = self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
-        return self._bytes[at : at + sealed.data_bytes].data.toreadonly()
+        at = self.geometry.slab_at(self._slab_of(sealed)) + self.geometry.data_at
+        return self._file.bytes[at : at + sealed.data_bytes].data.toreadonly()
 
     def data_offset(self, sealed: Sealed) -> int:
         """Where the part's data begins in the file. IntegrityError when overwritten."""
-        return self.geometry.slot_at(self._slot_of(sealed)) + self.geometry.data_at
+        return self.geometry.slab_at(self._slab_of(sealed)) + self.geometry.data_at
 
     def blocks(self, head: Head, chunks: range | None = None) -> Iterator[memoryview]:
         """The data of a part, a chunk at a time, each checked before it is handed out.
@@ -343,7 +267,7 @@ class Arena:
           chunks: which chunks, counted from the part's first (`Head.span`); None for all.
 
         Raises:
-          IntegrityError: a chunk fails, or the slot was overwritten meanwhile: what was
+          IntegrityError: a chunk fails, or the slab was overwritten meanwhile: what was
             read before is not to be used either.
         """
         data = self.data(head.sealed)
@@ -352,7 +276,7 @@ class Arena:
             block = data[chunk * size : (chunk + 1) * size]
             head.check(chunk, block)
             yield block
-        self._slot_of(head.sealed)
+        self._slab_of(head.sealed)
 
     def verify(self, sealed: Sealed) -> None:
         """Read the whole part; IntegrityError unless every byte is what was captured."""
@@ -369,8 +293,8 @@ class Arena:
         layouts: int = 1,
         complete: Step | None = None,
         pins: Collection[Pin] = (),
-    ) -> SlotWriter:
-        """Begin to overwrite the slot that can best be spared (`choose_slot`).
+    ) -> SlabWriter:
+        """Begin to overwrite the slab that can best be spared (`choose_slab`).
 
         Args:
           step: of the snapshot.
@@ -378,12 +302,12 @@ class Arena:
           layout: of the state.
           share: the part to be written.
           layouts: how many different layouts make up the job's state.
-          complete: the newest step complete on every rank; its slot is kept where possible.
+          complete: the newest step complete on every rank; its slab is kept where possible.
           pins: the tiers for which the new snapshot is pinned from the start.
 
         Raises:
           CapacityError: the part does not fit; call `ensure` first.
-          AllPinned: no slot can be spared.
+          AllPinned: no slab can be spared.
         """
         if not self.writable:
             raise UsageError(f"{self.path.name} was opened read-only")
@@ -395,8 +319,8 @@ class Arena:
                 f"meta; {self.path.name} has {self.geometry.data_bytes} and "
                 f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
             )
-        return SlotWriter(
-            self._bytes,
+        return SlabWriter(
+            self._file.bytes,
             self.geometry,
             self._spare(step, complete, pins),
             step,
@@ -404,11 +328,11 @@ class Arena:
             layout,
             chunks,
             layouts,
-            reserve=self._reserve,
+            reserve=self._file.reserve,
             sealed=self._seal,
         )
 
-    def adopt(self, head: bytes, *, pins: Collection[Pin] = ()) -> SlotCopy:
+    def adopt(self, head: bytes, *, pins: Collection[Pin] = ()) -> SlabMirror:
         """Begin to make an exact copy of a part of which only the head is at hand.
 
         Args:
@@ -417,7 +341,7 @@ class Arena:
 
         Raises:
           CapacityError: the part does not fit (`ensure`).
-          AllPinned: no slot can be spared.
+          AllPinned: no slab can be spared.
         """
         if not self.writable:
             raise UsageError(f"{self.path.name} was opened read-only")
@@ -426,11 +350,16 @@ class Arena:
         if not self._holds(sealed):
             raise CapacityError(
                 f"a part of {sealed.data_bytes} bytes does not fit into {self.path.name}, which "
-                f"has slots of {self.geometry.data_bytes}"
+                f"has slabs of {self.geometry.data_bytes}"
             )
-        slot = self._spare(sealed.step, None, pins)
-        return SlotCopy(
-            self._bytes, self.geometry, slot, head, reserve=self._reserve, sealed=self._seal
+        slab = self._spare(sealed.step, None, pins)
+        return SlabMirror(
+            self._file.bytes,
+            self.geometry,
+            slab,
+            head,
+            reserve=self._file.reserve,
+            sealed=self._seal,
         )
 
     def data_to_mend(self, sealed: Sealed) -> memoryview:
@@ -438,66 +367,46 @@ class Arena:
         if not self.writable:
             raise UsageError(f"{self.path.name} was opened read-only")
         at = self.data_offset(sealed)
-        return self._bytes[at : at + sealed.data_bytes].data
+        return self._file.bytes[at : at + sealed.data_bytes].data
 
     def _spare(self, step: Step, complete: Step | None, pins: Collection[Pin]) -> int:
-        """Take the slot that can best be spared, and pin it. AllPinned when there is none."""
-        pinned = [slot for slot in range(self.geometry.slots) if any(self.pins(slot))]
-        slot = choose_slot(self._held, complete, pinned)
-        if slot is None:
+        """Take the slab that can best be spared, and pin it. AllPinned when there is none."""
+        pinned = [slab for slab in range(self.geometry.slabs) if any(self.pins(slab))]
+        slab = choose_slab(self._held, complete, pinned)
+        if slab is None:
             raise AllPinned(
-                f"{self.path.name} has no slot to spare for step {step}: {len(pinned)} of "
-                f"{self.geometry.slots} are being read by the tiers below"
+                f"{self.path.name} has no slab to spare for step {step}: {len(pinned)} of "
+                f"{self.geometry.slabs} are being read by the tiers below"
             )
-        self._held[slot] = None
+        self._held[slab] = None
         for pin in Pin:
-            self._map[self.geometry.pin_at(slot, pin)] = pin in pins
-        return slot
+            self._file.map[self.geometry.pin_at(slab, pin)] = pin in pins
+        return slab
 
     def reserve(self, part_bytes: int) -> None:
-        """Have pages for parts of this size in every slot, and map them.
+        """Have pages for parts of this size in every slab, and map them.
 
         Blocks for about a tenth of a second a gigabyte where the file has them already.
 
         Raises:
           CapacityError: there is no memory for them.
         """
-        for slot in range(self.geometry.slots):
-            self._reserve(slot, part_bytes)
-
-    def _reserve(self, slot: int, part_bytes: int) -> None:
-        """Give a slot pages for a part of this size, and map them. Any thread; once a size."""
-        with self._reserving:
-            if part_bytes <= self._reserved[slot]:
-                return
-            at, count = self.geometry.slot_at(slot), self.geometry.data_at + part_bytes
-            _fallocate(self._fd, self.path, at, count)
-            # A first touch costs as much as copying the page: have them all in one call.
-            with contextlib.suppress(OSError):  # an old kernel; the touches will do it
-                self._map.madvise(_POPULATE_WRITE, at, count)
-            self._reserved[slot] = part_bytes
+        for slab in range(self.geometry.slabs):
+            self._file.reserve(slab, part_bytes)
 
     def drop(self, sealed: Sealed) -> None:
         """Forget a snapshot that turned out to be damaged; nothing when it is overwritten."""
-        for slot, held in enumerate(self.slots()):
+        for slab, held in enumerate(self.slabs()):
             if held == sealed:
-                at = self.geometry.slot_at(slot)
-                self._bytes[at : at + PAGE] = 0
+                at = self.geometry.slab_at(slab)
+                self._file.bytes[at : at + PAGE] = 0
 
-    def _seal(self, slot: int, sealed: Sealed) -> None:
-        self._held[slot] = sealed
+    def _seal(self, slab: int, sealed: Sealed) -> None:
+        self._held[slab] = sealed
 
     def close(self) -> None:
         """Unmap the file. Views handed out keep the memory until they are gone."""
-        self._bytes = np.empty(0, dtype=np.uint8)
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-        try:
-            self._map.close()
-        except BufferError:
-            # Someone still holds a view; the mapping goes with the last of them.
-            pass
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -518,22 +427,22 @@ class Arena:
             and sealed.table_bytes <= geometry.data_at - geometry.table_at
         )
 
-    def _slot_of(self, sealed: Sealed) -> int:
-        for slot, held in enumerate(self.slots()):
+    def _slab_of(self, sealed: Sealed) -> int:
+        for slab, held in enumerate(self.slabs()):
             if held == sealed:
-                return slot
+                return slab
         raise IntegrityError(
-            f"the slot of step {sealed.step} in {self.path.name} was overwritten; it now has "
+            f"the slab of step {sealed.step} in {self.path.name} was overwritten; it now has "
             f"steps {list(self.sealed_steps())}"
         )
 
     def _copy_snapshots(self, new: "Arena") -> None:
-        for slot, sealed in enumerate(self.slots()):
+        for slab, sealed in enumerate(self.slabs()):
             if sealed is None:
                 continue
             try:
                 head = self.head(sealed)
-                pins = [pin for pin, on in zip(Pin, self.pins(slot), strict=True) if on]
+                pins = [pin for pin, on in zip(Pin, self.pins(slab), strict=True) if on]
                 copy = new.adopt(self.head_bytes(sealed), pins=pins)
                 copy.reserve()
                 for chunk, block in enumerate(self.blocks(head)):
@@ -543,31 +452,3 @@ class Arena:
             except (IntegrityError, CapacityError):
                 # A damaged snapshot is lost already; it must not keep the others back.
                 continue
-
-
-def _fallocate(fd: int, path: Path, at: int, count: int) -> None:
-    """Have pages for a range of the file, or CapacityError: a write without is a SIGBUS."""
-    try:
-        os.posix_fallocate(fd, at, count)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.ENOMEM):
-            raise
-        raise CapacityError(
-            f"arena {path.name} needs {count} bytes more and {path.parent} ran out while they "
-            f"were reserved: {error.strerror}"
-        ) from error
-
-
-def _check_room(directory: Path, need: int) -> None:
-    """Refuse before anything is written: a half-made arena would take what others need."""
-    status = os.statvfs(directory)
-    free = status.f_bavail * status.f_frsize
-    if need > free:
-        raise CapacityError(
-            f"an arena of {need} bytes does not fit: {directory} has {free} bytes free "
-            f"({need - free} too few). Give it more room, or protect less state"
-        )
-
-
-if sys.byteorder != "little":
-    raise ImportError("an arena is little-endian and used in place; this machine is big-endian")

@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.chunks import PADDING, WHOLE, Share, Unit, chunk_count, units
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.memory import Sources, fill
+from ftkit.checkpoint.memory import LiveMemory, fill
 from ftkit.checkpoint.ports import TraceHook
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.checkpoint.state import Picture, ProtectedState
-from ftkit.checkpoint.writer import SlotWriter
+from ftkit.checkpoint.writer import SlabWriter
 from ftkit.core.errors import StateChanged, UsageError
 from ftkit.core.ids import Generation, Step
 
@@ -82,7 +82,7 @@ class _Job:
 
     def __init__(
         self,
-        writer: SlotWriter,
+        writer: SlabWriter,
         picture: Picture,
         todo: "_Cut",
         shadow: NDArray[np.uint8] | None,
@@ -115,7 +115,7 @@ class _Job:
 
     @property
     def settled(self) -> bool:
-        """No worker touches live tensors or the slot, and none will."""
+        """No worker touches live tensors or the slab, and none will."""
         if self.running or (self.sealing and self.sealed_s is None and self.error is None):
             return False
         return not self.may_take and not self.may_seal
@@ -148,7 +148,7 @@ class Capture:
         self._state = state
         self._trace = trace
         self._validate = validate
-        self._sources = Sources()
+        self._memory = LiveMemory()
         self._cut: _Cut | None = None
         self._begun = 0.0, 0.0
         self._pid = os.getpid()
@@ -189,7 +189,7 @@ class Capture:
           generation: the generation this rank is in.
           share: its share among the replicas that hold the same state.
           layouts: how many different layouts make up the job's state.
-          complete: the newest step complete on every rank; its slot is kept where possible.
+          complete: the newest step complete on every rank; its slab is kept where possible.
           pins: the tiers below that will read this snapshot.
 
         Returns:
@@ -215,8 +215,8 @@ class Capture:
             complete=complete,
             pins=pins,
         )
-        self._sources.bind(picture.live, cut.entries)
-        if self._sources.whole != cut.whole:
+        self._memory.bind(picture.live, cut.entries)
+        if self._memory.whole != cut.whole:
             cut = self._cut_for(picture.layout, share)
         shadow = self._copy_now(writer, cut.units) if self._validate else None
         job = _Job(writer, picture, cut, shadow)
@@ -327,7 +327,7 @@ class Capture:
             assert job is not None, "the wait above ends only with a job"
             try:
                 job.writer.reserve()
-                self._sources.wait()
+                self._memory.wait()
                 while self._work(job) is not None:
                     pass
             except BaseException as error:  # noqa: BLE001 - the owner's next call raises it
@@ -336,7 +336,7 @@ class Capture:
     def _help(self, job: _Job) -> None:
         """Work on `job` in the training thread until it is settled; raise what it failed with."""
         job.writer.reserve()
-        self._sources.wait()
+        self._memory.wait()
         while (copied := self._work(job)) is not None:
             job.assisted_bytes += copied
         with self._changed:
@@ -363,7 +363,7 @@ class Capture:
             return 0
         error: BaseException | None = None
         try:
-            return fill(job.writer, self._sources, unit)
+            return fill(job.writer, self._memory, unit)
         except BaseException as caught:
             error = caught
             raise
@@ -390,7 +390,7 @@ class Capture:
             self._changed.notify_all()
 
     def _cut_for(self, layout: StateLayout, share: Share) -> _Cut:
-        whole, known = self._sources.whole, self._cut
+        whole, known = self._memory.whole, self._cut
         if known is None or (known.layout, known.share, known.whole) != (layout, share, whole):
             size = self._arena.geometry.chunk_bytes
             chunks = share.chunks(chunk_count(layout.total_bytes, size))
@@ -400,15 +400,15 @@ class Capture:
             self._cut = known = _Cut(layout, share, whole, made, entries)
         return known
 
-    def _copy_now(self, writer: SlotWriter, todo: tuple[Unit, ...]) -> NDArray[np.uint8]:
+    def _copy_now(self, writer: SlabWriter, todo: tuple[Unit, ...]) -> NDArray[np.uint8]:
         data = np.empty_like(writer.data)
-        self._sources.wait()
+        self._memory.wait()
         for unit in todo:
-            self._sources.copy(unit, data)
+            self._memory.copy(unit, data)
         return data
 
     def _compare(self, job: _Job, shadow: NDArray[np.uint8]) -> None:
-        """StateChanged unless slot and live tensors still are what they were at `begin`."""
+        """StateChanged unless slab and live tensors still are what they were at `begin`."""
         now = self._copy_now(job.writer, job.units)
         for found, where in ((now, "live"), (job.writer.data, "captured")):
             if np.array_equal(shadow, found):

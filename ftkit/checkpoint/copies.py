@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from ftkit.checkpoint.arena import Arena, arena_path
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.errors import IntegrityError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.core.inventory import Copy
@@ -39,8 +39,8 @@ def local_copies(
             with Arena.open(path) as arena:
                 snapshots = [
                     sealed
-                    for slot, sealed in enumerate(arena.slots())
-                    if sealed and (pinned is None or arena.pins(slot)[pinned])
+                    for slab, sealed in enumerate(arena.slabs())
+                    if sealed and (pinned is None or arena.pins(slab)[pinned])
                 ]
         except (OSError, IntegrityError):
             continue

@@ -1,130 +1,17 @@
 """Fetch: a snapshot in another node's arena, read through its byte server and checked here."""
 
-import socket
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from ftkit.checkpoint.lines import ByteLine
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX
-from ftkit.checkpoint.slots import Head
-from ftkit.core.errors import IntegrityError, ProtocolError, WireError
+from ftkit.checkpoint.slabs import Head
+from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Part
-from ftkit.core.wire import authenticate, receive_message, send_message
 
 HEAD_BYTES_MAX = 256 << 20
-
-
-class ByteLine:
-    """A connection to a byte server. Use from one thread."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        """Take over `sock`, authenticated."""
-        self._sock = sock
-
-    @classmethod
-    def open(cls, address: tuple[str, int], secret: bytes, *, timeout_s: float) -> Self:
-        """Connect. Blocks; see `fetch` for the arguments and what is raised."""
-        try:
-            sock = socket.create_connection(address, timeout=timeout_s)
-        except OSError as error:
-            raise WireError(f"cannot reach the byte server at {address}: {error}") from error
-        try:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            authenticate(sock, secret, server=False, timeout_s=timeout_s)
-            sock.settimeout(timeout_s)
-        except OSError as error:
-            sock.close()
-            raise WireError(f"byte server at {address} is gone: {error}") from error
-        except BaseException:
-            sock.close()
-            raise
-        return cls(sock)
-
-    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
-        """Send a request and return the message that answers it.
-
-        Raises:
-          IntegrityError: what was asked for is not there.
-          ProtocolError: the server refused it.
-          WireError: the server is gone, silent or mad.
-        """
-        self._send(request)
-        return self.hear()
-
-    def hear(self) -> dict[str, Any]:
-        """One more message of an answer; as `ask`."""
-        try:
-            reply = receive_message(self._sock)
-        except OSError as error:
-            raise WireError(f"byte server is gone or silent: {error}") from error
-        if "error" in reply:
-            kind = IntegrityError if reply.get("lost") is True else ProtocolError
-            raise kind(f"byte server: {reply['error']!s:.500}")
-        return reply
-
-    def read(self, request: Mapping[str, object], bytes_max: int) -> bytearray:
-        """Send a request and return the bytes that answer it; as `ask`."""
-        self._send(request)
-        return self._bytes(bytes_max)
-
-    def ranges(
-        self, request: Mapping[str, object], first: int, end: int, stride: int
-    ) -> Iterator[memoryview]:
-        """Bytes `first` to `end`, at most `stride` at a time; as `ask`.
-
-        The next range travels while this one is used.
-        """
-        spans = [(at, min(stride, end - at)) for at in range(first, end, stride)]
-        if spans:
-            self._send({**request, "at": spans[0][0], "bytes": spans[0][1]})
-        for index, (_, count) in enumerate(spans):
-            data = memoryview(self._bytes(count))
-            if len(data) != count:
-                raise ProtocolError(f"asked for {count} bytes, got {len(data)}")
-            if index + 1 < len(spans):
-                at, more = spans[index + 1]
-                self._send({**request, "at": at, "bytes": more})
-            yield data
-
-    def close(self) -> None:
-        """Hang up. May be called twice."""
-        self._sock.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _send(self, request: Mapping[str, object]) -> None:
-        try:
-            send_message(self._sock, request)
-        except OSError as error:
-            raise WireError(f"byte server is gone: {error}") from error
-
-    def _bytes(self, bytes_max: int) -> bytearray:
-        count = self.hear().get("bytes")
-        if type(count) is not int or not 0 <= count <= bytes_max:
-            raise ProtocolError(
-                f"byte server announces {count!r:.20} bytes, at most {bytes_max} are allowed"
-            )
-        data = bytearray(count)
-        view = memoryview(data)
-        try:
-            while view:
-                got = self._sock.recv_into(view)
-                if not got:
-                    raise WireError(f"byte server hung up, {len(view)} of {count} bytes missing")
-                view = view[got:]
-        except OSError as error:
-            raise WireError(f"byte server is gone or silent: {error}") from error
-        return data
 
 
 class Remote:
@@ -152,19 +39,9 @@ class Remote:
           IntegrityError: a chunk is damaged, or the snapshot is no longer there.
           WireError: the server is gone, silent or mad.
         """
-        size = self.head.sealed.chunk_bytes
         if chunks is None:
             chunks = range(len(self.head.digests))
-        end = min(chunks.stop * size, self.head.sealed.data_bytes)
-        stride = max(1, range_bytes // size) * size
-        chunk = chunks.start
-        request = {**self._request, "op": "data"}
-        for data in self._line.ranges(request, chunk * size, end, stride):
-            for at in range(0, len(data), size):
-                block = data[at : at + size]
-                self.head.check(chunk, block)
-                chunk += 1
-                yield block
+        return checked(self._line, self._request, self.head, chunks, range_bytes)
 
     def close(self) -> None:
         """Hang up. May be called twice."""
@@ -180,6 +57,34 @@ class Remote:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def checked(
+    line: ByteLine,
+    part: Mapping[str, object],
+    head: Head,
+    chunks: range,
+    range_bytes: int = RANGE_BYTES_MAX,
+) -> Iterator[memoryview]:
+    """Chunks of a part as `Remote.blocks`, over any connection.
+
+    Args:
+      line: to the byte server that has the part.
+      part: the fields of a request that name it.
+      head: what the part must be; that of another step fits none of its chunks.
+      chunks: counted from the part's first.
+      range_bytes: of a range.
+    """
+    size = head.sealed.chunk_bytes
+    end = min(chunks.stop * size, head.sealed.data_bytes)
+    stride = max(1, range_bytes // size) * size
+    chunk = chunks.start
+    for data in line.ranges({**part, "op": "data"}, chunk * size, end, stride):
+        for at in range(0, len(data), size):
+            block = data[at : at + size]
+            head.check(chunk, block)
+            chunk += 1
+            yield block
 
 
 def fetch(

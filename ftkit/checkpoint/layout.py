@@ -166,7 +166,7 @@ class StateLayout:
 
     @property
     def meta_bytes(self) -> int:
-        """Bytes of a slot's meta area that this layout needs: itself and the small state."""
+        """Bytes of a slab's meta area that this layout needs: itself and the small state."""
         return len(self.encoded) + self.small_bytes
 
     def _body(self) -> dict[str, object]:

@@ -178,12 +178,12 @@ class _Reader:
         )
         todo += [
             _Read(
-                want._replace(box=copy.box),
-                view[copy.box.within(want.box).slices],
-                copy.source,
+                want._replace(box=read.box),
+                view[read.box.within(want.box).slices],
+                read.source,
                 tried,
             )
-            for copy in made.copies
+            for read in made.reads
         ]
         return [want._replace(box=box) for _, box in made.missing]
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ftkit.checkpoint.chunks import PADDING, Unit
 from ftkit.checkpoint.walk import Live
-from ftkit.checkpoint.writer import SlotWriter
+from ftkit.checkpoint.writer import SlabWriter
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -28,7 +28,7 @@ def as_numpy(tensor: torch.Tensor) -> NDArray[Any]:
     return array
 
 
-class Sources:
+class LiveMemory:
     """Where the bytes of each live tensor can be read until the next optimizer step.
 
     * a contiguous CPU tensor: its own memory;
@@ -143,8 +143,8 @@ class Sources:
         current.wait_event(early_done or self._arrived)
 
 
-def fill(writer: SlotWriter, sources: Sources, unit: Unit) -> int:
-    """Copy one unit into its slot and enter its digests; returns the bytes copied."""
-    sources.copy(unit, writer.data)
+def fill(writer: SlabWriter, memory: LiveMemory, unit: Unit) -> int:
+    """Copy one unit into its slab and enter its digests; returns the bytes copied."""
+    memory.copy(unit, writer.data)
     writer.digest(unit.chunks)
     return sum(piece.count for piece in unit.pieces)

@@ -19,7 +19,7 @@ Kind = tuple[str, tuple[int, ...]]
 """What all boxes of a tensor share: dtype and global shape."""
 
 
-class Copy(NamedTuple):
+class Read(NamedTuple):
     """One read: elements `box` of a tensor, from one source to one want."""
 
     want: int
@@ -32,9 +32,9 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReshardPlan:
-    """Copies that write each wanted element at most once, and the elements nobody has."""
+    """Reads that fill each wanted element at most once, and the elements nobody has."""
 
-    copies: tuple[Copy, ...]
+    reads: tuple[Read, ...]
     missing: tuple[tuple[int, Box], ...]
     """Place of the want, and the box of it that no source holds."""
 
@@ -105,7 +105,7 @@ class Holdings:
           wants: of any sizes; empty ones need nothing. They may overlap: each is covered.
           usable: whether a source may be used; None for all.
         """
-        copies, missing = list[Copy](), list[tuple[int, Box]]()
+        reads, missing = list[Read](), list[tuple[int, Box]]()
         for place, (name, _, _, wanted) in enumerate(wants):
             if not wanted.elements:
                 continue
@@ -118,13 +118,13 @@ class Holdings:
                     if common is None:
                         rest.append(box)
                     else:
-                        copies.append(Copy(place, source, common))
+                        reads.append(Read(place, source, common))
                         rest += box.without(common)
                 left = rest
                 if not left:
                     break
             missing += [(place, box) for box in left]
-        return ReshardPlan(copies=tuple(copies), missing=tuple(missing))
+        return ReshardPlan(reads=tuple(reads), missing=tuple(missing))
 
 
 def _ranked(

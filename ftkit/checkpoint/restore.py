@@ -7,23 +7,18 @@ damaged or unreachable as lost: the next parts in line take its place.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import Head
+from ftkit.checkpoint.open_part import Address, OpenPart, open_part
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, WireError
 from ftkit.core.ids import NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Inventory, Tier, covered_layouts
-
-Address = tuple[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,15 +270,8 @@ def _load(
     return layout
 
 
-class _Part(NamedTuple):
-    """A part that is open for reading, here or on another node."""
-
-    head: Head
-    blocks: Callable[[range], Iterator[memoryview]]
-
-
 @contextmanager
-def _open(source: Source, secret: bytes, timeout_s: float) -> Iterator[_Part]:
+def _open(source: Source, secret: bytes, timeout_s: float) -> Iterator[OpenPart]:
     """Open a part. What goes wrong while it is open is its fault: _Unusable.
 
     A part in an arena of this node whose bytes are not what was sealed is struck from it, so
@@ -291,20 +279,10 @@ def _open(source: Source, secret: bytes, timeout_s: float) -> Iterator[_Part]:
     """
     copy, path = source.copy, Path(source.copy.path)
     try:
-        if source.server is None:
-            with Arena.open(path) as arena:
-                sealed = arena.find(copy.step, copy.generation)
-                try:
-                    head = arena.head(sealed)
-                    yield _Part(head, partial(arena.blocks, head))
-                except IntegrityError:
-                    with Arena.open(path, writable=True) as writable:
-                        writable.drop(sealed)
-                    raise
-        else:
-            with fetch(
-                source.server, secret, path.name, copy.step, copy.generation, timeout_s=timeout_s
-            ) as remote:
-                yield _Part(remote.head, remote.blocks)
+        with open_part(copy, path, source.server, secret, timeout_s=timeout_s) as part:
+            yield part
     except (IntegrityError, WireError, OSError) as error:
+        if source.server is None and isinstance(error, IntegrityError):
+            with suppress(IntegrityError, OSError), Arena.open(path, writable=True) as arena:
+                arena.drop(arena.find(copy.step, copy.generation))
         raise _Unusable(source, error) from error

@@ -26,7 +26,7 @@ from typing import Any, Self
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.copies import arena_name, local_copies
-from ftkit.checkpoint.slots import Sealed
+from ftkit.checkpoint.slabs import Sealed
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import Generation, JobId, NodeId, Step
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
@@ -34,7 +34,9 @@ from ftkit.core.wire import authenticate, listen, receive_message, send_message
 logger = logging.getLogger(__name__)
 
 RANGE_BYTES_MAX = 16 << 20
-CONNECTIONS_MAX = 64
+#: Each node of a group keeps a few (`lines`), a leader one to each node of the job, and those
+#: who join must get in beside them.
+CONNECTIONS_MAX = 512
 #: A round of parity names every part of a group, and every node of the job.
 _REQUEST_BYTES_MAX = 4 << 20
 

@@ -5,7 +5,7 @@ what replicas hold alike, or a rank's shard, or both; the parts of all seats are
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial, reduce
 
 import numpy as np
@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.box import Box, TensorBox, boxes_of_range
-from ftkit.checkpoint.fetch import Remote
 from ftkit.checkpoint.layout import ITEM_BYTES, Entry
-from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX
-from ftkit.checkpoint.slots import Head
-from ftkit.core.errors import IntegrityError
-from ftkit.core.ids import Generation, Seat, Step
+from ftkit.checkpoint.slabs import Head
+from ftkit.core.ids import Generation, Step
 
 #: Kinds that numpy copies bit for bit, by bytes per element.
 _WORDS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
@@ -74,11 +71,6 @@ class SnapshotSource:
             name=arena.path.name,
             memory=partial(arena.data, sealed),
         )
-
-    @classmethod
-    def of_remote(cls, remote: Remote, name: str) -> "SnapshotSource":
-        """The part that a connection to another node's byte server reads."""
-        return cls(remote.head, remote.blocks, name=name)
 
     def entries(self) -> Iterator[TensorBox]:
         """The boxes of the layout that lie in the part; of an entry that it cuts, several."""
@@ -150,33 +142,6 @@ class SnapshotSource:
 
     def __str__(self) -> str:
         return self._name
-
-
-def snapshot_of_seats(
-    arenas: Mapping[Seat, Arena], step: Step, *, seat: Seat
-) -> tuple[list[BoxSource], dict[Seat, SnapshotSource]]:
-    """The snapshot of a whole world, as sources for one of its, or another's, seats.
-
-    Args:
-      arenas: an open arena of each seat that saved; they must outlive the sources.
-      step: which step.
-      seat: who will load: its own part comes first, then the others in their order.
-
-    Returns:
-      The sources, and the same by seat. Seats whose snapshot is lost are not among them.
-
-    Raises:
-      IntegrityError: no seat has a snapshot of that step.
-    """
-    found, lost = dict[Seat, SnapshotSource](), list[str]()
-    for other in sorted(arenas, key=lambda s: (s != seat, s)):
-        try:
-            found[other] = SnapshotSource.of_arena(arenas[other], step)
-        except IntegrityError as error:
-            lost.append(f"seat {other}: {error}")
-    if not found:
-        raise IntegrityError(f"no seat has a snapshot of step {step} ({'; '.join(lost)})")
-    return list(found.values()), found
 
 
 def _elements(entry: Entry, data: memoryview, shape: tuple[int, ...]) -> NDArray[np.generic]:

@@ -1,4 +1,4 @@
-"""One slot of an arena while it is written: from live tensors, or as a copy of another."""
+"""One slab of an arena while it is written: from live tensors, or as a copy of another."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,19 +8,19 @@ import xxhash
 from numpy.typing import NDArray
 
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import PAGE, Geometry, Sealed
+from ftkit.checkpoint.slabs import PAGE, Geometry, Sealed
 from ftkit.core.errors import CapacityError
 from ftkit.core.ids import Generation, Step
 
 
-class SlotWriter:
-    """One slot until it is sealed. Parts of it may be written by several threads."""
+class SlabWriter:
+    """One slab until it is sealed. Parts of it may be written by several threads."""
 
     def __init__(
         self,
         file: NDArray[np.uint8],
         geometry: Geometry,
-        slot: int,
+        slab: int,
         step: Step,
         generation: Generation,
         layout: StateLayout,
@@ -30,21 +30,21 @@ class SlotWriter:
         reserve: Callable[[int, int], None],
         sealed: Callable[[int, Sealed], None],
     ) -> None:
-        """From here on the old snapshot of the slot is gone.
+        """From here on the old snapshot of the slab is gone.
 
         Args:
           file: the arena.
           geometry: the arena's.
-          slot: which slot.
+          slab: which slab.
           step: of the snapshot.
           generation: in which it is captured.
           layout: of the state.
           chunks: the part, as chunks of the layout.
           layouts: how many different layouts make up the job's state.
-          reserve: gives the slot pages for so many bytes of data.
-          sealed: told the slot and its page once it is sealed.
+          reserve: gives the slab pages for so many bytes of data.
+          sealed: told the slab and its page once it is sealed.
         """
-        at = geometry.slot_at(slot)
+        at = geometry.slab_at(slab)
         self._page = file[at : at + PAGE]
         self._meta = file[at + PAGE : at + PAGE + geometry.meta_bytes]
         self._chunk_bytes = geometry.chunk_bytes
@@ -64,7 +64,7 @@ class SlotWriter:
             layouts=layouts,
         )
         self._page[:] = 0
-        self.slot = slot
+        self.slab = slab
         self.step = step
         self.generation = generation
         self.data = file[at + geometry.data_at : at + geometry.data_at + end - first]
@@ -81,7 +81,7 @@ class SlotWriter:
         Raises:
           CapacityError: there is no memory for them.
         """
-        self._reserve(self.slot, self.data.nbytes)
+        self._reserve(self.slab, self.data.nbytes)
 
     def digest(self, chunks: range) -> None:
         """Enter the digests of these chunks of the part, whose data is complete."""
@@ -112,32 +112,32 @@ class SlotWriter:
             table_digest=xxhash.xxh3_64_intdigest(self.table.data),
         )
         self._page[:] = np.frombuffer(sealed.to_page(), dtype=np.uint8)
-        self._tell(self.slot, sealed)
+        self._tell(self.slab, sealed)
         return sealed
 
 
-class SlotCopy:
-    """One slot that becomes an exact copy of a part whose head is known, until it is sealed."""
+class SlabMirror:
+    """One slab that becomes an exact copy of a part whose head is known, until it is sealed."""
 
     def __init__(
         self,
         file: NDArray[np.uint8],
         geometry: Geometry,
-        slot: int,
+        slab: int,
         head: bytes,
         *,
         reserve: Callable[[int, int], None],
         sealed: Callable[[int, Sealed], None],
     ) -> None:
-        """From here on the old snapshot of the slot is gone.
+        """From here on the old snapshot of the slab is gone.
 
         Args:
           file: the arena.
           geometry: the arena's; the part fits.
-          slot: which slot.
+          slab: which slab.
           head: of the part, checked (`Arena.head_bytes`).
-          reserve: gives the slot pages for so many bytes of data.
-          sealed: told the slot and its page once it is sealed.
+          reserve: gives the slab pages for so many bytes of data.
+          sealed: told the slab and its page once it is sealed.
         """
         known = Sealed.from_page(head[:PAGE])
         assert known is not None, "the head was checked"
@@ -145,25 +145,25 @@ class SlotCopy:
         self._head = np.frombuffer(head, dtype=np.uint8)
         self._file = file
         self._geometry = geometry
-        self._slot = slot
+        self._slab = slab
         self._reserve = reserve
         self._tell = sealed
-        at = geometry.slot_at(slot)
+        at = geometry.slab_at(slab)
         file[at : at + PAGE] = 0
         self.data = file[at + geometry.data_at : at + geometry.data_at + known.data_bytes]
         """uint8, shape (bytes of the part,): where the data goes. Shared memory."""
 
     def reserve(self) -> None:
-        """As `SlotWriter.reserve`."""
-        self._reserve(self._slot, self.data.nbytes)
+        """As `SlabWriter.reserve`."""
+        self._reserve(self._slab, self.data.nbytes)
 
     def seal(self) -> Sealed:
         """Write the head, the page as the last store. The data must be whole."""
-        sealed, at = self._sealed, self._geometry.slot_at(self._slot)
+        sealed, at = self._sealed, self._geometry.slab_at(self._slab)
         meta_end = sealed.head_bytes - sealed.table_bytes
         self._file[at + PAGE : at + meta_end] = self._head[PAGE:meta_end]
         table_at = at + self._geometry.table_at
         self._file[table_at : table_at + sealed.table_bytes] = self._head[meta_end:]
         self._file[at : at + PAGE] = self._head[:PAGE]
-        self._tell(self._slot, sealed)
+        self._tell(self._slab, sealed)
         return sealed

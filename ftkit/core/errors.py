@@ -73,7 +73,7 @@ class CapacityError(FtkitError):
 
 
 class AllPinned(CapacityError):
-    """Every slot of an arena that could be spared is being read by a tier below."""
+    """Every slab of an arena that could be spared is being read by a tier below."""
 
 
 class StoreError(FtkitError):

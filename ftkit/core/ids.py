@@ -25,12 +25,19 @@ link       the data connection between two members; a line is a control connecti
            and a channel an ordered set of members with collectives of their own
 attempt    one try at playing a step, in one generation
 slot       a fixed place in the global batch whose gradient is one term of the
-           canonical sum. A place for a snapshot is always called an arena's slot
+           canonical sum
 snapshot   the state captured at a step
-shard      one rank's part of a snapshot
+layout     the names, dtypes and boxes of one rank's tensors, and their order as bytes.
+           Replicas have the same one
+part       a range of the bytes of a layout: what one seat captured of a snapshot
+shard      one rank's part of a sharded tensor; of a stripe, one piece of data or parity
 stripe     the shards that share parity
+copy       a part of a snapshot in one place, sealed
 tier       where a copy lives: live tensors, arena, peer parity, disk, object store
+source     what bytes are read from: a copy, here or on another node, or a checkpoint
 arena      the shared-memory file that holds one seat's snapshots
+slab       a fixed piece of an arena: it holds one part, or none
+pin        a tier's mark on a slab: it reads it, so nobody may overwrite it
 checkpoint a persisted snapshot
 verdict    what detection concluded, with evidence
 incident   a verdict and everything done about it, until training goes on

@@ -14,32 +14,30 @@ import socket
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ftkit.checkpoint.serve import ArenaServer
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
-from ftkit.core.ids import Boot, Generation, JobId, MemberId, NodeId, Seat, Step
+from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
-from ftkit.launch.environment import rank_environment
-from ftkit.launch.parity import ParityTier
-from ftkit.launch.ranks import RankProcess
+from ftkit.launch.environment import common_environment, rank_environment
+from ftkit.launch.fork_server import Program
+from ftkit.launch.forking import ForkServer, State
+from ftkit.launch.ranks import RankProcess, execute
+from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
-
-if TYPE_CHECKING:
-    from ftkit.launch.persister import Persister
 
 logger = logging.getLogger(__name__)
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
 
-#: The longest the end of a job is held back for the checkpoint of its last steps.
-LAST_CHECKPOINT_S = 60.0
+#: The longest that ranks are held back for the fork server to have imported torch.
+PRELOAD_LATEST_S = 30.0
 
 
 class Agent:
@@ -86,19 +84,16 @@ class Agent:
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
-        self._parity = None
-        if config.code is not None:
-            self._parity = ParityTier(
-                config, config.code, node, self._secret, self._arenas, self.trace
-            )
-        self._store = ArenaServer(
-            self._arenas.directory,
-            JobId(config.job),
+        self._tiers = Tiers(
+            config,
+            node,
             self._secret,
+            self._arenas,
+            self.trace,
             host=host,
-            operations=self._parity.operations if self._parity else {},
+            changed=lambda: self._inbox.put(("tiers", None)),
         )
-        self._persister = self._make_persister()
+        self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
         self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
@@ -110,7 +105,6 @@ class Agent:
         self._coordinator_number = 0
         self._ending_since: float | None = None
         self._missing_since: float | None = None
-        self._checkpoints_over = False
         self._stopped = False
 
     @property
@@ -130,8 +124,7 @@ class Agent:
             threading.Thread(
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
             ).start()
-        if self._parity is not None:
-            self._parity.start()
+        self._tiers.start()
         tick_s = self._config.times.tick_s
         next_tick = self._clock.now()
         try:
@@ -165,11 +158,9 @@ class Agent:
             except OSError:
                 pass  # a listener that nobody waits on
             listener.close()
-        if self._persister is not None:
-            self._persister.close()
-        self._store.close()
-        if self._parity is not None:
-            self._parity.close()
+        if self._forks is not None:
+            self._forks.close()
+        self._tiers.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -187,7 +178,9 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._take_plan(*value)
-            case "persister":
+            case "forks":
+                self._spawn_missing()
+            case "tiers":
                 self._end_if_due()
                 self._tell_coordinator()
             case "stop":
@@ -259,6 +252,7 @@ class Agent:
                 cwd=self._config.cwd or None,
                 log=log,
                 on_exit=lambda m: self._inbox.put(("exit", m)),
+                start=self._forks.start if self._forks is not None else execute,
             )
         except OSError as error:
             self._set(base, stage=Stage.DEAD, exit_code=127, error=str(error))
@@ -326,28 +320,16 @@ class Agent:
                     )
                     self._spawn_missing()
                 case "arena":
-                    self._make_arena(
-                        member, facts.seat, message["layout"], int(message["replicas"])
+                    self._tiers.make_arena(
+                        facts.seat,
+                        message["layout"],
+                        int(message["replicas"]),
+                        lambda answer: self._answer(member, {"type": "arena", **answer}),
                     )
                 case other:
                     logger.warning("member %s sent an unknown message %r", member, other)
         except (KeyError, TypeError, ValueError) as error:
             logger.warning("member %s sent a malformed message: %s", member, error)
-
-    def _make_arena(self, member: MemberId, seat: Seat, layout: object, replicas: int) -> None:
-        """Allocating gigabytes takes a while: do it aside, answer when it is there."""
-
-        def make() -> None:
-            try:
-                path = self._arenas.ensure(seat, layout, replicas)
-                answer: dict[str, object] = {"path": str(path)}
-            except (FtkitError, OSError) as error:
-                answer = {"error": str(error)}
-            line = self._lines.get(member)
-            if line is not None:
-                self._send(line, {"type": "arena", **answer})
-
-        threading.Thread(target=make, name=f"ftkit-arena-{seat}", daemon=True).start()
 
     # Plans and facts.
 
@@ -370,13 +352,9 @@ class Agent:
             return
         stores = dict(message.get("stores", {}))
         moved, self._stores = stores != self._stores, stores
-        if self._persister is not None:
-            self._persister.take_message(message.get("checkpoint"), stores)
-        self._checkpoints_over = bool(message.get("checkpoints_over"))
         is_new = plan.order > self._plan.order
         self._plan = plan if is_new else self._plan
-        if self._parity is not None:
-            self._parity.take(self._plan, stores)
+        self._tiers.take(self._plan, message)
         if not is_new:
             # Nodes come and go without a new plan; ranks read snapshots from them.
             for member in list(self._lines) if moved else []:
@@ -418,8 +396,11 @@ class Agent:
             return
         if self._missing_since is None:
             self._missing_since = self._clock.now()
-        late = self._clock.now() - self._missing_since > SPAWN_LATEST_S
-        if self._repairing() and not late:
+        waited = self._clock.now() - self._missing_since
+        importing = self._forks is not None and self._forks.state is State.STARTING
+        if importing and waited < PRELOAD_LATEST_S:
+            return
+        if self._repairing() and waited < SPAWN_LATEST_S:
             return
         for seat in missing:
             before = [r for r in self._ranks.values() if r.seat == seat.seat]
@@ -456,23 +437,15 @@ class Agent:
         if any(r.exit_code is None for r in self._ranks.values()):
             return False
         stop, since = self._plan.stop, self._ending_since
-        if self._persister is None or stop is None or stop.code or since is None:
+        if stop is None or since is None:
             return True
-        return self._checkpoints_over or self._clock.now() - since > LAST_CHECKPOINT_S
+        return self._tiers.through(stop, self._clock.now() - since)
 
-    def _make_persister(self) -> "Persister | None":
-        if not self._config.checkpoint_every:
+    def _make_fork_server(self) -> ForkServer | None:
+        if not self._config.preload or Program.of(self._config.command) is None:
             return None
-        # Imported here: a job without checkpoints needs no pyarrow in its agents.
-        from ftkit.launch.persister import Persister
-
-        return Persister(
-            self._config,
-            self._node,
-            self._secret,
-            self.trace,
-            changed=lambda: self._inbox.put(("persister", None)),
-        )
+        env = common_environment(self._config, inherited=self._inherited)
+        return ForkServer(env, changed=lambda: self._inbox.put(("forks", None)))
 
     def _set(self, facts: MemberFacts, **changes: Any) -> None:
         changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})
@@ -482,9 +455,7 @@ class Agent:
     def _tell_coordinator(self) -> None:
         if self._coordinator is None:
             return
-        host, port = self._store.address
         rows = self._arenas.rows(self._facts.values())
-        copies = self._arenas.copies()
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
@@ -496,13 +467,10 @@ class Agent:
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
                 ],
-                "copies": copies if self._parity is None else self._parity.good(copies),
-                "parity": None if self._parity is None else self._parity.report(),
+                **self._tiers.facts(),
                 "rows": rows,
-                "store": [host, port],
                 "plan": self._plan.to_json(),
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
-                "persister": self._persister and self._persister.report().to_json(),
                 "at": self._clock.now(),
             },
         )
@@ -512,6 +480,12 @@ class Agent:
             self._lines[member],
             {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores},
         )
+
+    def _answer(self, member: MemberId, message: dict[str, object]) -> None:
+        """(any thread) Send to a rank, if it is still there."""
+        line = self._lines.get(member)
+        if line is not None:
+            self._send(line, message)
 
     def _send(self, line: Line, message: dict[str, object]) -> None:
         try:

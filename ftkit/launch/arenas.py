@@ -12,7 +12,7 @@ import psutil
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import SLOTS
+from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.detection.process import process_facts
@@ -22,9 +22,9 @@ from ftkit.recovery.facts import ALIVE, MemberFacts
 
 OWNER = "owner.pid"
 
-#: Slots that parity pins: the step that counts, and the one its successor is made of. With them
+#: Slabs that parity pins: the step that counts, and the one its successor is made of. With them
 #: gone there are still the three that a capture needs.
-PARITY_SLOTS = 2
+PARITY_SLABS = 2
 
 
 class Arenas:
@@ -49,8 +49,8 @@ class Arenas:
         part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
         # One more, for the snapshot that is on its way to disk.
-        self.slots = (
-            SLOTS + (PARITY_SLOTS if config.code else 0) + (1 if config.checkpoint_every else 0)
+        self.slabs = (
+            SLABS + (PARITY_SLABS if config.code else 0) + (1 if config.checkpoint_every else 0)
         )
         """Of each arena."""
         self.writing = threading.Lock()
@@ -75,7 +75,7 @@ class Arenas:
         wanted = StateLayout.from_json(layout)
         # A rank that dies while it waits leaves its request behind, and the next one asks too.
         with self.writing:
-            Arena.ensure(path, wanted, replicas=replicas, slots=self.slots).close()
+            Arena.ensure(path, wanted, replicas=replicas, slabs=self.slabs).close()
         return path
 
     def copies(self) -> list[dict[str, object]]:

@@ -13,7 +13,7 @@ an attempt before it has ended the one before, so what BEGIN clears away nobody 
 A coordinator that dies takes its order with it, and the step is given up, or committed already.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -57,6 +57,11 @@ class Order:
         """Those who have something to do."""
         return frozenset({self.committer, *self.writers})
 
+    @property
+    def bytes(self) -> int:
+        """Of the tensors that are to be written."""
+        return sum({c.part.layout: c.part.total for c in self.copies}.values())
+
     def to_json(self) -> dict[str, object]:
         return {
             "attempt": self.attempt,
@@ -95,6 +100,8 @@ class Report:
     """Why it will do no more of it; empty while it does."""
     due: tuple[Copy, ...] = ()
     """Its parts that are to go to disk."""
+    written: int = 0
+    """Bytes of tensors it has written in this attempt."""
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -102,6 +109,7 @@ class Report:
             "done": int(self.done),
             "error": self.error,
             "due": [c.to_json() for c in self.due],
+            "written": self.written,
         }
 
     @classmethod
@@ -113,6 +121,7 @@ class Report:
                 done=Stage(value["done"]),
                 error=str(value["error"]),
                 due=tuple(Copy.from_json(c) for c in value["due"]),
+                written=int(value["written"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a report of a persister: {value!r:.200}") from error
@@ -128,7 +137,11 @@ class Outcome:
 
 
 def judge(
-    order: Order | None, reports: Mapping[NodeId, Report], *, last_attempt: int
+    order: Order | None,
+    reports: Mapping[NodeId, Report],
+    *,
+    last_attempt: int,
+    due: Iterable[Copy] | None = None,
 ) -> tuple[Order | None, Outcome | None]:
     """The order as it should be now, and the attempt that ended by that.
 
@@ -136,13 +149,16 @@ def judge(
       order: as it stands.
       reports: of every node that can be reached; a lost one is not among them.
       last_attempt: the newest attempt ever ordered by this coordinator.
+      due: what is to go to disk; None for what the reports say is due.
 
     Returns:
       The order to send, None while there is nothing to write, and the outcome of `order` when
       it has ended. Every node takes its pins off a snapshot that is no longer ordered.
     """
     if order is None:
-        return _next(reports, last_attempt), None
+        if due is None:
+            due = (c for r in reports.values() for c in r.due)
+        return _next(reports, Inventory(copies=tuple(due)), last_attempt), None
     if lost := sorted(order.nodes - reports.keys()):
         return None, Outcome(step=order.step, failed=f"node {lost[0]} was lost")
     here = {n: r for n, r in reports.items() if n in order.nodes and r.attempt == order.attempt}
@@ -159,9 +175,8 @@ def judge(
     return order, None
 
 
-def _next(reports: Mapping[NodeId, Report], last_attempt: int) -> Order | None:
+def _next(reports: Mapping[NodeId, Report], due: Inventory, last_attempt: int) -> Order | None:
     """Begin with the newest snapshot of which every part is due."""
-    due = Inventory(copies=tuple(c for r in reports.values() for c in r.due))
     newest = due.newest_complete()
     if newest is None:
         return None

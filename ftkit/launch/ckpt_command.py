@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -48,17 +50,20 @@ _WHERE = click.option(
     "--checkpoint-dir", "-d", "root", default=".", show_default=True,
     help="Folder or URL that holds the checkpoints.",
 )  # fmt: skip
+#: The same for people in a hurry: `ftkit ckpt ls runs/ckpt`.
+_ROOT = click.argument("folder", required=False)
 _JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
 
 @ckpt.command("ls")
+@_ROOT
 @_WHERE
 @_JSON
-def ls(root: str, as_json: bool) -> None:
-    """List the checkpoints, and what their records and manifests say (`scrub` reads them)."""
+def ls(folder: str | None, root: str, as_json: bool) -> None:
+    """List the checkpoints in FOLDER, by their records and manifests (`scrub` reads all bytes)."""
     from ftkit.checkpoint.persist.checkpoint import load, steps
 
-    store = _store(root)
+    store = _store(folder or root)
     found = list[dict[str, Any]]()  # JSON, as it will be printed
     for step in steps(store):
         line: dict[str, Any] = {"step": step, "state": "good", "why": ""}
@@ -68,6 +73,7 @@ def ls(root: str, as_json: bool) -> None:
                 "bytes": _bytes(checkpoint),
                 "tensors": len(checkpoint.tensors),
                 "metrics": dict(checkpoint.record.metrics),
+                "written_at": checkpoint.record.written_at,
             }
         except FileNotFoundError:
             line |= {"state": "partial", "why": "never committed"}
@@ -78,6 +84,8 @@ def ls(root: str, as_json: bool) -> None:
         found.append(line)
     if as_json:
         click.echo(json.dumps({"checkpoints": found}))
+    elif not found:
+        click.echo(f"no checkpoints in {store.url}")
     else:
         rows = [
             (
@@ -85,11 +93,12 @@ def ls(root: str, as_json: bool) -> None:
                 line["state"],
                 _size(line["bytes"]) if "bytes" in line else "",
                 str(line.get("tensors", "")),
+                _date(line.get("written_at")),
                 ", ".join(f"{k} {v}" for k, v in line.get("metrics", {}).items()) or line["why"],
             )
             for line in found
         ]
-        _table(["step", "state", "size", "tensors", "metrics"], rows)
+        _table(["step", "state", "size", "tensors", "written", "metrics"], rows)
 
 
 @ckpt.command("show")
@@ -97,7 +106,10 @@ def ls(root: str, as_json: bool) -> None:
 @_WHERE
 @_JSON
 def show(step: str | None, root: str, as_json: bool) -> None:
-    """Show the tensors of STEP (by default the newest), and where the time of its saving went."""
+    """Show the tensors of STEP (by default the newest), and where the time of its saving went.
+
+    STEP is a number, <root>/step-<n>, or a root: then its newest.
+    """
     checkpoint = _open(root, step)
     tensors: list[dict[str, Any]] = [
         {
@@ -113,6 +125,7 @@ def show(step: str | None, root: str, as_json: bool) -> None:
     about = {
         "step": checkpoint.step,
         "bytes": _bytes(checkpoint),
+        "written_at": checkpoint.record.written_at,
         "metrics": dict(checkpoint.record.metrics),
         "profile": checkpoint.record.profile.to_json(),
         "small": sorted(checkpoint.small),
@@ -139,9 +152,12 @@ def show(step: str | None, root: str, as_json: bool) -> None:
 @_WHERE
 @_JSON
 def verify(step: str | None, root: str, as_json: bool) -> None:
-    """Read every byte of STEP (by default the newest) and compare it with its checksums."""
+    """Read every byte of STEP (by default the newest) and compare it with its checksums.
+
+    STEP is a number, <root>/step-<n>, or a root: then its newest, damaged or not.
+    """
     try:
-        checkpoint = _open(root, step)
+        checkpoint = _open(root, step, newest_of_all=True)
         with _bar("verifying", sum(r.bytes for r in checkpoint.rows), quiet=as_json) as done:
             count = checkpoint.verify(done)
     except IntegrityError as error:
@@ -155,20 +171,23 @@ def verify(step: str | None, root: str, as_json: bool) -> None:
 
 
 @ckpt.command("scrub")
+@_ROOT
 @_WHERE
 @_JSON
-def scrub(root: str, as_json: bool) -> None:
-    """Verify every checkpoint and say which are bad. Removes nothing."""
+def scrub(folder: str | None, root: str, as_json: bool) -> None:
+    """Verify every checkpoint in FOLDER and say which are bad. Removes nothing."""
     from ftkit.checkpoint.persist.checkpoint import steps
     from ftkit.checkpoint.persist.folder import step_folder
     from ftkit.checkpoint.persist.scrub import scrub as scrub_all
 
-    store = _store(root)
+    store = _store(folder or root)
     total = sum(sum(store.sizes(step_folder(s)).values()) for s in steps(store))
     with _bar("scrubbing", total, quiet=as_json) as done:
         found = scrub_all(store, done)
     if as_json:
         click.echo(json.dumps({"checkpoints": [asdict(s) for s in found]}))
+    elif not found:
+        click.echo(f"no checkpoints in {store.url}")
     else:
         rows = [(str(s.step), s.state, _size(s.nbytes) if s.nbytes else "", s.why) for s in found]
         _table(["step", "state", "read", "what is wrong"], rows)
@@ -236,34 +255,35 @@ def convert(src: str, dst: str, to: str, part: str | None, as_json: bool) -> Non
     "--keep", "keep", multiple=True, required=True,
     help="last:N, every:N or best:METRIC[:N][:max]; several add up. The newest good one stays.",
 )  # fmt: skip
+@_ROOT
 @_WHERE
 @_JSON
-def gc(keep: tuple[str, ...], root: str, as_json: bool) -> None:
-    """Remove checkpoints that no --keep wants, and what dead writers left.
+def gc(keep: tuple[str, ...], folder: str | None, root: str, as_json: bool) -> None:
+    """Remove checkpoints in FOLDER that no --keep wants, and what dead writers left.
 
-    The newest is read whole first, and nothing older goes unless it is good.
+    The newest is read whole first, and nothing older goes unless it is good. Exits with 1 when
+    one that was read is damaged.
     """
     from ftkit.checkpoint.persist.gc import gc as collect
     from ftkit.checkpoint.persist.keep import policies
     from ftkit.checkpoint.persist.lease import Lease, one_time
 
     wanted = policies(",".join(keep))
-    store = _store(root)
+    store = _store(folder or root)
     with Lease.take(store, one_time(JobId("ftkit ckpt gc")), term_s=600.0) as lease:
         found = collect(store, wanted, lease)
     if as_json:
         click.echo(json.dumps(asdict(found)))
-        return
-    for what in ("kept", "removed", "partial"):
-        steps = getattr(found, what)
-        click.echo(f"{what}: {', '.join(map(str, steps)) or 'none'}")
-    for step, why in found.damaged.items():
-        click.echo(f"damaged: step {step}: {why}")
+    else:
+        for what in ("kept", "removed", "partial"):
+            steps = getattr(found, what)
+            click.echo(f"{what}: {', '.join(map(str, steps)) or 'none'}")
+        for step, why in found.damaged.items():
+            click.echo(f"damaged: step {step}: {why}")
+    sys.exit(BAD if found.damaged else 0)
 
 
 def _store(root: str) -> "Store":
-    from pathlib import Path
-
     from ftkit.checkpoint.persist.store import open_store
 
     if "://" not in root and not Path(root).is_dir():
@@ -271,24 +291,53 @@ def _store(root: str) -> "Store":
     return open_store(root)
 
 
-def _open(root: str, step: str | None) -> "Checkpoint":
+def _open(root: str, step: str | None, *, newest_of_all: bool = False) -> "Checkpoint":
+    """The checkpoint that is meant by `step`, in `root` where it names no other.
+
+    Args:
+      root: folder or URL.
+      step: a number, <root>/step-<n>, a root, or None: of the last two, the newest.
+      newest_of_all: even if it is damaged; otherwise the newest good one.
+    """
     from ftkit.checkpoint.persist.checkpoint import open_checkpoint
     from ftkit.checkpoint.persist.folder import step_of
 
-    if step is None:
-        return open_checkpoint(_store(root))
-    if step.isdecimal():
-        return open_checkpoint(_store(root), Step(int(step)))
-    head, slash, last = step.rstrip("/").rpartition("/")
-    number = step_of(last)
-    if number is None:
-        raise UsageError(f"{step!r} is no step: give a number, or <root>/step-<n>")
-    return open_checkpoint(_store((head or "/") if slash else root), number)
+    number: int | None = None
+    if step is not None and step.isdecimal():
+        number = int(step)
+    elif step is not None:
+        head, slash, last = step.rstrip("/").rpartition("/")
+        number = step_of(last)
+        if number is not None:
+            root = (head or "/") if slash else root
+        elif "://" in step or Path(step).is_dir():
+            root = step
+        else:
+            raise UsageError(
+                f"{step!r} is no step: give a number, <root>/step-<n>, or a folder of checkpoints"
+            )
+    store = _store(root)
+    if number is None and newest_of_all:
+        number = _newest(store)
+    return open_checkpoint(store, None if number is None else Step(number))
+
+
+def _newest(store: "Store") -> int | None:
+    """The newest step that was committed, whatever has become of it."""
+    from ftkit.checkpoint.persist.checkpoint import steps
+    from ftkit.checkpoint.persist.source import identity
+
+    return next((s for s in reversed(steps(store)) if identity(store, s) is not None), None)
 
 
 def _bytes(checkpoint: "Checkpoint") -> int:
     loose = sum(count for count, _ in checkpoint.record.files.values())
     return sum(r.bytes for r in checkpoint.rows) + loose
+
+
+def _date(seconds: float | None) -> str:
+    """In local time."""
+    return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
 
 
 def _size(count: int) -> str:

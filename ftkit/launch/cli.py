@@ -57,8 +57,14 @@ def main() -> None:
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
+@click.option(
+    "--preload/--no-preload",
+    default=True,
+    show_default=True,
+    help="Import torch once a node, and fork its ranks from there.",
+)
 @click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
-@click.option("--checkpoint-every", default=0, help="Steps between two checkpoints.")
+@click.option("--checkpoint-every", default=0, help="Steps between two; 0: the last alone.")
 @click.option(
     "--checkpoint-keep",
     default="last:3",
@@ -83,6 +89,7 @@ def run(
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
+    preload: bool,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: str,
@@ -99,6 +106,7 @@ def run(
     """
     from ftkit.launch.config import JobConfig, default_engine, new_job_id
     from ftkit.launch.job import python_command, run_job
+    from ftkit.launch.last_words import LastWords
 
     log_to_stderr(quiet=quiet)
     job = new_job_id()
@@ -113,6 +121,7 @@ def run(
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
+        preload=preload,
         checkpoint_dir=absolute(checkpoint_dir),
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
@@ -130,9 +139,17 @@ def run(
                 "last:N and every:N"
             )
     _ = config.times  # an inconsistent set of times is refused before anything starts
-    stop = run_job(config, engine=engine or default_engine())
+    last = LastWords(
+        folder, config.checkpoint_dir, lambda words: click.echo(f"ftkit: {words}", err=True)
+    )
+    stop = run_job(
+        config,
+        engine=engine or default_engine(),
+        on_poll=(lambda _: last.poll()) if checkpoint_dir else None,
+    )
     if as_json:
-        click.echo(json.dumps({"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}))
+        told = {"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}
+        click.echo(json.dumps(told | ({"last_checkpoint": last.told} if last.told else {})))
     elif stop.code:
         click.echo(f"ftkit: {stop.reason} (events in {folder})", err=True)
     sys.exit(stop.code)

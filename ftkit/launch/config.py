@@ -18,6 +18,10 @@ from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.detection.config import DetectionConfig
 from ftkit.recovery.budget import BudgetConfig
 
+#: How long the last checkpoint of a job that is told to end may take. Who sends it SIGTERM is
+#: used to give it 30 s.
+PREEMPTED_S = 15.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
@@ -92,6 +96,8 @@ class JobConfig:
     """Write each rank's output to a file in run_dir/logs instead of passing it through."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Variables added to every rank's environment."""
+    preload: bool = True
+    """Import torch once a node, and fork ranks from there, where the command is a Python script."""
     same_place_max: int = 3
     restarts_max: int = 100
     master_port: int = 0
@@ -100,7 +106,7 @@ class JobConfig:
     checkpoint_dir: str = ""
     """Where checkpoints go and come from: a path, or any URL that fsspec knows; empty: nowhere."""
     checkpoint_every: int = 0
-    """Steps between two checkpoints; 0 for none, though the job may begin from one."""
+    """Steps between two checkpoints; 0 for the one at the end alone."""
     checkpoint_keep: str = "last:3"
     """What to keep of them (`persist.keep.policies`)."""
     checkpoint_fresh: bool = False
@@ -138,6 +144,11 @@ class JobConfig:
     @property
     def budget(self) -> BudgetConfig:
         return BudgetConfig(same_place_max=self.same_place_max, restarts_max=self.restarts_max)
+
+    @property
+    def interrupt_s(self) -> float:
+        """How long a job that is told to end may take over it."""
+        return 2 * self.times.grace_s + (PREEMPTED_S if self.checkpoint_dir else 0.0)
 
     def shm_dir(self, node: int) -> Path:
         """The folder of shared memory of one node."""

@@ -10,7 +10,7 @@ import json
 import logging
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect
-from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, Report, judge
+from ftkit.launch.checkpoint_lead import CheckpointLead
+from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
 from ftkit.launch.disk import Disk
+from ftkit.launch.ending import End
 from ftkit.launch.judge import Judge, rows_from_json
-from ftkit.recovery.facts import JobFacts, MemberFacts
+from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
 
@@ -67,11 +69,10 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
-        self._order: Order | None = None
-        self._attempts = number * ATTEMPTS_MAX
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
+        self._checkpoints = CheckpointLead(number, self.trace.event)
         self._disk = Disk(
             config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
         )
@@ -183,15 +184,15 @@ class Coordinator:
         elif self._stores != self._live_stores():
             self._send_plan()
         facts = self._facts(now)
-        self._checkpoint(facts)
+        self._checkpoint(now, facts.nodes_lost)
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
             self._disk.forget()
         else:
             on_disk = self._disk.steps()
-            why = facts.interrupted or self._disk.refused
-            if on_disk is None and not why:
+            refused = self._disk.refused
+            if on_disk is None and not (facts.interrupted or refused):
                 return  # what a world is formed from is not known yet
-            facts = replace(facts, snapshots=on_disk or frozenset(), interrupted=why)
+            facts = replace(facts, snapshots=on_disk or frozenset(), refused=refused)
         plan, decisions = advance(self._plan, facts, self._config.budget)
         if not decisions:
             return
@@ -242,12 +243,7 @@ class Coordinator:
                 generation=self._plan.world.generation if self._plan.world else 0,
             )
         lost = self._lost_nodes(now)
-        copies = tuple(
-            Copy.from_json(copy)
-            for node, report in self._reports.items()
-            if node not in lost
-            for copy in report["copies"]
-        )
+        copies = _copies(r for n, r in self._reports.items() if n not in lost)
         newest = Inventory(copies=copies).newest_complete()
         return JobFacts(
             awaited=self._awaited(copies, lost),
@@ -259,23 +255,27 @@ class Coordinator:
             interrupted=self._interrupted,
         )
 
-    def _checkpoint(self, facts: JobFacts) -> None:
-        """Move the writing of a checkpoint on; it and the plan know nothing of each other."""
-        if not self._config.checkpoint_every:
+    def _checkpoint(self, now: float, lost: frozenset[NodeId]) -> None:
+        """Move the writing of a checkpoint on; the plan knows of it only when it has ended."""
+        if not self._config.checkpoint_dir or self._plan is None:
             return
-        reports = {
-            node: Report.from_json(report["persister"])
-            for node, report in self._reports.items()
-            if node not in facts.nodes_lost and node in self._lines and report.get("persister")
-        }
-        order, ended = judge(self._order, reports, last_attempt=self._attempts)
-        if ended is not None and ended.failed:
-            self.trace.event("checkpoint-failed", step=ended.step, reason=ended.failed)
-        if order == self._order:
-            return
-        self._order = order
-        self._attempts = order.attempt if order else self._attempts
-        self._send_plan()
+        here = {n: r for n, r in self._reports.items() if n not in lost and n in self._lines}
+        end = None
+        if self._plan.stop is not None:
+            # As their agents say: of ranks lost with an agent nobody tells any more.
+            ranks = [MemberFacts.from_json(m) for r in here.values() for m in r["members"]]
+            last = max((m.step for m in ranks if m.step is not None), default=None)
+            begun = [m.entry_step for m in ranks if m.entry_step is not None]
+            end = End(
+                stop=self._plan.stop,
+                trained_to=last if last is not None and last > min(begun, default=0) else None,
+                copies=_copies(here.values()),
+                running=any(m.stage in ALIVE for m in ranks),
+                interrupted=bool(self._interrupted),
+            )
+        reports = {n: Report.from_json(r["persister"]) for n, r in here.items()}
+        if self._checkpoints.advance(reports, end, now=now):
+            self._send_plan()
 
     def _awaited(self, copies: tuple[Copy, ...], lost: frozenset[NodeId]) -> str:
         """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
@@ -311,12 +311,13 @@ class Coordinator:
         stores = self._live_stores()
         if only is None:
             self._stores = stores
+        order = self._checkpoints.order
         message = {
             "type": "plan",
             "plan": self._plan.to_json(),
             "stores": stores,
-            "checkpoint": self._order and self._order.to_json(),
-            "checkpoints_over": self._plan.mode is Mode.ENDED and self._order is None,
+            "checkpoint": order and order.to_json(),
+            "checkpoints_over": self._checkpoints.over,
         }
         for node, line in list(self._lines.items()):
             if only is not None and node != only:
@@ -342,6 +343,11 @@ class Coordinator:
         self.trace.event("end", outcome=outcome, code=stop.code, reason=stop.reason)
         write_result(Path(self._config.run_dir), stop)
         return True
+
+
+def _copies(reports: Iterable[Mapping[str, Any]]) -> tuple[Copy, ...]:
+    """What the nodes hold that report so."""
+    return tuple(Copy.from_json(c) for r in reports for c in r["copies"])
 
 
 def write_result(run_dir: Path, stop: Stop) -> None:

@@ -67,7 +67,7 @@ class EmbeddedEngine:
         if stop is not None:
             return stop
         if self._interrupted_at is not None:
-            limit = self._interrupted_at + 2 * self._config.times.grace_s
+            limit = self._interrupted_at + self._config.interrupt_s
             if time.monotonic() > limit:
                 return Stop(code=130, reason="interrupted, and ended the hard way")
             if self._told is not self._coordinator and self._coordinator is not None:

@@ -66,12 +66,18 @@ def rank_environment(
         checkpoint_dir=config.checkpoint_dir,
         checkpoint_every=config.checkpoint_every,
     )
-    # One thread a rank, as torchrun does: several ranks share the cores.
-    threads = {"OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1")}
     return {
-        **inherited,
-        **threads,
+        **common_environment(config, inherited=inherited),
         **{k: str(v) for k, v in torchrun.items()},
         **own.to_environ(),
         **config.env,
     }
+
+
+def common_environment(
+    config: JobConfig, *, inherited: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """What all ranks of a node find alike: what modules see when they are imported for them."""
+    # One thread a rank, as torchrun does: several ranks share the cores.
+    threads = {"OMP_NUM_THREADS": inherited.get("OMP_NUM_THREADS", "1")}
+    return {**inherited, **threads, **config.env}

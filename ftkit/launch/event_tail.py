@@ -10,9 +10,10 @@ _CHUNK_BYTES = 1 << 20
 class EventTail:
     """Reads what was added to a run's event files since the last time. One thread's object."""
 
-    def __init__(self, run_dir: Path) -> None:
-        """Follow `run_dir`/events/*.jsonl; neither the folder nor a file need exist yet."""
+    def __init__(self, run_dir: Path, *, files: str = "*.jsonl") -> None:
+        """Follow `run_dir`/events; neither the folder nor one of the `files` need exist yet."""
         self._events = run_dir / "events"
+        self._files = files
         self._read_to: dict[Path, int] = {}
         self.unreadable = 0
         """Whole lines that were not JSON objects with a time."""
@@ -20,7 +21,7 @@ class EventTail:
     def poll(self) -> list[dict[str, Any]]:
         """The new events of all files, in order of time. A half-written line waits for its end."""
         events = []
-        for path in sorted(self._events.glob("*.jsonl")):
+        for path in sorted(self._events.glob(self._files)):
             events += self._poll_file(path)
         return sorted(events, key=lambda e: float(e["mono"]))
 

@@ -1,4 +1,4 @@
-"""ParityTier: an agent's thread that leads rounds of parity, mends after a loss, and scrubs.
+"""ParityTier: an agent's thread that leads rounds of parity, recovers after a loss, and scrubs.
 
 Never on the agent's main thread, never in training's way: the thread has low priority and rests
 as long as it works, and a round that fails costs nothing but itself.
@@ -8,29 +8,26 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.erasure import best_engine
+from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded, be_nice
-from ftkit.checkpoint.parity.holder import Holder, local_parts
-from ftkit.checkpoint.parity.leader import ask_all, lead_round
-from ftkit.checkpoint.parity.mend import Mended, fetch_head, mend, missing_parts
-from ftkit.checkpoint.parity.operations import NodeState, operations
-from ftkit.checkpoint.parity.protocol import awaited
+from ftkit.checkpoint.parity.holder import Holder
+from ftkit.checkpoint.parity.leader import lead_round
+from ftkit.checkpoint.parity.mend import fetch_head, mend, missing_parts
+from ftkit.checkpoint.parity.operations import operations
 from ftkit.checkpoint.parity.rounds import NOBODY, Holding, RoundId, StripeSet
 from ftkit.checkpoint.parity.scrub import scrub
 from ftkit.checkpoint.parity.streams import Peers
 from ftkit.checkpoint.serve import Operation
-from ftkit.checkpoint.slots import Sealed
 from ftkit.checkpoint.stripes import Code
-from ftkit.core.errors import CapacityError, FtkitError, IntegrityError, WireError
-from ftkit.core.ids import Generation, JobId, NodeId
+from ftkit.core.errors import FtkitError
+from ftkit.core.ids import JobId, NodeId
 from ftkit.core.trace import Trace
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
+from ftkit.launch.parity_recovery import Recovery
 from ftkit.recovery.plan import Mode, Plan
 
 logger = logging.getLogger(__name__)
@@ -46,9 +43,6 @@ SCRUB_EVERY_S = 60.0
 
 #: The longest that an end waits for the thread.
 CLOSE_S = 2.0
-
-#: Tries to rebuild while nodes are out of reach, a look apart, before a round is given up.
-MEND_TRIES = 50
 
 
 class ParityTier:
@@ -73,29 +67,26 @@ class ParityTier:
           arenas: this node's.
           trace: where rounds, rebuilds and scrubs are told.
         """
-        self._code, self._node, self._secret = code, node, secret
+        self._code, self._node = code, node
         self._arenas, self._trace = arenas, trace
         self._job = JobId(config.job)
+        self._lines = Lines(secret)
         self._holder = Holder(arenas.directory, self._job, node, self._peers)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ftkit-parity", daemon=True)
         self._ballot = NOBODY
         self._said = ""
-        self._tries = 0
-        self._owed: StripeSet | None = None
+        self._recovery = Recovery(self._holder, arenas, self._job, trace, self._ended)
         self._scrubbed: tuple[RoundId | None, float] = None, 0.0
         self._lock = threading.Lock()
         # ---- under the lock ----
         self._plan = Plan()
         self._stores: dict[NodeId, tuple[str, int]] = {}
-        self._checked = Generation(-1)
-        self._damaged: set[tuple[str, Sealed]] = set()
-        self._given_up: set[RoundId] = set()
 
     @property
     def operations(self) -> dict[str, Operation]:
         """For the byte server."""
-        return operations(self._holder, self._state)
+        return operations(self._holder, self._recovery.state)
 
     def start(self) -> None:
         """Begin to look for something to do."""
@@ -106,27 +97,26 @@ class ParityTier:
         known = {NodeId(int(n)): (str(a[0]), int(a[1])) for n, a in stores.items()}
         with self._lock:
             self._plan, self._stores = plan, known
+        self._lines.only(known.values())
 
     def report(self) -> dict[str, object]:
         """For the coordinator: what this node holds, and what it knows to be beyond repair."""
-        holds = [h.to_json() for h in self._holder.holdings()]
-        with self._lock:
-            return {
-                "holds": holds,
-                "given_up": list(self._given_up),
-                "checked": self._checked,
-            }
+        return {
+            "holds": [h.to_json() for h in self._holder.holdings()],
+            "given_up": list(self._recovery.given_up),
+            "checked": self._recovery.checked,
+        }
 
     def good(self, copies: list[dict[str, object]]) -> list[dict[str, object]]:
         """The copies, less those whose bytes are known to have rotted."""
-        with self._lock:
-            bad = {(path, sealed.step, sealed.generation) for path, sealed in self._damaged}
+        bad = {(path, sealed.step, sealed.generation) for path, sealed in self._recovery.damaged}
         return [c for c in copies if (c["path"], c["step"], c["generation"]) not in bad]
 
     def close(self) -> None:
         """End the thread, and unmap what was mapped. May be called twice."""
         self._ended.set()
         self._holder.close()
+        self._lines.close()
         if self._thread.is_alive():
             # It may wait for another node, and has nothing here that anybody misses.
             self._thread.join(CLOSE_S)
@@ -158,7 +148,7 @@ class ParityTier:
         with self._lock:
             plan, nodes = self._plan, sorted(self._stores)
         if plan.mode is Mode.FORMING and plan.world is not None:
-            self._recover(plan)
+            self._recovery.look(plan, self._peers(), self._is_forming)
         elif plan.mode is Mode.RUNNING:
             if nodes and nodes[0] == self._node and len(nodes) >= sum(self._code):
                 self._lead()
@@ -180,110 +170,6 @@ class ParityTier:
             )
             # What a round costs the others they have for themselves as long again.
             self._ended.wait(done.seconds)
-
-    # After a loss.
-
-    def _recover(self, plan: Plan) -> None:
-        """All ranks are gone: check what is here, and rebuild what is worth it."""
-        if self._checked != plan.halted:
-            self._check()
-            with self._lock:
-                self._checked, self._tries = plan.halted, 0
-        peers = self._peers()
-        others = [n for n in peers.addresses if n != self._node]
-        states = ask_all(peers, others) | {self._node: self._state()}
-        wanted = awaited(
-            [copy for s in states.values() for copy, _ in s.parts],
-            {n: s.holds for n, s in states.items()},
-            {r for s in states.values() for r in s.given_up},
-        )
-        if wanted is None:
-            self._make_again()
-            return
-        if not any(self._node in group for group in wanted.groups):
-            return
-        try:
-            self._rebuild(wanted, peers, plan)
-        except WireError as error:
-            self._tries += 1
-            if self._tries >= MEND_TRIES:
-                self._give_up(wanted, str(error))
-        except (IntegrityError, CapacityError) as error:
-            self._give_up(wanted, str(error))
-
-    def _check(self) -> None:
-        """Read every part in this node's arenas. Nobody writes them now."""
-        for copy, _, sealed in local_parts(self._arenas.directory, self._job, self._node):
-            try:
-                with Arena.open(Path(copy.path)) as arena:
-                    arena.verify(sealed)
-            except (IntegrityError, OSError) as error:
-                with self._lock:
-                    self._damaged.add((copy.path, sealed))
-                self._trace.event(
-                    "scrub", step=sealed.step, node=self._node, arena=Path(copy.path).name,
-                    reason=str(error), mended=False,
-                )  # fmt: skip
-
-    def _rebuild(self, wanted: Holding, peers: Peers, plan: Plan) -> None:
-        head = fetch_head(peers, wanted, self._node)
-        missing = missing_parts(self._arenas.directory, head, self._node)
-        if missing:
-            with self._arenas.writing:
-                if not self._is_forming(plan):
-                    return  # ranks are about to open these arenas
-                done = mend(
-                    self._arenas.directory,
-                    head,
-                    self._node,
-                    missing,
-                    peers,
-                    # Nobody trains: as fast as can be.
-                    Pace(lambda: not self._ended.is_set(), share=1.0),
-                    slots=self._arenas.slots,
-                )
-            self._forget_damage(head.stripes)
-            self._tell_rebuilt(head.stripes, done)
-            self._owed = head.stripes
-
-    def _make_again(self) -> None:
-        """Once all lost parts are back: the parity this node kept of the others' parts."""
-        owed, self._owed = self._owed, None
-        if owed is not None:
-            # One try: the next round makes up for it.
-            with suppress(FtkitError):
-                self._holder.make_again(owed)
-
-    def _forget_damage(self, stripes: StripeSet) -> None:
-        refs = {(p.arena, p.step, p.generation) for p in stripes.parts[self._node]}
-        with self._lock:
-            self._damaged = {
-                (path, s)
-                for path, s in self._damaged
-                if (Path(path).name, s.step, s.generation) not in refs
-            }
-
-    def _tell_rebuilt(self, stripes: StripeSet, done: Mended) -> None:
-        self._trace.event(
-            "rebuild",
-            step=stripes.round.step,
-            generation=stripes.round.generation,
-            seats=sorted({p.seat for p in done.parts}),
-            bytes=done.bytes,
-            read=done.read,
-            seconds=round(done.seconds, 6),
-            engine=best_engine().value,
-            damaged=list(done.damaged),
-        )
-
-    def _give_up(self, wanted: Holding, reason: str) -> None:
-        with self._lock:
-            self._given_up.add(wanted.round)
-        self._trace.event("rebuild-failed", step=wanted.round.step, reason=reason)
-
-    def _is_forming(self, plan: Plan) -> bool:
-        with self._lock:
-            return self._plan.mode is Mode.FORMING and self._plan.halted == plan.halted
 
     # In idle time.
 
@@ -335,18 +221,11 @@ class ParityTier:
 
     def _peers(self) -> Peers:
         with self._lock:
-            return Peers(dict(self._stores), self._secret)
+            return Peers(dict(self._stores), self._lines)
 
-    def _state(self) -> NodeState:
-        parts = local_parts(self._arenas.directory, self._job, self._node)
-        holds = tuple(self._holder.holdings())
+    def _is_forming(self, plan: Plan) -> bool:
         with self._lock:
-            return NodeState(
-                promised=self._holder.promised,
-                parts=tuple((c, p) for c, p, s in parts if (c.path, s) not in self._damaged),
-                holds=holds,
-                given_up=frozenset(self._given_up),
-            )
+            return self._plan.mode is Mode.FORMING and self._plan.halted == plan.halted
 
     def _say(self, reason: str) -> None:
         """Tell that something went wrong, once while it is the same."""

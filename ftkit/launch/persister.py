@@ -27,7 +27,7 @@ from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.source import identity
 from ftkit.checkpoint.persist.store import Store, open_store
 from ftkit.checkpoint.persist.write import write
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.clock import Clock, MonotonicClock
 from ftkit.core.errors import FtkitError, IntegrityError, ProtocolError
 from ftkit.core.ids import JobId, NodeId
@@ -47,6 +47,9 @@ WRITE_S = 600.0
 
 #: Between two renewals of the lease, which runs out after three of them.
 RENEW_S = 20.0
+
+#: Between two reports of how much is written.
+TELL_S = 0.5
 
 #: How long the end of an agent waits for what is under way: its own end is waited for, too.
 CLOSE_S = 2.0
@@ -92,10 +95,12 @@ class Persister:
         self._order: Order | None = None
         self._servers: Mapping[NodeId, tuple[str, int]] = {}
         self._report = Report()
+        self._tidying = False
         self._closing = False
         # ---- of the thread ----
         self._began = 0.0
         self._renewed = 0.0
+        self._told = 0.0
         self._holding = False
         """Whether parts may be pinned for the order before."""
         self._thread = threading.Thread(target=self._run, name="ftkit-persist", daemon=True)
@@ -122,6 +127,12 @@ class Persister:
         due = local_copies(JobId(self._config.job), self._directory, self._node, pinned=Pin.DUE)
         with self._changed:
             return replace(self._report, due=tuple(due))
+
+    @property
+    def tidying(self) -> bool:
+        """Whether it removes old checkpoints, its part of the newest being done."""
+        with self._changed:
+            return self._tidying
 
     def close(self) -> None:
         """End the thread between two of its steps, and give the lease up. Safe to call twice."""
@@ -189,9 +200,9 @@ class Persister:
             return repr(error)
         return ""
 
-    def _say(self, report: Report) -> None:
+    def _say(self, report: Report, *, tidying: bool = False) -> None:
         with self._changed:
-            self._report = report
+            self._report, self._tidying = report, tidying
         self._tell()
 
     def _do(self, order: Order, stage: Stage, servers: Mapping[NodeId, tuple[str, int]]) -> None:
@@ -209,9 +220,11 @@ class Persister:
                 self._commit(order, servers)
             case _:
                 pass
-        self._say(replace(self._report, done=stage))
-        if stage is Stage.COMMIT and order.committer == self._node:
+        committed = stage is Stage.COMMIT and order.committer == self._node
+        self._say(replace(self._report, done=stage), tidying=committed)
+        if committed:
             self._collect()
+            self._say(self._report)
 
     def _clear(self, order: Order) -> bool:
         """Make room for the step; True when it has been committed before, whole."""
@@ -240,7 +253,7 @@ class Persister:
                 store,
                 order.step,
                 plan,
-                self._renewing(parts.pieces(divide(order.copies, layouts).get(self._node, ()))),
+                self._counting(parts.pieces(divide(order.copies, layouts).get(self._node, ()))),
                 small=parts.small(order.copies),
                 timeout_s=WRITE_S,
                 clock=self._clock,
@@ -309,12 +322,18 @@ class Persister:
             self._store = FaultyStore(store, fault, run_dir) if fault else store
         return self._store
 
-    def _renewing(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """The same pieces; the lease is renewed between them, as writing may outlast it."""
+    def _counting(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """The same pieces; between them it is told how much is written, and the lease renewed."""
+        written = 0
         for piece in pieces:
-            if self._lease is not None and self._clock.now() - self._renewed > RENEW_S:
+            now = self._clock.now()
+            if self._lease is not None and now - self._renewed > RENEW_S:
                 self._renew()
+            if now - self._told > TELL_S:
+                self._told = now
+                self._say(replace(self._report, written=written))
             yield piece
+            written += piece.data.nbytes
 
     def _renew(self) -> Lease:
         """The job's lease, taken or shown to be still ours."""

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import IO, Protocol
 
 from ftkit.core import exit_codes
 from ftkit.core.ids import MemberId, Seat
@@ -33,6 +34,47 @@ def die_with(parent: int) -> None:
         os._exit(exit_codes.AGENT_GONE)
 
 
+class Child(Protocol):
+    """A process that this one has to wait for."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def wait(self) -> int:
+        """The exit code, or minus the signal. Blocks until it has ended."""
+        ...
+
+
+class Starter(Protocol):
+    """Starts the program of a rank, with its output to a file or passed through."""
+
+    def __call__(
+        self,
+        command: tuple[str, ...],
+        env: Mapping[str, str],
+        cwd: str | None,
+        output: IO[bytes] | None,
+    ) -> Child:
+        """Raises OSError when it cannot be started."""
+        ...
+
+
+def execute(
+    command: tuple[str, ...], env: Mapping[str, str], cwd: str | None, output: IO[bytes] | None
+) -> Child:
+    """Start any program, in a session of its own. A `Starter`."""
+    return subprocess.Popen(
+        command,
+        env=dict(env),
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # system calls, no lock
+        start_new_session=True,
+    )
+
+
 class RankProcess:
     """One incarnation of a seat. The agent's main thread owns it."""
 
@@ -46,6 +88,7 @@ class RankProcess:
         cwd: str | None = None,
         log: Path | None,
         on_exit: Callable[[MemberId], None],
+        start: Starter = execute,
     ) -> None:
         """Start the process, in a process group of its own.
 
@@ -57,6 +100,7 @@ class RankProcess:
           cwd: the directory to start in; None for this process's own.
           log: file for its output, appended to; None passes the output through.
           on_exit: called on a thread of its own as soon as the process has ended.
+          start: how.
 
         Raises:
           OSError: the program cannot be started.
@@ -71,16 +115,7 @@ class RankProcess:
             output = log.open("ab")
             self._log_start = output.tell()
         try:
-            self._process = subprocess.Popen(
-                command,
-                env=dict(env),
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # system calls, no lock
-                start_new_session=True,
-            )
+            self._process = start(command, env, cwd, output)
         finally:
             if output is not None:
                 output.close()
@@ -127,3 +162,12 @@ class RankProcess:
         self.sweep()
         self._exit_code = code
         on_exit(self.member)
+        self._reap()
+
+    def _reap(self) -> None:
+        """Wait for what it left behind: it is ours where this process is a subreaper."""
+        while True:
+            try:
+                os.waitpid(-self._process.pid, 0)
+            except ChildProcessError:
+                return

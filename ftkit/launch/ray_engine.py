@@ -139,7 +139,7 @@ class RayEngine:
             reason = "interrupted"
             if self._coordinator is None:
                 return Stop(code=exit_codes.INTERRUPTED, reason=f"{reason} before it began")
-            if time.monotonic() > self._interrupted_at + 2 * self._config.times.grace_s:
+            if time.monotonic() > self._interrupted_at + self._config.interrupt_s:
                 return Stop(code=exit_codes.INTERRUPTED, reason=f"{reason}, and ended the hard way")
             if self._told is not self._coordinator:
                 self._told = self._coordinator

@@ -42,7 +42,7 @@ class StorageStory:
         if self.snapshots:
             each = self.snapshot_bytes / self.snapshots
             told.append(
-                f"{self.snapshots} snapshots of {_size(each)} each went to memory; one held its "
+                f"{self.snapshots} snapshots of {readable_size(each)} each went to memory; one held its "
                 f"rank up for {self.blocked_median_s * 1e3:.2f} ms (median)."
             )
         if self.checkpoints:
@@ -50,8 +50,8 @@ class StorageStory:
             shares = ", ".join(f"{name} {self.parts_s[name]:.2f} s" for name in PARTS.values())
             told.append(
                 f"{len(self.checkpoints)} checkpoints went to disk, the newest of step "
-                f"{self.checkpoints[-1]}: {_size(self.stored_bytes)} in {self.writing_s:.2f} s, "
-                f"{_size(rate)}/s ({shares})."
+                f"{self.checkpoints[-1]}: {readable_size(self.stored_bytes)} in {self.writing_s:.2f} s, "
+                f"{readable_size(rate)}/s ({shares})."
             )
         for step, reason in self.failures.items():
             told.append(f"That of step {step} was given up: {reason.rstrip('.')}.")
@@ -86,7 +86,8 @@ def storage_story(events: Iterable[Event]) -> StorageStory:
     )
 
 
-def _size(count: float) -> str:
+def readable_size(count: float) -> str:
+    """A number of bytes for people, in three digits."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -121,3 +121,5 @@ class JobFacts:
     """The agent of each node as last heard of; nodes never heard of are not in it."""
     interrupted: str = ""
     """Why the user or the cluster wants the job to end; empty while nobody does."""
+    refused: str = ""
+    """Why the job must not begin: what it was to go on from cannot be used; else empty."""

@@ -95,6 +95,8 @@ Move = tuple[Plan, Decision]
 def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     if facts.interrupted:
         return _end(plan, Stop(code=exit_codes.INTERRUPTED, reason=facts.interrupted))
+    if facts.refused:
+        return _end(plan, Stop(code=exit_codes.USAGE, reason=facts.refused))
     whatever = (
         _finish(plan, facts)
         or _assign(plan, facts)

@@ -21,7 +21,6 @@ from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.restore import Restored, RestorePlan, execute, look_ahead, plan
-from ftkit.checkpoint.slots import Pin
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import (
     AllPinned,
@@ -33,6 +32,7 @@ from ftkit.core.errors import (
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
 from ftkit.core.world import World
+from ftkit.session.due import DueMark
 from ftkit.session.membership import Membership
 from ftkit.session.parts import Parts
 
@@ -70,6 +70,7 @@ class Snapshots:
         self._control = parts.control
         self._trace = parts.trace
         self._layout: StateLayout | None = None
+        self._due = DueMark(self._env.checkpoint_every if self._env else 0, self._trace.event)
         self._capture: Capture | None = None
         self._arena: Arena | None = None
         self._begun = Step(0)
@@ -100,6 +101,7 @@ class Snapshots:
             chunk_bytes = self._arena.geometry.chunk_bytes
             self._arena.reserve(share.bytes_max(layout.total_bytes, chunk_bytes))
             self._capture = Capture(self._arena, self._state, self._trace.event)
+        assert self._arena is not None, "made with the capture"
         if step == self._begun:
             self._capture.abandon()  # the share due in an older world
         self._begun = step
@@ -109,37 +111,13 @@ class Snapshots:
                 world.generation,
                 share=share,
                 complete=max(Step(step - SEALED_BEHIND), self._complete),
-                pins=self._pins(step),
+                pins=self._due.pins(self._arena, step),
             )
         except AllPinned as error:
+            # This rank's alone: the step is complete nowhere, and counts for nobody.
+            self._due.undo(self._arena)
             self._trace.event("snapshot-skipped", step=step, reason=str(error))
         self._layout = self._capture.layout
-
-    def _pins(self, step: Step) -> list[Pin]:
-        """The pins of a snapshot of `step`: whether it is due to go to disk.
-
-        Marked from the start of its capture, so that it cannot be overwritten before the agent
-        has seen it. The newest wins: one that has waited until now is due no more. While one
-        is being written none is marked: the arena has one slot for it.
-        """
-        env, arena = self._env, self._arena
-        assert env is not None, "asked by begin"
-        assert arena is not None, "asked by begin"
-        if not env.checkpoint_every or step % env.checkpoint_every:
-            return []
-        held = [(s, arena.pins(slot)) for slot, s in enumerate(arena.slots()) if s is not None]
-        for sealed, pins in held:
-            if pins[Pin.PERSIST] and sealed.step != step:
-                self._trace.event(
-                    "checkpoint-skipped",
-                    step=step,
-                    reason=f"step {sealed.step} is still being written",
-                )
-                return []
-        for sealed, pins in held:
-            if pins[Pin.DUE]:
-                arena.pin(sealed, Pin.DUE, on=False)
-        return [Pin.DUE]
 
     def gate(self) -> None:
         """Wait for what is left of the capture under way: the state is about to change."""

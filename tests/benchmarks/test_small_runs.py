@@ -34,6 +34,7 @@ SMALL = {
         *("--blocks", "1", "--kills", "1"),
     ],
     "persist": ["--mib", "1", "--rounds", "1"],
+    "quantized": ["--worlds", "2", "--repetitions", "1"],
     "snapshot": ["--params", "20000", "--steps", "2", "--rounds", "1"],
 }
 

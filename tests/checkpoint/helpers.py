@@ -1,6 +1,7 @@
 """A model with everything that makes state hard, and a training step that is a pure function."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import nn
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import SLOTS, Pin
+from ftkit.checkpoint.ports import BoxSource
+from ftkit.checkpoint.slabs import SLABS, Pin
+from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
-from ftkit.core.ids import Generation, Step
+from ftkit.core.errors import IntegrityError
+from ftkit.core.ids import Generation, Seat, Step
 
 
 class Training:
@@ -68,9 +72,9 @@ def assert_same(left: ProtectedState, right: ProtectedState) -> None:
 
 
 def make_arena(
-    path: Path, layout: StateLayout, *, chunk_bytes: int = 1024, slots: int = SLOTS
+    path: Path, layout: StateLayout, *, chunk_bytes: int = 1024, slabs: int = SLABS
 ) -> Arena:
-    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes, slots=slots)
+    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes, slabs=slabs)
 
 
 def pattern(step: int, count: int) -> bytes:
@@ -88,3 +92,17 @@ def write_pattern(
     )
     writer.digest(range(len(writer.table)))
     writer.seal(b'{"step":%d}' % step)
+
+
+def snapshot_of_seats(
+    arenas: Mapping[Seat, Arena], step: Step, *, seat: Seat
+) -> tuple[list[BoxSource], dict[Seat, SnapshotSource]]:
+    """A world's snapshot as sources for one seat, its own part first, and the same by seat.
+
+    Seats whose part is lost are not among them.
+    """
+    found = dict[Seat, SnapshotSource]()
+    for other in sorted(arenas, key=lambda s: (s != seat, s)):
+        with suppress(IntegrityError):
+            found[other] = SnapshotSource.of_arena(arenas[other], step)
+    return list(found.values()), found

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftkit.checkpoint.arena import Arena, arena_path, remove_arenas
+from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.slots import Geometry, Pin, Sealed, choose_slot
+from ftkit.checkpoint.slabs import Geometry, Pin, Sealed, choose_slab
 from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
@@ -53,7 +53,7 @@ def test_round_trip_while_another_maps_it_read_only(path):
     assert path.stat().st_blocks * 512 >= path.stat().st_size, "its pages must exist"
 
 
-def test_three_slots_keep_the_newest_and_the_last_complete(path):
+def test_three_slabs_keep_the_newest_and_the_last_complete(path):
     with make_arena(path, LAYOUT) as arena:
         for step in range(1, 6):
             write_pattern(arena, LAYOUT, step)
@@ -74,29 +74,29 @@ sealed = st.builds(
     st.none() | st.integers(0, 4),
     st.sets(st.integers(0, 4)),
 )
-def test_choose_slot_never_takes_what_may_be_needed(slots, complete, pinned):
-    chosen = choose_slot(slots, complete, pinned)
-    held = [s for s in slots if s is not None]
-    if len(held) < len(slots):
+def test_choose_slab_never_takes_what_may_be_needed(slabs, complete, pinned):
+    chosen = choose_slab(slabs, complete, pinned)
+    held = [s for s in slabs if s is not None]
+    if len(held) < len(slabs):
         assert chosen is not None
-        assert slots[chosen] is None
+        assert slabs[chosen] is None
         return
     newest = max(s.version for s in held)
     if chosen is None:
-        free = [s for i, s in enumerate(slots) if i not in pinned]
+        free = [s for i, s in enumerate(slabs) if i not in pinned]
         assert len(free) == 0 or [s.version for s in free] == [newest]
         return
     assert chosen not in pinned
-    others = [s for i, s in enumerate(slots) if i != chosen]
+    others = [s for i, s in enumerate(slabs) if i != chosen]
     assert newest in [s.version for s in others]
     if not pinned and any(s.step == complete for s in held):
         assert any(s.step == complete for s in others)
     if not pinned and all(s.step != complete for s in held):
-        assert slots[chosen].version == min(s.version for s in held)
+        assert slabs[chosen].version == min(s.version for s in held)
 
 
 def test_a_pinned_snapshot_stays_until_it_is_let_go(path):
-    with make_arena(path, LAYOUT, slots=4) as arena, Arena.open(path, writable=True) as agent:
+    with make_arena(path, LAYOUT, slabs=4) as arena, Arena.open(path, writable=True) as agent:
         write_pattern(arena, LAYOUT, 1, pins=[Pin.PERSIST])
         write_pattern(arena, LAYOUT, 2)
         first, second = agent.snapshots()
@@ -130,7 +130,7 @@ def test_growth_carries_good_snapshots_over(path):
     with make_arena(path, LAYOUT) as arena:
         write_pattern(arena, LAYOUT, 1)
         write_pattern(arena, LAYOUT, 2)
-        at = arena.geometry.slot_at(1) + arena.geometry.data_at
+        at = arena.geometry.slab_at(1) + arena.geometry.data_at
     with path.open("r+b") as file:
         file.seek(at)
         file.write(b"\xaa\xbb")
@@ -154,19 +154,6 @@ def test_a_killed_creation_leaves_nothing_in_the_way(path):
     path.write_bytes(b"rubbish" * 1000)
     with make_arena(path, LAYOUT) as arena:
         assert arena.newest() is None
-
-
-def test_only_this_jobs_arenas_are_removed(tmp_path):
-    for seat in range(2):
-        make_arena(arena_path(JobId("t"), Seat(seat), tmp_path), LAYOUT).close()
-    size = arena_path(JobId("t"), Seat(0), tmp_path).stat().st_size
-    (tmp_path / "ftkit-t-5.arena.new").write_bytes(b"12345")
-    for other in ("ftkit-t-1-0.arena", "ftkit-u-0.arena", "ftkit-t-x.arena"):
-        (tmp_path / other).touch()
-    assert remove_arenas(JobId("t"), tmp_path) == 2 * size + 5
-    left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"ftkit-t-1-0.arena", "ftkit-u-0.arena", "ftkit-t-x.arena"}
-    assert remove_arenas(JobId("t"), tmp_path) == 0
 
 
 def test_no_room_is_refused_before_anything_is_written(path, monkeypatch):
@@ -238,8 +225,8 @@ def test_a_flipped_bit_anywhere_is_harmless_or_found(path):
         *range(48),
         *range(4088, 4096),
         *(
-            geometry.slot_at(slot) + at
-            for slot in range(3)
+            geometry.slab_at(slab) + at
+            for slab in range(3)
             for start, count in (
                 (0, 100),
                 (4088, 8 + len(LAYOUT.encoded) + 10),
@@ -289,7 +276,7 @@ def _flip(path: Path, place: int, bit: int) -> None:
         file.write(bytes([byte ^ bit]))
 
 
-def test_an_overwritten_slot_is_noticed_by_its_reader(path):
+def test_an_overwritten_slab_is_noticed_by_its_reader(path):
     with make_arena(path, LAYOUT) as arena, Arena.open(path) as reader:
         write_pattern(arena, LAYOUT, 1)
         head = reader.head(reader.find(Step(1)))
@@ -322,7 +309,7 @@ def test_links_truncated_files_and_odd_names_are_refused(path, tmp_path):
     with pytest.raises(UsageError):
         arena_path(JobId("../x"), Seat(0))
     with pytest.raises(ValueError, match="at least 3"):
-        Geometry(data_bytes=1, meta_bytes=1, chunk_bytes=1, slots=2)
+        Geometry(data_bytes=1, meta_bytes=1, chunk_bytes=1, slabs=2)
     assert Sealed.from_page(bytes(4096)) is None
 
 
@@ -362,11 +349,11 @@ def test_kill_9_at_any_moment_leaves_whole_snapshots(path, tmp_path):
             reference = pattern(step, layout.total_bytes)[: layout.total_bytes]
             assert data_of(arena, step) == reference
             assert arena.head(newest).small == {"step": step}
-    assert half_written, "no kill ever hit a slot between writing and sealed"
+    assert half_written, "no kill ever hit a slab between writing and sealed"
 
 
 def _kill_a_writer(path: Path, size: int, step: int, after_s: float) -> bool:
-    """Kill a writer `after_s` past its first new snapshot; whether a slot was left torn."""
+    """Kill a writer `after_s` past its first new snapshot; whether a slab was left torn."""
     process = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(path), str(size), str(step)],
         stdout=subprocess.PIPE,
@@ -387,4 +374,4 @@ def _kill_a_writer(path: Path, size: int, step: int, after_s: float) -> bool:
         if process.stdout is not None:
             process.stdout.close()
     with Arena.open(path) as arena:
-        return None in arena.slots()
+        return None in arena.slabs()

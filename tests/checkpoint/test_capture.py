@@ -112,7 +112,7 @@ def test_the_training_thread_does_it_all_when_the_capture_thread_is_starved(rig,
 
 
 def test_a_failure_of_the_thread_reaches_the_gate_and_the_next_snapshot_works(rig, monkeypatch):
-    real, failed = memory.Sources.copy, threading.Event()
+    real, failed = memory.LiveMemory.copy, threading.Event()
 
     def broken(self, unit, data):
         if threading.current_thread().name == "ftkit-capture":
@@ -121,14 +121,14 @@ def test_a_failure_of_the_thread_reaches_the_gate_and_the_next_snapshot_works(ri
         failed.wait(20)
         real(self, unit, data)
 
-    monkeypatch.setattr(memory.Sources, "copy", broken)
+    monkeypatch.setattr(memory.LiveMemory, "copy", broken)
     rig.capture.begin(Step(1), G)
     assert failed.wait(20)
     with pytest.raises(RuntimeError, match="bus on fire"):
         rig.capture.gate()
     assert rig.arena.sealed_steps() == ()
     assert rig.events[-1][0] == "snapshot-failed"
-    monkeypatch.setattr(memory.Sources, "copy", real)
+    monkeypatch.setattr(memory.LiveMemory, "copy", real)
     rig.capture.begin(Step(2), G)
     rig.capture.gate()
     assert rig.arena.sealed_steps() == (2,)

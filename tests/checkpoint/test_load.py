@@ -18,13 +18,20 @@ from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.layout import ITEM_BYTES, StateLayout
 from ftkit.checkpoint.load import load_state, small_of_seats
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer
-from ftkit.checkpoint.slots import Head
-from ftkit.checkpoint.sources import SnapshotSource, snapshot_of_seats
+from ftkit.checkpoint.slabs import Head
+from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, StateChanged, WireError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
-from .helpers import Training, assert_same, contents, make_arena, write_pattern
+from .helpers import (
+    Training,
+    assert_same,
+    contents,
+    make_arena,
+    snapshot_of_seats,
+    write_pattern,
+)
 
 STEP = Step(3)
 JOB = JobId("t")
@@ -34,8 +41,8 @@ def damage(arena: Arena, name: str) -> None:
     """Flip one bit near the end of a tensor, in the file."""
     sealed = arena.find(STEP)
     entry = next(e for e in arena.head(sealed).layout.entries if e.name == name)
-    slot = arena.slots().index(sealed)
-    at = arena.geometry.slot_at(slot) + arena.geometry.data_at + entry.at + entry.bytes - 1
+    slab = arena.slabs().index(sealed)
+    at = arena.geometry.slab_at(slab) + arena.geometry.data_at + entry.at + entry.bytes - 1
     with arena.path.open("r+b") as file:
         file.seek(at)
         (byte,) = file.read(1)
@@ -125,7 +132,7 @@ def test_only_the_chunks_that_are_needed_are_read(replicas):
     assert not report.fallbacks
 
 
-def test_a_slot_that_is_overwritten_while_it_is_read_is_not_believed(replicas):
+def test_a_slab_that_is_overwritten_while_it_is_read_is_not_believed(replicas):
     sources, small = replicas.sources(), replicas.small()
     arena = replicas.arenas[Seat(0)]
     for step in (4, 5, 6):
@@ -174,7 +181,7 @@ def test_a_bug_in_a_source_is_not_taken_for_damage(replicas):
         load_state(Training().state, [Flaky(first, 2, KeyError("x")), second])
 
 
-def test_missing_and_unexpected_names_and_other_shapes(replicas):
+def test_missing_and_unexpected_names_other_shapes_and_dtypes(replicas):
     small = replicas.small()
     other = Training(width=4)
     before = contents(other.state)[0]
@@ -183,6 +190,12 @@ def test_missing_and_unexpected_names_and_other_shapes(replicas):
     ):
         load_state(other.state, replicas.sources(), small=small)
     assert all(torch.equal(t, before[n]) for n, t in contents(other.state)[0].items())
+
+    double = ProtectedState(model=Training().model.double())
+    with pytest.raises(
+        StateChanged, match=r"model/0.weight is float32\[8, 3.*saved.*float64\[8, 3"
+    ):
+        load_state(double, replicas.sources(), names="model/*")
 
     bare = ProtectedState(model=nn.Linear(2, 2))
     with pytest.raises(StateChanged) as caught:
@@ -428,21 +441,22 @@ def test_parts_on_another_node_are_read_through_its_byte_server(shared_out, tmp_
     training, paths = shared_out
     with Arena.open(paths[0], writable=True) as arena:
         sealed = arena.find(STEP)
-        slot = arena.slots().index(sealed)
-        arena._bytes[arena.geometry.slot_at(slot) + arena.geometry.data_at] ^= 1
+        slab = arena.slabs().index(sealed)
+        arena._file.bytes[arena.geometry.slab_at(slab) + arena.geometry.data_at] ^= 1
         small = arena.head(sealed).small
         first = arena.head(sealed).layout.entries[0].name
     server = ArenaServer(tmp_path, JOB, b"secret")
     try:
         with ExitStack() as opened:
-            sources = [
-                SnapshotSource.of_remote(
-                    opened.enter_context(
-                        fetch(server.address, b"secret", path.name, STEP, Generation(1))
-                    ),
-                    f"far {path.name}",
+            parts = {
+                path.name: opened.enter_context(
+                    fetch(server.address, b"secret", path.name, STEP, Generation(1))
                 )
                 for path in paths
+            }
+            sources = [
+                SnapshotSource(part.head, part.blocks, name=f"far {name}")
+                for name, part in parts.items()
             ]
             other = Training(seed=2)
             with pytest.raises(IntegrityError, match=rf"{first}.*far .*-0\.arena: chunk 0 of"):
@@ -482,5 +496,3 @@ def test_a_lost_seat_is_left_out_and_a_hole_is_named(tmp_path):
     ):
         load_state(ProtectedState(model=model), sources)
     assert torch.equal(model.weight, before)
-    with pytest.raises(IntegrityError, match=r"no seat has a snapshot of step 9"):
-        snapshot_of_seats(arenas, Step(9), seat=Seat(0))

@@ -75,15 +75,15 @@ def test_every_wanted_element_is_copied_once_from_the_first_source_that_has_it(p
     tensors, sources, wants = problem
     plan = Holdings(sources).plan(wants, lambda source: source not in without)
     copies = [np.full(tensors[want.name], -1) for want in wants]
-    for copy in plan.copies:
-        want = wants[copy.want]
-        assert copy.box.intersect(want.box) == copy.box
+    for read in plan.reads:
+        want = wants[read.want]
+        assert read.box.intersect(want.box) == read.box
         assert any(
-            held.name == want.name and held.box.intersect(copy.box) == copy.box
-            for held in sources[copy.source]
+            held.name == want.name and held.box.intersect(read.box) == read.box
+            for held in sources[read.source]
         )
-        assert (copies[copy.want][copy.box.slices] == -1).all(), "copied twice"
-        copies[copy.want][copy.box.slices] = copy.source
+        assert (copies[read.want][read.box.slices] == -1).all(), "copied twice"
+        copies[read.want][read.box.slices] = read.source
     missing = [np.zeros(tensors[want.name], dtype=bool) for want in wants]
     for place, box in plan.missing:
         assert not missing[place][box.slices].any()
@@ -105,9 +105,9 @@ def test_an_earlier_source_is_preferred_and_the_rest_comes_from_the_next():
     whole = TensorBox("w", "float32", (4, 4), Box.whole((4, 4)))
     rows = whole._replace(box=Box((1, 0), (2, 4)))
     plan = Holdings([[rows], [whole]]).plan([whole])
-    assert sum(c.box.elements for c in plan.copies if c.source == 0) == 8
-    assert sum(c.box.elements for c in plan.copies if c.source == 1) == 8
-    assert Holdings([[whole], [rows]]).plan([whole]).copies == ((0, 0, whole.box),)
+    assert sum(c.box.elements for c in plan.reads if c.source == 0) == 8
+    assert sum(c.box.elements for c in plan.reads if c.source == 1) == 8
+    assert Holdings([[whole], [rows]]).plan([whole]).reads == ((0, 0, whole.box),)
 
 
 def sharded(names, ranks, rows):
@@ -135,7 +135,7 @@ def test_a_plan_looks_at_neighbours_only(monkeypatch):
     monkeypatch.setattr(Box, "intersect", counted)
     wants = sharded(names, 48, 8)[17]
     plan = holdings.plan(wants)
-    assert sum(copy.box.elements for copy in plan.copies) == 500 * 8 * 8
+    assert sum(read.box.elements for read in plan.reads) == 500 * 8 * 8
     assert not plan.missing
     assert looked <= 500 * 4
 

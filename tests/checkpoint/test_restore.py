@@ -17,7 +17,7 @@ from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.restore import Source, cover, execute, plan
 from ftkit.checkpoint.serve import RANGE_BYTES_MAX, ArenaServer
-from ftkit.checkpoint.slots import Head
+from ftkit.checkpoint.slabs import Head
 from ftkit.core.errors import (
     AuthenticationError,
     IntegrityError,
@@ -245,8 +245,8 @@ def spoil(path: Path) -> None:
     with Arena.open(path) as arena:
         geometry = arena.geometry
     with path.open("r+b") as file:
-        for slot in range(3):
-            file.seek(geometry.slot_at(slot) + geometry.data_at + 5000)
+        for slab in range(3):
+            file.seek(geometry.slab_at(slab) + geometry.data_at + 5000)
             file.write(b"\x5a\xa5\x5a\xa5")
 
 

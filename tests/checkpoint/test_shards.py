@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from ftkit.checkpoint.box import Box
 from ftkit.checkpoint.chunks import units
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.memory import Sources
+from ftkit.checkpoint.memory import LiveMemory
 from ftkit.checkpoint.shards import boxes_of, local_of
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import StateChanged, UsageError
@@ -193,7 +193,7 @@ class Strided(nn.Module):
 def take(state: ProtectedState) -> tuple[StateLayout, bytes, dict[str, Any]]:
     """A snapshot as a capture makes it."""
     picture = state.picture()
-    sources, data = Sources(), np.zeros(picture.layout.total_bytes, dtype=np.uint8)
+    sources, data = LiveMemory(), np.zeros(picture.layout.total_bytes, dtype=np.uint8)
     sources.bind(picture.live, range(len(picture.live)))
     for unit in units(picture.layout, 64, sources.whole):
         sources.copy(unit, data)

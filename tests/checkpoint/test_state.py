@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.memory import Sources, as_numpy
+from ftkit.checkpoint.memory import LiveMemory, as_numpy
 from ftkit.checkpoint.plain import decode, encode
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.checkpoint.walk import unwrap
@@ -30,7 +30,7 @@ def take(state: ProtectedState) -> tuple[StateLayout, list[bytes], dict[str, Any
     from ftkit.checkpoint.chunks import units
 
     picture = state.picture()
-    sources, data = Sources(), np.zeros(picture.layout.total_bytes, dtype=np.uint8)
+    sources, data = LiveMemory(), np.zeros(picture.layout.total_bytes, dtype=np.uint8)
     sources.bind(picture.live, range(len(picture.live)))
     for unit in units(picture.layout, 1000, sources.whole):
         sources.copy(unit, data)

@@ -18,9 +18,9 @@ from ftkit.checkpoint.capture import Capture
 from ftkit.checkpoint.load import load_state, small_of_seats
 from ftkit.checkpoint.memory import as_numpy
 from ftkit.checkpoint.shards import is_dtensor
-from ftkit.checkpoint.sources import snapshot_of_seats
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.ids import Generation, JobId, Seat, Step
+from tests.checkpoint.helpers import snapshot_of_seats
 from tests.collectives.crew import Crew
 
 pytestmark = pytest.mark.multiproc
@@ -220,8 +220,8 @@ def test_a_damaged_shard_comes_from_the_replica_that_has_it(saved):
         e for e in arenas[Seat(0)].head(sealed).layout.entries if e.name == "model/first.weight"
     )
     with Arena.open(arenas[Seat(0)].path, writable=True) as arena:
-        slot = arena.slots().index(sealed)
-        arena._bytes[arena.geometry.slot_at(slot) + arena.geometry.data_at + entry.at] ^= 1
+        slab = arena.slabs().index(sealed)
+        arena._file.bytes[arena.geometry.slab_at(slab) + arena.geometry.data_at + entry.at] ^= 1
     net = Net(seed=5)
     sources, _ = snapshot_of_seats(arenas, STEP, seat=Seat(0))
     report = load_state(ProtectedState(model=net), sources, names="model/first.*")

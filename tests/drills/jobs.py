@@ -58,6 +58,7 @@ def run(
     max_stall_s: float = 30.0,
     shm_root: Path | None = None,
     on_poll: Callable[[Engine], None] | None = None,
+    engine: str = "embedded",
 ) -> Run:
     """Run a job, and check that no process and no shared memory is left of it.
 
@@ -85,7 +86,7 @@ def run(
         },
     )
     try:
-        stop = run_job(config, on_poll=on_poll)
+        stop = run_job(config, engine=engine, on_poll=on_poll)
         left = [p.name for p in root.iterdir()]
     finally:
         if shm_root is None:

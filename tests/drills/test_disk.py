@@ -11,6 +11,7 @@ import pytest
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.source import newest_good
+from ftkit.core import exit_codes
 from ftkit.core.errors import RootInUse, UsageError
 from ftkit.core.ids import JobId
 from ftkit.core.trace import read_run
@@ -29,14 +30,15 @@ def settings(folder: Path, **more: object) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of a job that ended after 60 steps."""
+    """Checkpoints of a job that ended after 60 steps, of which the last was not due."""
     folder = tmp_path_factory.mktemp("half")
-    done = run(
-        folder / "run", TRAINING, ["60"], nproc=1, nodes=2, settings=settings(folder / "disk")
-    )
+    more = settings(folder / "disk", checkpoint_every=25)
+    done = run(folder / "run", TRAINING, ["60"], nproc=1, nodes=2, settings=more)
     assert done.stop.code == 0, done.log
     # A step that was overtaken by the next due one is given up, on a machine that is busy.
-    assert OnDisk.read(folder / "disk").good
+    assert OnDisk.read(folder / "disk").good[-1] == 60
+    (last,) = done.of("checkpoint-last")
+    assert (last["step"], last["failed"]) == (60, "")
     return folder / "disk"
 
 
@@ -53,17 +55,16 @@ def test_another_job_of_another_size_goes_on_where_the_first_one_ended(
     half: Path, reference: Run, tmp_path: Path
 ) -> None:
     disk = copy_of(half, tmp_path / "disk")
-    begin = newest_good(LocalStore(disk)).step
+    begin = 60
     done = run(tmp_path / "run", TRAINING, [str(STEPS)], nproc=3, settings=settings(disk))
     assert done.stop.code == 0, done.log
     assert done.params == reference.params
     assert {e["step"] for e in done.of("restore")} == {begin}
     assert {e["source"] for e in done.of("restore")} == {str(disk)}
-    assert begin is not None
     assert min(e["step"] for e in done.of("commit")) == begin + 1
     held = OnDisk.read(disk)
     assert not held.damaged
-    assert held.good[-1] > begin
+    assert held.good[-1] == STEPS
 
 
 def test_a_damaged_newest_one_is_said_and_the_one_before_is_used(
@@ -172,3 +173,25 @@ def test_a_full_disk_is_reported_and_costs_no_step(reference: Run, tmp_path: Pat
     assert outcome.steps_lost == 0
     assert outcome.params_equal
     assert not done.of("rollback")
+    (last,) = done.of("checkpoint-last")
+    assert last["step"] == STEPS
+    assert "is full" in last["failed"]
+
+
+def test_a_job_that_is_told_to_end_leaves_its_newest_snapshot(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+
+    def poll(engine: Engine) -> None:
+        if any(e["kind"] == "commit" and e["step"] >= 30 for e in read_run(tmp_path / "run")):
+            engine.interrupt()
+
+    # Nothing is due before the end.
+    more = settings(disk, checkpoint_every=0)
+    done = run(
+        tmp_path / "run", TRAINING, ["100000"], nodes=2, nproc=1, settings=more, on_poll=poll
+    )
+    assert done.stop.code == exit_codes.INTERRUPTED
+    committed = max(e["step"] for e in done.of("commit"))
+    (step,) = OnDisk.read(disk).good
+    # The last one or two may have been in capture when the ranks were told.
+    assert committed - 2 <= step <= committed

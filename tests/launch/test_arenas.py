@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import psutil
 import pytest
 
+from ftkit.checkpoint.slabs import Sealed, choose_slab
 from ftkit.core.errors import ProtocolError, UsageError
-from ftkit.core.ids import MemberId, NodeId, Seat
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.launch.arenas import OWNER, Arenas, sweep
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -94,4 +97,21 @@ def test_an_arena_is_made_for_a_layout_and_for_nothing_else(tmp_path: Path) -> N
     assert path.parent == arenas.directory
     assert path.stat().st_mode & 0o777 == 0o600
     assert arenas.copies() == []
+    arenas.remove()
+
+
+@pytest.mark.parametrize(("parity", "disk"), [("", ""), ("1+1", ""), ("", "/d"), ("1+1", "/d")])
+def test_whatever_the_tiers_below_pin_a_capture_finds_a_slab(
+    tmp_path: Path, parity: str, disk: str
+) -> None:
+    given = replace(
+        config(tmp_path), nodes=2, parity=parity, checkpoint_dir=disk, checkpoint_every=bool(disk)
+    )
+    arenas = Arenas(given, NodeId(0))
+    held = [Sealed(generation=Generation(1), step=Step(s)) for s in range(arenas.slabs)]
+    # Parity holds the round that counts and the one being made; the disk the snapshot that is
+    # written, and by then there may be one that is due.
+    pins = 2 * bool(parity) + 2 * bool(disk)
+    for pinned in combinations(range(arenas.slabs), pins):
+        assert choose_slab(held, None, pinned) is not None
     arenas.remove()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,8 @@ def test_ls_tells_good_from_damaged_and_partial(root):
     assert found[0]["bytes"] == on_disk - commit
     out, _ = ftkit("ls", "-d", root)
     assert "manifest.parquet" in out
+    assert abs(found[0]["written_at"] - time.time()) < 600
+    assert time.strftime("%Y-%m-") in out
 
 
 def test_show_names_every_tensor(root):
@@ -88,6 +91,23 @@ def test_verify_names_file_and_chunk_and_exits_with_1(root):
     assert str(file) in err
 
 
+def test_verify_of_the_newest_does_not_pass_over_a_damaged_one(root):
+    (root / "step-3" / "manifest.parquet").write_bytes(b"")
+    assert not as_json("verify", root, code=1)["good"]
+    assert as_json("show", root)["step"] == 2, "what a job would go on from"
+
+
+def test_a_folder_may_be_named_without_an_option(root, tmp_path):
+    assert [c["step"] for c in as_json("ls", root)["checkpoints"]] == [1, 2, 3]
+    assert as_json("show", root)["step"] == 3
+    assert as_json("diff", root, f"{root}/step-3")["changed"] == []
+    assert len(as_json("scrub", root)["checkpoints"]) == 3
+    assert as_json("gc", root, "--keep", "last:1")["removed"] == [1, 2]
+    (tmp_path / "empty").mkdir()
+    for command in ("ls", "scrub"):
+        assert ftkit(command, tmp_path / "empty")[0] == f"no checkpoints in {tmp_path}/empty\n"
+
+
 def test_scrub_reads_all_and_removes_nothing(root):
     assert "damaged" not in ftkit("scrub", "-d", root)[0]
     file = damage(root, 2)
@@ -118,6 +138,9 @@ def test_gc_keeps_what_policies_want_and_the_newest(root):
     assert as_json("gc", "--keep", "best:loss:1:max", "-d", root)["kept"] == [3]
     out, _ = ftkit("gc", "--keep", "last:1", "-d", root)
     assert "kept: 3" in out
+    damage(root, 3)
+    out, _ = ftkit("gc", "--keep", "last:1", "-d", root, code=1)
+    assert "damaged: step 3" in out
 
 
 def test_convert_there_and_back(tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ftkit.checkpoint.persist import source
+from ftkit.checkpoint.persist import commit, source
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.core.errors import RootInUse, StoreError, UsageError
 from ftkit.core.ids import Step
@@ -77,6 +77,18 @@ def test_when_all_are_damaged_the_job_does_not_begin_anew_by_itself(tmp_path: Pa
     assert look.steps() is None
     assert "every checkpoint" in look.disk.refused
     assert "--fresh" in look.disk.refused
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(LocalStore(tmp_path), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "VERSION", commit.VERSION + 1)
+        save(LocalStore(tmp_path), 2)
+    look = Look(tmp_path)
+    assert look.steps() is None
+    assert "step 2 has format version 2, this ftkit reads 1" in look.disk.refused
 
 
 def test_a_store_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,15 @@ import psutil
 import pytest
 
 from ftkit.core.errors import UsageError
+from ftkit.core.trace import read_run
 from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig
 from ftkit.launch.embedded import EmbeddedEngine
 from ftkit.launch.engine import Engine
 from ftkit.launch.ray_actors import rank_inheritance
+from ftkit.launch.store_drills import OnDisk
 from ftkit.launch.tail import RankOutput
+from tests.drills.jobs import TRAINING, run
 from tests.launch.engine_contract import WAIT, EngineContract, Jobs, drive, leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,6 +203,42 @@ class TestRay(EngineContract):
         assert done.returncode == 0, done.stdout + done.stderr
         assert "from beside 0 an argument" in done.stdout
         assert "from beside 1 an argument" in done.stdout
+
+    def test_a_node_is_lost_and_parity_and_checkpoints_go_on(self, tmp_path: Path) -> None:
+        disk, lost = tmp_path / "disk", list[int]()
+
+        def poll(engine: Engine) -> None:
+            if not lost and {"parity", "checkpoint"} <= {e["kind"] for e in read_run(folder)}:
+                lost.append(max(e["step"] for e in read_run(folder) if e["kind"] == "commit"))
+                engine.kill_node(1)
+
+        folder = tmp_path / "run"
+        done = run(
+            folder,
+            TRAINING,
+            ["160"],
+            nodes=2,
+            nproc=1,
+            settings={
+                "parity": "1+1",
+                "checkpoint_dir": str(disk),
+                "checkpoint_every": 20,
+                "checkpoint_keep": "last:2",
+            },
+            on_poll=poll,
+            engine="ray",
+        )
+        assert done.stop.code == 0, f"{done.stop.reason}\n{done.log}"
+        ((before,), after) = lost, {e["generation"] for e in done.of("commit")}
+        assert before < 160
+        assert len(after) > 1
+        assert min(e["step"] for e in done.of("commit") if e["generation"] == max(after)) > before
+        assert len({e["generation"] for e in done.of("parity")}) > 1, "parity goes on"
+        assert max(e["step"] for e in done.of("checkpoint")) == 160
+        assert len(done.params) == 1
+        held = OnDisk.read(disk)
+        assert held.good[-1] == 160
+        assert not held.damaged
 
 
 @pytest.mark.ray

@@ -134,7 +134,7 @@ def test_the_lowest_node_leads_and_the_next_when_it_is_gone(job: Job) -> None:
 def test_arenas_have_room_for_what_parity_pins(job: Job) -> None:
     publish(job, 1)
     with Arena.open(job.nodes[0].arena) as arena:
-        assert arena.geometry.slots == 5
+        assert arena.geometry.slabs == 5
     for step in range(2, 9):
         job.nodes[0].write(step)
     with Arena.open(job.nodes[0].arena) as arena:
@@ -170,7 +170,7 @@ def test_a_part_that_rotted_is_not_told_of_until_it_is_mended(job: Job) -> None:
     copies = node.arenas.copies()
     assert node.tier.good(copies) == copies, "nobody has looked"
     job.tell(FORMING)
-    node.tier._check()  # what its first look begins with
+    node.tier._recovery.check()  # what its first look begins with
     assert node.tier.good(copies) == []
     assert "digest" in job.events("scrub")[0]["reason"]
     node.tier.look()

@@ -19,9 +19,10 @@ from ftkit.checkpoint.persist.checkpoint import load, open_checkpoint, steps
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.source import identities, newest_good, small_by_seat
 from ftkit.checkpoint.serve import ArenaServer
-from ftkit.checkpoint.slots import Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.trace import Trace, read_events
+from ftkit.launch import persister
 from ftkit.launch.checkpointing import Order, Outcome, Report, judge
 from ftkit.launch.config import JobConfig
 from ftkit.launch.faulty_store import FaultyStore, StoreFault, StoreFaultKind
@@ -85,7 +86,7 @@ class Nodes:
 
     def pins(self, node: int) -> list[tuple[bool, ...]]:
         arena = self.arenas[NodeId(node)]
-        return [arena.pins(slot) for slot in range(arena.geometry.slots)]
+        return [arena.pins(slab) for slab in range(arena.geometry.slabs)]
 
     def wait(self, done: Callable[[], bool]) -> None:
         with self.changed:
@@ -126,7 +127,7 @@ def nodes(folder: Path, *, fault: StoreFault | None = None, **more: Any) -> Iter
             shm.mkdir(exist_ok=True)
             path = arena_path(JobId("j"), Seat(node), shm)
             arenas[node] = stack.enter_context(
-                Arena.ensure(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slots=4)
+                Arena.ensure(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slabs=4)
             )
             server = stack.enter_context(ArenaServer(shm, JobId("j"), SECRET))
             servers[node] = server.address
@@ -163,6 +164,17 @@ def test_two_nodes_write_tensors_that_their_parts_cut(tmp_path: Path) -> None:
         assert two.persist() is None, "what is on disk is due no more"
     names = {p.name for p in (tmp_path / "disk").iterdir()}
     assert names == {"step-10", ".lease.lock"}, "fragments and the lease are gone"
+
+
+def test_how_much_is_written_is_told_on_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(persister, "TELL_S", -1.0)
+    with nodes(tmp_path) as two:
+        two.capture(10)
+        two.persist()
+        # Told before each tensor: when the last one of this node was begun, the first was done.
+        assert two.persisters[NodeId(0)].report().written == LAYOUT.entries[0].bytes
 
 
 def test_a_snapshot_that_is_due_is_kept_and_one_that_is_written_too(tmp_path: Path) -> None:
@@ -221,7 +233,7 @@ def test_a_flipped_bit_in_memory_never_reaches_the_disk(tmp_path: Path) -> None:
         two.capture(10)
         arena = two.arenas[NodeId(1)]
         with arena.path.open("r+b") as file:
-            at = arena.geometry.slot_at(0) + arena.geometry.data_at
+            at = arena.geometry.slab_at(0) + arena.geometry.data_at
             file.seek(at)
             byte = file.read(1)[0]
             file.seek(at)

@@ -2,10 +2,11 @@
 
 import pytest
 
+from ftkit.core import exit_codes
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step, Term
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
-from ftkit.recovery.plan import Mode, adopt, first_plan
+from ftkit.recovery.plan import Mode, Stop, adopt, first_plan
 from ftkit.recovery.protocol import RESTART, advance, gone
 from tests.recovery.stories import Story, newcomer, training
 
@@ -422,6 +423,13 @@ def test_an_interrupted_job_ends_and_stays_ended() -> None:
     story.knows(interrupted="").says(0, Stage.DEAD, exit_code=1)
     assert story.moves() == []
     assert story.plan == ended
+
+
+def test_a_job_that_must_not_begin_ends_with_the_reason() -> None:
+    story = Story()
+    story.knows(refused="every checkpoint is damaged")
+    assert story.moves() == ["end"]
+    assert story.plan.stop == Stop(code=exit_codes.USAGE, reason="every checkpoint is damaged")
 
 
 def test_the_lost_node_takes_members_nobody_has_reported() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from ftkit.checkpoint import arena as arena_module
+from ftkit.checkpoint import pages
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
@@ -25,7 +26,7 @@ CHUNK_BYTES = 1024
 class Rig:
     """One member: its state, and an agent that makes arenas in a folder."""
 
-    def __init__(self, folder: Path, seat: int, *, seed: int = 1) -> None:
+    def __init__(self, folder: Path, seat: int, *, seed: int = 1, every: int = 0) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.folder, self.seat = folder, seat
         self.training = Training(seed=seed)
@@ -37,7 +38,7 @@ class Rig:
             secret="",
             shm_dir=folder,
             max_stall_s=0.05,
-            checkpoint_every=0,
+            checkpoint_every=every,
             checkpoint_dir="",
         )
         trace = SimpleNamespace(event=lambda kind, **fields: self.events.append((kind, fields)))
@@ -78,6 +79,11 @@ def world_of(generation: int, *seats: int) -> World:
             Member(member=MemberId(s), seat=Seat(s), node=NODE, host="h", port=1) for s in seats
         ),
     )
+
+
+def due(folder: Path) -> list[tuple[int, Step]]:
+    """(seat, step) of the parts that are marked to go to disk."""
+    return sorted((c.seat, c.step) for c in local_copies(JOB, folder, NODE, pinned=Pin.DUE))
 
 
 def complete(folder: Path) -> set[Step]:
@@ -141,8 +147,8 @@ def test_the_survivors_take_the_same_step_again_and_it_is_whole_without_the_dead
 def test_a_damaged_part_is_struck_and_the_step_is_complete_no_more(three, tmp_path):
     path = arena_path(JOB, Seat(1), tmp_path)
     with Arena.open(path) as arena, path.open("r+b") as file:
-        slot = next(i for i, s in enumerate(arena.slots()) if s is not None and s.step == 3)
-        file.seek(arena.geometry.slot_at(slot) + arena.geometry.data_at + 7)
+        slab = next(i for i, s in enumerate(arena.slabs()) if s is not None and s.step == 3)
+        file.seek(arena.geometry.slab_at(slab) + arena.geometry.data_at + 7)
         file.write(b"\xa5\x5a")
     late = Rig(tmp_path, 5, seed=9)
     with pytest.raises(IntegrityError, match="step 3 is not complete"):
@@ -160,7 +166,7 @@ def test_no_memory_for_a_larger_share_costs_the_snapshot_and_not_the_training(
 
     for rig in three[1:]:
         lose(rig)
-    monkeypatch.setattr(arena_module, "_fallocate", full)
+    monkeypatch.setattr(pages, "_fallocate", full)
     alone = world_of(2, 0)
     three[0].snapshots.begin(Step(3), alone)
     three[0].step(4, alone)
@@ -188,4 +194,35 @@ def test_what_was_restored_is_kept_until_something_newer_is_whole(three, tmp_pat
     again[0].snapshots.gate()
     assert 3 in complete(tmp_path), "the others have not sealed step 4 yet"
     for rig in again:
+        rig.snapshots.close()
+
+
+def test_a_rank_that_finds_all_slabs_pinned_skips_alone_and_nobody_is_misled(tmp_path):
+    rigs, world = [Rig(tmp_path, seat, every=2) for seat in range(2)], world_of(1, 0, 1)
+
+    def step(number: int) -> None:
+        for rig in rigs:
+            rig.step(number, world)
+        for rig in rigs:
+            rig.snapshots.gate()
+
+    def pin(*, on: bool) -> None:
+        with Arena.open(arena_path(JOB, Seat(1), tmp_path), writable=True) as arena:
+            for sealed in arena.snapshots():
+                arena.pin(sealed, Pin.PARITY, on=on)
+
+    for number in (1, 2, 3):
+        step(number)
+    assert due(tmp_path) == [(0, 2), (1, 2)]
+    pin(on=True)
+    step(4)
+    assert [kind for kind, _ in rigs[1].events][-1] == "snapshot-skipped"
+    assert complete(tmp_path) == {2, 3}, "half of step 4 is no step 4"
+    assert due(tmp_path) == [(0, 4), (1, 2)], "what was due is due still, there is nothing newer"
+    pin(on=False)
+    for number in (5, 6):
+        step(number)
+    assert {5, 6} <= complete(tmp_path)
+    assert due(tmp_path) == [(0, 6), (1, 6)], "the next one that is due is so everywhere"
+    for rig in rigs:
         rig.snapshots.close()

@@ -4,7 +4,7 @@
 
     page | meta: the stripe set, and the heads of its parts | digests | shard, shard, ...
 
-As in an arena (`slots`) the page is sealed last and holds the digests of meta and of the digest
+As in an arena (`slabs`) the page is sealed last and holds the digests of meta and of the digest
 table, which holds one digest for each chunk of a shard: whoever trusts the page can check the
 rest. The heads of all parts of the group are here, so that what was lost can be sealed again
 as it was, and checked. The file is kept from round to round, and its pages with it.
@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from ftkit.checkpoint.chunks import CHUNK_BYTES, chunk_count
 from ftkit.checkpoint.parity.rounds import StripeSet
-from ftkit.checkpoint.slots import PAGE, is_whole, paged, seal_page
+from ftkit.checkpoint.slabs import PAGE, is_whole, paged, seal_page
 from ftkit.checkpoint.stripes import Place
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError
 from ftkit.core.ids import NodeId

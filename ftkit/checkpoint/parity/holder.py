@@ -3,15 +3,15 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.parity.buffer import Heads, ParityBuffer
 from ftkit.checkpoint.parity.combine import InPlace, Pace, Superseded, combine
+from ftkit.checkpoint.parity.parts import Pins, find_part, local_parts
 from ftkit.checkpoint.parity.protocol import (
     Ask,
     Event,
@@ -23,27 +23,17 @@ from ftkit.checkpoint.parity.protocol import (
     obey,
 )
 from ftkit.checkpoint.parity.rounds import (
-    NOBODY,
     Ballot,
     Holding,
-    PartRef,
     RoundId,
     StripeSet,
 )
 from ftkit.checkpoint.parity.streams import Peers, open_shard
 from ftkit.checkpoint.rebuild import shards_to_read
-from ftkit.checkpoint.slots import Pin, Sealed
 from ftkit.core.errors import IntegrityError, ProtocolError
-from ftkit.core.ids import Generation, JobId, NodeId, Step
-from ftkit.core.inventory import Copy
+from ftkit.core.ids import JobId, NodeId
 
 logger = logging.getLogger(__name__)
-
-#: Under this name the parts are pinned that a leader may choose from.
-OFFER = RoundId(Generation(-1), Step(-1), NOBODY)
-
-#: Snapshots offered at once: nodes differ by a step.
-OFFERED = 2
 
 #: The longest that an end waits for work that is going on.
 CLOSE_S = 2.0
@@ -94,7 +84,7 @@ class Holder:
         self._state = Standing()
         self._sets: dict[RoundId, StripeSet] = {}
         self._where: dict[RoundId, ParityBuffer] = {}
-        self._pinned: dict[RoundId, list[tuple[Path, Sealed]]] = {}
+        self._pins = Pins(directory, node)
         self._closed = False
 
     def ask(self, ballot: Ballot) -> str:
@@ -106,12 +96,7 @@ class Holder:
         with self._lock:
             self._state, refused = obey(self._state, Ask(ballot))
             if not refused:
-                self._unpin(OFFER)
-                self._pinned[OFFER] = pins = list[tuple[Path, Sealed]]()
-                for path, sealed in _newest(parts):
-                    with suppress(OSError, IntegrityError):
-                        if _pin(path, sealed):
-                            pins.append((path, sealed))
+                self._pins.offer(parts)
             return refused
 
     @property
@@ -162,10 +147,7 @@ class Holder:
     def repin(self) -> None:
         """Pin again what is to be pinned: an arena that grew this instant lost the pins."""
         with self._lock:
-            for pins in self._pinned.values():
-                for path, sealed in pins:
-                    with suppress(OSError, IntegrityError):
-                        _pin(path, sealed)
+            self._pins.again()
 
     def make(self, stripes: StripeSet, ballot: Ballot, keep: RoundId | None) -> Cost:
         """Pin this node's parts of a round, and make the parity it keeps. Blocks.
@@ -202,7 +184,7 @@ class Holder:
                     kept = self._where.get(self._state.kept) if self._state.kept else None
                     buffer = next(b for b in self._buffers if b is not kept)
                     self._where[round_] = buffer
-                    self._pin(stripes)
+                    self._pins.hold(round_, stripes.parts[self.node])
                 count = self._encode(stripes, buffer)
                 with self._lock:
                     self._obey(Made(round_))
@@ -253,8 +235,7 @@ class Holder:
                         arena.head(sealed)
                         found[node].append(arena.head_bytes(sealed))
                 else:
-                    with peers.part(node, part) as remote:
-                        found[node].append(remote.head_bytes)
+                    found[node].append(peers.head_bytes(node, part))
         return found
 
     def _encode(self, stripes: StripeSet, buffer: ParityBuffer) -> int:
@@ -289,73 +270,4 @@ class Holder:
         for round_ in self._sets.keys() - self._state.pinned:
             del self._sets[round_]
             self._where.pop(round_, None)
-        for round_ in self._pinned.keys() - self._state.pinned - {OFFER}:
-            self._unpin(round_)
-
-    def _unpin(self, round_: RoundId) -> None:
-        gone = self._pinned.pop(round_, [])
-        held = [pin for pins in self._pinned.values() for pin in pins]
-        for path, sealed in gone:
-            if (path, sealed) not in held:
-                with suppress(OSError, IntegrityError):
-                    _pin(path, sealed, on=False)
-
-    def _pin(self, stripes: StripeSet) -> None:
-        pins = self._pinned[stripes.round] = []
-        for part in stripes.parts[self.node]:
-            path, sealed = self.directory / part.arena, find_part(self.directory, part)
-            if sealed is None or not _pin(path, sealed):
-                raise IntegrityError(f"{part.arena} of node {self.node} has lost step {part.step}")
-            pins.append((path, sealed))
-        self._unpin(OFFER)
-
-
-def _pin(path: Path, sealed: Sealed, *, on: bool = True) -> bool:
-    """Keep a part from being overwritten, or let go of it; whether it is there."""
-    with Arena.open(path, writable=True) as arena:
-        # It may have been chosen between the two: then it is being overwritten.
-        return arena.pin(sealed, Pin.PARITY, on=on) and sealed in arena.slots()
-
-
-def _newest(
-    parts: Sequence[tuple[Copy, PartRef, Sealed]],
-) -> Iterator[tuple[Path, Sealed]]:
-    """The newest snapshots of each arena: all nodes have one of them, or soon will."""
-    arenas: dict[str, list[Sealed]] = {}
-    for copy, _, sealed in parts:
-        arenas.setdefault(copy.path, []).append(sealed)
-    for path, found in arenas.items():
-        for sealed in sorted(found, key=lambda s: s.version)[-OFFERED:]:
-            yield Path(path), sealed
-
-
-def local_parts(directory: Path, job: JobId, node: NodeId) -> list[tuple[Copy, PartRef, Sealed]]:
-    """The sealed parts in the arenas of a node. Their data has not been checked."""
-    found = []
-    for copy in local_copies(job, directory, node):
-        path = Path(copy.path)
-        try:
-            with Arena.open(path) as arena:
-                sealed = arena.find(copy.step, copy.generation)
-        except (OSError, IntegrityError):
-            continue  # overwritten this instant
-        part = PartRef(
-            arena=path.name,
-            seat=copy.seat,
-            step=copy.step,
-            generation=copy.generation,
-            bytes=sealed.data_bytes,
-            chunk_bytes=sealed.chunk_bytes,
-        )
-        found.append((copy, part, sealed))
-    return found
-
-
-def find_part(directory: Path, part: PartRef) -> Sealed | None:
-    """What the page of a part says; None when it is not there."""
-    try:
-        with Arena.open(directory / part.arena) as arena:
-            found = arena.find(part.step, part.generation)
-    except (OSError, IntegrityError):
-        return None
-    return found if found.data_bytes == part.bytes else None
+        self._pins.only(self._state.pinned)

@@ -71,7 +71,7 @@ def lead_round(peers: Peers, node: NodeId, code: Code, ballot: Ballot) -> tuple[
     except FtkitError as error:
         broken = Round(kept=kept, broken=f"step {round_.step}: {error}")
         if kept is not None:
-            # So that no slot stays pinned for it. Said again by the next round, if it is lost.
+            # So that no slab stays pinned for it. Said again by the next round, if it is lost.
             _tell_all(peers, ballot, kept)
         return broken, ballot
     _tell_all(peers, ballot, round_)
@@ -99,11 +99,8 @@ def _tell_all(peers: Peers, ballot: Ballot, round_: RoundId) -> None:
 
     def tell(node: NodeId) -> None:
         try:
-            line = peers.line(node)
-            try:
+            with peers.line(node) as line:
                 line.ask({"op": "parity-keep", "ballot": ballot, "round": round_})
-            finally:
-                line.close()
         except FtkitError as error:
             logger.debug("node %s was not told what to keep: %s", node, error)
 
@@ -112,19 +109,15 @@ def _tell_all(peers: Peers, ballot: Ballot, round_: RoundId) -> None:
 
 def _ask(peers: Peers, node: NodeId, ballot: Ballot | None) -> NodeState:
     request: dict[str, object] = {"op": "parity-state"}
-    line = peers.line(node)
-    try:
+    with peers.line(node) as line:
         return NodeState.from_json(
             line.ask(request if ballot is None else {**request, "ballot": ballot})
         )
-    finally:
-        line.close()
 
 
 def _make(peers: Peers, node: NodeId, stripes: StripeSet, kept: RoundId | None) -> int:
     """Have one node make its parity; returns the bytes of it."""
-    line = peers.line(node)
-    try:
+    with peers.line(node) as line:
         answer = line.ask({"op": "parity-make", "set": stripes.to_json(), "keep": kept})
         while answer.get("working"):
             answer = line.hear()
@@ -133,8 +126,6 @@ def _make(peers: Peers, node: NodeId, stripes: StripeSet, kept: RoundId | None) 
                 return count
             case other:
                 raise ProtocolError(f"node {node} answers an order by {other!r:.80}")
-    finally:
-        line.close()
 
 
 def _with_all(

@@ -16,11 +16,11 @@ from pathlib import Path
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.parity.buffer import ParityHead
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, combine
-from ftkit.checkpoint.parity.holder import find_part
+from ftkit.checkpoint.parity.parts import find_part
 from ftkit.checkpoint.parity.rounds import Holding, PartRef, StripeSet
 from ftkit.checkpoint.parity.streams import Open, Peers, open_shard
 from ftkit.checkpoint.rebuild import shards_to_read
-from ftkit.checkpoint.slots import SLOTS, Head, Sealed
+from ftkit.checkpoint.slabs import SLABS, Head, Sealed
 from ftkit.checkpoint.stripes import Place, Span
 from ftkit.core.errors import IntegrityError, WireError
 from ftkit.core.ids import NodeId
@@ -80,12 +80,12 @@ def mend(
     peers: Peers,
     pace: Pace,
     *,
-    slots: int = SLOTS,
+    slabs: int = SLABS,
     in_place: bool = False,
 ) -> Mended:
     """Compute a node's missing parts of a round into its arenas. Blocks.
 
-    A part whose head is good is put right in place, and must be pinned; any other gets a slot,
+    A part whose head is good is put right in place, and must be pinned; any other gets a slab,
     and an arena when there is none: no rank may have that open for writing.
 
     Args:
@@ -95,8 +95,8 @@ def mend(
       missing: parts of it (`missing_parts`).
       peers: the nodes that live.
       pace: rests between windows.
-      slots: of an arena that is made.
-      in_place: whether ranks are writing: then IntegrityError where a slot would be needed.
+      slabs: of an arena that is made.
+      in_place: whether ranks are writing: then IntegrityError where a slab would be needed.
 
     Raises:
       IntegrityError: too many shards of a stripe are lost or corrupt; the message says which.
@@ -110,7 +110,7 @@ def mend(
     sent, read = Counter[NodeId](), 0
     with ExitStack() as opened:
         parts = {
-            number: _Target(directory, head, node, number, slots, in_place=in_place)
+            number: _Target(directory, head, node, number, slabs, in_place=in_place)
             for number in missing
         }
         for part in parts.values():
@@ -174,7 +174,7 @@ def _compute(
 
 
 class _Target:
-    """A part that is being put together, in its slot."""
+    """A part that is being put together, in its slab."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Target:
         head: ParityHead,
         node: NodeId,
         number: int,
-        slots: int,
+        slabs: int,
         *,
         in_place: bool,
     ) -> None:
@@ -207,7 +207,7 @@ class _Target:
             # Pages for parts of this size; `reserve` has them for this one in any case.
             replicas=max(1, self._head.layout.total_bytes // max(1, part.bytes)),
             chunk_bytes=part.chunk_bytes,
-            slots=slots,
+            slabs=slabs,
         )
         self._copy = self._arena.adopt(raw)
         self._copy.reserve()

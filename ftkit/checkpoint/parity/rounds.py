@@ -10,7 +10,7 @@ from functools import cached_property
 from math import lcm
 from typing import Any, NamedTuple
 
-from ftkit.checkpoint.slots import CHUNK_BYTES_MAX
+from ftkit.checkpoint.slabs import CHUNK_BYTES_MAX
 from ftkit.checkpoint.stripes import Code, StripePlan, deal, plan_stripes
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.core.ids import Generation, NodeId, Seat, Step

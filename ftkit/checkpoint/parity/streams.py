@@ -1,14 +1,15 @@
 """Streams: the bytes of a shard on another node, in order, each chunk checked before use."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from ftkit.checkpoint.chunks import CHUNK_BYTES, chunk_count
-from ftkit.checkpoint.fetch import HEAD_BYTES_MAX, ByteLine, Remote, fetch
+from ftkit.checkpoint.fetch import HEAD_BYTES_MAX, checked
+from ftkit.checkpoint.lines import ByteLine, Lines
 from ftkit.checkpoint.parity.buffer import Heads, ParityHead
 from ftkit.checkpoint.parity.rounds import PartRef, RoundId, StripeSet
-from ftkit.checkpoint.slots import PAGE, Sealed
+from ftkit.checkpoint.slabs import Head
 from ftkit.checkpoint.stripes import Place
 from ftkit.core.errors import IntegrityError, WireError
 from ftkit.core.ids import NodeId
@@ -22,46 +23,35 @@ class Peers:
     """How to reach the byte servers of the nodes that live."""
 
     addresses: Mapping[NodeId, tuple[str, int]]
-    secret: bytes
-    timeout_s: float = 10.0
+    lines: Lines
+    """Kept from one use to the next."""
 
-    def line(self, node: NodeId) -> ByteLine:
-        """A connection. WireError when there is no such node, or it does not answer."""
-        return ByteLine.open(self.address(node), self.secret, timeout_s=self.timeout_s)
+    def line(self, node: NodeId) -> AbstractContextManager[ByteLine]:
+        """A connection for a while. WireError when there is no such node, or it is silent."""
+        if node not in self.addresses:
+            raise WireError(f"node {node} is lost")
+        return self.lines.borrow(self.addresses[node])
 
-    def part(self, node: NodeId, part: PartRef) -> Remote:
-        """A part in an arena, for reading; as `fetch`."""
-        return fetch(
-            self.address(node),
-            self.secret,
-            part.arena,
-            part.step,
-            part.generation,
-            timeout_s=self.timeout_s,
-        )
-
-    def parity_head(self, node: NodeId, round_: RoundId) -> ParityHead:
-        """What a node's parity of a round says of itself.
+    def head_bytes(self, node: NodeId, part: PartRef) -> bytes:
+        """The head of a part in an arena, checked.
 
         Raises:
           IntegrityError: it is not there, or damaged.
           WireError: the node is gone, silent or mad.
         """
-        line = self.line(node)
-        try:
+        with self.line(node) as line:
+            found = bytes(line.read({**_request(part), "op": "head"}, HEAD_BYTES_MAX))
+        Head.parse(found)
+        return found
+
+    def parity_head(self, node: NodeId, round_: RoundId) -> ParityHead:
+        """What a node's parity of a round says of itself; as `head_bytes`."""
+        with self.line(node) as line:
             found = line.read({"op": "parity-head", "round": round_}, HEAD_BYTES_MAX)
-        finally:
-            line.close()
         head = ParityHead.parse(bytes(found), node)
         if head.stripes.round != round_:
             raise IntegrityError(f"node {node} has overwritten its parity of step {round_.step}")
         return head
-
-    def address(self, node: NodeId) -> tuple[str, int]:
-        """Where a node's byte server is. WireError when there is no such node."""
-        if node not in self.addresses:
-            raise WireError(f"node {node} is lost")
-        return self.addresses[node]
 
 
 class Stream:
@@ -106,35 +96,36 @@ def open_shard(peers: Peers, stripes: StripeSet, heads: Heads) -> Open:
       A function that raises IntegrityError where a shard is not what it was, and WireError or
       OSError where it cannot be reached; so does what is read from its stream.
     """
+    read = dict[NodeId, ParityHead]()
 
     def open_it(place: Place, opened: ExitStack) -> Stream:
         stripe = stripes.plan.stripes[place.stripe]
         node = stripe.nodes[place.shard]
         if place.shard < len(stripe.data):
-            return Stream(_piece(peers, stripes, heads, place, opened))
-        head = peers.parity_head(node, stripes.round)
-        line = peers.line(node)
-        opened.callback(line.close)
-        return Stream(_parity(line, head, place, stripe.length))
+            line = opened.enter_context(peers.line(node))
+            return Stream(_piece(line, stripes, heads, place))
+        if node not in read:
+            read[node] = peers.parity_head(node, stripes.round)
+        line = opened.enter_context(peers.line(node))
+        return Stream(_parity(line, read[node], place, stripe.length))
 
     return open_it
 
 
-def _piece(
-    peers: Peers, stripes: StripeSet, heads: Heads, place: Place, opened: ExitStack
-) -> Iterator[memoryview]:
+def _piece(line: ByteLine, stripes: StripeSet, heads: Heads, place: Place) -> Iterator[memoryview]:
     piece = stripes.plan.stripes[place.stripe].data[place.shard]
     for span in piece.spans:
         part = stripes.parts[piece.node][span.part]
-        remote = opened.enter_context(peers.part(piece.node, part))
-        if remote.head.sealed != Sealed.from_page(heads[piece.node][span.part][:PAGE]):
-            raise IntegrityError(
-                f"{part.arena} on node {piece.node} holds another step {part.step}"
-            )
         chunks = range(
             span.at // part.chunk_bytes, chunk_count(span.at + span.count, part.chunk_bytes)
         )
-        yield from remote.blocks(chunks, range_bytes=RANGE_BYTES)
+        # Whatever else has taken its place by now fails its digest.
+        head = Head.parse(heads[piece.node][span.part])
+        yield from checked(line, _request(part), head, chunks, RANGE_BYTES)
+
+
+def _request(part: PartRef) -> dict[str, object]:
+    return {"arena": part.arena, "step": part.step, "generation": part.generation}
 
 
 def _parity(line: ByteLine, head: ParityHead, place: Place, length: int) -> Iterator[memoryview]:

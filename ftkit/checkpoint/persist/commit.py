@@ -43,6 +43,8 @@ class CommitRecord:
     """What retention may judge by: a loss, say. None for what was not finite."""
     profile: SaveProfile = field(default_factory=SaveProfile)
     """Of all writers together, up to the commit itself."""
+    written_at: float | None = None
+    """Unix seconds by the committer's clock; None where it was not kept."""
 
     def encode(self) -> bytes:
         """Canonical JSON, with a digest of the rest as its last value."""
@@ -53,6 +55,7 @@ class CommitRecord:
             "files": {name: list(value) for name, value in self.files.items()},
             "metrics": dict(self.metrics),
             "profile": self.profile.to_json(),
+            "written_at": self.written_at,
         }
         return _sealed(body)
 
@@ -83,6 +86,7 @@ class CommitRecord:
                 files={str(n): (int(c), str(d)) for n, (c, d) in value["files"].items()},
                 metrics=value["metrics"],
                 profile=SaveProfile(**value["profile"]),
+                written_at=value.get("written_at"),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{COMMIT} lacks what it must say: {error!r}") from error
@@ -170,13 +174,14 @@ def commit(
         batch.flush()
     profile = SaveProfile.total(f.profile for f in fragments)
     profile.commit_s = clock.now() - start
+    lease.check()
     record = CommitRecord(
         step=step,
         files={name: (len(data), digest(data)) for name, data in loose.items()},
         metrics={k: v if isfinite(v) else None for k, v in (metrics or {}).items()},
         profile=profile,
+        written_at=lease.checked_at,
     )
-    lease.check()
     try:
         store.put(f"{folder}/{COMMIT}", record.encode(), exclusive=True)
     except FileExistsError as error:

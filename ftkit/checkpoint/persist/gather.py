@@ -12,16 +12,14 @@ from types import TracebackType
 from typing import Any, Self
 
 from ftkit.checkpoint.arena import Arena, arena_path
-from ftkit.checkpoint.fetch import Remote, fetch
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.open_part import Address, OpenPart, open_part
 from ftkit.checkpoint.persist.division import Extent, Writing
 from ftkit.checkpoint.persist.plan import Piece
-from ftkit.checkpoint.slots import Head, Pin
+from ftkit.checkpoint.slabs import Pin
 from ftkit.core.errors import IntegrityError
 from ftkit.core.ids import JobId, NodeId
 from ftkit.core.inventory import Copy
-
-Address = tuple[str, int]
 
 
 class Gather:
@@ -51,8 +49,7 @@ class Gather:
         self._servers = servers
         self._secret = secret
         self._opened = ExitStack()
-        self._arenas: dict[Copy, tuple[Arena, Head]] = {}
-        self._remotes: dict[Copy, Remote] = {}
+        self._parts: dict[Copy, OpenPart] = {}
         self._checked: set[Copy] = set()
 
     def keep(self, copies: Iterable[Copy]) -> None:
@@ -70,29 +67,23 @@ class Gather:
                     raise IntegrityError(f"step {copy.step} left {arena.path.name}")
                 arena.pin(sealed, Pin.DUE, on=False)
 
-    def head(self, copy: Copy) -> Head:
-        """Layout, small state and digests of a part, here or on another node.
+    def layouts(self, copies: Iterable[Copy]) -> dict[str, StateLayout]:
+        """Every layout of a snapshot by its digest, read from this node where it can be.
 
         Raises:
-          IntegrityError: it is gone, or damaged.
+          IntegrityError: a part is gone, or damaged.
           WireError: its node does not answer.
         """
-        if copy.node == self._node:
-            return self._local(copy)[1]
-        return self._remote(copy).head
-
-    def layouts(self, copies: Iterable[Copy]) -> dict[str, StateLayout]:
-        """Every layout of a snapshot by its digest, read from this node where it can be."""
         found = dict[str, StateLayout]()
         for copy in sorted(copies, key=lambda c: (c.node != self._node, c.node, c.seat)):
             if copy.part.layout not in found:
-                found[copy.part.layout] = self.head(copy).layout
+                found[copy.part.layout] = self._open(copy).head.layout
         return found
 
     def small(self, copies: Iterable[Copy]) -> dict[str, Any]:
         """The small state of this node's seats, by seat."""
         newest = sorted((c for c in copies if c.node == self._node), key=lambda c: c.generation)
-        return {str(c.seat): self._local(c)[1].small for c in newest}
+        return {str(c.seat): self._open(c).head.small for c in newest}
 
     def pieces(self, writings: Iterable[Writing]) -> Iterator[Piece]:
         """The boxes and their bytes, each valid until the next is asked for.
@@ -110,8 +101,9 @@ class Gather:
 
     def still_there(self) -> None:
         """Raise IntegrityError when a part that was read in place may have been overwritten."""
-        for arena, head in self._arenas.values():
-            arena.data(head.sealed).release()
+        for part in self._parts.values():
+            if part.memory is not None:
+                part.memory().release()
 
     def close(self) -> None:
         """Close what was opened. Pins stay."""
@@ -145,46 +137,38 @@ class Gather:
         return memoryview(data)
 
     def _in_place(self, extent: Extent) -> memoryview:
-        arena, head = self._local(extent.copy)
+        part = self._open(extent.copy)
         if extent.copy not in self._checked:
             # All at once: small tensors share a chunk, and it is read once for all of them.
-            for _ in arena.blocks(head):
+            for _ in part.blocks(range(len(part.head.digests))):
                 pass
             self._checked.add(extent.copy)
-        first = head.sealed.first_byte
-        return arena.data(head.sealed)[extent.first - first : extent.end - first]
+        first = part.head.sealed.first_byte
+        assert part.memory is not None, "it is in this node's memory"
+        return part.memory()[extent.first - first : extent.end - first]
 
     def _read(self, extent: Extent, into: memoryview) -> None:
-        remote = self._remote(extent.copy)
-        sealed = remote.head.sealed
-        size, start = sealed.chunk_bytes, sealed.first_byte
+        part = self._open(extent.copy)
+        size, start = part.head.sealed.chunk_bytes, part.head.sealed.first_byte
         chunks = range((extent.first - start) // size, -(-(extent.end - start) // size))
         at = start + chunks.start * size
-        for block in remote.blocks(chunks):
+        for block in part.blocks(chunks):
             low, high = max(at, extent.first), min(at + len(block), extent.end)
             into[low - extent.first : high - extent.first] = block[low - at : high - at]
             at += len(block)
 
-    def _local(self, copy: Copy) -> tuple[Arena, Head]:
-        if copy not in self._arenas:
-            arena = self._opened.enter_context(Arena.open(self._path(copy)))
-            self._arenas[copy] = arena, arena.head(arena.find(copy.step, copy.generation))
-        return self._arenas[copy]
-
-    def _remote(self, copy: Copy) -> Remote:
-        if copy not in self._remotes:
-            if copy.node not in self._servers:
-                raise IntegrityError(f"node {copy.node} has a part of step {copy.step}, no server")
-            self._remotes[copy] = self._opened.enter_context(
-                fetch(
-                    self._servers[copy.node],
-                    self._secret,
-                    self._path(copy).name,
-                    copy.step,
-                    copy.generation,
-                )
-            )
-        return self._remotes[copy]
+    def _open(self, copy: Copy) -> OpenPart:
+        if copy not in self._parts:
+            server = None
+            if copy.node != self._node:
+                server = self._servers.get(copy.node)
+                if server is None:
+                    raise IntegrityError(
+                        f"node {copy.node} has a part of step {copy.step}, no server"
+                    )
+            opened = open_part(copy, self._path(copy), server, self._secret)
+            self._parts[copy] = self._opened.enter_context(opened)
+        return self._parts[copy]
 
     def _path(self, copy: Copy) -> Path:
         # Not the path that was sent: nothing outside the folder is ever opened.
@@ -198,8 +182,8 @@ def let_go(directory: Path) -> None:
             with Arena.open(path) as arena:
                 held = [
                     sealed
-                    for slot, sealed in enumerate(arena.slots())
-                    if sealed and arena.pins(slot)[Pin.PERSIST]
+                    for slab, sealed in enumerate(arena.slabs())
+                    if sealed and arena.pins(slab)[Pin.PERSIST]
                 ]
             if held:
                 with Arena.open(path, writable=True) as arena:

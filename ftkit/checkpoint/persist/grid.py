@@ -100,7 +100,7 @@ def _chunk_shapes(
         if free[d]:
             sizes.add(ceil(side / ceil(side / target)))
         for size in sizes:
-            yield (1,) * d + (size,) + shard[d + 1 :]  # a slab: one run of memory
+            yield (1,) * d + (size,) + shard[d + 1 :]  # one run of memory
         if d:
             rest = prod(shard) // side * item_bytes
             size = max((n for n in _divisors(side) if n * rest <= chunk_bytes), default=1)

@@ -142,6 +142,11 @@ class Lease:
                 store.put(LEASE, me.encode())
         return cls(store, me, wall)
 
+    @property
+    def checked_at(self) -> float:
+        """When it was last shown to be this process's. Unix seconds."""
+        return self._holder.renewed_at
+
     def check(self) -> None:
         """Show that the lease is still this process's, and renew it.
 
@@ -203,8 +208,11 @@ def _exclusive(store: Store) -> Iterator[None]:
 
 def _alive(holder: Holder) -> bool:
     try:
+        process = psutil.Process(holder.pid)
         # A start time is told to about 10 ms; a pid is not used twice within a second.
-        return abs(psutil.Process(holder.pid).create_time() - holder.started) < 1
+        is_it = abs(process.create_time() - holder.started) < 1
+        # A dead orphan stays a zombie for as long as nobody asks for its end.
+        return is_it and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
     except psutil.AccessDenied:

@@ -56,7 +56,7 @@ def pieces(layout: StateLayout, data: memoryview) -> Iterator[Piece]:
 
     Args:
       layout: how the data is laid out.
-      data: the snapshot's data, a slot of an arena for one. It must not change until the pieces
+      data: the snapshot's data, a slab of an arena for one. It must not change until the pieces
         have been written: what does is noticed only by the checksums, when it is read.
     """
     for e in layout.entries:

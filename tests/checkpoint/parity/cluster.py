@@ -1,25 +1,30 @@
 """Nodes of a job without processes: arenas, byte servers and holders, on real memory."""
 
 import shutil
+import socket
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace
-from ftkit.checkpoint.parity.holder import Holder, local_parts
+from ftkit.checkpoint.parity.holder import Holder
 from ftkit.checkpoint.parity.leader import Round, lead_round
 from ftkit.checkpoint.parity.mend import Mended, fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.operations import NodeState, operations
+from ftkit.checkpoint.parity.parts import local_parts
 from ftkit.checkpoint.parity.protocol import standing
 from ftkit.checkpoint.parity.rounds import NOBODY, Ballot, Holding
 from ftkit.checkpoint.parity.streams import Peers
 from ftkit.checkpoint.serve import ArenaServer
-from ftkit.checkpoint.slots import SLOTS
+from ftkit.checkpoint.slabs import SLABS
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from tests.checkpoint.helpers import pattern
@@ -41,6 +46,18 @@ class Machine:
         self.server = ArenaServer(
             directory, JOB, SECRET, operations=operations(self.holder, self.state)
         )
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        self.killed = False
+        answer = self.server._answer
+
+        def wait(sock: socket.socket, request: dict[str, Any]) -> None:
+            self.goes_on.wait()
+            if self.killed:
+                raise ConnectionResetError
+            answer(sock, request)
+
+        self.server._answer = wait  # type: ignore[method-assign]
 
     def state(self) -> NodeState:
         return NodeState(
@@ -50,7 +67,19 @@ class Machine:
             given_up=frozenset(),
         )
 
+    def stop(self) -> None:
+        """As SIGSTOP does: whatever is asked of it is answered once it goes on."""
+        self.goes_on.clear()
+
+    def kill(self) -> None:
+        """As SIGKILL does, for the others: all connections end, and no new one is answered."""
+        self.killed = True
+        for sock in list(self.server._clients):
+            with suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
+        self.goes_on.set()
         self.server.close()
         self.holder.close()
 
@@ -67,11 +96,13 @@ class Cluster:
         seats: int = 1,
         layout: StateLayout | None = None,
         chunk_bytes: int = 1024,
+        timeout_s: float = 5.0,
     ) -> None:
         self.folder, self.code, self.seats = folder, code, seats
         self.layout = layout or StateLayout.of([("w", "float32", (9000,)), ("b", "int8", (77,))])
         self.chunk_bytes = chunk_bytes
         self.machines: dict[NodeId, Machine] = {}
+        self.lines = Lines(SECRET, timeout_s=timeout_s)
         self.ballot = NOBODY
         self._born = 0
         for node in range(nodes):
@@ -84,9 +115,10 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         for machine in self.machines.values():
             machine.close()
+        self.lines.close()
 
     def peers(self) -> Peers:
-        return Peers({n: m.server.address for n, m in self.machines.items()}, SECRET, timeout_s=5)
+        return Peers({n: m.server.address for n, m in self.machines.items()}, self.lines)
 
     def start(self, node: NodeId) -> Machine:
         self._born += 1
@@ -115,7 +147,7 @@ class Cluster:
                 self.layout,
                 replicas=count,
                 chunk_bytes=self.chunk_bytes,
-                slots=SLOTS + 2,
+                slabs=SLABS + 2,
             ) as arena:
                 writer = arena.start(
                     Step(step), Generation(generation), self.layout, share=Share(seat, count)
@@ -138,11 +170,12 @@ class Cluster:
     def stands(self) -> Holding | None:
         return standing({n: m.holder.holdings() for n, m in self.machines.items()})
 
-    def mend(self, node: int, holding: Holding) -> Mended:
+    def mend(self, node: int, holding: Holding, pace: Pace | None = None) -> Mended:
         where = self.machines[NodeId(node)].directory
         head = fetch_head(self.peers(), holding, NodeId(node))
         missing = missing_parts(where, head, NodeId(node))
-        return mend(where, head, NodeId(node), missing, self.peers(), hurry(lambda: True), slots=5)
+        pace = pace or hurry(lambda: True)
+        return mend(where, head, NodeId(node), missing, self.peers(), pace, slabs=5)
 
     def assert_state(self, step: int, nodes: Sequence[int] | None = None) -> None:
         """Every byte of a step is in the arenas, and right."""

@@ -10,6 +10,7 @@ import pytest
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.erasure import Codec
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.lines import ByteLine
 from ftkit.checkpoint.parity import combine
 from ftkit.checkpoint.parity.buffer import ParityHead, read_head
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded
@@ -17,12 +18,12 @@ from ftkit.checkpoint.parity.leader import ask_all
 from ftkit.checkpoint.parity.mend import fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.scrub import scrub
-from ftkit.checkpoint.slots import Pin, paged
+from ftkit.checkpoint.slabs import Pin, paged
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import NodeId, Step
 
-from .cluster import Cluster, ballot, hurry
+from .cluster import SECRET, Cluster, ballot, hurry
 
 A, B, C, D = (NodeId(n) for n in range(4))
 
@@ -38,9 +39,9 @@ def flip(path: Path, at: int) -> None:
 def data_at(cluster: Cluster, seat: int, step: int) -> int:
     """Where a part's data begins in its arena's file."""
     with Arena.open(cluster.arena(seat)) as arena:
-        for slot, sealed in enumerate(arena.slots()):
+        for slab, sealed in enumerate(arena.slabs()):
             if sealed is not None and sealed.step == step:
-                return arena.geometry.slot_at(slot) + arena.geometry.data_at
+                return arena.geometry.slab_at(slab) + arena.geometry.data_at
     raise AssertionError(f"no step {step}")
 
 
@@ -109,6 +110,27 @@ def test_larger_than_a_window(tmp_path):
         cluster.assert_state(7)
 
 
+def test_connections_are_kept_from_round_to_round(tmp_path, monkeypatch):
+    opened = list[object]()
+    connect = ByteLine.open
+
+    def count(address, secret, *, timeout_s):
+        opened.append(address)
+        return connect(address, secret, timeout_s=timeout_s)
+
+    monkeypatch.setattr(ByteLine, "open", count)
+    with Cluster(tmp_path, Code(2, 2), 4) as cluster:
+        for step in range(1, 4):
+            cluster.write(step)
+            assert cluster.round().made is not None
+        most = len(opened)
+        for step in range(4, 8):
+            cluster.write(step)
+            assert cluster.round().made is not None
+        # How many are needed at once depends on which threads meet; most rounds need no more.
+        assert len(opened) - most <= most // 3
+
+
 def test_nothing_newer_makes_nothing_and_the_kept_is_pinned(tmp_path):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         assert cluster.round().made is None
@@ -132,7 +154,7 @@ def test_an_arena_that_grows_keeps_its_pins(tmp_path):
         cluster.round()
         cluster.layout = StateLayout.of([("w", "float32", (9000,)), ("b", "int8", (50_000,))])
         with Arena.ensure(cluster.arena(0), cluster.layout) as arena:
-            assert [any(arena.pins(s)) for s, held in enumerate(arena.slots()) if held] == [True]
+            assert [any(arena.pins(s)) for s, held in enumerate(arena.slabs()) if held] == [True]
 
 
 def test_a_node_that_dies_in_a_round_ends_it_and_costs_nothing(tmp_path, monkeypatch):
@@ -201,7 +223,7 @@ def test_a_second_leader_is_obeyed_and_the_first_no_more(tmp_path):
 def test_a_part_that_is_gone_when_it_is_asked_for_ends_the_round(tmp_path, monkeypatch):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         cluster.write(1)
-        monkeypatch.setattr("ftkit.checkpoint.parity.holder._pin", lambda *a, **k: False)
+        monkeypatch.setattr("ftkit.checkpoint.parity.parts._pin", lambda *a, **k: False)
         done = cluster.round()
         assert "has lost step 1" in done.broken
         assert cluster.stands() is None
@@ -305,7 +327,7 @@ def test_a_rebuild_that_is_killed_leaves_nothing_that_looks_good(tmp_path, monke
         def die(self) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("ftkit.checkpoint.writer.SlotCopy.seal", die)
+        monkeypatch.setattr("ftkit.checkpoint.writer.SlabMirror.seal", die)
         with pytest.raises(KeyboardInterrupt):
             cluster.mend(B, stands)
         assert machine.state().parts == ()
@@ -394,10 +416,10 @@ class TestScrub:
             mend(where, head, C, [0], cluster.peers(), hurry(lambda: True), in_place=True)
             assert missing_parts(where, head, C) == []
             with Arena.open(cluster.arena(C)) as arena:
-                assert sum(s is not None for s in arena.slots()) == 1, "in place"
+                assert sum(s is not None for s in arena.slabs()) == 1, "in place"
                 assert arena.pins(0)[Pin.PARITY]
 
-    def test_while_ranks_write_no_slot_is_taken(self, tmp_path):
+    def test_while_ranks_write_no_slab_is_taken(self, tmp_path):
         with Cluster(tmp_path, Code(2, 1), 3) as cluster:
             cluster.write(1)
             cluster.round()
@@ -415,7 +437,7 @@ def test_strangers_orders_are_refused(tmp_path):
     with Cluster(tmp_path, Code(2, 1), 3) as cluster:
         cluster.write(1)
         cluster.round()
-        line = cluster.peers().line(A)
+        line = ByteLine.open(cluster.machines[A].server.address, SECRET, timeout_s=5)
         wrong: list[dict[str, object]] = [
             {"op": "parity-make", "set": {}, "keep": None},
             {"op": "parity-make"},

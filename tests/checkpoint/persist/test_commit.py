@@ -160,6 +160,8 @@ def test_a_newer_format_is_refused_and_not_passed_over(store, monkeypatch):
 def test_a_record_that_says_too_little_is_damaged(store):
     save(store, 1)
     value = json.loads(store.files["step-1/commit.json"])
+    del value["written_at"]
+    assert CommitRecord.decode(committing._sealed(value)).written_at is None, "an older one"
     del value["metrics"]
     with pytest.raises(IntegrityError, match="lacks"):
         CommitRecord.decode(committing._sealed(value))
@@ -316,8 +318,12 @@ def test_the_lease_of_a_dead_process_is_free(tmp_path):
             Lease.take(store, JobId("dead"))
         finally:
             os._exit(0)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    held = store.get(LEASE)
+    assert json.loads(held)["pid"] == pid
+    Lease.take(store, JobId("next")).check()  # though it is a zombie still
     os.waitpid(pid, 0)
-    assert json.loads(store.get(LEASE))["pid"] == pid
+    store.put(LEASE, held)
     Lease.take(store, JobId("next")).check()
 
 

@@ -1,6 +1,5 @@
 """What every kind of store must do; the model the crash tests use included."""
 
-import socket
 import uuid
 from collections.abc import Iterator
 
@@ -13,6 +12,7 @@ from ftkit.checkpoint.persist.retention import KeepLast
 from ftkit.checkpoint.persist.store import Store, open_store
 from ftkit.core.errors import FtkitError, IntegrityError, RootInUse, StoreError
 from ftkit.core.ids import JobId
+from tests.object_store import BUCKET, options, s3_server
 
 from .stories import ModelStore, newest, save
 
@@ -21,26 +21,9 @@ KINDS = ["model", "local", "file", "memory", "s3"]
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator[dict[str, object]]:
-    """An S3-compatible server in this process, with a bucket "bucket"."""
-    from moto.server import ThreadedMotoServer
-
-    # Port 0 would be chosen by the server, which then does not say which it is.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    server.start()
-    options: dict[str, object] = {
-        "endpoint_url": f"http://127.0.0.1:{port}",
-        "key": "key",
-        "secret": "secret",
-        "client_kwargs": {"region_name": "eu-central-1"},
-    }
-    import s3fs
-
-    s3fs.S3FileSystem(**options).mkdir("bucket")
-    yield options
-    server.stop()
+    """How to open a store in the bucket of an S3-compatible server."""
+    with s3_server() as environ:
+        yield options(environ)
 
 
 @pytest.fixture(params=KINDS)
@@ -55,8 +38,7 @@ def store(request, tmp_path) -> Store:
         case "memory":
             return open_store(f"memory://ftkit/{uuid.uuid4()}")
         case _:
-            options = request.getfixturevalue("s3")
-            return open_store(f"s3://bucket/{uuid.uuid4()}", **options)
+            return open_store(f"s3://{BUCKET}/{uuid.uuid4()}", **request.getfixturevalue("s3"))
 
 
 def test_files_of_a_batch_are_there_after_its_flush(store):

@@ -2,16 +2,16 @@
 
 ::
 
-    file page | pins | slot 0                                      | slot 1 | slot 2 ...
+    file page | pins | slab 0                                      | slab 1 | slab 2 ...
                      | page | layout, small | digests | data       |
 
-Every page ends with the xxh3_64 of all that precedes it, the slot's page holds the digests of
+Every page ends with the xxh3_64 of all that precedes it, the slab's page holds the digests of
 the layout and small state and of the digest table, and the table holds one digest for each
 chunk of data: whoever trusts the page can check the rest. All numbers are little-endian.
 The data is one part of a snapshot: whole chunks of its layout, from `first_byte` on.
 
-The page of pins has one byte a slot and tier (`Pin`), not 0 while that tier reads the slot; it
-has no digest. A pin keeps a slot from being chosen, no more: whoever reads still checks.
+The page of pins has one byte a slab and tier (`Pin`), not 0 while that tier reads the slab; it
+has no digest. A pin keeps a slab from being chosen, no more: whoever reads still checks.
 
 Write order: the page is zeroed, then meta, data and digests in any order, and the page last. A
 process killed between any two stores leaves zeros or a page whose own digest fails: no snapshot.
@@ -36,17 +36,17 @@ from ftkit.core.ids import Generation, Step
 from ftkit.core.inventory import Part
 
 PAGE = 4096
-SLOTS = 3
+SLABS = 3
 CHUNK_BYTES_MAX = 16 << 20
 _FILE_MAGIC = b"ftarena2"
-_SLOT_MAGIC = b"ftslot_2"
+_SLAB_MAGIC = b"ftslab_2"
 _FILE = struct.Struct("<8sQQQQ")
-_SLOT = struct.Struct("<8sqqQQQQQQQQQQ")
+_SLAB = struct.Struct("<8sqqQQQQQQQQQQ")
 _DIGEST = struct.Struct("<Q")
 
 
 class Pin(IntEnum):
-    """Who keeps a slot from being overwritten."""
+    """Who keeps a slab from being overwritten."""
 
     PARITY = 0
     """Its parity is being made, or is the newest there is."""
@@ -63,47 +63,47 @@ class Geometry:
     data_bytes: int
     meta_bytes: int
     chunk_bytes: int
-    slots: int = SLOTS
+    slabs: int = SLABS
 
     def __post_init__(self) -> None:
         if self.data_bytes < 0 or self.meta_bytes < 0:
             raise ValueError(f"sizes may not be negative: {self}")
         if not 0 < self.chunk_bytes <= CHUNK_BYTES_MAX:
             raise ValueError(f"chunks are 1 to {CHUNK_BYTES_MAX} bytes, not {self.chunk_bytes}")
-        if not SLOTS <= self.slots <= PAGE // len(Pin):
-            # Ranks differ by a step when a fault strikes: one slot being written, one sealed,
+        if not SLABS <= self.slabs <= PAGE // len(Pin):
+            # Ranks differ by a step when a fault strikes: one slab being written, one sealed,
             # one that may be the last complete everywhere.
-            raise ValueError(f"an arena has at least {SLOTS} slots, not {self.slots}")
+            raise ValueError(f"an arena has at least {SLABS} slabs, not {self.slabs}")
 
     @property
     def table_at(self) -> int:
-        """Offset of the digest table in a slot."""
+        """Offset of the digest table in a slab."""
         return PAGE + paged(self.meta_bytes)
 
     @property
     def data_at(self) -> int:
-        """Offset of the data in a slot."""
+        """Offset of the data in a slab."""
         return self.table_at + paged(8 * chunk_count(self.data_bytes, self.chunk_bytes))
 
     @property
-    def slot_bytes(self) -> int:
+    def slab_bytes(self) -> int:
         return self.data_at + paged(self.data_bytes)
 
     @property
     def file_bytes(self) -> int:
-        return 2 * PAGE + self.slots * self.slot_bytes
+        return 2 * PAGE + self.slabs * self.slab_bytes
 
-    def slot_at(self, slot: int) -> int:
-        """Offset of a slot in the file."""
-        return 2 * PAGE + slot * self.slot_bytes
+    def slab_at(self, slab: int) -> int:
+        """Offset of a slab in the file."""
+        return 2 * PAGE + slab * self.slab_bytes
 
-    def pin_at(self, slot: int, pin: Pin) -> int:
-        """Offset of a slot's pin in the file."""
-        return PAGE + slot * len(Pin) + pin
+    def pin_at(self, slab: int, pin: Pin) -> int:
+        """Offset of a slab's pin in the file."""
+        return PAGE + slab * len(Pin) + pin
 
     def to_page(self) -> bytes:
         return seal_page(
-            _FILE.pack(_FILE_MAGIC, self.data_bytes, self.meta_bytes, self.chunk_bytes, self.slots)
+            _FILE.pack(_FILE_MAGIC, self.data_bytes, self.meta_bytes, self.chunk_bytes, self.slabs)
         )
 
     @classmethod
@@ -111,12 +111,12 @@ class Geometry:
         """Read `to_page`. Raises IntegrityError when the page is torn or not an arena's."""
         if not is_whole(page):
             raise IntegrityError("the first page of the arena does not match its digest")
-        magic, data_bytes, meta_bytes, chunk_bytes, slots = _FILE.unpack_from(page)
+        magic, data_bytes, meta_bytes, chunk_bytes, slabs = _FILE.unpack_from(page)
         if magic != _FILE_MAGIC:
             raise IntegrityError(f"arena begins with {magic!r}, this ftkit reads {_FILE_MAGIC!r}")
         try:
             return cls(
-                data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slots=slots
+                data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slabs=slabs
             )
         except ValueError as error:
             raise IntegrityError(f"the first page of the arena is nonsense: {error}") from error
@@ -124,14 +124,14 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealed:
-    """What the page of a sealed slot says."""
+    """What the page of a sealed slab says."""
 
     generation: Generation
     step: Step
     layout_bytes: int = 0
     small_bytes: int = 0
     data_bytes: int = 0
-    """Bytes of tensor data in this slot: the part."""
+    """Bytes of tensor data in this slab: the part."""
     chunk_bytes: int = 1
     first_byte: int = 0
     """Where the part begins in the data of the layout, a multiple of `chunk_bytes`."""
@@ -172,8 +172,8 @@ class Sealed:
 
     def to_page(self) -> bytes:
         return seal_page(
-            _SLOT.pack(
-                _SLOT_MAGIC,
+            _SLAB.pack(
+                _SLAB_MAGIC,
                 self.generation,
                 self.step,
                 self.layout_bytes,
@@ -191,12 +191,12 @@ class Sealed:
 
     @classmethod
     def from_page(cls, page: bytes) -> "Sealed | None":
-        """What a page says; None when it is empty, its slot being written, or torn."""
+        """What a page says; None when it is empty, its slab being written, or torn."""
         if not is_whole(page):
             return None
-        magic, generation, step, *rest = _SLOT.unpack_from(page)
+        magic, generation, step, *rest = _SLAB.unpack_from(page)
         layout, small, data, chunk, first, total, digest, layouts, meta, table = rest
-        if magic != _SLOT_MAGIC or not 0 < chunk <= CHUNK_BYTES_MAX:
+        if magic != _SLAB_MAGIC or not 0 < chunk <= CHUNK_BYTES_MAX:
             return None
         return cls(
             generation=generation,
@@ -255,7 +255,7 @@ class Head:
         """Read a head (page, layout, small state, digest table, without gaps).
 
         Raises:
-          IntegrityError: some digest fails, or the slot was not sealed.
+          IntegrityError: some digest fails, or the slab was not sealed.
         """
         sealed = Sealed.from_page(data[:PAGE])
         if sealed is None:
@@ -307,27 +307,27 @@ class Head:
             )
 
 
-def choose_slot(
-    slots: Sequence[Sealed | None], complete: Step | None = None, pinned: Collection[int] = ()
+def choose_slab(
+    slabs: Sequence[Sealed | None], complete: Step | None = None, pinned: Collection[int] = ()
 ) -> int | None:
-    """The slot to overwrite next, or None when none can be spared; pure.
+    """The slab to overwrite next, or None when none can be spared; pure.
 
     Args:
-      slots: what each slot holds; None for one that is empty, torn or half written.
+      slabs: what each slab holds; None for one that is empty, torn or half written.
       complete: the newest step known to be complete on every rank. It is kept where possible,
         for it may be the one all ranks return to.
-      pinned: slots that a tier below reads.
+      pinned: slabs that a tier below reads.
 
     Returns:
-      A slot without a snapshot if there is one, else the oldest that is neither the newest,
+      A slab without a snapshot if there is one, else the oldest that is neither the newest,
       nor pinned, nor, unless only such are left, `complete`.
     """
-    for slot, sealed in enumerate(slots):
+    for slab, sealed in enumerate(slabs):
         if sealed is None:
-            return slot
-    held = sorted((s.version, slot) for slot, s in enumerate(slots) if s is not None)
-    older = [(step, slot) for (_, step), slot in held[:-1] if slot not in pinned]
-    spare = [slot for step, slot in older if step != complete] or [slot for _, slot in older]
+            return slab
+    held = sorted((s.version, slab) for slab, s in enumerate(slabs) if s is not None)
+    older = [(step, slab) for (_, step), slab in held[:-1] if slab not in pinned]
+    spare = [slab for step, slab in older if step != complete] or [slab for _, slab in older]
     return spare[0] if spare else None
 
 

@@ -1,0 +1,229 @@
+"""Lines: connections to byte servers, authenticated once and kept for whoever asks next.
+
+A connection is kept when the last answer on it is complete, and closed in any other case: what
+is left over from a stream that broke off would be taken for an answer to the next request. One
+that is dead or strange by the time it is wanted again is replaced, so that whoever borrows one
+never sees that it is not new.
+"""
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+from ftkit.core.errors import IntegrityError, ProtocolError, WireError
+from ftkit.core.wire import authenticate, receive_message, send_message
+
+Address = tuple[str, int]
+
+#: A connection that was idle for longer is not used again: the server drops it after a minute,
+#: and might while a request is on its way.
+KEEP_S = 30.0
+
+#: Idle connections kept to one server. A round takes two: one to lead, one to read.
+KEEP_MAX = 4
+
+
+class Lines:
+    """Connections to the byte servers of one job. Any thread may call."""
+
+    def __init__(
+        self,
+        secret: bytes,
+        *,
+        timeout_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Hold none yet.
+
+        Args:
+          secret: the job's.
+          timeout_s: the longest silence of a server.
+          clock: seconds.
+        """
+        self._secret, self._timeout_s, self._clock = secret, timeout_s, clock
+        self._lock = threading.Lock()
+        # ---- under the lock ----
+        self._idle: dict[Address, list[tuple[float, ByteLine]]] = {}
+        self._wanted: frozenset[Address] | None = None
+
+    @contextmanager
+    def borrow(self, address: Address) -> "Iterator[ByteLine]":
+        """A connection that nobody else uses meanwhile. Blocks while a new one is made.
+
+        Raises:
+          AuthenticationError: the server holds another secret.
+          WireError: nobody listens, or does not answer.
+        """
+        line = self._take(address)
+        if line is None:
+            line = ByteLine.open(address, self._secret, timeout_s=self._timeout_s)
+        try:
+            yield line
+        finally:
+            self._give_back(address, line)
+
+    def only(self, addresses: Collection[Address]) -> None:
+        """Close what is idle, and what comes back later, to all other servers: they left."""
+        with self._lock:
+            self._wanted = frozenset(addresses)
+            left = [self._idle.pop(a) for a in self._idle.keys() - self._wanted]
+        for lines in left:
+            for _, line in lines:
+                line.close()
+
+    def close(self) -> None:
+        """Close all that is idle, and the rest as it comes back. May be called twice."""
+        self.only(())
+
+    def _take(self, address: Address) -> "ByteLine | None":
+        """The connection that was used last, if it is still good."""
+        while True:
+            with self._lock:
+                idle = self._idle.get(address)
+                if not idle:
+                    return None
+                since, line = idle.pop()
+            if self._clock() - since <= KEEP_S and line.is_idle:
+                return line
+            line.close()
+
+    def _give_back(self, address: Address, line: "ByteLine") -> None:
+        if line.is_idle:
+            with self._lock:
+                if self._wanted is None or address in self._wanted:
+                    idle = self._idle.setdefault(address, [])
+                    if len(idle) < KEEP_MAX:
+                        idle.append((self._clock(), line))
+                        return
+        line.close()
+
+
+class ByteLine:
+    """A connection to a byte server. Use from one thread."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        """Take over `sock`, authenticated."""
+        self._sock = sock
+        self._owed = False
+
+    @classmethod
+    def open(cls, address: tuple[str, int], secret: bytes, *, timeout_s: float) -> Self:
+        """Connect. Blocks; see `fetch` for the arguments and what is raised."""
+        try:
+            sock = socket.create_connection(address, timeout=timeout_s)
+        except OSError as error:
+            raise WireError(f"cannot reach the byte server at {address}: {error}") from error
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            authenticate(sock, secret, server=False, timeout_s=timeout_s)
+            sock.settimeout(timeout_s)
+        except OSError as error:
+            sock.close()
+            raise WireError(f"byte server at {address} is gone: {error}") from error
+        except BaseException:
+            sock.close()
+            raise
+        return cls(sock)
+
+    def ask(self, request: Mapping[str, object]) -> dict[str, Any]:
+        """Send a request and return the message that answers it.
+
+        Raises:
+          IntegrityError: what was asked for is not there.
+          ProtocolError: the server refused it.
+          WireError: the server is gone, silent or mad.
+        """
+        self._send(request)
+        return self.hear()
+
+    def hear(self) -> dict[str, Any]:
+        """One more message of an answer; as `ask`."""
+        try:
+            reply = receive_message(self._sock)
+        except OSError as error:
+            raise WireError(f"byte server is gone or silent: {error}") from error
+        self._owed = bool(reply.get("working"))
+        if "error" in reply:
+            kind = IntegrityError if reply.get("lost") is True else ProtocolError
+            raise kind(f"byte server: {reply['error']!s:.500}")
+        return reply
+
+    def read(self, request: Mapping[str, object], bytes_max: int) -> bytearray:
+        """Send a request and return the bytes that answer it; as `ask`."""
+        self._send(request)
+        return self._bytes(bytes_max)
+
+    def ranges(
+        self, request: Mapping[str, object], first: int, end: int, stride: int
+    ) -> Iterator[memoryview]:
+        """Bytes `first` to `end`, at most `stride` at a time; as `ask`.
+
+        The next range travels while this one is used.
+        """
+        spans = [(at, min(stride, end - at)) for at in range(first, end, stride)]
+        if spans:
+            self._send({**request, "at": spans[0][0], "bytes": spans[0][1]})
+        for index, (_, count) in enumerate(spans):
+            data = memoryview(self._bytes(count))
+            if len(data) != count:
+                raise ProtocolError(f"asked for {count} bytes, got {len(data)}")
+            if index + 1 < len(spans):
+                at, more = spans[index + 1]
+                self._send({**request, "at": at, "bytes": more})
+            yield data
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it can be asked: nothing of an answer is missing, and the server is there."""
+        if self._owed or self._sock.fileno() < 0:
+            return False
+        # Whatever is there to be read now was not asked for: the end of the stream, mostly.
+        readable, _, _ = select.select([self._sock], [], [], 0)
+        return not readable
+
+    def close(self) -> None:
+        """Hang up. May be called twice."""
+        self._sock.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _send(self, request: Mapping[str, object]) -> None:
+        self._owed = True
+        try:
+            send_message(self._sock, request)
+        except OSError as error:
+            raise WireError(f"byte server is gone: {error}") from error
+
+    def _bytes(self, bytes_max: int) -> bytearray:
+        count = self.hear().get("bytes")
+        self._owed = True
+        if type(count) is not int or not 0 <= count <= bytes_max:
+            raise ProtocolError(
+                f"byte server announces {count!r:.20} bytes, at most {bytes_max} are allowed"
+            )
+        data = bytearray(count)
+        view = memoryview(data)
+        try:
+            while view:
+                got = self._sock.recv_into(view)
+                if not got:
+                    raise WireError(f"byte server hung up, {len(view)} of {count} bytes missing")
+                view = view[got:]
+        except OSError as error:
+            raise WireError(f"byte server is gone or silent: {error}") from error
+        self._owed = False
+        return data

@@ -1,0 +1,136 @@
+"""Tiers: what one node keeps of the job's state, in memory, as parity and on disk."""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ftkit.checkpoint.serve import ArenaServer
+from ftkit.core.errors import FtkitError
+from ftkit.core.ids import JobId, NodeId, Seat
+from ftkit.core.trace import Trace
+from ftkit.launch.arenas import Arenas
+from ftkit.launch.config import JobConfig
+from ftkit.launch.ending import UNTOLD_S, limit_s
+from ftkit.launch.parity import ParityTier
+from ftkit.recovery.plan import Plan, Stop
+
+if TYPE_CHECKING:
+    from ftkit.launch.persister import Persister
+
+
+class Tiers:
+    """The byte server, parity and the persister of one agent, over its arenas.
+
+    Of the agent's thread; each of the three has threads of its own.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        node: NodeId,
+        secret: bytes,
+        arenas: Arenas,
+        trace: Trace,
+        *,
+        host: str,
+        changed: Callable[[], None],
+    ) -> None:
+        """Serve the arenas, and begin to wait for orders.
+
+        Args:
+          config: the job.
+          node: this one.
+          secret: the job's.
+          arenas: the node's; they stay the caller's.
+          trace: told of parity and checkpoints.
+          host: the address to serve at.
+          changed: called, on any thread, when `facts` would say something new.
+        """
+        self._arenas = arenas
+        self._parity = None
+        if config.code is not None:
+            self._parity = ParityTier(config, config.code, node, secret, arenas, trace)
+        self._server = ArenaServer(
+            arenas.directory,
+            JobId(config.job),
+            secret,
+            host=host,
+            operations=self._parity.operations if self._parity else {},
+        )
+        self._persister = _persister(config, node, secret, trace, changed)
+        self._over = False
+        """Whether the coordinator waits for no checkpoint any more."""
+
+    def start(self) -> None:
+        """Begin to make parity."""
+        if self._parity is not None:
+            self._parity.start()
+
+    def take(self, plan: Plan, message: Mapping[str, Any]) -> None:
+        """Take the newest plan, and the rest of the coordinator's message. Does not block."""
+        stores = dict(message.get("stores", {}))
+        if self._persister is not None:
+            self._persister.take_message(message.get("checkpoint"), stores)
+        self._over = bool(message.get("checkpoints_over"))
+        if self._parity is not None:
+            self._parity.take(plan, stores)
+
+    def facts(self) -> dict[str, object]:
+        """What the coordinator is told: what is here, where it is served, how far the rest is."""
+        copies = self._arenas.copies()
+        return {
+            "copies": copies if self._parity is None else self._parity.good(copies),
+            "parity": None if self._parity is None else self._parity.report(),
+            "store": list(self._server.address),
+            "persister": self._persister and self._persister.report().to_json(),
+        }
+
+    def make_arena(
+        self,
+        seat: Seat,
+        layout: object,
+        replicas: int,
+        answer: Callable[[dict[str, object]], None],
+    ) -> None:
+        """Have an arena made for a seat: `Arenas.ensure`, with its path or the error as answer.
+
+        Allocating gigabytes takes a while: it is done aside, and `answer` called there.
+        """
+
+        def make() -> None:
+            try:
+                answer({"path": str(self._arenas.ensure(seat, layout, replicas))})
+            except (FtkitError, OSError) as error:
+                answer({"error": str(error)})
+
+        threading.Thread(target=make, name=f"ftkit-arena-{seat}", daemon=True).start()
+
+    def through(self, stop: Stop, ended_s: float) -> bool:
+        """Whether nothing is left to be written, the job and its ranks having ended.
+
+        Args:
+          stop: how it ended.
+          ended_s: seconds since.
+        """
+        if self._persister is None or not limit_s(stop) or ended_s > limit_s(stop) + UNTOLD_S:
+            return True
+        return self._over and (stop.code != 0 or not self._persister.tidying)
+
+    def close(self) -> None:
+        """End it all. Safe to call twice."""
+        if self._persister is not None:
+            self._persister.close()
+        self._server.close()
+        if self._parity is not None:
+            self._parity.close()
+
+
+def _persister(
+    config: JobConfig, node: NodeId, secret: bytes, trace: Trace, changed: Callable[[], None]
+) -> "Persister | None":
+    if not config.checkpoint_dir:
+        return None
+    # Imported here: a job without checkpoints needs no pyarrow in its agents.
+    from ftkit.launch.persister import Persister
+
+    return Persister(config, node, secret, trace, changed=changed)
