@@ -32,6 +32,10 @@ SMALL = {
         *("--rounds", "1", "--steps", "6", "--warm", "2"),
     ],
     "respawn": ["--nproc", "2", "--rounds", "1", "--kills", "1", "--gap", "90"],
+    "collectives": [
+        *("--only", "bandwidth", "kill", "--worlds", "2", "--sizes", "65536"),
+        *("--blocks", "1", "--kills", "1"),
+    ],
     "persist": ["--mib", "1", "--rounds", "1"],
     "rings": ["--megabytes", "2", "--rounds", "1"],
     "quantized": ["--worlds", "2", "--repetitions", "1"],
