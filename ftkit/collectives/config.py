@@ -40,11 +40,15 @@ class CollectivesConfig:
     """For groups that no session watches over; see `mending` for its cost and its limits."""
     transport: Transport = Transport.AUTO
     segment_bytes: int = 1 << 20
-    """Frame and fold unit. An abort waits for one segment; larger ones cost fewer calls."""
+    """A frame. An abort waits for one; larger ones cost fewer calls."""
+    piece_bytes: int = 4 << 20
+    """What is shown to, and folded for, peers of one host at a time. An abort waits for one."""
     exchange_bytes_max: int = 64 << 10
     """Reductions up to this size go to everyone in one round."""
     cma_bytes_min: int = 32 << 10
     """Below it a message is cheaper through the socket than as an offer and an ack."""
+    staging_bytes_max: int = 64 << 20
+    """Resident memory for copies of private tensors that peers of this host read."""
     early_bytes_max: int = 8 << 20
     """Per link: what may arrive before its operation is posted. Beyond it we stop reading
     the link until a receive is posted on it, so memory stays bounded and nothing locks."""
@@ -68,6 +72,10 @@ class CollectivesConfig:
                 f"segment_bytes must be a multiple of 64 in 4096..{SEGMENT_BYTES_MAX}, "
                 f"got {self.segment_bytes}"
             )
+        if self.piece_bytes < 4096 or self.piece_bytes % 64:
+            raise ValueError(
+                f"piece_bytes must be a multiple of 64, at least 4096, got {self.piece_bytes}"
+            )
         if self.early_bytes_max < self.segment_bytes:
             raise ValueError(
                 f"early_bytes_max ({self.early_bytes_max}) must hold at least one segment "
@@ -88,6 +96,7 @@ class CollectivesConfig:
         return {
             "transport": self.transport.value,
             "segment_bytes": self.segment_bytes,
+            "piece_bytes": self.piece_bytes,
             "exchange_bytes_max": self.exchange_bytes_max,
             "cma_bytes_min": self.cma_bytes_min,
             "connections": self.connections,

@@ -320,6 +320,8 @@ class Link:
                 self._filled += count
             else:
                 self._end += count
+            if count < len(target):
+                break  # there was no more; asking again would only be told so
         self._digest(router)
 
     def _digest(self, router: Router) -> bool:

@@ -5,6 +5,7 @@ Owned by the communication thread. Other threads may look up `links`, and wait f
 
 import contextlib
 import logging
+import math
 import select
 import socket
 import threading
@@ -60,13 +61,13 @@ class LinkSet:
         self._epoll = select.epoll()
 
     def watch(self, fd: int) -> None:
-        """Report `fd`, too, from `poll` when it is readable."""
-        self._epoll.register(fd, select.EPOLLIN)
+        """Report `fd`, too, from `poll`, each time that it is written to."""
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
 
-    def poll(self, patience_s: float | None) -> list[tuple[int, int]]:
+    def poll(self, patience_s: float) -> list[tuple[int, int]]:
         """(descriptor, events) of what is ready; waits for at most `patience_s`."""
         try:
-            return self._epoll.poll(patience_s)
+            return self._epoll.poll(-1 if patience_s == math.inf else patience_s)
         except InterruptedError:
             return []
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from ftkit.collectives.frames import (
     CONTROL_BYTES_MAX,
     HEADER_BYTES,
+    OFFER_BYTES,
     SEGMENT_BYTES_MAX,
     Header,
     Kind,
+    Offer,
     pack,
     pack_offer,
     parse,
@@ -85,12 +87,15 @@ def test_an_impossible_header_is_refused_though_its_checksum_is_right(change):
         parse(pack(good._replace(**change)))
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-def test_an_offer_survives_the_wire(address, length):
-    assert parse_offer(pack_offer(address, length)) == (address, length)
+U64 = st.integers(0, 2**64 - 1)
 
 
-@given(st.binary(max_size=40).filter(lambda b: len(b) != 16))
+@given(st.builds(Offer, U64, U64, st.integers(-1, 2**31 - 1), U64, U64, U64, U64, st.booleans()))
+def test_an_offer_survives_the_wire(offer):
+    assert parse_offer(pack_offer(offer)) == offer
+
+
+@given(st.binary(max_size=60).filter(lambda b: len(b) != OFFER_BYTES))
 def test_an_offer_of_another_size_is_refused(data):
     with pytest.raises(ProtocolError):
         parse_offer(data)
