@@ -7,7 +7,8 @@ caller's duty: generations see to it. The file and its pages are `pages`, what t
 """
 
 import re
-from collections.abc import Collection, Iterator
+import socket
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -252,6 +253,22 @@ class Arena:
         """
         at = self.geometry.slab_at(self._slab_of(sealed)) + self.geometry.data_at
         return self._file.bytes[at : at + sealed.data_bytes].data.toreadonly()
+
+    def send(self, sock: socket.socket, at: int, count: int) -> None:
+        """Send bytes of the file (`data_offset`), unchecked, straight from its pages. Blocks.
+
+        Raises:
+          OSError: the socket failed, or its timeout is over.
+        """
+        self._file.send(sock, at, count)
+
+    def read(self, at: int, into: Sequence[memoryview]) -> None:
+        """Fill buffers one after another with bytes of the file (`data_offset`). Any thread.
+
+        Raises:
+          IntegrityError: the file ends before they do.
+        """
+        self._file.read(at, into)
 
     def data_offset(self, sealed: Sealed) -> int:
         """Where the part's data begins in the file. IntegrityError when overwritten."""

@@ -246,25 +246,10 @@ def test_an_empty_state_still_seals(tmp_path):
 
 
 TRAINER = """
-import sys
+import mmap, sys
 from pathlib import Path
-from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.capture import Capture
-from tests.checkpoint.helpers import Training
-training = Training(seed=1)
-arena = Arena.open(Path(sys.argv[1]), writable=True)
-capture = Capture(arena, training.state)
-newest = arena.newest_good()
-if newest is not None:
-    head = arena.head(newest)
-    training.state.load(head.layout, arena.blocks(head), head.small)
-step = 0 if newest is None else newest.step
-while True:
-    step += 1
-    training.forward_backward(step)
-    capture.gate()
-    training.update()
-    capture.begin(step, 1)
+from tests.checkpoint.survival import train
+train(Path(sys.argv[1]), mmap.mmap(-1, mmap.PAGESIZE))
 """
 
 
