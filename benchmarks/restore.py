@@ -35,7 +35,7 @@ from benchmarks.figures import Figure, Report, finish, parser, say
 from benchmarks.jobs import scratch
 from benchmarks.parity_node import SECRET, Nodes, nodes
 from benchmarks.saving import Loop, be_quiet
-from ftkit.checkpoint.arena import SHM, Arena, arena_path
+from ftkit.checkpoint.arena import SHM, arena_path
 from ftkit.checkpoint.capture import Capture
 from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.copies import local_copies
@@ -46,6 +46,7 @@ from ftkit.checkpoint.parity.leader import ask_all
 from ftkit.checkpoint.parity.mend import fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.streams import Peers
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.restore import execute, plan
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.checkpoint.standalone import load, save
@@ -160,7 +161,7 @@ def _capture(loop: Loop, path: Path, share: Share, slabs: int) -> None:
     """Snapshot one share of the state into an arena of its own."""
     layout = loop.state.layout()
     with (
-        Arena.ensure(path, layout, replicas=share.count, slabs=slabs) as arena,
+        ensure_arena(path, layout, replicas=share.count, slabs=slabs) as arena,
         Capture(arena, loop.state) as capture,
     ):
         capture.begin(STEP, GENERATION, share=share)

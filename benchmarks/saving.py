@@ -37,6 +37,7 @@ from torch.distributed.checkpoint.state_dict_saver import (
 from benchmarks.children import free_port, gloo_environment
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.ids import Generation, Step
@@ -294,7 +295,7 @@ def group_of_one() -> Iterator[None]:
 def captured(loop: Loop, path: Path, *, slabs: int = SLABS) -> Iterator[Captured]:
     """Ftkit's way, with an arena at `path` that is removed afterwards."""
     try:
-        with Arena.ensure(path, loop.state.layout(), slabs=slabs) as arena:
+        with ensure_arena(path, loop.state.layout(), slabs=slabs) as arena:
             # As a rank does when it maps its arena: pages now, not in the first capture.
             arena.reserve(loop.total_bytes)
             way = Captured(loop, arena)

@@ -200,7 +200,7 @@ class Capture:
 
         Raises:
           StateChanged: parameters were added, removed or moved since the layout was made.
-          CapacityError: the layout grew beyond the arena: `Arena.ensure`, then `rebind`.
+          CapacityError: the layout grew beyond the arena: `ensure_arena`, then `rebind`.
           AllPinned: the tiers below read all that could be overwritten: skip this snapshot.
           Exception: what the capture thread failed with before, if `gate` did not say so.
         """

@@ -19,6 +19,7 @@ from ftkit.checkpoint.persist.checkpoint import load, open_checkpoint, steps
 from ftkit.checkpoint.persist.local_store import LocalBatch, LocalStore
 from ftkit.checkpoint.persist.source import identities, newest_good, small_by_seat
 from ftkit.checkpoint.persist.store import Store
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.checkpoint.slabs import Pin
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
@@ -148,7 +149,7 @@ def nodes(
             shm.mkdir(exist_ok=True)
             path = arena_path(JobId("j"), Seat(node), shm)
             arenas[node] = stack.enter_context(
-                Arena.ensure(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slabs=4)
+                ensure_arena(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slabs=4)
             )
             server = stack.enter_context(ArenaServer(shm, JobId("j"), SECRET))
             servers[node] = server.address

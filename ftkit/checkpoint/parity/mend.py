@@ -19,6 +19,7 @@ from ftkit.checkpoint.parity.combine import Pace, ShardLost, combine
 from ftkit.checkpoint.parity.parts import find_part
 from ftkit.checkpoint.parity.rounds import Holding, PartRef, StripeSet
 from ftkit.checkpoint.parity.streams import Open, Peers, open_shard
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.rebuild import shards_to_read
 from ftkit.checkpoint.slabs import SLABS, Head, Sealed
 from ftkit.checkpoint.stripes import Place, Span
@@ -202,7 +203,7 @@ class _Target:
                 f"{part.arena} on node {node} has no good head of step {part.step}"
             )
         arena = opened.enter_context(
-            Arena.ensure(
+            ensure_arena(
                 path,
                 self._head.layout,
                 # Pages for parts of this size; `reserve` has them for this one in any case.

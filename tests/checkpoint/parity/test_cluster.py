@@ -19,6 +19,7 @@ from ftkit.checkpoint.parity.leader import ask_all
 from ftkit.checkpoint.parity.mend import fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.scrub import scrub
+from ftkit.checkpoint.provision import create_arena, ensure_arena
 from ftkit.checkpoint.slabs import PAGE, Pin, paged
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
@@ -154,7 +155,7 @@ def test_an_arena_that_grows_keeps_its_pins(tmp_path):
         cluster.write(1)
         cluster.round()
         cluster.layout = StateLayout.of([("w", "float32", (9000,)), ("b", "int8", (50_000,))])
-        with Arena.ensure(cluster.arena(0), cluster.layout) as arena:
+        with ensure_arena(cluster.arena(0), cluster.layout) as arena:
             assert [any(arena.pins(s)) for s, held in enumerate(arena.slabs()) if held] == [True]
 
 
@@ -550,6 +551,6 @@ def test_no_room_in_an_arena_is_told(tmp_path):
         cluster.write(1)
         with Arena.open(cluster.arena(0)) as arena:
             head = arena.head_bytes(arena.snapshots()[0])
-        tiny = Arena.create(tmp_path / "tiny.arena", data_bytes=10, meta_bytes=10)
+        tiny = create_arena(tmp_path / "tiny.arena", data_bytes=10, meta_bytes=10)
         with tiny, pytest.raises(CapacityError, match="does not fit"):
             tiny.adopt(head)
