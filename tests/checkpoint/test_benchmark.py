@@ -1,3 +1,5 @@
+"""The benchmarks of snapshots and parity run, and notice wrong bytes."""
+
 from benchmarks import parity
 from ftkit.checkpoint.erasure import Codec
 

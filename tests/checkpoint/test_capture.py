@@ -1,3 +1,5 @@
+"""What is captured beside training is the state as it was committed, or nothing."""
+
 import random
 import subprocess
 import sys

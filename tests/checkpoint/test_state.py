@@ -1,3 +1,5 @@
+"""All state that training needs is found by name, captured, and comes back bit for bit."""
+
 import json
 import math
 import subprocess

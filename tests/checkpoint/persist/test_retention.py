@@ -1,3 +1,5 @@
+"""What policies keep, and what `gc` removes: never the newest good one, never without the lease."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
