@@ -79,6 +79,8 @@ class _Blocks(Codec):
         super().__init__(name)
         self._dtype = dtype
         self._top = top
+        largest = torch.tensor(torch.finfo(torch.float32).max / top, dtype=torch.float32)
+        self._scale_max = float(torch.nextafter(largest, torch.zeros(())))
         self._rounds = not dtype.is_floating_point
 
     def nbytes(self, count: int) -> int:
@@ -92,8 +94,9 @@ class _Blocks(Codec):
             scratch_RB = torch.abs(value_RB)
             torch.amax(scratch_RB, 1, keepdim=True, out=scale_R1)
             # An infinity would make its block's codes NaN or 0; a NaN scale makes all NaN.
-            # Below `tiny` a quotient could overflow.
-            scale_R1.div_(self._top).clamp_min_(_TINY).masked_fill_(scale_R1.isinf(), torch.nan)
+            scale_R1.div_(self._top).masked_fill_(scale_R1.isinf(), torch.nan)
+            # Below `tiny` a quotient could overflow, above the other a product could.
+            scale_R1.clamp_(_TINY, self._scale_max)
             torch.div(value_RB, scale_R1, out=scratch_RB)
             if self._rounds:
                 scratch_RB.round_()

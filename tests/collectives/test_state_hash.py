@@ -82,6 +82,7 @@ def test_names_dtypes_and_shapes_make_the_layout():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_hashes_alike():
     t = values(300, 1000)
     assert hash_of(t.cuda()) == hash_of(t)

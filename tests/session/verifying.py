@@ -13,6 +13,7 @@ from torch import nn
 
 import ftkit
 from ftkit.collectives.shared_state import SharedState
+from ftkit.collectives.state_vote import Strategy, Tie
 from ftkit.core.errors import StateRefused
 from tests.drills.training import Curve, build, digest
 
@@ -24,6 +25,13 @@ LOOKS = (4, 8, 12)
 
 def flip(tensor: torch.Tensor, at: int) -> None:
     tensor.detach().reshape(-1).view(torch.uint8)[at] ^= 4
+
+
+def die_in_repair(shared: SharedState, revision: int) -> None:
+    """Die when all are in the repair: that they vote on it shows that they are."""
+    statement = shared._statement(Strategy.POPULAR, revision, shared.revision)
+    shared._vote(statement, Tie.REFUSE, None)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def look(session: Any) -> list[Any]:
@@ -64,7 +72,7 @@ def main(mode: str) -> None:
                 flip(weight, 7)
                 flip(optimizer.state[weight]["exp_avg"], 11)
             if step.index == LOOKS[0] and mode == "cut" and session.seat == 2 and first_life:
-                SharedState.sync = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign,assignment]
+                SharedState.sync = die_in_repair  # type: ignore[method-assign,assignment]
             if step.index == LOOKS[1] and mode == "flips":
                 flip(weight, session.seat)
             seen += look(session)
