@@ -43,7 +43,7 @@ SMALL = {
     "churn": ["--minutes", "0.25", "--seed", "1"],
     "snapshot": [*SMALLEST, "--steps", "1", "--without"],
     "every_step": [*SMALLEST, "--steps", "1", "--without"],
-    "restore": ["--mib", "1", "--rounds", "1"],
+    "restore": ["--mib", "4", "--rounds", "1"],
     "survival": [
         *("--losses", "5", "--kills", "2", "--places", "12"),
         *("--writers", "4", "--dcp", "1"),
