@@ -130,7 +130,9 @@ class Kept:
             {n: s.holds for n, s in states.items()},
             (),
         )
-        assert wanted is not None, "two of three parts are no whole step, if the state has enough chunks"
+        assert wanted is not None, (
+            "two of three parts are no whole step, if the state has enough chunks"
+        )
         head = fetch_head(peers, wanted, LOST)
         missing = missing_parts(where, head, LOST)
         mend(where, head, LOST, missing, peers, Pace(share=1.0), slabs=SLABS + PARITY_SLABS)
