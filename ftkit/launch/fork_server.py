@@ -87,7 +87,7 @@ class Program:
             # Python follows the link to a script, too: what it imports lies beside the file.
             here = os.getcwd() if self.is_module else os.path.dirname(os.path.realpath(self.name))
             if hidden(here):
-                os.execv(sys.executable, self.command)  # noqa: S606  # what it would have been
+                os.execv(sys.executable, self.command)  # what it would have been
             sys.path.insert(0, here)
         sys.argv = [self.name, *self.arguments]
         if self.is_module:

@@ -81,14 +81,17 @@ class CommitRecord:
                 "or a newer one"
             )
         try:
+            numbers = *value["metrics"].values(), value.get("written_at")
+            if not all(isinstance(n, int | float | None) for n in numbers):
+                raise TypeError("metrics and times are numbers or null")
             return cls(
                 step=Step(value["step"]),
                 files={str(n): (int(c), str(d)) for n, (c, d) in value["files"].items()},
                 metrics=value["metrics"],
-                profile=SaveProfile(**value["profile"]),
+                profile=SaveProfile.of_json(value["profile"]),
                 written_at=value.get("written_at"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{COMMIT} lacks what it must say: {error!r}") from error
 
 

@@ -170,6 +170,51 @@ def test_a_record_that_says_too_little_is_damaged(store):
             CommitRecord.decode(junk)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"metrics": [1]},
+        {"metrics": {"loss": "low"}},
+        {"written_at": "yesterday"},
+        {"profile": None},
+        {"profile": {"codec_s": "long"}},
+        {"files": ["manifest.parquet"]},
+    ],
+)
+def test_a_record_of_other_kinds_of_values_is_damaged(store, wrong):
+    save(store, 1)
+    value = json.loads(store.files["step-1/commit.json"])
+    with pytest.raises(IntegrityError, match="lacks what it must say"):
+        CommitRecord.decode(committing._sealed(value | wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"shape": (2**31, 2**31)}, "in another"),
+        ({"tensor": "another"}, "chunks hold"),
+        ({"extents": (1, 1)}, "chunks hold"),
+    ],
+)
+def test_a_manifest_whose_rows_make_no_tensor_is_damaged(store, wrong, why):
+    save(store, 1)
+    found = list(newest(store).rows)
+    at = next(i for i, r in enumerate(found) if r.kind == "chunk" and len(r.shape) == 2)
+    found[at] = found[at]._replace(**wrong)
+    with pytest.raises(IntegrityError, match=why):
+        manifest.decode(manifest.encode(found))
+
+
+def test_small_state_that_is_no_object_is_damaged(store):
+    save(store, 1)
+    record = json.loads(store.files["step-1/commit.json"])
+    store.files["step-1/state.json"] = b"null"
+    record["files"]["state.json"] = [4, committing.digest(b"null")]
+    store.files["step-1/commit.json"] = committing._sealed(record)
+    with pytest.raises(IntegrityError, match="no object"):
+        open_checkpoint(store, Step(1))
+
+
 def test_a_checkpoint_under_another_steps_name_is_refused(store):
     save(store, 1)
     moved = ModelStore()
