@@ -9,7 +9,7 @@ import torch
 
 from ftkit.checkpoint.load import load_state, small_of_seats
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint
-from ftkit.checkpoint.persist.commit import CommitRecord, begin, commit
+from ftkit.checkpoint.persist.commit import CommitRecord, abandoned_on_error, begin, commit
 from ftkit.checkpoint.persist.lease import Lease, one_time
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.source import CheckpointSource, small_by_seat
@@ -66,8 +66,10 @@ def save(
     plan, store = CheckpointPlan.of(pieces), open_store(url)
     with Lease.take(store, one_time(JobId("save"))) as lease:
         begin(store, Step(step), lease)
-        fragment = write(store, Step(step), plan, pieces, small={"0": json.loads(picture.small)})
-        return commit(store, Step(step), plan, [fragment], lease, metrics=metrics)
+        small = {"0": json.loads(picture.small)}
+        with abandoned_on_error(store, Step(step)):
+            fragment = write(store, Step(step), plan, pieces, small=small)
+            return commit(store, Step(step), plan, [fragment], lease, metrics=metrics)
 
 
 def load(

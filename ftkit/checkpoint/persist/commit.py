@@ -6,7 +6,8 @@ another attempt can be taken for this one's.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -190,6 +191,20 @@ def commit(
     except FileExistsError as error:
         raise UsageError(f"step {step} was committed by another in the meantime") from error
     return record
+
+
+@contextmanager
+def abandoned_on_error(store: Store, step: Step) -> Iterator[None]:
+    """Remove what a block wrote of a step when it fails: nothing fills the disk for nothing.
+
+    What is committed stays: Ctrl-C may come when the commit is through.
+    """
+    try:
+        yield
+    except BaseException:
+        if COMMIT not in store.sizes(step_folder(step)):
+            store.remove_tree(step_folder(step))
+        raise
 
 
 def missing(plan: CheckpointPlan, rows: Iterable[Row]) -> str | None:

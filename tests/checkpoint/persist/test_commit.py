@@ -18,7 +18,14 @@ from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.store import Store, confined, open_store
 from ftkit.checkpoint.persist.write import write
 from ftkit.checkpoint.persist.zarr_format import array_paths
-from ftkit.core.errors import IntegrityError, ProtocolError, RootInUse, StoreError, UsageError
+from ftkit.core.errors import (
+    CapacityError,
+    IntegrityError,
+    ProtocolError,
+    RootInUse,
+    StoreError,
+    UsageError,
+)
 from ftkit.core.ids import JobId, Step
 
 from .stories import CHUNK, MIXED, ModelStore, assert_holds, newest, pieces_of, rows, save
@@ -282,7 +289,7 @@ def test_tensors_of_any_name_are_saved(tmp_path):
     found = open_checkpoint(LocalStore(tmp_path))
     found.verify()
     assert_holds(found, 1, odd)
-    assert sorted(os.listdir(tmp_path)) == [".lease.lock", "step-1"]
+    assert sorted(os.listdir(tmp_path)) == [".lease.lock", LEASE, "step-1"]
 
 
 def test_an_unknown_kind_of_store_is_named():
@@ -370,6 +377,25 @@ def test_the_lease_of_a_dead_process_is_free(tmp_path):
     os.waitpid(pid, 0)
     store.put(LEASE, held)
     Lease.take(store, JobId("next")).check()
+
+
+def test_the_lease_needs_no_room_on_a_disk_where_it_once_lay(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    held = Lease.take(store, JobId("one"))
+
+    def full(*args, **kwargs):
+        raise CapacityError("no room for another file")
+
+    monkeypatch.setattr(LocalStore, "put", full)
+    size = (tmp_path / LEASE).stat().st_size
+    held.check()
+    with pytest.raises(RootInUse):
+        Lease.take(store, JobId("two"))
+    held.release()
+    Lease.take(store, JobId("two with a name that is far longer")).check()
+    with pytest.raises(RootInUse, match="taken over by job 'two with"):
+        held.check()
+    assert (tmp_path / LEASE).stat().st_size == size
 
 
 def test_a_lease_file_of_nonsense_holds_nothing(store):
