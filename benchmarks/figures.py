@@ -30,21 +30,28 @@ class Figure:
     """None when it could not be measured; then it holds no goal."""
     unit: str
     at_most: float | None = None
-    """The goal; None for a figure that is shown and judged by nobody."""
+    """The goal; with no goal of either kind, it is shown and judged by nobody."""
+    at_least: float | None = None
+    """The goal of a figure that is better the larger it is."""
     against: str = ""
     """What a peer needs, or what the ratio's denominator is."""
 
     @property
     def goal(self) -> str:
         """The goal as a person writes it; empty without one."""
+        if self.at_least is not None:
+            return f">= {self.at_least:g}"
         return "" if self.at_most is None else f"<= {self.at_most:g}"
 
     @property
     def holds(self) -> bool | None:
         """Whether the goal is reached; None without a goal."""
-        if self.at_most is None:
+        if self.at_most is None and self.at_least is None:
             return None
-        return self.value is not None and self.value <= self.at_most
+        if self.value is None:
+            return False
+        enough = self.at_least is None or self.value >= self.at_least
+        return enough and (self.at_most is None or self.value <= self.at_most)
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -203,11 +210,11 @@ def machine() -> str:
 def versions() -> dict[str, str]:
     """The versions of what the figures depend on."""
     found = {"python": platform.python_version(), "kernel": platform.release()}
-    for name in ("ftkit", "torch", "torchft"):
+    for name in ("ftkit", "torch", "torchft", "torch_checkpointing"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            continue  # ftkit run from a checkout, or no torchft in this environment
+            continue  # ftkit run from a checkout, or a peer that is not in this environment
     return found
 
 

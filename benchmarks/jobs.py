@@ -110,9 +110,9 @@ def python_path() -> str:
 
 
 @contextmanager
-def scratch(name: str) -> Iterator[Path]:
+def scratch(name: str, where: Path | None = None) -> Iterator[Path]:
     """A folder for a benchmark's runs, removed afterwards, by SIGTERM too."""
-    folder = Path(tempfile.mkdtemp(prefix=f"ftkit-{name}-"))
+    folder = Path(tempfile.mkdtemp(prefix=f"ftkit-{name}-", dir=where))
     try:
         with ended_by_sigterm():
             yield folder

@@ -1,269 +1,163 @@
-"""How long does a snapshot of every step block training? Capture against DCP's async_save.
+"""How long does a save of every step block training? ftkit's capture against its peers.
 
-One process, one model, the same steps, one mode after another in each round so that noise of
-the machine falls on all alike. What is compared differs in kind: Capture writes to shared
-memory (survives the process), DCP to files (survives the machine). Only the time that the
-training thread stands still is compared::
-
-    capture     begin + gate
-    dcp         the call of async_save, with a new stager each time (its default)
-    dcp-kept    the same, with one DefaultStager kept by the caller
-
-DCP's wait for the previous upload, without which saves pile up, is shown beside it and not
+One process, one GPT with AdamW, the same steps, one way after another in each round, so that
+noise of the machine falls on all alike (`saving` says what each way does). Blocked is all the
+time that the training thread stands still for a save, ftkit's gate and the peer's lock among
+it. The wait for the save before, without which files pile up, is shown beside it and not
 counted.
 
-    python -m benchmarks.snapshot --params 85000000 --steps 8 [--quick] [--json [FILE]] [--save]
+    python -m benchmarks.snapshot [--mib 1024] [--steps 3] [--rounds 2] [--quick] [--json] [--save]
 """
 
-import hashlib
-import json
-import shutil
 import statistics
 import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from benchmarks.figures import Figure, Report, parser, save
-from benchmarks.figures import table as figures_table
-from benchmarks.jobs import ended_by_sigterm
-from ftkit.checkpoint.arena import SHM, Arena
-from ftkit.checkpoint.capture import Capture
-from ftkit.checkpoint.state import ProtectedState
-from ftkit.core.ids import Generation, Step
-
-KEPT = StagingOptions(
-    use_pinned_memory=False,
-    use_shared_memory=False,
-    use_async_staging=False,
-    use_non_blocking_copy=False,
+from benchmarks import limits
+from benchmarks.figures import Figure, Report, as_samples, finish, parser, percentile, say
+from benchmarks.jobs import scratch
+from benchmarks.peers import TORCH_CHECKPOINTING, NoPeer, need, peers_folder
+from benchmarks.saving import (
+    Captured,
+    Dcp,
+    Loop,
+    Sample,
+    TorchCheckpointing,
+    TorchSave,
+    Way,
+    be_quiet,
+    broken_snapshot,
+    captured,
+    kept_stager,
+    play,
+    warm_up,
 )
+from ftkit.checkpoint.arena import SHM
+from ftkit.launch.workload.gpt import parameters_digest
+
+Samples = Mapping[str, Sequence[Sample]]
 
 
-@dataclass
-class Times:
-    """Seconds, one entry a step."""
-
-    blocked_s: list[float] = field(default_factory=list)
-    waited_s: list[float] = field(default_factory=list)
-    step_s: list[float] = field(default_factory=list)
-
-
-class Loop:
-    """A training loop with hooks before and after the optimizer."""
-
-    def __init__(self, params: int) -> None:
-        width = max(8, round((params / 4) ** 0.5))
-        layers = [m for _ in range(4) for m in (nn.Linear(width, width), nn.GELU())]
-        self.model = nn.Sequential(*layers)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.batch = torch.randn(256, width)
-        self.step(lambda: None, lambda: None)
-
-    def step(self, before: Callable[[], None], after: Callable[[], None]) -> float:
-        """One step; `after` is where a snapshot of it is begun."""
-        start = time.perf_counter()
-        self.model(self.batch).square().mean().backward()
-        before()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        after()
-        return time.perf_counter() - start
-
-    def state_dict(self) -> dict[str, object]:
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+def measure(
+    loop: Loop, ways: Mapping[str, Way], steps: int, rounds: int
+) -> dict[str, list[Sample]]:
+    """Each way in turn, over and over."""
+    found: dict[str, list[Sample]] = {name: [] for name in ways}
+    warm_up(loop, ways.values())
+    for number in range(rounds):
+        for name in list(ways)[:: -1 if number % 2 else 1]:
+            found[name] += play(loop, ways[name], steps)
+            blocked = statistics.median(s.blocked_s for s in found[name])
+            say(f"{name}: blocked {blocked * 1e3:.3f} ms")
+    return found
 
 
-def run_none(loop: Loop, steps: int, times: Times) -> None:
-    for _ in range(steps):
-        times.step_s.append(loop.step(lambda: None, lambda: None))
+def report(
+    found: Samples,
+    total_bytes: int,
+    memcpy_s: float,
+    problems: Sequence[str],
+    notes: Sequence[str],
+    computed: str,
+    options: Mapping[str, object],
+) -> Report:
+    """The figures with goals; pure."""
+    gigabytes = total_bytes / 1e9
+    blocked = {name: statistics.median(s.blocked_s for s in of) for name, of in found.items()}
 
+    def against(name: str) -> str:
+        waited = statistics.fmean(s.waited_s for s in found[name])
+        return f"{name} {blocked[name] / gigabytes:.3g} s per GB, and {waited:.2g} s of waiting"
 
-def run_capture(loop: Loop, steps: int, times: Times, capture: Capture) -> None:
-    spent = 0.0
-
-    def gate() -> None:
-        nonlocal spent
-        spent += capture.gate()
-
-    def begin() -> None:
-        nonlocal spent
-        spent += capture.begin(Step(capture.snapshots + 1), Generation(1))
-
-    for _ in range(steps):
-        spent = 0.0
-        times.step_s.append(loop.step(gate, begin))
-        times.blocked_s.append(spent)
-    capture.gate()
-
-
-def run_dcp(
-    loop: Loop, steps: int, times: Times, where: Path, stager: DefaultStager | None
-) -> None:
-    previous: Future[object] | None = None
-    for number in range(steps):
-        path = where / str(number)
-
-        def save(path: Path = path) -> None:
-            nonlocal previous
-            start = time.perf_counter()
-            if previous is not None:
-                previous.result()
-            waited = time.perf_counter()
-            saved = async_save(
-                loop.state_dict(), checkpoint_id=path, async_stager=stager, no_dist=True
-            )
-            times.blocked_s.append(time.perf_counter() - waited)
-            assert isinstance(saved, Future), "a thread saves, not a process"
-            previous = saved
-            times.waited_s.append(waited - start)
-
-        times.step_s.append(loop.step(lambda: None, save))
-        shutil.rmtree(where / str(number - 2), ignore_errors=True)
-    if previous is not None:
-        previous.result()
-    shutil.rmtree(where, ignore_errors=True)
-
-
-def measure(params: int, steps: int, rounds: int = 2) -> dict[str, object]:
-    """Run all modes; seconds and ratios, JSON-safe."""
-    torch.manual_seed(0)
-    loop = Loop(params)
-    state = ProtectedState(model=loop.model, optimizer=loop.optimizer)
-    layout = state.layout()
-    times = {mode: Times() for mode in ("none", "capture", "dcp", "dcp-kept")}
-    scratch = Path(tempfile.mkdtemp(prefix="ftkit-snapshot-"))
-    path = SHM / f"{scratch.name}-0.arena"
-    stager = DefaultStager(KEPT)
-    try:
-        with Arena.ensure(path, layout) as arena, Capture(arena, state) as capture:
-            arena.reserve(layout.total_bytes)
-            for number in range(rounds):
-                run_none(loop, steps, times["none"])
-                run_capture(loop, steps, times["capture"], capture)
-                run_dcp(loop, steps, times["dcp"], scratch / f"a{number}", None)
-                run_dcp(loop, steps, times["dcp-kept"], scratch / f"b{number}", stager)
-    finally:
-        stager.close()
-        path.unlink(missing_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-    gigabytes = layout.total_bytes / 1e9
-    modes = dict[str, dict[str, float]]()
-    for mode, found in times.items():
-        row = {"step_p50_s": statistics.median(found.step_s)}
-        if found.blocked_s:
-            row["blocked_p50_s_per_GB"] = statistics.median(found.blocked_s) / gigabytes
-            row["blocked_max_s_per_GB"] = max(found.blocked_s) / gigabytes
-            row["blocked_mean_s_per_GB"] = statistics.fmean(found.blocked_s) / gigabytes
-        if found.waited_s:
-            row["waited_p50_s_per_GB"] = statistics.median(found.waited_s) / gigabytes
-        modes[mode] = row
-    ours = modes["capture"]["blocked_p50_s_per_GB"]
-    return {
-        "bytes": layout.total_bytes,
-        "snapshots_per_mode": steps * rounds,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "params_sha256": digest(loop.model),
-        "modes": modes,
-        "capture_to_dcp": ours / modes["dcp"]["blocked_p50_s_per_GB"],
-        "capture_to_dcp_kept": ours / modes["dcp-kept"]["blocked_p50_s_per_GB"],
-    }
-
-
-def table(result: dict[str, object]) -> str:
-    modes = result["modes"]
-    assert isinstance(modes, dict)
-    columns = [
-        "step_p50_s",
-        "blocked_p50_s_per_GB",
-        "blocked_mean_s_per_GB",
-        "blocked_max_s_per_GB",
-        "waited_p50_s_per_GB",
-    ]
-    lines = ["mode      " + "".join(f"{c:>23}" for c in columns)]
-    for mode, row in modes.items():
-        cells = (f"{row[c]:>23.6f}" if c in row else f"{'-':>23}" for c in columns)
-        lines.append(f"{mode:<10}" + "".join(cells))
-    return "\n".join(lines)
-
-
-def digest(model: nn.Module) -> str:
-    """SHA-256 (hex) of all parameters' bytes."""
-    hasher = hashlib.sha256()
-    for parameter in model.parameters():
-        hasher.update(parameter.detach().contiguous().view(torch.uint8).numpy().data)
-    return hasher.hexdigest()
-
-
-def report(result: dict[str, object], options: dict[str, object]) -> Report:
-    """The figures with goals, out of what `measure` found; pure."""
-    modes = result["modes"]
-    assert isinstance(modes, dict), "measure() makes a dictionary of modes"
-    ours, kept = modes["capture"], modes["dcp-kept"]
-    dcp = modes["dcp"]["blocked_p50_s_per_GB"]
+    ours = blocked["ftkit"]
+    worst = percentile((s.blocked_s for s in found["ftkit"]), 100)
+    figures = [
+        Figure(name="training blocked per GB and save, p50", value=ours / gigabytes, unit="s",
+               at_most=0.001, against=f"memcpy {memcpy_s / gigabytes:.3g} s per GB, one thread"),
+        Figure(name="the same, worst", value=worst and worst / gigabytes, unit="s"),
+    ]  # fmt: skip
+    goals = {"dcp": None, "dcp-kept": 0.01, "dcp-shm": None, "torch.save": 0.001}
+    figures += [
+        Figure(name=f"blocked p50 / {name}", value=ours / blocked[name], unit="x",
+               at_most=goal, against=against(name))
+        for name, goal in {**goals, "torch_checkpointing": 1.0}.items() if name in blocked
+    ]  # fmt: skip
     return Report(
         name="snapshot",
-        figures=[
-            Figure(
-                name="training blocked per GB and snapshot, p50",
-                value=ours["blocked_p50_s_per_GB"],
-                unit="s",
-                at_most=0.001,
-                against=f"DCP async_save {dcp:.3g} s",
-            ),
-            Figure(
-                name="the same / dcp.async_save with a kept stager",
-                value=float(str(result["capture_to_dcp_kept"])),
-                unit="x",
-                at_most=1 / 50,
-                against=f"DCP with a kept stager {kept['blocked_p50_s_per_GB']:.3g} s",
-            ),
-        ],
-        computed={"parameters after all modes": str(result["params_sha256"])},
-        options=options,
-        samples=result,
+        figures=figures,
+        computed={"parameters after all": computed},
+        problems=problems,
+        notes=notes,
+        options=dict(options),
+        samples={name: as_samples(of) for name, of in found.items()},
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
-    made.add_argument(
-        "--params", type=int, help="parameters of the model (85 million: 1 GB of state)"
-    )
-    made.add_argument("--steps", type=int, help="snapshots per mode and round (8; quick: 3)")
+    made.add_argument("--mib", type=int, help="size of the state in MiB (1024; quick: 128)")
+    made.add_argument("--steps", type=int, help="saves of each way in a round (3; quick: 2)")
     made.add_argument("--rounds", type=int, help="rounds (2; quick: 1)")
-    # As in the other benchmarks, but a file may be named: then the table is printed too.
-    made.add_argument("--json", nargs="?", type=Path, const=Path("-"), default=None, metavar="FILE")
+    made.add_argument("--plain", action="store_true", help="AdamW that is not fused")
+    made.add_argument("--positions", type=int, default=96, help="bytes in a step's batch")
+    made.add_argument(
+        "--peers", type=Path, default=peers_folder(), help="where torch_checkpointing is installed"
+    )
+    made.add_argument("--without", action="store_true", help="leave torch_checkpointing out")
     options = made.parse_args(argv)
-    quick = options.quick
-    params = options.params or (2_000_000 if quick else 85_000_000)
-    # DCP warns that there is no process group; there is not meant to be one.
-    warnings.filterwarnings("ignore", module=r"torch\.distributed")
-    with ended_by_sigterm():
-        result = measure(
-            params, options.steps or (3 if quick else 8), options.rounds or (1 if quick else 2)
+    be_quiet()
+    # As in every rank: one thread computes, and what runs beside it has a core of its own.
+    torch.set_num_threads(1)
+    notes = list[str]()
+    try:
+        if options.without:
+            raise NoPeer("it was left out")
+        need(TORCH_CHECKPOINTING, options.peers)
+    except NoPeer as error:
+        notes.append(f"no figures for torch_checkpointing: {error}")
+    mib = options.mib or (128 if options.quick else 1024)
+    loop = Loop(mib << 20, fused=not options.plain, positions=options.positions)
+    memcpy_s = limits.memcpy_s(loop.state.tensors())
+    with scratch("snapshot") as folder, ExitStack() as stack:
+        ours = stack.enter_context(captured(loop, SHM / f"{folder.name}-0.arena"))
+        ways = everybody(loop, ours, folder, stack, modern=not notes)
+        found = measure(
+            loop,
+            ways,
+            options.steps or (2 if options.quick else 3),
+            options.rounds or (1 if options.quick else 2),
         )
-    found = report(result, vars(options))
-    if options.json == Path("-"):
-        print(json.dumps(found.to_json()), flush=True)
-    else:
-        print(figures_table(found))
-        print(table(result), flush=True)
-        if options.json is not None:
-            options.json.write_text(json.dumps(result, indent=2) + "\n")
-    if options.save is not None:
-        save(found, options.save)
-    return 0
+        play(loop, ours, 1)
+        problem = broken_snapshot(ours, loop)
+    problems = [problem] if problem else []
+    computed = parameters_digest(loop.model)
+    return finish(
+        report(found, loop.total_bytes, memcpy_s, problems, notes, computed, vars(options)), options
+    )
+
+
+def everybody(
+    loop: Loop, ours: Captured, folder: Path, stack: ExitStack, *, modern: bool
+) -> dict[str, Way]:
+    """The ways compared here; `modern`: torch_checkpointing is there."""
+    kept, shared = kept_stager(), kept_stager(shared=True)
+    stack.callback(kept.close)
+    stack.callback(shared.close)
+    ways: dict[str, Way] = {
+        "none": Way(),
+        "ftkit": ours,
+        "dcp": Dcp(loop, folder / "dcp"),
+        "dcp-kept": Dcp(loop, folder / "kept", kept),
+        "dcp-shm": Dcp(loop, folder / "shm", shared),
+        "torch.save": TorchSave(loop, folder / "torch"),
+    }
+    if modern:
+        ways["torch_checkpointing"] = TorchCheckpointing(loop, folder / "modern", stack)
+    return ways
 
 
 if __name__ == "__main__":

@@ -1,26 +1,23 @@
 """Arena: the shared-memory file in which one seat's snapshots outlive its process.
 
-An agent makes the file (`Arena.ensure`) before training needs it. The seat's process opens it for
+An agent makes the file (`provision`) before training needs it. The seat's process opens it for
 writing; anybody of the same user may map it read-only meanwhile. One writer at a time is the
 caller's duty: generations see to it. The file and its pages are `pages`, what the bytes mean is
 `slabs`.
 """
 
 import re
-from collections.abc import Collection, Iterator
+import socket
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-
-from ftkit.checkpoint.chunks import CHUNK_BYTES, WHOLE, Share, chunk_count
+from ftkit.checkpoint.chunks import WHOLE, Share, chunk_count
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.pages import ArenaFile, new_file
+from ftkit.checkpoint.pages import ArenaFile
 from ftkit.checkpoint.slabs import (
     PAGE,
-    SLABS,
-    Geometry,
     Head,
     Pin,
     Sealed,
@@ -44,7 +41,7 @@ class Arena:
     """An open arena file. Not thread-safe, except that reading never disturbs writing."""
 
     def __init__(self, path: Path, *, writable: bool) -> None:
-        """Map the file at `path`; prefer `open` and `ensure`."""
+        """Map the file at `path`; prefer `open`."""
         self._file = ArenaFile(path, writable=writable)
         self.geometry = self._file.geometry
         self.path = path
@@ -61,100 +58,6 @@ class Arena:
           IntegrityError: it is not an arena, or its first page is damaged.
         """
         return cls(path, writable=writable)
-
-    @classmethod
-    def create(
-        cls,
-        path: Path,
-        *,
-        data_bytes: int,
-        meta_bytes: int,
-        part_bytes: int | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
-        slabs: int = SLABS,
-        keep: "Arena | None" = None,
-    ) -> "Arena":
-        """Make an arena with its pages and put it at `path`, replacing what is there.
-
-        Blocks for about a second a gigabyte of pages. The file appears at `path` whole or not
-        at all; it is readable and writable by this user only.
-
-        Args:
-          path: where to; its directory decides the memory (/dev/shm) or disk used.
-          data_bytes: tensor bytes of the largest part a slab may ever hold.
-          part_bytes: of which each slab gets this many pages now; None for all. The rest is a
-            hole in the file until a larger part is written (`SlabWriter.reserve`).
-          meta_bytes: bytes of layout and small state of one snapshot.
-          chunk_bytes: bytes under one digest.
-          slabs: snapshots held: 3, and one for each tier below that pins one.
-          keep: an arena of the same `chunk_bytes` whose good snapshots are carried over
-            where they fit.
-
-        Raises:
-          CapacityError: the file system has not enough room; nothing was written.
-        """
-        geometry = Geometry(
-            data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slabs=slabs
-        )
-        part_bytes = data_bytes if part_bytes is None else part_bytes
-        with new_file(path, geometry, part_bytes=part_bytes) as building:
-            if keep is not None:
-                with cls(building, writable=True) as new:
-                    keep._copy_snapshots(new)
-        return cls(path, writable=True)
-
-    @classmethod
-    def ensure(
-        cls,
-        path: Path,
-        layout: StateLayout,
-        *,
-        replicas: int = 1,
-        chunk_bytes: int = CHUNK_BYTES,
-        slabs: int = SLABS,
-    ) -> "Arena":
-        """Open the arena at `path` for writing, made or made larger so that `layout` fits.
-
-        Good snapshots of a smaller arena are carried over before it is replaced, so there is
-        no moment without one. A damaged arena is replaced by an empty one. Call between
-        captures: whoever has the old file mapped must open the new one.
-
-        Args:
-          path: where the arena lies, or is to lie.
-          layout: of the state; a slab can hold all of it.
-          replicas: among how many the state is shared out; there are pages for one share.
-          chunk_bytes: as `create`; an arena that is there keeps its own.
-          slabs: as `create`; an arena that is there keeps its own.
-
-        Raises:
-          CapacityError: as `create`; the old arena is untouched.
-        """
-        # Layouts that grow by a name or two should not need a new file.
-        meta_bytes = layout.meta_bytes + len(layout.encoded) // 4
-        need, share = layout.total_bytes, Share(0, replicas)
-        try:
-            old = cls(path, writable=True)
-        except (FileNotFoundError, IntegrityError):
-            return cls.create(
-                path,
-                data_bytes=need,
-                meta_bytes=meta_bytes,
-                part_bytes=share.bytes_max(need, chunk_bytes),
-                chunk_bytes=chunk_bytes,
-                slabs=slabs,
-            )
-        if old.fits(layout):
-            return old
-        with old:
-            return cls.create(
-                path,
-                data_bytes=max(need, old.geometry.data_bytes),
-                meta_bytes=max(meta_bytes, old.geometry.meta_bytes),
-                part_bytes=share.bytes_max(need, old.geometry.chunk_bytes),
-                chunk_bytes=old.geometry.chunk_bytes,
-                slabs=old.geometry.slabs,
-                keep=old,
-            )
 
     def fits(self, layout: StateLayout) -> bool:
         """Whether a snapshot of this layout has room in a slab."""
@@ -253,6 +156,22 @@ class Arena:
         at = self.geometry.slab_at(self._slab_of(sealed)) + self.geometry.data_at
         return self._file.bytes[at : at + sealed.data_bytes].data.toreadonly()
 
+    def send(self, sock: socket.socket, at: int, count: int) -> None:
+        """Send bytes of the file (`data_offset`), unchecked, straight from its pages. Blocks.
+
+        Raises:
+          OSError: the socket failed, or its timeout is over.
+        """
+        self._file.send(sock, at, count)
+
+    def read(self, at: int, into: Sequence[memoryview]) -> None:
+        """Fill buffers one after another with bytes of the file (`data_offset`). Any thread.
+
+        Raises:
+          IntegrityError: the file ends before they do.
+        """
+        self._file.read(at, into)
+
     def data_offset(self, sealed: Sealed) -> int:
         """Where the part's data begins in the file. IntegrityError when overwritten."""
         return self.geometry.slab_at(self._slab_of(sealed)) + self.geometry.data_at
@@ -306,7 +225,7 @@ class Arena:
           pins: the tiers for which the new snapshot is pinned from the start.
 
         Raises:
-          CapacityError: the part does not fit; call `ensure` first.
+          CapacityError: the part does not fit; call `ensure_arena` first.
           AllPinned: no slab can be spared.
         """
         if not self.writable:
@@ -317,7 +236,7 @@ class Arena:
             raise CapacityError(
                 f"a snapshot needs {layout.total_bytes} bytes of data and {layout.meta_bytes} of "
                 f"meta; {self.path.name} has {self.geometry.data_bytes} and "
-                f"{self.geometry.meta_bytes}: its agent must make it larger (Arena.ensure)"
+                f"{self.geometry.meta_bytes}: its agent must make it larger (ensure_arena)"
             )
         return SlabWriter(
             self._file.bytes,
@@ -340,7 +259,7 @@ class Arena:
           pins: the tiers for which it is pinned from the start.
 
         Raises:
-          CapacityError: the part does not fit (`ensure`).
+          CapacityError: the part does not fit (`ensure_arena`).
           AllPinned: no slab can be spared.
         """
         if not self.writable:
@@ -435,20 +354,3 @@ class Arena:
             f"the slab of step {sealed.step} in {self.path.name} was overwritten; it now has "
             f"steps {list(self.sealed_steps())}"
         )
-
-    def _copy_snapshots(self, new: "Arena") -> None:
-        for slab, sealed in enumerate(self.slabs()):
-            if sealed is None:
-                continue
-            try:
-                head = self.head(sealed)
-                pins = [pin for pin, on in zip(Pin, self.pins(slab), strict=True) if on]
-                copy = new.adopt(self.head_bytes(sealed), pins=pins)
-                copy.reserve()
-                for chunk, block in enumerate(self.blocks(head)):
-                    at = chunk * sealed.chunk_bytes
-                    copy.data[at : at + len(block)] = np.frombuffer(block, dtype=np.uint8)
-                copy.seal()
-            except (IntegrityError, CapacityError):
-                # A damaged snapshot is lost already; it must not keep the others back.
-                continue

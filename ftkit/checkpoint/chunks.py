@@ -119,24 +119,31 @@ def units(
 
 
 def scatter(
-    layout: StateLayout, blocks: Iterable[memoryview | bytes], targets: Sequence[memoryview]
+    layout: StateLayout,
+    blocks: Iterable[memoryview | bytes],
+    targets: Sequence[memoryview],
+    start: int = 0,
+    stop: int | None = None,
 ) -> None:
-    """Distribute the data of a snapshot over its entries.
+    """Distribute the data of a snapshot, or a range of it, over its entries.
 
     Args:
       layout: how the data is laid out.
       blocks: the data in order, cut anywhere; each is read before the next is asked for.
       targets: one writable buffer of bytes (format "B") per entry, of the entry's size.
+      start: the byte of the data that the blocks begin with.
+      stop: the byte that they end before; None for the last.
 
     Raises:
-      IntegrityError: the blocks hold more or fewer bytes than the layout; the targets have been
+      IntegrityError: the blocks hold more or fewer bytes than that; the targets have been
         partly written.
       ValueError: the targets do not match the layout; nothing was written.
     """
     entries = layout.entries
     if [t.nbytes for t in targets] != [e.bytes for e in entries]:
         raise ValueError(f"{len(targets)} targets do not match the layout's {len(entries)} entries")
-    at = first = 0
+    stop = layout.total_bytes if stop is None else stop
+    at, first = start, 0
     for block in blocks:
         view = memoryview(block)
         end = at + len(view)
@@ -150,5 +157,5 @@ def scatter(
                 first = index + 1
             index += 1
         at = end
-    if at != layout.total_bytes:
-        raise IntegrityError(f"snapshot has {at} bytes of data, its layout {layout.total_bytes}")
+    if at != stop:
+        raise IntegrityError(f"there are {at - start} bytes of data where {stop - start} should be")

@@ -1,10 +1,11 @@
-"""Copies: what the arenas of one node hold."""
+"""Copies: what the arenas of one node hold, and keep for the tiers below."""
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ftkit.checkpoint.arena import Arena, arena_path
-from ftkit.checkpoint.slabs import Pin
+from ftkit.checkpoint.slabs import Pin, Sealed
 from ftkit.core.errors import IntegrityError
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.core.inventory import Copy
@@ -56,3 +57,27 @@ def local_copies(
             for sealed in snapshots
         )
     return found
+
+
+def let_go(directory: Path, pin: Pin, *, but: Collection[tuple[Path, Sealed]] = ()) -> None:
+    """Take the pins of one tier off all parts in a node's arenas.
+
+    Args:
+      directory: where the arenas lie.
+      pin: of which tier.
+      but: parts that stay pinned, by the path of their arena.
+    """
+    for path in directory.glob("*.arena"):
+        try:
+            with Arena.open(path) as arena:
+                held = [
+                    sealed
+                    for slab, sealed in enumerate(arena.slabs())
+                    if sealed and arena.pins(slab)[pin] and (path, sealed) not in but
+                ]
+            if held:
+                with Arena.open(path, writable=True) as arena:
+                    for sealed in held:
+                        arena.pin(sealed, pin, on=False)
+        except (OSError, IntegrityError):
+            continue  # replaced or damaged: there is no pin to take off

@@ -110,6 +110,8 @@ class ByteLine:
         """Take over `sock`, authenticated."""
         self._sock = sock
         self._owed = False
+        # Used again for each range: fresh pages would cost more than what travels into them.
+        self._range = bytearray()
 
     @classmethod
     def open(cls, address: tuple[str, int], secret: bytes, *, timeout_s: float) -> Self:
@@ -156,12 +158,14 @@ class ByteLine:
     def read(self, request: Mapping[str, object], bytes_max: int) -> bytearray:
         """Send a request and return the bytes that answer it; as `ask`."""
         self._send(request)
-        return self._bytes(bytes_max)
+        data = bytearray(self._announced(bytes_max))
+        self._receive(memoryview(data))
+        return data
 
     def ranges(
         self, request: Mapping[str, object], first: int, end: int, stride: int
     ) -> Iterator[memoryview]:
-        """Bytes `first` to `end`, at most `stride` at a time; as `ask`.
+        """Bytes `first` to `end`, at most `stride` at a time, each valid until the next; as `ask`.
 
         The next range travels while this one is used.
         """
@@ -169,9 +173,12 @@ class ByteLine:
         if spans:
             self._send({**request, "at": spans[0][0], "bytes": spans[0][1]})
         for index, (_, count) in enumerate(spans):
-            data = memoryview(self._bytes(count))
-            if len(data) != count:
-                raise ProtocolError(f"asked for {count} bytes, got {len(data)}")
+            if (announced := self._announced(count)) != count:
+                raise ProtocolError(f"asked for {count} bytes, got {announced}")
+            if len(self._range) < count:
+                self._range = bytearray(count)
+            data = memoryview(self._range)[:count]
+            self._receive(data)
             if index + 1 < len(spans):
                 at, more = spans[index + 1]
                 self._send({**request, "at": at, "bytes": more})
@@ -183,8 +190,10 @@ class ByteLine:
         if self._owed or self._sock.fileno() < 0:
             return False
         # Whatever is there to be read now was not asked for: the end of the stream, mostly.
-        readable, _, _ = select.select([self._sock], [], [], 0)
-        return not readable
+        # Not select(), which knows descriptors below 1024 only.
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
 
     def close(self) -> None:
         """Hang up. May be called twice."""
@@ -208,15 +217,18 @@ class ByteLine:
         except OSError as error:
             raise WireError(f"byte server is gone: {error}") from error
 
-    def _bytes(self, bytes_max: int) -> bytearray:
+    def _announced(self, bytes_max: int) -> int:
+        """How many bytes follow."""
         count = self.hear().get("bytes")
         self._owed = True
         if type(count) is not int or not 0 <= count <= bytes_max:
             raise ProtocolError(
                 f"byte server announces {count!r:.20} bytes, at most {bytes_max} are allowed"
             )
-        data = bytearray(count)
-        view = memoryview(data)
+        return count
+
+    def _receive(self, view: memoryview) -> None:
+        count = len(view)
         try:
             while view:
                 got = self._sock.recv_into(view)
@@ -226,4 +238,3 @@ class ByteLine:
         except OSError as error:
             raise WireError(f"byte server is gone or silent: {error}") from error
         self._owed = False
-        return data

@@ -5,7 +5,9 @@ and goes to the next source for what one cannot give.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -138,6 +140,10 @@ class _Read(NamedTuple):
     tried: frozenset[int]
     """Sources that failed at it."""
 
+    @property
+    def nbytes(self) -> int:
+        return self.view.numel() * self.view.element_size()
+
 
 class _Reader:
     """Carries out a plan, and plans again around what fails."""
@@ -158,13 +164,14 @@ class _Reader:
         for want, view in boxes:
             missing += self._plan(want, view, frozenset(), todo)
         self._refuse(missing)
-        todo.reverse()
         while todo:
-            read = todo.pop()
-            if self._succeeds(read):
-                continue
-            tried = read.tried | {read.source}
-            self._refuse(self._plan(read.want, read.view, tried, todo))
+            now, todo = todo, []
+            for read, fine in zip(now, self._attempt(now), strict=True):
+                if fine:
+                    self._bytes[read.source] += read.nbytes
+                else:
+                    tried = read.tried | {read.source}
+                    self._refuse(self._plan(read.want, read.view, tried, todo))
         return LoadReport(
             tensors=len({want.name for want, _ in boxes if want.box.elements}),
             bytes_by_source=tuple(self._bytes),
@@ -190,6 +197,18 @@ class _Reader:
         ]
         return [want._replace(box=box) for _, box in made.missing]
 
+    def _attempt(self, reads: Sequence[_Read]) -> list[bool]:
+        """Carry out reads; which of them went well. Those of one source may run at once."""
+        found = list[bool]()
+        for source, some in groupby(reads, key=lambda read: read.source):
+            threads = self._sources[source].threads
+            if threads == 1:
+                found += map(self._succeeds, some)
+            else:
+                with ThreadPoolExecutor(threads, "ftkit-load") as pool:
+                    found += pool.map(self._succeeds, some)
+        return found
+
     def _succeeds(self, read: _Read) -> bool:
         if read.source in self._gone:
             return False
@@ -213,8 +232,8 @@ class _Reader:
             )
             return False
         if host is not view:
-            view.copy_(host)
-        self._bytes[read.source] += memory.nbytes
+            with torch.no_grad():  # which holds for the thread that said so
+                view.copy_(host)
         return True
 
     def _refuse(self, missing: Sequence[TensorBox]) -> None:

@@ -8,10 +8,12 @@ import contextlib
 import errno
 import mmap
 import os
+import socket
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,6 +25,9 @@ from ftkit.core.errors import CapacityError, IntegrityError
 
 #: madvise(2), Linux 5.14: allocate and map all pages of a range, ready to be written.
 _POPULATE_WRITE = 23
+
+#: Buffers in one system call; the kernel takes 1024.
+_VECTOR = 512
 
 
 class ArenaFile:
@@ -57,9 +62,9 @@ class ArenaFile:
         except BaseException:
             os.close(fd)
             raise
-        self._fd = fd if writable else -1
-        if not writable:
-            os.close(fd)
+        self._fd = fd
+        # Whoever forgets to close it must not use up the process's descriptors.
+        self._close_fd = weakref.finalize(self, os.close, fd)
         self._reserved = [0] * self.geometry.slabs
         self._reserving = threading.Lock()
         self.path = path
@@ -82,12 +87,30 @@ class ArenaFile:
                 self.map.madvise(_POPULATE_WRITE, at, count)
             self._reserved[slab] = part_bytes
 
+    def send(self, sock: socket.socket, at: int, count: int) -> None:
+        """Send bytes of the file, straight from its pages. Blocks. OSError as the socket's."""
+        with open(self._fd, "rb", buffering=0, closefd=False) as file:
+            sock.sendfile(file, at, count)
+
+    def read(self, at: int, into: Sequence[memoryview]) -> None:
+        """Fill buffers one after another with bytes of the file. Any thread.
+
+        Raises:
+          IntegrityError: the file ends before they do.
+        """
+        for first in range(0, len(into), _VECTOR):
+            views = into[first : first + _VECTOR]
+            count = sum(map(len, views))
+            # Of memory, all is there at once, or the file was cut.
+            if os.preadv(self._fd, views, at) != count:
+                raise IntegrityError(f"{self.path.name} was cut while it was read")
+            at += count
+
     def close(self) -> None:
         """Unmap the file. Views handed out keep the memory until they are gone."""
         self.bytes = np.empty(0, dtype=np.uint8)
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._fd = -1
+        self._close_fd()
         try:
             self.map.close()
         except BufferError:

@@ -16,11 +16,15 @@ class TraceHook(Protocol):
 class BoxSource(Protocol):
     """Saved tensors of one step that can be read box by box. `str()` of it names it to people."""
 
+    @property
+    def threads(self) -> int:
+        """How many may read at once, and are of use: 1 where it is one thread's."""
+
     def entries(self) -> Iterable[TensorBox]:
         """The boxes it holds, empty ones too: they say that a tensor exists."""
 
     def read(self, name: str, box: Box, out: memoryview, /) -> None:
-        """Read part of one tensor. Blocks; used from one thread.
+        """Read part of one tensor. Blocks; used from `threads` threads.
 
         Args:
           name: of the tensor.

@@ -251,8 +251,10 @@ def _load(
     secret: bytes,
     timeout_s: float,
 ) -> StateLayout:
+    with _open(reads[0].source, secret, timeout_s) as part:
+        layout, small = part.head.layout, part.head.small
 
-    def blocks() -> Iterator[memoryview]:
+    def fill(targets: Sequence[memoryview]) -> None:
         for read in reads:
             with _open(read.source, secret, timeout_s) as part:
                 if part.head.layout.digest != plan.layout:
@@ -262,11 +264,9 @@ def _load(
                             f"its layout is {part.head.layout.digest}, not {plan.layout}"
                         ),
                     )
-                yield from part.blocks(part.head.span(read.first, read.end))
+                part.read_into(read.first, read.end, targets)
 
-    with _open(reads[0].source, secret, timeout_s) as part:
-        layout, small = part.head.layout, part.head.small
-    state.load(layout, blocks(), small)
+    state.load_by(layout, fill, small)
     return layout
 
 

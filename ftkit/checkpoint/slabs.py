@@ -297,9 +297,12 @@ class Head:
             digests=np.frombuffer(data, dtype="<u8", offset=table_at),
         )
 
-    def check(self, chunk: int, data: memoryview) -> None:
-        """Raise IntegrityError unless `data` is what was captured as this chunk of the part."""
-        found = xxhash.xxh3_64_intdigest(data)
+    def check(self, chunk: int, *pieces: memoryview) -> None:
+        """Raise IntegrityError unless this is what was captured as this chunk of the part."""
+        hasher = xxhash.xxh3_64()
+        for piece in pieces:
+            hasher.update(piece)
+        found = hasher.intdigest()
         if found != int(self.digests[chunk]):
             raise IntegrityError(
                 f"chunk {chunk} of {len(self.digests)} of step {self.sealed.step} has digest "

@@ -25,6 +25,8 @@ _WORDS = {1: "u1", 2: "u2", 4: "u4", 8: "u8", 16: "c16"}
 class SnapshotSource:
     """One part of a snapshot. Fits `BoxSource`; not thread-safe."""
 
+    threads = 1
+
     def __init__(
         self,
         head: Head,

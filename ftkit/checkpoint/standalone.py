@@ -68,7 +68,7 @@ def save(
         begin(store, Step(step), lease)
         small = {"0": json.loads(picture.small)}
         with abandoned_on_error(store, Step(step)):
-            fragment = write(store, Step(step), plan, pieces, small=small)
+            fragment = write(store, Step(step), plan, lease.kept_while(pieces), small=small)
             return commit(store, Step(step), plan, [fragment], lease, metrics=metrics)
 
 

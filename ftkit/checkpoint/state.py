@@ -1,7 +1,7 @@
 """ProtectedState: all that must come back for training to go on as if nothing had happened."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -161,22 +161,38 @@ class ProtectedState:
     def load(
         self, layout: StateLayout, blocks: Iterable[memoryview | bytes], small: Mapping[str, Any]
     ) -> None:
-        """Make the live state what a snapshot holds, bit for bit.
-
-        Blocks while it copies. Parameters and buffers are written in place; optimizer state
-        that a fresh optimizer lacks is created, and what the snapshot lacks is removed. When it
-        raises after the blocks were begun, the state is partly loaded: load again from
-        another copy before going on.
+        """Make the live state what a snapshot holds, bit for bit; as `load_by`.
 
         Args:
           layout: the snapshot's.
           blocks: its data in order, cut anywhere (`[data]` will do).
           small: its small state.
+        """
+        self.load_by(layout, lambda targets: scatter(layout, blocks, targets), small)
+
+    def load_by(
+        self,
+        layout: StateLayout,
+        fill: Callable[[Sequence[memoryview]], None],
+        small: Mapping[str, Any],
+    ) -> None:
+        """Make the live state what a snapshot holds, bit for bit.
+
+        Blocks while it copies. Parameters and buffers are written in place; optimizer state
+        that a fresh optimizer lacks is created, and what the snapshot lacks is removed. When it
+        raises after `fill` was called, the state is partly loaded: load again from another
+        copy before going on.
+
+        Args:
+          layout: the snapshot's.
+          fill: writes its data, given a buffer of bytes for each entry of the layout: a live
+            tensor's own memory where that can be.
+          small: its small state.
 
         Raises:
           StateChanged: the model or an optimizer is not the one the snapshot is of, or this
             rank holds other boxes of it (then `load_state` can help). Nothing was changed.
-          IntegrityError: the blocks are not what the layout says, or whatever they raise.
+          IntegrityError: the data is not what the layout says, or whatever `fill` raises.
         """
         targets = self.targets()
         self._check_boxes(layout)
@@ -189,7 +205,7 @@ class ProtectedState:
             else torch.empty(goal.shape, dtype=goal.dtype)
             for goal in goals
         ]
-        scatter(layout, blocks, [bytes_of(host) for host in hosts])
+        fill([bytes_of(host) for host in hosts])
         with torch.no_grad():
             for goal, host in zip(goals, hosts, strict=True):
                 if goal is not host:

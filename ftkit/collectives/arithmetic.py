@@ -88,7 +88,8 @@ def as_bytes(tensor: torch.Tensor) -> Bytes:
         raise ValueError(f"ftkit moves dense CPU tensors, not {tensor.layout} on {tensor.device}")
     if not tensor.is_contiguous():
         raise ValueError("tensor must be contiguous here")
-    flat: Bytes = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    # Not reshape(-1): a single element may have any stride and still be contiguous.
+    flat: Bytes = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
     return flat
 
 

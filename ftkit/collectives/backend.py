@@ -19,9 +19,13 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
-from ftkit.collectives.config import CollectivesConfig
+from ftkit.collectives.calls import Calls
+from ftkit.collectives.channel import Channel
+from ftkit.collectives.config import CollectivesConfig, OnLoss
 from ftkit.collectives.group import Group
-from ftkit.collectives.process_group import BACKEND, FtkitProcessGroup
+from ftkit.collectives.identity import BACKEND
+from ftkit.collectives.mending import Mender
+from ftkit.collectives.process_group import FtkitProcessGroup
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.core.world import Member, World
@@ -35,6 +39,8 @@ class _Registry:
     def __init__(self) -> None:
         self.bound: Group | None = None
         self.current: Group | None = None
+        self.mender: Mender | None = None
+        self.on_loss = OnLoss.RAISE
         self.made: Counter[tuple[int, tuple[MemberId, ...]]] = Counter()
 
 
@@ -42,9 +48,9 @@ _registry = _Registry()
 
 
 def register() -> None:
-    """Make "ftkit" known to torch.distributed as a backend for CPU tensors. Idempotent."""
+    """Make "ftkit" known to torch.distributed, for tensors on the CPU and on CUDA. Idempotent."""
     if BACKEND.upper() not in dist.Backend._plugins:
-        dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+        dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu", "cuda"])
 
 
 def bind(group: Group | None) -> None:
@@ -75,7 +81,11 @@ def _create(options: Any, backend_options: Any) -> FtkitProcessGroup:
     text = json.dumps([world.generation, members, number])
     channel = group.subset(zlib.crc32(text.encode()) or 1, members)
     subset = FtkitProcessGroup(
-        group, channel, timeout=timeout, on_shutdown=lambda: _let_go(group, subset, None)
+        group,
+        channel,
+        calls=_calls(channel, backend_options),
+        timeout=timeout,
+        on_shutdown=lambda: _let_go(group, subset, None),
     )
 
     def renumber(world: World) -> None:
@@ -99,6 +109,7 @@ def _default(options: Any, backend_options: Any, timeout: timedelta) -> FtkitPro
     default = FtkitProcessGroup(
         group,
         group.channel,
+        calls=_calls(group.channel, backend_options),
         timeout=timeout,
         on_shutdown=lambda: _let_go(group, default, group if bound is None else None),
     )
@@ -111,9 +122,27 @@ def _default(options: Any, backend_options: Any, timeout: timedelta) -> FtkitPro
     return default
 
 
-def _standalone(store: Any, rank: int, size: int, config: object, timeout: timedelta) -> Group:
-    if config is not None and not isinstance(config, CollectivesConfig):
-        raise UsageError(f"pg_options must be a CollectivesConfig, not {type(config).__name__}")
+def _checked(options: object) -> CollectivesConfig | None:
+    if options is not None and not isinstance(options, CollectivesConfig):
+        raise UsageError(f"pg_options must be a CollectivesConfig, not {type(options).__name__}")
+    return options
+
+
+def _calls(channel: Channel, options: object) -> Calls:
+    """How this group's collectives meet a loss: as its own options say, or the default group's."""
+    config = _checked(options)
+    on_loss = _registry.on_loss if config is None else config.on_loss
+    if on_loss is not OnLoss.RAISE and _registry.mender is None:
+        raise UsageError(
+            f'on_loss="{on_loss}" needs a default group that mends itself: pass the option to '
+            "init_process_group; in a session, steps are played again instead"
+        )
+    return Calls(channel, _registry.mender, on_loss)
+
+
+def _standalone(store: Any, rank: int, size: int, options: object, timeout: timedelta) -> Group:
+    config = _checked(options) or CollectivesConfig()
+    mender = None if config.on_loss is OnLoss.RAISE else Mender()
     # The store may outlive a process group and be used for the next; a rank's count of
     # turns keeps their keys apart.
     turn = store.add(f"ftkit/turn/{rank}", 1)
@@ -125,9 +154,8 @@ def _standalone(store: Any, rank: int, size: int, config: object, timeout: timed
         secret=secret,
         host=_reachable_host(store),
         config=config,
-        on_fault=lambda generation, lost, reason: logger.warning(
-            "the process group failed: %s (lost ranks: %s)", reason, sorted(lost)
-        ),
+        on_fault=_warn if mender is None else mender.take_fault,
+        on_tell=None if mender is None else mender.take_statement,
     )
     try:
         store.set(f"ftkit/{turn}/address/{rank}", json.dumps(group.address))
@@ -141,9 +169,16 @@ def _standalone(store: Any, rank: int, size: int, config: object, timeout: timed
     except BaseException:
         group.close()
         raise
+    if mender is not None:
+        mender.watch(group)
+    _registry.mender, _registry.on_loss = mender, config.on_loss
     # A script that ends without destroy_process_group leaves cleanly all the same.
     atexit.register(group.close)
     return group
+
+
+def _warn(generation: Generation, lost: frozenset[MemberId], reason: str) -> None:
+    logger.warning("the process group failed: %s (lost ranks: %s)", reason, sorted(lost))
 
 
 def _let_go(group: Group, pg: FtkitProcessGroup, own: Group | None) -> None:
@@ -158,6 +193,10 @@ def _let_go(group: Group, pg: FtkitProcessGroup, own: Group | None) -> None:
     if own is not None:
         own.close()
         atexit.unregister(own.close)
+        mender, _registry.mender = _registry.mender, None
+        _registry.on_loss = OnLoss.RAISE
+        if mender is not None:
+            mender.close()
 
 
 def _reachable_host(store: Any) -> str:

@@ -6,16 +6,15 @@ hands the result round. A world of one runs the same plan on its own nodes.
 """
 
 from collections.abc import Generator, Sequence
-from typing import NamedTuple
 
 import torch
 
 from ftkit.collectives.arithmetic import Bytes, combine, copy, scale
-from ftkit.collectives.flows import Inflow, produce
+from ftkit.collectives.flows import Handout, Inflow, Piece, pieces_of, produce, take_in
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
-from ftkit.collectives.reductions import chunks_of, share
-from ftkit.collectives.slots import Take, fold_plan
+from ftkit.collectives.reductions import FOLD_BYTES, chunks_of
+from ftkit.collectives.slots import Add, Take, fold_plan
 
 _RESULT = 0
 _FIRST_NODE = 1
@@ -29,81 +28,69 @@ def reduce_slots(
     def program(op: Op) -> Generator[Wait, None, None]:
         plan = fold_plan(slots, op.size)
         chunks = chunks_of(out, dtype, op.size)
-        pieces = [chunks_of(node, dtype, op.size) for node in nodes]
+        cut = [chunks_of(node, dtype, op.size) for node in nodes]
+        mine, own = chunks[op.rank], [node[op.rank] for node in cut]
+        came = take_in(op, chunks, _RESULT)
         sent: list[Ticket] = []
         for rank in op.others():
-            for position, piece in enumerate(pieces):
-                sent += produce(op, rank, piece[rank], _FIRST_NODE + position)
-        mine = chunks[op.rank]
-        flows = {
-            (step.rank, step.position): Inflow(
-                op, step.rank, mine.size, _FIRST_NODE + step.position
-            )
-            for step in plan
-            if isinstance(step, Take) and step.rank != op.rank
-        }
-        for index in range(-(-mine.size // op.segment)):
-            at = index * op.segment
-            target = mine[at : at + op.segment]
-            stack: list[_Value] = []
-            for number, step in enumerate(plan):
-                if isinstance(step, Take):
-                    flow = flows.get((step.rank, step.position))
-                    if flow is None:
-                        own = pieces[step.position][op.rank]
-                        stack.append(_Value(own[at : at + op.segment], None, None))
-                    else:
-                        buffer = yield from flow.segment(index)
-                        stack.append(_Value(buffer[: target.size], buffer, flow))
+            for position, node in enumerate(cut):
+                tag = _FIRST_NODE + position
+                sent += produce(op, rank, node[rank], tag, answered=True)
+        handout = Handout(op, mine, _RESULT)
+        takes = [step for step in plan if isinstance(step, Take)]
+        flows = [
+            None
+            if take.rank == op.rank
+            else Inflow(op, take.rank, mine.size, _FIRST_NODE + take.position)
+            for take in takes
+        ]
+        for index, target in enumerate(pieces_of(mine, op.piece)):
+            start = index * op.piece
+            pieces, views = list[tuple[Inflow, Piece]](), list[Bytes]()
+            for take, flow in zip(takes, flows, strict=True):
+                if flow is None:
+                    views.append(own[take.position][start : start + target.size])
                 else:
-                    right, left = stack.pop(), stack.pop()
-                    # The last sum goes where the result belongs: one pass over memory less.
-                    into = target if number == len(plan) - 1 else None
-                    stack.append(_add(op, dtype, left, right, into))
-            value = stack.pop()
-            if value.view.ctypes.data != target.ctypes.data:
-                copy(target, value.view)
-            _free(op, value)
-            if factor is not None:
-                scale(dtype, target, factor)
+                    piece = yield from flow.piece(index)
+                    pieces.append((flow, piece))
+                    views.append(piece.view)
+            for at in range(0, target.size, FOLD_BYTES):
+                part = slice(at, at + FOLD_BYTES)
+                _fold(op, plan, [view[part] for view in views], target[part], dtype)
+                if factor is not None:
+                    scale(dtype, target[part], factor)
+            for flow, piece in pieces:
+                flow.done(piece)
+            yield from handout.hand(index, target)
             yield None
-        for flow in flows.values():
-            flow.finish()
-        yield sent
-        yield from share(op, chunks, _RESULT)
+        yield [*sent, *came, *handout.in_use]
 
     return program
 
 
-class _Value(NamedTuple):
-    """A value on the fold's stack. Without a `buffer` it is the caller's: read only."""
-
-    view: Bytes
-    buffer: Bytes | None
-    flow: Inflow | None
-
-
-def _add(op: Op, dtype: torch.dtype, left: _Value, right: _Value, into: Bytes | None) -> _Value:
-    if into is not None:
-        combine("sum", dtype, into, left.view, right.view)
-        _free(op, left)
-        _free(op, right)
-        return _Value(into, None, None)
-    # Sums live in scratch memory: the nodes are not ours to change.
-    if left.buffer is not None:
-        result, other = left, right
-    elif right.buffer is not None:
-        result, other = right, left
-    else:
-        buffer = op.scratch()
-        result, other = _Value(buffer[: left.view.size], buffer, None), right
-    combine("sum", dtype, result.view, left.view, right.view)
-    _free(op, other)
-    return result
-
-
-def _free(op: Op, value: _Value) -> None:
-    if value.flow is not None and value.buffer is not None:
-        value.flow.done(value.buffer)
-    elif value.buffer is not None:
-        op.release(value.buffer)
+def _fold(
+    op: Op, plan: Sequence[Take | Add], values: Sequence[Bytes], out: Bytes, dtype: torch.dtype
+) -> None:
+    """Carry out the plan on `values`, one a Take, in its order; they are not ours to change."""
+    if len(values) == 1:
+        copy(out, values[0])
+        return
+    taken = iter(values)
+    # A value, and the scratch memory that it is in, if it is a sum.
+    stack: list[tuple[Bytes, Bytes | None]] = []
+    for number, step in enumerate(plan, 1):
+        if isinstance(step, Take):
+            stack.append((next(taken), None))
+            continue
+        (right, used_right), (left, used_left) = stack.pop(), stack.pop()
+        if number == len(plan):
+            # The last sum goes where the result belongs: one pass over memory less.
+            target, buffer = out, None
+        else:
+            buffer = used_left if used_left is not None else used_right
+            if buffer is None:
+                buffer = op.scratch()
+            target = buffer[: out.size]
+        combine("sum", dtype, target, left, right)
+        op.release(*(b for b in (used_left, used_right) if b is not None and b is not buffer))
+        stack.append((target, buffer))

@@ -3,9 +3,10 @@
 Channel 0 is the world and follows it through every edit. Another one is a fixed set of
 members: it works in each generation that still has all of them, and its operations fail in
 one that has not. Collectives run in the order of issue, one at a time; send and receive run
-beside them.
+beside them. A channel also has a *ring*, the order in which bulk goes round between hosts.
 """
 
+import math
 import threading
 import time
 from collections import deque
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 from ftkit.collectives.frames import P2P
 from ftkit.collectives.handle import Handle, failed
 from ftkit.collectives.op import Op, Program
+from ftkit.collectives.rates import Matrix, dropped
+from ftkit.collectives.ring_order import Ring, natural
 from ftkit.core.errors import GenerationAborted
 from ftkit.core.ids import Generation, MemberId
 from ftkit.core.world import World
@@ -36,7 +39,14 @@ class Channel:
         self._missing: frozenset[MemberId] = frozenset()
         self._seq = 0
         self._p2p: dict[tuple[str, int, int], int] = {}
-        #: owned by the communication thread
+        #: owned by the communication thread; others may look
+        self.hosts: tuple[str, ...] = ()
+        """Each member's host."""
+        self.ring: tuple[int, ...] = ()
+        """Ranks, each sending to the next. Changed between two operations, by `adopt`."""
+        self._planned = False
+        self._planned_rate: float | None = None
+        self._looked = 0
         self.queue: deque[Op] = deque()
         self.running: Op | None = None
 
@@ -50,6 +60,10 @@ class Channel:
             self._rank = order.index(me)
             self._seq = 0
             self._p2p.clear()
+            by_id = {m.member: m.host for m in world.members}
+            self.hosts = tuple(by_id.get(m, "") for m in order)
+            self.ring = natural(self.hosts)
+            self._planned, self._planned_rate, self._looked = False, None, 0
 
     @property
     def members(self) -> tuple[MemberId, ...]:
@@ -63,6 +77,47 @@ class Channel:
     @property
     def size(self) -> int:
         return len(self._members)
+
+    def adopt(self, ring: Ring, rates: Matrix) -> None:
+        """(the planning operation) Use `ring` from the next operation on."""
+        self.ring, self._planned = ring.order, True
+        rate = float(rates[self._rank, self._after])
+        self._planned_rate = None if math.isnan(rate) else rate
+
+    def look_due(self) -> bool:
+        """(a ring operation, on all members alike) Whether this one begins with a look."""
+        every = self._engine.config.plan_every
+        if not every or not self._choices:
+            return False
+        self._looked += 1
+        return self._looked % every == 1 % every
+
+    @property
+    def _choices(self) -> bool:
+        """Whether there is more than one ring to choose from."""
+        return len(self.hosts) > 2 and len(set(self.hosts)) > 1
+
+    @property
+    def wants_plan(self) -> bool:
+        """Whether this member has a reason to plan the ring.
+
+        It has when none was planned since the generation began, when the edge it sends over
+        has become slow, and when that was first measured after the plan. Any thread.
+        """
+        if not self._choices:
+            return False
+        if not self._planned:
+            return True
+        link = self._engine.net.links.get(self._members[self._after])
+        if link is None or self.hosts[self._after] == self.hosts[self._rank]:
+            return False
+        if self._planned_rate is None:
+            return bool(link.windows)
+        return dropped(self._planned_rate, link.windows)
+
+    @property
+    def _after(self) -> int:
+        return self.ring[(self.ring.index(self._rank) + 1) % len(self.ring)]
 
     def issue(
         self, name: str, program: Program, *, nbytes: int, timeout_s: float | None = None

@@ -12,14 +12,21 @@ import ctypes
 import errno
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from ftkit.collectives.meter import Pace
+from ftkit.collectives.resident import Mappings, Place, allocate, find
 from ftkit.core.errors import WireError
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PR_SET_PTRACER = 0x59616D61
 _PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
+_WORDS_BYTES = 16
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -30,10 +37,6 @@ class ProcessGoneError(WireError):
 
 class _IoVec(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
-
-
-class _Words(ctypes.Structure):
-    _fields_ = [("nonce", ctypes.c_uint64), ("valid", ctypes.c_uint64)]
 
 
 def _bind() -> object:
@@ -89,10 +92,15 @@ def read(pid: int, local: int, remote: int, length: int) -> None:
 
 
 class ValidWord:
-    """This process's published words: a nonce that proves reads hit us, and the valid word."""
+    """This process's published words: a nonce that proves reads hit us, and the valid word.
+
+    They lie in resident memory, so that peers look at them without a call into the kernel.
+    """
 
     def __init__(self) -> None:
-        self._words = _Words(secrets.randbits(64), 0)
+        self._nonce = secrets.randbits(64)
+        self._words: npt.NDArray[np.uint64] | None = allocate(_WORDS_BYTES).view(np.uint64)
+        self._words[:] = (self._nonce, 0)
         # Yama's scope 1 lets only ancestors read us; our peers are siblings. They run as the
         # same user and hold the job's secret. Other scopes either need nothing or forbid it.
         try:
@@ -103,30 +111,45 @@ class ValidWord:
 
     def hello(self) -> dict[str, object]:
         """What a peer needs to try reading us."""
+        words = self._words
+        address = 0 if words is None else words.ctypes.data
         return {
             "pid": os.getpid(),
             "boot": boot_id(),
-            "words": ctypes.addressof(self._words),
-            "nonce": self._words.nonce,
+            "words": address,
+            "place": find(address, _WORDS_BYTES),
+            "nonce": self._nonce,
         }
 
     def publish(self, generation: int) -> None:
         """From now on offers of `generation` hold."""
-        self._words.valid = _mark(self._words.nonce, generation)
+        assert self._words is not None, "nothing is published after close"
+        self._words[1] = _mark(self._nonce, generation)
 
     def withdraw(self) -> None:
         """From now on no offer holds. Call before anybody may reuse an offered buffer."""
-        self._words.valid = 0
+        if self._words is not None:
+            self._words[1] = 0
+
+    def close(self) -> None:
+        """Withdraw, and give the memory back."""
+        self.withdraw()
+        self._words = None
 
 
 class CmaPeer:
     """A peer whose memory we can read."""
 
-    def __init__(self, pid: int, words: int, nonce: int) -> None:
+    def __init__(self, pid: int, words: int, nonce: int, place: Place | None) -> None:
         self.pid = pid
+        self.mapped = Mappings(pid)
         self._words = words
         self._nonce = nonce
-        self._local = _Words()
+        shared = None if place is None else self.mapped.view(place, _WORDS_BYTES)
+        self._shared = None if shared is None else shared.view(np.uint64)
+        self._local = np.zeros(2, dtype=np.uint64)
+        self.pace = Pace()
+        """How fast the peer's memory was read."""
 
     @classmethod
     def probe(cls, hello: object) -> "CmaPeer | None":
@@ -139,24 +162,39 @@ class CmaPeer:
             return None
         if hello["boot"] != boot_id() or pid <= 0 or not 0 < words < 1 << 64:
             return None
-        peer = cls(pid, words, nonce)
+        peer = cls(pid, words, nonce, _place_of(hello.get("place")))
         try:
-            return peer if peer._look().nonce == nonce else None
+            read(pid, peer._local.ctypes.data, words, _WORDS_BYTES)
         except WireError:
             return None
+        return peer if peer._local[0] == nonce else None
 
     def read(self, local: int, remote: int, length: int) -> None:
         """Copy from the peer. WireError when it is gone or withdrew the mapping."""
+        began = time.perf_counter()
         read(self.pid, local, remote, length)
+        self.pace.add(length, time.perf_counter() - began)
 
     def holds(self, generation: int) -> bool:
-        """Whether the peer's offers of `generation` still hold. WireError when it is gone."""
-        words = self._look()
-        return bool(words.nonce == self._nonce and words.valid == _mark(self._nonce, generation))
+        """Whether the peer's offers of `generation` still hold. WireError when it is gone.
 
-    def _look(self) -> _Words:
-        read(self.pid, ctypes.addressof(self._local), self._words, ctypes.sizeof(_Words))
-        return self._local
+        One whose words are mapped may have died: then what it offered is as it was at its end.
+        """
+        words = self._shared
+        if words is None:
+            words = self._local
+            read(self.pid, words.ctypes.data, self._words, _WORDS_BYTES)
+        nonce, valid = words.tolist()
+        return bool(nonce == self._nonce and valid == _mark(self._nonce, generation))
+
+
+def _place_of(told: object) -> Place | None:
+    """The place in a hello; None when there is none, or it makes no sense."""
+    if not isinstance(told, list) or len(told) != len(Place._fields):
+        return None
+    if not all(isinstance(n, int) and 0 <= n < 1 << 63 for n in told):
+        return None
+    return Place(*told)
 
 
 def _mark(nonce: int, generation: int) -> int:

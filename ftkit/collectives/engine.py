@@ -13,6 +13,7 @@ fail.
 
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -44,6 +45,9 @@ FaultCallback = Callable[[Generation, frozenset[MemberId], str], None]
 TellCallback = Callable[[MemberId, bytes], None]
 
 _DOUBT_S = 2.0
+_PARTING_S = 0.5
+#: Receipts come without a message: they have to be looked for.
+_LOOK_AGAIN_S = 0.001
 
 
 class Engine:
@@ -75,6 +79,7 @@ class Engine:
         self.aborted_here = False
         """Whether the current generation was reported as faulty."""
         self._doubt: tuple[float, str] | None = None
+        self._parting: list[tuple[Handle[None], float]] = []
         self._early_aborts: dict[int, tuple[frozenset[MemberId], str]] = {}
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()
@@ -83,6 +88,7 @@ class Engine:
         self._closing: str | None = None
         self._commands: deque[Callable[[], None]] = deque()
         self._over = False
+        self._awake = False
         self._wake_lock = threading.Lock()
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.net = LinkSet(config.segment_bytes, self._commands.append, self._link_lost)
@@ -98,6 +104,8 @@ class Engine:
     def call(self, command: Callable[[], None]) -> None:
         """Run `command` soon on the communication thread."""
         self._commands.append(command)
+        if self._awake:
+            return  # it looks for commands before it sleeps
         with self._wake_lock:
             if not self._over:
                 os.eventfd_write(self._wake, 1)
@@ -174,7 +182,7 @@ class Engine:
         with self._lock:
             closing = self._closing is not None
         if closing:
-            greeted.sock.close()
+            greeted.close()
             return
         self.call(lambda: self._add_link(greeted))
 
@@ -182,8 +190,20 @@ class Engine:
         """Queue a message outside any generation. Dropped when the member is gone."""
         self.call(lambda: self._tell(member, payload))
 
+    def light_fuse(self, nbytes: int, strike: Callable[[], None]) -> None:
+        """Call `strike`, on the communication thread, once `nbytes` more were moved."""
+        self.call(lambda: self.net.fuse.light(nbytes, strike))
+
     def suspend(self, reason: str) -> None:
-        """End the current generation quietly: an edit is about to replace it."""
+        """End the current generation quietly: an edit is about to replace it.
+
+        Blocks, though not for long, until peers have read what operations that have ended here
+        still show them: theirs shall end well, too.
+        """
+        parted: Handle[None] = Handle()
+        limit_s = time.monotonic() + _PARTING_S
+        self.call(lambda: self._begin_parting(parted, limit_s))
+        parted.wait()
         self.call(lambda: self._end_generation(reason))
 
     def barrier(self) -> None:
@@ -227,6 +247,7 @@ class Engine:
         try:
             while self._closing is None:
                 self._turn()
+            self._settle(self.config.close_timeout_s)
             self._end_generation("the group was closed")
             self.net.farewell(self._bye(), self.config.close_timeout_s)
         except Exception as error:
@@ -240,17 +261,31 @@ class Engine:
             COMM_THREADS.discard(threading.get_ident())
             self._end_generation(self._closing or "the group was closed")
             self.net.close()
+            self.transfers.close()
+            self._word.close()
+            self._awake = False
             with self._wake_lock:
                 self._over = True
                 os.close(self._wake)
             self._run_commands()
+            self._part(math.inf)
             self.net.tell_news()
 
-    def _turn(self) -> None:
-        for fd, event in self.net.poll(self._patience_s()):
+    def _settle(self, timeout_s: float) -> None:
+        """Let peers read what operations that have ended here still show them."""
+        deadline = time.monotonic() + timeout_s
+        while self.transfers.lent and time.monotonic() < deadline:
+            self._turn(_LOOK_AGAIN_S)
+
+    def _turn(self, patience_max_s: float = math.inf) -> None:
+        # In this order: a command that comes after the look at them finds us asleep.
+        self._awake = False
+        patience_s = min(self._patience_s(), patience_max_s)
+        events = self.net.poll(patience_s)
+        self._awake = True
+        for fd, event in events:
             if fd == self._wake:
-                os.eventfd_read(self._wake)
-                continue
+                continue  # edge-triggered: it need not be read
             link = self.net.by_fd(fd)
             if link is not None:
                 self._guard(partial(self.net.serve, link, event))
@@ -260,20 +295,23 @@ class Engine:
             self._guard(partial(self._step, op))
             if op.waiting < 0:
                 break
+        self._run_commands()  # what follows an operation that ended begins in this turn
         if self.transfers.fetching:
             self._guard(self.transfers.fetch_segment)
         for link in list(self.net.dirty):
             self._guard(partial(self.net.flush, link))
         self._check_deadlines()
 
-    def _patience_s(self) -> float | None:
+    def _patience_s(self) -> float:
         if self._ready or self._commands or self.net.dirty or self.transfers.fetching:
             return 0.0
+        if self._parting:
+            return _LOOK_AGAIN_S
         deadlines = [op.deadline_s for op in self._active if op.deadline_s is not None]
         if self._doubt is not None:
             deadlines.append(self._doubt[0])
         if not deadlines:
-            return None
+            return math.inf
         return min(max(min(deadlines) - time.monotonic(), 0.001), 60.0)
 
     def _run_commands(self) -> None:
@@ -298,6 +336,8 @@ class Engine:
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if self._parting:
+            self._part(now)
         if self._doubt is not None and self._doubt[0] <= now:
             self._abort(self.world.generation, frozenset(), self._doubt[1])
             return
@@ -312,15 +352,28 @@ class Engine:
                 )
                 return
 
+    def _begin_parting(self, parted: Handle[None], limit_s: float) -> None:
+        if self._over or not self.transfers.lent:
+            parted.finish(None)
+        else:
+            self._parting.append((parted, limit_s))
+
+    def _part(self, now: float) -> None:
+        """Let go of those who wait for peers to have read what we show, where they have."""
+        for parted, limit_s in self._parting:
+            if not self.transfers.lent or limit_s <= now:
+                parted.finish(None)
+        self._parting = [p for p in self._parting if not p[0].done()]
+
     # -- links ------------------------------------------------------------------------------
 
     def _add_link(self, greeted: Greeted) -> None:
         if self._closing is not None:
-            greeted.sock.close()
+            greeted.close()
             return
         if greeted.peer in self._retired:
             logger.warning("refused member %s: it is no longer part of the job", greeted.peer)
-            greeted.sock.close()
+            greeted.close()
             return
         old = self.net.links.get(greeted.peer)
         if old is not None:
@@ -357,10 +410,12 @@ class Engine:
                 except Exception:
                     logger.exception("the receiver of a told message raised")
             case Kind.BYE:
-                link.said_bye = True
+                link.ended = True
                 self.net.tell_news()
+                link = link.root
                 if (
-                    not self._is_over(self.world.generation)
+                    link.said_bye
+                    and not self._is_over(self.world.generation)
                     and (link.awaited or link.owes)
                     and link.peer in self.world.member_ids
                 ):

@@ -8,8 +8,8 @@ generation is aborted has to finish only the segment it began to keep the stream
 kind   payload  meaning
 ====== ======== ===============================================================
 DATA   bytes    a segment of a message, at `offset` of `total`
-OFFER  16 bytes the message lies at (address, length) in the sender's memory: fetch it
-ACK    none     the offered message was fetched; the sender may reuse its memory
+OFFER  53 bytes where the message lies in the sender's memory: fetch it
+ACK    none     the offered message was read; the sender may reuse its memory
 ABORT  JSON     the generation is over: {"lost": [member, ...], "reason": text}
 TELL   bytes    a small message outside any operation and any generation
 BYE    none     the sender leaves cleanly; nothing follows
@@ -37,7 +37,8 @@ P2P = 1
 _BODY = struct.Struct("!HBBIIQiIIQQI")
 _CRC = struct.Struct("!I")
 HEADER_BYTES = _BODY.size + _CRC.size
-_OFFER = struct.Struct("!QQ")
+_OFFER = struct.Struct("!QQiQQQQ?")
+OFFER_BYTES = _OFFER.size
 
 
 class Kind(IntEnum):
@@ -107,14 +108,32 @@ def parse(data: bytes | bytearray | memoryview, at: int = 0) -> Header:
     return Header(known, flags, group, generation, seq, tag, part, source, offset, total, length)
 
 
-def pack_offer(address: int, length: int) -> bytes:
-    """The payload of an OFFER: where in the sender's memory the message lies, in bytes."""
-    return _OFFER.pack(address, length)
+class Offer(NamedTuple):
+    """Where a message lies in the memory of its sender, in bytes."""
+
+    address: int
+    length: int
+    fd: int = -1
+    """Descriptor of the resident segment that holds it; -1 for private memory."""
+    serial: int = 0
+    """The segment's inode."""
+    offset: int = 0
+    """Where in the segment the message begins."""
+    receipt: int = 0
+    """What a reader writes into the segment when it is through; 0 for nothing."""
+    receipt_offset: int = 0
+    """Where it writes that: 8 bytes in the order of the host."""
+    acknowledge: bool = True
+    """Whether it also says so, by an ACK."""
 
 
-def parse_offer(payload: bytes | bytearray | memoryview) -> tuple[int, int]:
-    """(address, length) of an OFFER. Raises ProtocolError when it is something else."""
+def pack_offer(offer: Offer) -> bytes:
+    """The payload of an OFFER."""
+    return _OFFER.pack(*offer)
+
+
+def parse_offer(payload: bytes | bytearray | memoryview) -> Offer:
+    """The inverse of `pack_offer`. Raises ProtocolError when it is something else."""
     if len(payload) != _OFFER.size:
         raise ProtocolError(f"an offer has {_OFFER.size} bytes, got {len(payload)}")
-    address, length = _OFFER.unpack(payload)
-    return address, length
+    return Offer(*_OFFER.unpack(payload))

@@ -16,18 +16,26 @@ from typing import Protocol
 import torch
 import xxhash
 
+from ftkit.collectives.resident import Pool
 from ftkit.collectives.slot_tree import SlotNode, SlotTree
 from ftkit.core.errors import StateChanged, UsageError
 
-#: Bytes of gradients in one bucket: large enough that the rounds of a reduction are cheap
-#: beside its bytes, small enough that the first bucket is on its way early in backward.
-BUCKET_BYTES = 4 << 20
+#: A bucket is closed once it has so many bytes of gradients: large enough that the rounds of a reduction are cheap
+#: beside its bytes, small enough that the first bucket is on its way early in backward, and
+#: that little is left to do at its end.
+BUCKET_BYTES_MIN, BUCKET_BYTES_MAX = 4 << 20, 32 << 20
+_BUCKETS = 8
+
+#: Memory for buckets is taken from the system in slabs of at most this.
+_SLAB_BYTES_MAX = 256 << 20
 
 
 class Waitable(Protocol):
     """The part of a collective's handle that is used here."""
 
     def wait(self, timeout_s: float | None = None) -> object: ...
+
+    def done(self) -> bool: ...
 
 
 #: Starts the canonical reduction of one bucket: (nodes, out, scale) -> handle.
@@ -41,6 +49,8 @@ class _Bucket:
     length: int
     """Elements of a leaf: gradients, then one flag a parameter."""
     tree: SlotTree
+    memory: Pool
+    """Peers of this host read leaves and sums where they are."""
     out: torch.Tensor = field(init=False)
     views: list[torch.Tensor] = field(init=False)
     leaf: torch.Tensor | None = None
@@ -48,10 +58,21 @@ class _Bucket:
     handle: Waitable | None = None
     fired: list[bool] = field(default_factory=list)
 
+    def new_buffer(self) -> torch.Tensor:
+        """A flat buffer of `length` elements, zeroed."""
+        first = self.params[0]
+        if first.device.type == "cpu":
+            return self.memory.tensor(self.length, first.dtype)
+        return torch.zeros(self.length, dtype=first.dtype, device=first.device)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no reduction uses the buffers any more."""
+        return self.handle is None or self.handle.done()
+
     def renew_out(self) -> None:
         """A fresh buffer for the sum, and views of it in the shapes of the parameters."""
-        first = self.params[0]
-        self.out = torch.zeros(self.length, dtype=first.dtype, device=first.device)
+        self.out = self.new_buffer()
         self.views = [
             self.out[start : start + p.numel()].view(p.shape)
             for p, start in zip(self.params, self.offsets, strict=True)
@@ -67,7 +88,7 @@ class GradientReducer:
         *,
         slots: int,
         reduce: Reduce,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         """Hook every parameter that requires a gradient.
 
@@ -75,7 +96,8 @@ class GradientReducer:
           params: in the order of the model, the same on all ranks.
           slots: slots of the global batch; the sum is divided by it.
           reduce: starts the canonical reduction of one bucket.
-          bucket_bytes: gradients in one bucket; must be the same on all ranks.
+          bucket_bytes: gradients after which a bucket is closed; must be the same on all ranks.
+            By default an eighth of all, within bounds.
         """
         self._slots = slots
         self._reduce = reduce
@@ -89,7 +111,6 @@ class GradientReducer:
         self._slot: int | None = None
         self._last = False
         self._launched = 0
-        self._settled = True
         self._reduced = False
 
     @property
@@ -105,15 +126,14 @@ class GradientReducer:
     def begin(self) -> None:
         """A new attempt: forget whatever an earlier one left, clean `.grad`."""
         self._slot, self._last, self._launched, self._reduced = None, False, 0, False
-        settled, self._settled = self._settled, False
         for bucket in self._buckets:
-            bucket.leaf, bucket.handle = None, None
-            if settled:
+            if bucket.settled:
                 bucket.tree.clear()
             else:
-                # A reduction that was aborted may still be sending from the old buffers.
+                # The attempt was left without a fault of the job: its reduction still runs.
                 bucket.tree = SlotTree(self._slots)
                 bucket.renew_out()
+            bucket.leaf, bucket.handle = None, None
             for param in bucket.params:
                 param.grad = None
 
@@ -122,7 +142,7 @@ class GradientReducer:
         self._slot, self._last = slot, last
         for bucket in self._buckets:
             spare = bucket.tree.spare()
-            bucket.leaf = torch.empty_like(bucket.out) if spare is None else spare
+            bucket.leaf = bucket.new_buffer() if spare is None else spare
             bucket.missing = len(bucket.params)
             bucket.fired = [False] * len(bucket.params)
 
@@ -161,7 +181,7 @@ class GradientReducer:
             used = bucket.out[-len(bucket.params) :].tolist()
             for param, view, flag in zip(bucket.params, bucket.views, used, strict=True):
                 param.grad = view if flag > 0 else None
-        self._settled = self._reduced = True
+        self._reduced = True
         return digest.intdigest()
 
     def end(self) -> None:
@@ -222,8 +242,11 @@ class GradientReducer:
             self._launched += 1
 
 
-def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int) -> list[_Bucket]:
+def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int | None) -> list[_Bucket]:
     """Buckets of parameters in reverse order, about the order in which backward fills them."""
+    total = sum(p.numel() * p.element_size() for p in params)
+    if bucket_bytes is None:
+        bucket_bytes = min(max(total // _BUCKETS, BUCKET_BYTES_MIN), BUCKET_BYTES_MAX)
     groups: list[list[torch.Tensor]] = []
     size = 0
     for param in reversed(params):
@@ -232,19 +255,27 @@ def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int) -> list[_Buc
         nbytes = param.numel() * param.element_size()
         last = groups[-1][-1] if groups else None
         alike = last is not None and (last.dtype, last.device) == (param.dtype, param.device)
-        if not alike or size + nbytes > bucket_bytes:
+        # Not "would be too large": a weight's bias would often be left to a bucket of its own.
+        if not alike or size >= bucket_bytes:
             groups.append([])
             size = 0
         groups[-1].append(param)
         size += nbytes
-    return [_bucket(group, slots) for group in groups]
+    memory = Pool(min(total + 4096 * len(groups), _SLAB_BYTES_MAX))
+    return [_bucket(group, slots, memory) for group in groups]
 
 
-def _bucket(params: list[torch.Tensor], slots: int) -> _Bucket:
+def _bucket(params: list[torch.Tensor], slots: int, memory: Pool) -> _Bucket:
     offsets, at = [], 0
     for param in params:
         offsets.append(at)
         at += param.numel()
-    bucket = _Bucket(params=params, offsets=offsets, length=at + len(params), tree=SlotTree(slots))
+    bucket = _Bucket(
+        params=params,
+        offsets=offsets,
+        length=at + len(params),
+        tree=SlotTree(slots),
+        memory=memory,
+    )
     bucket.renew_out()
     return bucket

@@ -8,12 +8,14 @@ goes wrong comes through the handle, as `GenerationAborted` once the generation 
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import numpy as np
 import torch
 
-from ftkit.collectives import canonical, moves, reductions
+from ftkit.collectives import canonical, moves, planning, reductions
 from ftkit.collectives.arithmetic import Bytes, as_bytes, check
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.cma import ValidWord
@@ -22,7 +24,9 @@ from ftkit.collectives.engine import Engine, FaultCallback, TellCallback
 from ftkit.collectives.frames import CONTROL_BYTES_MAX
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.mesh import Mesh
-from ftkit.collectives.ports import NullRecorder, OpRecorder
+from ftkit.collectives.meter import Flow
+from ftkit.collectives.ports import Detour, NullRecorder, OpRecorder
+from ftkit.collectives.ring_order import Ring
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign, nodes_of
 from ftkit.core.errors import GenerationAborted, Unreachable, WireError
@@ -30,6 +34,16 @@ from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
 from ftkit.core.world import Member, World
 
 WORLD_CHANNEL = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What passed between us and one peer, of large messages."""
+
+    sent: Flow
+    """To it, over all connections."""
+    read: Flow | None
+    """From its memory; None where that is not possible."""
 
 
 class Group:
@@ -45,6 +59,7 @@ class Group:
         on_fault: FaultCallback,
         on_tell: TellCallback | None = None,
         recorder: OpRecorder | None = None,
+        detour: Detour | None = None,
     ) -> None:
         """Listen on `host` and start the communication thread.
 
@@ -58,6 +73,7 @@ class Group:
             not block. Also called for an abort of our own.
           on_tell: receives what peers `tell` us, from the communication thread.
           recorder: told of every operation.
+          detour: opens our connections; None dials members where they listen.
 
         Raises:
           OSError: nothing can listen on `host`.
@@ -66,7 +82,10 @@ class Group:
         if len(secret) < 16:
             raise ValueError(f"the secret has {len(secret)} bytes; at least 16 are needed")
         self.member = member
+        self._detour = detour
         self.config = config or CollectivesConfig()
+        self._on_fault = on_fault
+        self._fault_listeners: list[Callable[[Generation], None]] = []
         word = ValidWord()
         alone = Member(member=member, seat=Seat(0), node=NodeId(0), host=host, port=0)
         self._engine = Engine(
@@ -75,7 +94,7 @@ class Group:
             word,
             World(generation=Generation(0), members=(alone,)),
             recorder=recorder or NullRecorder(),
-            on_fault=on_fault,
+            on_fault=self._faulted,
             on_tell=on_tell or _ignore,
         )
         try:
@@ -177,6 +196,14 @@ class Group:
         if listener in self._listeners:
             self._listeners.remove(listener)
 
+    def add_fault_listener(self, listener: Callable[[Generation], None]) -> None:
+        """Call `listener(generation)` when one ends by a fault, as `on_fault`: do not block."""
+        self._fault_listeners.append(listener)
+
+    def remove_fault_listener(self, listener: Callable[[Generation], None]) -> None:
+        if listener in self._fault_listeners:
+            self._fault_listeners.remove(listener)
+
     def tell(self, member: MemberId, payload: bytes) -> None:
         """Send `payload` outside any operation and generation; does not block.
 
@@ -191,6 +218,14 @@ class Group:
         if member not in self._engine.net.links:
             raise WireError(f"there is no link to member {member}")
         self._engine.tell(member, bytes(payload))
+
+    def light_fuse(self, nbytes: int, strike: Callable[[], None]) -> None:
+        """For drills: call `strike` in the middle of a transfer, after `nbytes` more.
+
+        What is counted is what this process sends through sockets, headers included, and reads
+        from peers' memory. `strike` runs on the communication thread.
+        """
+        self._engine.light_fuse(nbytes, strike)
 
     def subset(self, id_: int, members: tuple[MemberId, ...]) -> Channel:
         """A channel of these members, in this order; all must pass the same `id_` (not 0)."""
@@ -269,6 +304,47 @@ class Group:
         """Completes when every member has issued it."""
         return self.exchange(b"")
 
+    # -- the ring -----------------------------------------------------------------------------
+
+    @property
+    def ring(self) -> tuple[int, ...]:
+        """Ranks in the order in which bulk goes round between hosts. Any thread."""
+        return self.channel.ring
+
+    @property
+    def wants_plan(self) -> bool:
+        """Whether this member has a reason to plan the ring. Any thread; does not block.
+
+        Members may see it differently: agree, then let all call `plan_ring`.
+        """
+        return self.channel.wants_plan
+
+    def plan_ring(self) -> Handle[Ring]:
+        """Order the ring by what was measured; in use from the next operation on.
+
+        An operation of all members, like any other. Hosts that have not exchanged anything
+        large yet try each other first, for `probe_s` a round. Rings plan themselves, too,
+        every `plan_every` operations, when a member `wants_plan`.
+        """
+        return self.channel.issue("plan_ring", planning.plan_ring(), nbytes=16 * self.size)
+
+    def probe(self, partner: Rank) -> Handle[None]:
+        """Load the path to and from a rank for `probe_s`; what came of it is in `traffic`.
+
+        Both ranks call it, and in a larger world so do pairs of all the others.
+        """
+        return self.channel.issue("probe", planning.probe(partner), nbytes=0)
+
+    @property
+    def traffic(self) -> dict[MemberId, Traffic]:
+        """What went to, and was read from, each linked member, and how fast. Any thread."""
+        return {
+            member: Traffic(link.flow, link.cma.pace.flow if link.cma is not None else None)
+            for member, link in list(self._engine.net.links.items())
+        }
+
+    # -- more operations ----------------------------------------------------------------------
+
     def reduce_slots(
         self,
         nodes: Sequence[SlotNode],
@@ -309,6 +385,11 @@ class Group:
 
     # -- helpers --------------------------------------------------------------------------
 
+    def _faulted(self, generation: Generation, lost: frozenset[MemberId], reason: str) -> None:
+        for listener in list(self._fault_listeners):
+            listener(generation)
+        self._on_fault(generation, lost, reason)
+
     def _bring_up(self, world: World, missing: Sequence[MemberId], deadline: float) -> None:
         by_id = {m.member: m for m in world.members}
         dialled = [by_id[m] for m in missing if m < self.member]
@@ -341,7 +422,12 @@ class Group:
                 f"no time left to reach member {member.member}", frozenset({member.member})
             )
         try:
-            link = self._mesh.dial(member.member, (member.host, member.port), timeout_s=left)
+            link = self._mesh.dial(
+                member.member,
+                (member.host, member.port),
+                timeout_s=left,
+                connect=None if self._detour is None else partial(self._detour.connect, member),
+            )
         except WireError as error:
             raise Unreachable(str(error), frozenset({member.member})) from error
         self._engine.add_link(link)

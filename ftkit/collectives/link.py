@@ -5,6 +5,12 @@ payload is asked of a `Router`; the link itself only keeps the streams in frame:
 
 * outgoing, small control frames overtake bulk messages between segments;
 * incoming, bytes go straight into the memory the router names for them.
+
+A link may have further connections to the same member, its *lanes*, for networks that cap a
+single one. They share the queue of bulk messages: each takes the next segment when it has
+room, so that the faster ones carry more. Every segment says where it belongs, and they may
+arrive in any order. Control frames stay on the link itself. What is counted, is counted
+there too: a lane's `root`.
 """
 
 import socket
@@ -13,6 +19,8 @@ from typing import Protocol
 
 from ftkit.collectives.cma import CmaPeer
 from ftkit.collectives.frames import HEADER_BYTES, SEGMENT_BYTES_MAX, Header, Kind, pack, parse
+from ftkit.collectives.fuse import Fuse
+from ftkit.collectives.meter import METERED_BYTES, Flow, SocketMeter
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import MemberId
 
@@ -20,6 +28,8 @@ _STAGE_BYTES = 32 << 10
 #: Work done on one link before the others get their turn.
 _READS_A_TURN = 8
 _FRAMES_A_TURN = 8
+#: A segment that is cut for several lanes is not cut smaller: each frame costs system calls.
+_PIECE_BYTES_MIN = 64 << 10
 
 
 class Ticket:
@@ -64,12 +74,14 @@ class Router(Protocol):
 class Outbound:
     """A message on its way out, cut into frames as it goes."""
 
-    __slots__ = ("header", "offset", "ticket", "view")
+    __slots__ = ("flying", "header", "offset", "ticket", "view")
 
     def __init__(self, header: Header, view: memoryview, ticket: Ticket | None) -> None:
         self.header = header
         self.view = view
         self.offset = 0
+        self.flying = 0
+        """Frames that a lane has begun and not finished."""
         self.ticket = ticket
 
 
@@ -84,6 +96,8 @@ class Link:
         cma: CmaPeer | None,
         can_offer: bool,
         segment_bytes: int,
+        fuse: Fuse,
+        root: "Link | None" = None,
     ) -> None:
         """Take over a connected socket.
 
@@ -93,6 +107,8 @@ class Link:
           cma: reads the peer's memory, where that works.
           can_offer: whether the peer can read ours.
           segment_bytes: size of a frame's payload.
+          fuse: burns with what is sent.
+          root: the link that this one is a further lane of.
         """
         sock.setblocking(False)
         self.sock = sock
@@ -100,7 +116,13 @@ class Link:
         self.peer = peer
         self.cma = cma
         self.can_offer = can_offer
-        self.said_bye = False
+        self.root = root or self
+        self.lanes: list[Link] = []
+        """All connections to the peer that still stand, this one included; the root's alone."""
+        self.root.lanes.append(self)
+        self.meter = SocketMeter(sock)
+        self.ended = False
+        """The peer said on this connection that nothing follows."""
         self.parked = False
         self.force = False
         """Read on whatever the bound on early bytes says: the peer has closed its side."""
@@ -109,8 +131,11 @@ class Link:
         """Receives and acknowledgements that are posted and still open on this link."""
         self.events = 0
         self._segment = segment_bytes
+        self._metered = min(segment_bytes, METERED_BYTES)
+        self._fuse = fuse
         self._urgent: deque[Outbound] = deque()
-        self._bulk: deque[Outbound] = deque()
+        self._bulk: deque[Outbound] = root._bulk if root else deque()
+        self._last: deque[Outbound] = deque()
         self._current: Outbound | None = None
         self._out: list[memoryview] = []
         self._stage = bytearray(_STAGE_BYTES)
@@ -125,21 +150,53 @@ class Link:
 
     @property
     def has_output(self) -> bool:
-        return bool(self._out or self._urgent or self._bulk)
+        return bool(self._out or self._urgent or self._bulk or self._last)
+
+    @property
+    def said_bye(self) -> bool:
+        """Whether the peer has left cleanly: it said so on every connection."""
+        return all(lane.ended for lane in self.lanes)
+
+    @property
+    def flow(self) -> Flow:
+        """What went out over all lanes, and how fast."""
+        total = Flow(0, 0.0, None)
+        for lane in self.lanes:
+            total += lane.meter.pace.flow
+        return total
+
+    @property
+    def windows(self) -> tuple[float, ...]:
+        """Rates of the last two windows over all lanes, the newest first."""
+        each = zip(*(lane.meter.pace.windows for lane in self.lanes), strict=False)
+        return tuple(sum(rates) for rates in each)
+
+    def settle(self) -> None:
+        """Bring `flow` up to date."""
+        for lane in self.lanes:
+            lane.meter.mark(bulk=lane.meter.open, idle=True)
 
     @property
     def owes(self) -> bool:
         """Whether payload of an operation still waits to be sent."""
         waiting = [*self._urgent, *self._bulk]
-        if self._current is not None:
-            waiting.append(self._current)
+        waiting += [lane._current for lane in self.lanes if lane._current is not None]
         return any(m.header.kind in (Kind.DATA, Kind.OFFER) for m in waiting)
 
     def queue(
         self, header: Header, view: memoryview, ticket: Ticket | None, *, urgent: bool
     ) -> None:
         """Append a message. `view` must stay untouched until the ticket is done."""
+        large = len(view) >= self._metered
+        for lane in self.lanes:
+            if large or lane.meter.open:
+                lane.meter.mark(bulk=large, idle=not lane.has_output)
         (self._urgent if urgent else self._bulk).append(Outbound(header, view, ticket))
+
+    def say_goodbye(self, goodbye: Header) -> None:
+        """Append a goodbye on every lane, behind all that is queued."""
+        for lane in self.lanes:
+            lane._last.append(Outbound(goodbye, memoryview(b""), None))
 
     def flush(self) -> None:
         """Send what the kernel takes now, up to a turn. Raises OSError: the peer is gone."""
@@ -147,7 +204,11 @@ class Link:
             if not self._out and not self._next_frame():
                 return
             try:
-                sent = self.sock.sendmsg(self._out)
+                if self._fuse.lit:
+                    sent = self.sock.sendmsg(self._fuse.short(self._out))
+                    self._fuse.burn(sent)
+                else:
+                    sent = self.sock.sendmsg(self._out)
             except (BlockingIOError, InterruptedError):
                 return
             while self._out and sent >= len(self._out[0]):
@@ -164,48 +225,67 @@ class Link:
         Its rest is copied, so that its owner may reuse the memory at once and the peer can
         never receive a mixture.
         """
-        dropped = 0
+        dropped = sum(lane._drop_current(generation) for lane in self.lanes)
         for queue in (self._urgent, self._bulk):
             kept = [m for m in queue if not _stale(m.header, generation)]
             dropped += len(queue) - len(kept)
             queue.clear()
             queue.extend(kept)
-        current = self._current
-        if current is not None and _stale(current.header, generation):
-            dropped += 1
-            self._out = [memoryview(bytes(part)) for part in self._out]
-            current.ticket = None
-            current.offset = len(current.view)
         return dropped
 
+    def _drop_current(self, generation: int) -> int:
+        current = self._current
+        if current is None or not _stale(current.header, generation):
+            return 0
+        self._out = [memoryview(bytes(part)) for part in self._out]
+        current.ticket = None
+        # While more of it is to be sent it stands in the queue, and is counted there.
+        return int(current.offset == len(current.view))
+
     def _next_frame(self) -> bool:
-        queue = self._urgent or self._bulk
+        queue = self._urgent or self._bulk or self._last
         if not queue:
             return False
         message = queue.popleft()
-        length = min(self._segment, len(message.view) - message.offset)
+        length = min(self._frame_bytes, len(message.view) - message.offset)
         header = message.header._replace(offset=message.offset, length=length)
         self._out = [memoryview(pack(header))]
         if length:
             self._out.append(message.view[message.offset : message.offset + length])
         message.offset += length
+        message.flying += 1
+        if message.offset < len(message.view):
+            # Back to the front: between its segments only urgent frames may slip in.
+            self._bulk.appendleft(message)
         self._current = message
         return True
 
     def _frame_sent(self) -> None:
         message, self._current = self._current, None
         assert message is not None, "a frame belongs to a message"
-        if message.offset < len(message.view):
-            # Back to the front: between its segments only urgent frames may slip in.
-            self._bulk.appendleft(message)
-        elif message.ticket is not None and message.header.kind is not Kind.OFFER:
+        message.flying -= 1
+        if message.flying or message.offset < len(message.view):
+            return
+        if message.ticket is not None and message.header.kind is not Kind.OFFER:
             # An offer is done when it is acknowledged, not when it is sent.
             message.ticket.complete()
+
+    @property
+    def _frame_bytes(self) -> int:
+        """A segment is cut so that all lanes can carry a piece of it at the same time."""
+        lanes = len(self.root.lanes)
+        if lanes == 1:
+            return self._segment
+        return min(self._segment, max(self._segment // lanes, _PIECE_BYTES_MIN))
 
     # -- incoming ---------------------------------------------------------------------
 
     def discard_input(self, generation: int) -> None:
-        """Let a payload of `generation` that is half here run into the void."""
+        """Let what is half here of `generation` run into the void."""
+        for lane in self.lanes:
+            lane._discard_payload(generation)
+
+    def _discard_payload(self, generation: int) -> None:
         if self._header is not None and self._sink is not None and _stale(self._header, generation):
             self._sink = memoryview(bytearray(len(self._sink)))
             self._token = None
@@ -240,6 +320,8 @@ class Link:
                 self._filled += count
             else:
                 self._end += count
+            if count < len(target):
+                break  # there was no more; asking again would only be told so
         self._digest(router)
 
     def _digest(self, router: Router) -> bool:

@@ -1,21 +1,24 @@
-"""LinkSet: all links of this process, their readiness, and their ends.
+"""LinkSet: all links of this process with their lanes, their readiness, and their ends.
 
 Owned by the communication thread. Other threads may look up `links`, and wait for `news`.
 """
 
 import contextlib
 import logging
+import math
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from ftkit.collectives.arithmetic import view_of
 from ftkit.collectives.faults import FaultError
 from ftkit.collectives.frames import Header
+from ftkit.collectives.fuse import Fuse
 from ftkit.collectives.link import Link, Router, Ticket
 from ftkit.collectives.mesh import Greeted
 from ftkit.core.errors import ProtocolError, WireError
@@ -50,6 +53,7 @@ class LinkSet:
         self.router: Router | None = None
         """Where incoming frames go; set once by the engine, before the first link."""
         self.dirty: set[Link] = set()
+        self.fuse = Fuse()
         self._segment = segment_bytes
         self._later = later
         self._on_lost = on_lost
@@ -57,13 +61,13 @@ class LinkSet:
         self._epoll = select.epoll()
 
     def watch(self, fd: int) -> None:
-        """Report `fd`, too, from `poll` when it is readable."""
-        self._epoll.register(fd, select.EPOLLIN)
+        """Report `fd`, too, from `poll`, each time that it is written to."""
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLET)
 
-    def poll(self, patience_s: float | None) -> list[tuple[int, int]]:
+    def poll(self, patience_s: float) -> list[tuple[int, int]]:
         """(descriptor, events) of what is ready; waits for at most `patience_s`."""
         try:
-            return self._epoll.poll(patience_s)
+            return self._epoll.poll(-1 if patience_s == math.inf else patience_s)
         except InterruptedError:
             return []
 
@@ -86,38 +90,52 @@ class LinkSet:
             self.news.notify_all()
 
     def add(self, greeted: Greeted) -> None:
-        """Take over a connection; there is none to this peer."""
-        link = Link(
-            greeted.sock,
-            greeted.peer,
-            cma=greeted.cma,
-            can_offer=greeted.can_offer,
-            segment_bytes=self._segment,
-        )
-        self._by_fd[link.fd] = link
-        link.events = select.EPOLLIN
-        self._epoll.register(link.fd, link.events)
+        """Take over a link's connections; there are none to this peer."""
+        root: Link | None = None
+        for sock in (greeted.sock, *greeted.lanes):
+            lane = Link(
+                sock,
+                greeted.peer,
+                cma=greeted.cma,
+                can_offer=greeted.can_offer,
+                segment_bytes=self._segment,
+                fuse=self.fuse,
+                root=root,
+            )
+            root = root or lane
+            self._by_fd[lane.fd] = lane
+            lane.events = select.EPOLLIN
+            self._epoll.register(lane.fd, lane.events)
+        link = lane.root
         with self.news:
             self.links[link.peer] = link
             self.news.notify_all()
 
     def drop(self, link: Link) -> None:
-        """Close a link without a word."""
-        if self._by_fd.pop(link.fd, None) is None:
+        """Close a link, all lanes, without a word."""
+        open_lanes = [self._retire(lane) for lane in link.lanes]
+        if not any(open_lanes):
             return
-        self.dirty.discard(link)
-        self._epoll.unregister(link.fd)
-        link.close()
         with self.news:
             if self.links.get(link.peer) is link:
                 del self.links[link.peer]
             self.news.notify_all()
 
+    def _retire(self, lane: Link) -> bool:
+        """Close one connection; False when it was closed before."""
+        if self._by_fd.pop(lane.fd, None) is None:
+            return False
+        self.dirty.discard(lane)
+        self._epoll.unregister(lane.fd)
+        lane.close()
+        return True
+
     def dismiss(self, link: Link, goodbye: Header) -> None:
         """Drop a link with a goodbye, if it still takes one: its peer is no longer with us."""
-        link.queue(goodbye, memoryview(b""), None, urgent=False)
-        with contextlib.suppress(OSError):
-            link.flush()
+        link.say_goodbye(goodbye)
+        for lane in link.lanes:
+            with contextlib.suppress(OSError):
+                lane.flush()
         self.drop(link)
 
     def serve(self, link: Link, event: int) -> None:
@@ -131,7 +149,7 @@ class LinkSet:
                 # It has closed its side; what it sent before is in the kernel and no more.
                 if link.parked_bytes > _LAST_WORDS_MAX or event & select.EPOLLERR:
                     raise WireError(f"member {link.peer} closed its connection in mid-message")
-                link.force = True
+                link.root.force = True
                 event |= select.EPOLLIN
             if event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
                 link.receive(self._routes())
@@ -142,19 +160,25 @@ class LinkSet:
         except (WireError, OSError) as error:
             self._lost(link, f"member {link.peer} is gone: {error}")
 
-    def _lost(self, link: Link, reason: str) -> None:
-        self.drop(link)
-        self._on_lost(link, reason)
+    def _lost(self, lane: Link, reason: str) -> None:
+        root = lane.root
+        if lane.ended and not root.said_bye:
+            # It ended in good order, and others still carry something.
+            self._retire(lane)
+            return
+        self.drop(root)
+        self._on_lost(root, reason)
 
     def _routes(self) -> Router:
         assert self.router is not None, "the engine sets the router before the first link"
         return self.router
 
     def unpark(self, link: Link) -> None:
-        """Go on reading a link that was parked."""
-        if link.parked:
-            # Not here: we may be in the middle of reading that very link.
-            self._later(lambda: self.serve(link, select.EPOLLIN))
+        """Go on reading the lanes of a link that were parked."""
+        for lane in link.lanes:
+            if lane.parked:
+                # Not here: we may be in the middle of reading that very lane.
+                self._later(partial(self.serve, lane, select.EPOLLIN))
 
     def flush(self, link: Link) -> None:
         """Send what the kernel takes. FaultError when the peer is gone and was needed."""
@@ -164,11 +188,10 @@ class LinkSet:
         except OSError as error:
             # What it said last may still be in the kernel: the reading side finds the end.
             logger.debug("cannot send to member %s: %s", link.peer, error)
-            try:
-                for _ in range(_LAST_READS):
-                    link.receive(self._routes())
-            except (WireError, OSError):
-                pass
+            for lane in list(link.root.lanes):
+                with contextlib.suppress(WireError, OSError):
+                    for _ in range(_LAST_READS):
+                        lane.receive(self._routes())
             self._lost(link, f"member {link.peer} is gone: {error}")
             return
         self._arm(link)
@@ -195,21 +218,25 @@ class LinkSet:
         """Append a message to what `link` has to send in this turn."""
         link.queue(header, payload, ticket, urgent=urgent)
         self.dirty.add(link)
+        if not urgent and len(link.lanes) > 1:
+            self.dirty.update(lane for lane in link.lanes if lane.fd in self._by_fd)
 
     def close(self) -> None:
         """Drop every link."""
-        for link in list(self._by_fd.values()):
-            self.drop(link)
+        for lane in list(self._by_fd.values()):
+            self.drop(lane.root)
         self._epoll.close()
 
     def farewell(self, header: Header, timeout_s: float) -> None:
         """BYE to all, then wait, briefly, until what is queued was taken and they closed."""
         links = list(self.links.values())
         for link in links:
-            link.queue(header, memoryview(b""), None, urgent=False)
+            link.say_goodbye(header)
         deadline = time.monotonic() + timeout_s
         poll = select.poll()
-        open_links = {link.fd: link for link in links}
+        open_links = {
+            lane.fd: lane for link in links for lane in link.lanes if lane.fd in self._by_fd
+        }
         shut: set[int] = set()
         for fd in open_links:
             poll.register(fd, select.POLLIN | select.POLLOUT)

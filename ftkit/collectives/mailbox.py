@@ -8,6 +8,7 @@ we get there, those of an earlier one are never kept.
 from collections.abc import Callable, Iterator
 
 from ftkit.collectives.arithmetic import Bytes, copy
+from ftkit.collectives.frames import Offer
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Key, empty
 from ftkit.core.errors import ProtocolError
@@ -24,7 +25,7 @@ class Inbound:
         """Where segments are written."""
         self.target: Bytes | None = None
         """Where the whole is copied at the end: it was posted when segments had come."""
-        self.offer: tuple[int, int] | None = None
+        self.offer: Offer | None = None
         self.raw = False
         self.started = False
         self.got = 0

@@ -1,8 +1,9 @@
-"""Mesh: finds peers and proves them, and hands over one good connection per pair.
+"""Mesh: finds peers and proves them, and hands over one good link per pair.
 
 The member with the higher id dials the lower one: a newcomer, whose id is the highest,
 reaches everybody while they train. Both ends authenticate, compare the settings that cut
-messages, and probe whether they can read each other's memory. A stranger that is silent,
+messages, and probe whether they can read each other's memory. Where they cannot, the dialler
+opens the further connections that the settings ask for (`lanes`). A stranger that is silent,
 speaks something else or holds another secret costs one thread until its deadline and never
 delays anybody else.
 """
@@ -10,16 +11,19 @@ delays anybody else.
 import contextlib
 import logging
 import os
+import secrets
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from ftkit.collectives.cma import CmaPeer, ValidWord
 from ftkit.collectives.config import CollectivesConfig, Transport
+from ftkit.collectives.lanes import LaneDesk, LaneKey, word_of
 from ftkit.core.errors import AuthenticationError, WireError
 from ftkit.core.ids import MemberId
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
@@ -27,17 +31,26 @@ from ftkit.core.wire import authenticate, listen, receive_message, send_message
 logger = logging.getLogger(__name__)
 
 _GREETINGS_MAX = 64
+#: What one of several connections may hold that it cannot send yet.
+_LANE_UNSENT_BYTES = 128 << 10
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 
 
 @dataclass(frozen=True, slots=True)
 class Greeted:
-    """A connection that passed the greeting. Owned by whoever receives it."""
+    """Connections that passed the greeting. Owned by whoever receives them."""
 
     sock: socket.socket
     peer: MemberId
     cma: CmaPeer | None
     can_offer: bool
+    lanes: tuple[socket.socket, ...] = ()
+    """Further connections to the same peer, as good as the first."""
+
+    def close(self) -> None:
+        """Nobody wants them."""
+        for sock in (self.sock, *self.lanes):
+            sock.close()
 
 
 class Mesh:
@@ -60,7 +73,7 @@ class Mesh:
           host: address to bind; peers dial it.
           config: must agree with the peers' in `wire`.
           word: our published words, for the peers' probes.
-          on_link: receives each accepted connection, on a greeting thread.
+          on_link: receives each accepted link, on a greeting thread.
         """
         self.member = member
         self._secret = secret
@@ -76,25 +89,75 @@ class Mesh:
         self._listener.setblocking(False)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._lock = threading.Lock()
+        self._desk = LaneDesk(config.greeting_timeout_s)
         self._greetings: dict[socket.socket, tuple[float, threading.Thread]] = {}
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="ftkit-accept", daemon=True)
         self._thread.start()
 
-    def dial(self, peer: MemberId, address: tuple[str, int], *, timeout_s: float) -> Greeted:
+    def dial(
+        self,
+        peer: MemberId,
+        address: tuple[str, int],
+        *,
+        timeout_s: float,
+        connect: Callable[[float], socket.socket] | None = None,
+    ) -> Greeted:
         """Connect to `peer`, blocking for at most about `timeout_s`.
+
+        `connect` opens the connection within so many seconds, where it is not to be the
+        shortest way.
 
         Raises:
           WireError: nobody answers there, the greeting failed, or somebody else lives there.
         """
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        sock = socket.socket(family)
+        opened = connect or partial(self._straight, address)
+        word = secrets.token_hex(8)
+        greeted = self._dial(peer, address, opened, word, timeout_s, further=False)
+        lanes: list[socket.socket] = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(greeted.sock.close)
+            for _ in range(self._further(greeted)):
+                lane = self._dial(peer, address, opened, word, timeout_s, further=True).sock
+                undo.callback(lane.close)
+                lanes.append(lane)
+            undo.pop_all()
+        return replace(greeted, lanes=tuple(lanes))
+
+    def _straight(self, address: tuple[str, int], timeout_s: float) -> socket.socket:
+        """A connection to `address`. OSError when there is none to be had."""
+        sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         try:
-            _tune(sock)
+            _tune(sock, lanes=self._config.connections)  # what it announces depends on its buffers
             sock.settimeout(timeout_s)
             sock.connect(address)
-            greeted = self._greet(
-                sock, server=False, timeout_s=min(timeout_s, self._config.greeting_timeout_s)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def _dial(
+        self,
+        peer: MemberId,
+        address: tuple[str, int],
+        connect: Callable[[float], socket.socket],
+        word: str,
+        timeout_s: float,
+        *,
+        further: bool,
+    ) -> Greeted:
+        try:
+            sock = connect(timeout_s)
+        except OSError as error:
+            raise WireError(f"cannot reach member {peer} at {address}: {error}") from error
+        try:
+            _tune(sock, lanes=self._config.connections)
+            greeted, _ = self._greet(
+                sock,
+                server=False,
+                timeout_s=min(timeout_s, self._config.greeting_timeout_s),
+                word=word,
+                further=further,
             )
         except OSError as error:
             sock.close()
@@ -107,6 +170,11 @@ class Mesh:
             raise WireError(f"at {address} lives member {greeted.peer}, not {peer}")
         return greeted
 
+    def _further(self, greeted: Greeted) -> int:
+        """How many more connections the pair opens; both sides come to the same."""
+        by_memory = greeted.cma is not None and greeted.can_offer
+        return 0 if by_memory else self._config.connections - 1
+
     def close(self) -> None:
         """Stop listening, cut greetings short, join all threads. Twice is fine."""
         with self._lock:
@@ -115,6 +183,7 @@ class Mesh:
             self._closed = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
+        self._desk.close()
         with self._lock:
             greetings = dict(self._greetings)
         for sock, (_, thread) in greetings.items():
@@ -142,8 +211,9 @@ class Mesh:
                     return
                 continue
             with self._lock:
-                if len(self._greetings) >= _GREETINGS_MAX:
-                    logger.warning("%s refused: %s greetings are pending", address, _GREETINGS_MAX)
+                pending = len(self._greetings)
+                if pending >= _GREETINGS_MAX * self._config.connections:
+                    logger.warning("%s refused: %s greetings are pending", address, pending)
                     sock.close()
                     continue
                 thread = threading.Thread(
@@ -166,8 +236,12 @@ class Mesh:
     def _receive(self, sock: socket.socket, address: object) -> None:
         try:
             sock.setblocking(True)
-            _tune(sock)
-            greeted = self._greet(sock, server=True, timeout_s=self._config.greeting_timeout_s)
+            _tune(sock, lanes=self._config.connections)
+            timeout_s = self._config.greeting_timeout_s
+            greeted, key = self._greet(sock, server=True, timeout_s=timeout_s)
+            if key is not None:
+                self._desk.bring(key, sock)
+                return
         except AuthenticationError as error:
             logger.warning("refused a connection from %s: %s", address, error)
             sock.close()
@@ -180,8 +254,26 @@ class Mesh:
             with self._lock:
                 self._greetings.pop(sock, None)
 
-    def _greet(self, sock: socket.socket, *, server: bool, timeout_s: float) -> Greeted:
-        hello = {"member": self.member, "config": self._config.wire, "memory": self._word.hello()}
+    def _greet(
+        self,
+        sock: socket.socket,
+        *,
+        server: bool,
+        timeout_s: float,
+        word: str = "",
+        further: bool = False,
+    ) -> tuple[Greeted, LaneKey | None]:
+        """The peer; and, on the accepting side, the link that this is a further lane of.
+
+        An accepted link comes with all its lanes.
+        """
+        hello = {
+            "member": self.member,
+            "config": self._config.wire,
+            "memory": self._word.hello(),
+            "link": word,
+            "lane": further,
+        }
         theirs = authenticate(sock, self._secret, server=server, hello=hello, timeout_s=timeout_s)
         peer = _member_of(theirs)
         if peer == self.member:
@@ -207,7 +299,16 @@ class Mesh:
                 f"transport 'cma' was demanded, but members {self.member} and {peer} cannot "
                 "read each other's memory (another host, or ptrace is not permitted)"
             )
-        return Greeted(sock, peer, cma, can_offer)
+        greeted = Greeted(sock, peer, cma, can_offer)
+        if not server:
+            return greeted, None
+        word, further = word_of(theirs)
+        key = LaneKey(peer, word)
+        if further:
+            return greeted, key
+        if count := self._further(greeted):
+            greeted = replace(greeted, lanes=self._desk.collect(key, count))
+        return greeted, None
 
 
 def _member_of(hello: Mapping[str, Any]) -> MemberId:
@@ -217,8 +318,11 @@ def _member_of(hello: Mapping[str, Any]) -> MemberId:
     return MemberId(member)
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket, *, lanes: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if lanes > 1:
+        # A slow lane must not take more than it can send soon, while others stand idle.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _LANE_UNSENT_BYTES)
     # bbr paces, which on loopback and in a rack costs half of the bandwidth. A kernel
     # without cubic keeps its own choice. Buffers are left to the kernel's tuning, which may
     # go beyond what an ordinary user may set.

@@ -3,17 +3,18 @@
 from collections.abc import Generator, Sequence
 from typing import cast
 
+from ftkit.collectives import rings
 from ftkit.collectives.arithmetic import Bytes, copy
 from ftkit.collectives.op import Op, Program, Wait
 
 
-def exchange(payload: Bytes) -> Program:
+def exchange(payload: Bytes, tag: int = 0) -> Program:
     """Everybody's bytes, in rank order, in one round. Sizes may differ."""
 
     def program(op: Op) -> Generator[Wait, None, list[bytes]]:
         others = op.others()
-        sent = [op.send(rank, payload) for rank in others]
-        tickets = {rank: op.recv(rank, None) for rank in others}
+        sent = [op.send(rank, payload, tag=tag) for rank in others]
+        tickets = {rank: op.recv(rank, None, tag=tag) for rank in others}
         yield [*tickets.values(), *sent]
         mine = payload.tobytes()
         return [
@@ -28,7 +29,7 @@ def broadcast(data: Bytes, root: int) -> Program:
     """The root's bytes to all, in place.
 
     Within a host the root offers its memory and all read at once. Between hosts the bytes
-    run through a chain in segments, so that no member sends them more than once.
+    run along the ring in segments, so that no member sends them more than once.
     """
 
     def program(op: Op) -> Generator[Wait, None, None]:
@@ -40,19 +41,21 @@ def broadcast(data: Bytes, root: int) -> Program:
             else:
                 yield op.recv(root, data)
             return
-        place = (op.rank - root) % op.size
+        before, after = op.neighbours
+        ring = op.channel.ring
+        place = (ring.index(op.rank) - ring.index(root)) % op.size
         step = op.segment
         count = -(-data.size // step)
         parts = [data[i * step : (i + 1) * step] for i in range(count)]
         came = []
         if place:
-            came = [op.recv((op.rank - 1) % op.size, p, part=i) for i, p in enumerate(parts)]
+            came = [op.recv(before, p, part=i) for i, p in enumerate(parts)]
         sent = []
         for i, part in enumerate(parts):
             if place:
                 yield came[i]
             if place < op.size - 1:
-                sent.append(op.send((op.rank + 1) % op.size, part, part=i))
+                sent.append(op.send(after, part, part=i))
         yield sent
 
     return program
@@ -64,6 +67,9 @@ def all_gather(outs: Sequence[Bytes], mine: Bytes) -> Program:
     def program(op: Op) -> Generator[Wait, None, None]:
         if outs[op.rank].ctypes.data != mine.ctypes.data:
             copy(outs[op.rank], mine)
+        if rings.serve(op, outs):
+            yield from rings.all_gather(op, outs)
+            return
         others = op.others()
         came = [op.recv(rank, outs[rank]) for rank in others]
         yield came + [op.send(rank, mine) for rank in others]

@@ -5,12 +5,13 @@ thread, asks for transfers with `send`, `recv` and `offered`, and yields a ticke
 tickets, or None ("let others run, then go on"). What it returns becomes the handle's value.
 """
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from ftkit.collectives.arithmetic import Bytes
+from ftkit.collectives.frames import Offer
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.link import Ticket
 from ftkit.core.ids import Generation, MemberId
@@ -93,12 +94,24 @@ class Op:
 
     @property
     def segment(self) -> int:
-        """Bytes of a fold segment."""
+        """Bytes of a frame."""
         return self.engine.config.segment_bytes
+
+    @property
+    def piece(self) -> int:
+        """Bytes of a piece of a flow."""
+        return self.engine.config.piece_bytes
 
     def others(self) -> list[int]:
         """The other ranks, beginning with the one after us, so that not all talk to rank 0."""
         return [(self.rank + i) % self.size for i in range(1, self.size)]
+
+    @property
+    def neighbours(self) -> tuple[int, int]:
+        """The ranks before and after us in the channel's ring."""
+        ring = self.channel.ring
+        place = ring.index(self.rank)
+        return ring[place - 1], ring[(place + 1) % self.size]
 
     def key(self, rank: int, tag: int, part: int) -> Key:
         return Key(
@@ -121,20 +134,38 @@ class Op:
         """Receive into `into`, or, when None, into new memory (`ticket.data`, a Bytes)."""
         return self.engine.transfers.post(self.key(source, tag, part), into, raw=False)
 
-    def offered(self, source: int, *, tag: int = 0) -> Ticket:
-        """Wait for an offer without fetching it: `ticket.data` is (address, length)."""
-        return self.engine.transfers.post(self.key(source, tag, 0), None, raw=True)
+    def lend(
+        self,
+        targets: Sequence[int],
+        data: Bytes,
+        *,
+        tag: int,
+        part: int,
+        told: bool,
+        copied: bool = False,
+    ) -> tuple[list[Ticket], bool]:
+        """Offer at most a piece to all `targets`; see `Transfers.lend`."""
+        keys = [self.key(target, tag, part) for target in targets]
+        return self.engine.transfers.lend(keys, data, told=told, copied=copied)
 
-    def fetch(self, source: int, address: int, into: Bytes) -> None:
-        """Read a piece of what `source` offered."""
-        self.engine.transfers.fetch(self.members[source], address, into)
+    def offered(self, source: int, *, tag: int = 0, part: int = 0) -> Ticket:
+        """Wait for an offer without fetching it: `ticket.data` is an Offer."""
+        return self.engine.transfers.post(self.key(source, tag, part), None, raw=True)
 
-    def fetched(self, sources: Iterable[int], *, tags: Iterable[int] = (0,)) -> None:
-        """Make sure that all that was fetched still held, then release the offers."""
-        self.engine.transfers.acknowledge([self.key(s, t, 0) for s in sources for t in tags])
+    def look(self, source: int, offer: Offer) -> Bytes | None:
+        """What `source` offered, to be read in place; None when it must be fetched."""
+        return self.engine.transfers.look(self.members[source], offer)
+
+    def fetch(self, source: int, offer: Offer, into: Bytes) -> None:
+        """Read the beginning of what `source` offered."""
+        self.engine.transfers.fetch(self.members[source], offer, 0, into)
+
+    def fetched(self, source: int, offer: Offer, *, tag: int, part: int) -> None:
+        """Make sure that what was read still held, then release the offer."""
+        self.engine.transfers.acknowledge(self.key(source, tag, part), offer)
 
     def scratch(self) -> Bytes:
-        """A segment of scratch memory; give it back with `release`."""
+        """Scratch memory for a piece or a segment; give it back with `release`."""
         return self.engine.transfers.take_scratch()
 
     def release(self, *buffers: Bytes) -> None:

@@ -1,6 +1,9 @@
 """What the data plane needs from outside."""
 
+import socket
 from typing import Protocol
+
+from ftkit.core.world import Member
 
 
 class OpRecorder(Protocol):
@@ -11,6 +14,13 @@ class OpRecorder(Protocol):
 
     def leave(self, seq: int, ok: bool) -> None:
         """Operation `seq` completed (`ok`) or failed. Comes from the communication thread."""
+
+
+class Detour(Protocol):
+    """Another way to members than the address at which they listen."""
+
+    def connect(self, member: Member, timeout_s: float) -> socket.socket:
+        """A connection whose other end is `member`'s listener. Blocks. OSError."""
 
 
 class NullRecorder:

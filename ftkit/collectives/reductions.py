@@ -1,4 +1,4 @@
-"""Programs that reduce: all-reduce in three forms, reduce-scatter, reduce.
+"""Programs that reduce: all-reduce in three forms, reduce-scatter in two, reduce.
 
 Whatever the form, every element is folded by one rank, or by all in the same order, and
 copied from there: all ranks end with the same bits. (For bits that do not depend on the
@@ -6,10 +6,12 @@ number of ranks, see `canonical`.)
 
 ==================== ===========================================================
 small                everyone sends all to everyone and folds in rank order: one round
-one host             each rank owns a chunk, reads it from everybody segment by
-                     segment (flows), folds, and hands the result round
-several hosts        the pipelined ring: every byte crosses each edge about twice,
-                     and no member talks to more than two others
+one host, not large  the same, but shown in staging memory: moves more bytes than the next
+                     form, and needs one round of messages less
+one host             each rank owns a chunk, folds everybody's piece by piece, and
+                     hands each folded piece round (flows)
+several hosts        the pipelined ring, in the order that was planned: every byte
+                     crosses each edge about twice, and nobody talks to more than two
 ==================== ===========================================================
 """
 
@@ -19,13 +21,21 @@ from typing import cast
 
 import torch
 
+from ftkit.collectives import rings
 from ftkit.collectives.arithmetic import Bytes, average, bounds, combine, copy
-from ftkit.collectives.flows import Inflow, produce
+from ftkit.collectives.flows import Handout, Inflow, pieces_of, produce, take_in
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
+from ftkit.collectives.planning import look
 
 _FOLD, _RESULT = 0, 1
-_RING_AHEAD = 3
+#: A fold works on this much at a time, so that what it writes again is still in the cache.
+FOLD_BYTES = 256 << 10
+#: One more round of messages takes as long as moving so many bytes. To show all to all moves, in
+#: copies and folds, n + 3 times the data through memory; by chunks it is 5 - 2 / n times.
+_HOP_BYTES = 6 << 20
+#: A neighbour sends as fast as it can; what comes before it is awaited is copied once more.
+_RING_AHEAD = 8
 
 
 def all_reduce(data: Bytes, dtype: torch.dtype, op_name: str) -> Program:
@@ -34,11 +44,18 @@ def all_reduce(data: Bytes, dtype: torch.dtype, op_name: str) -> Program:
     def program(op: Op) -> Generator[Wait, None, None]:
         if op.size == 1 or not data.size:
             return
-        if data.size <= op.engine.config.exchange_bytes_max:
+        if op.engine.on_one_host:
+            if data.size < op.engine.config.cma_bytes_min:
+                yield from _one_round(op, data, dtype, op_name)
+            elif data.size * (op.size - 2 + 2 / op.size) <= _HOP_BYTES:
+                yield from _shown_to_all(op, data, dtype, op_name)
+            else:
+                yield from _direct(op, data, dtype, op_name)
+        elif data.size <= op.engine.config.exchange_bytes_max:
             yield from _one_round(op, data, dtype, op_name)
-        elif op.engine.on_one_host:
-            yield from _direct(op, data, dtype, op_name)
         else:
+            if op.channel.look_due():
+                yield from look(op)
             yield from _ring(op, data, dtype, op_name)
 
     return program
@@ -48,15 +65,13 @@ def reduce_scatter(out: Bytes, ins: Sequence[Bytes], dtype: torch.dtype, op_name
     """The reduction of all ranks' `ins[r]` into the `out` of rank r. Inputs stay."""
 
     def program(op: Op) -> Generator[Wait, None, None]:
-        mine = ins[op.rank]
-        if out.ctypes.data != mine.ctypes.data:
-            copy(out, mine)
+        if rings.serve(op, ins):
+            yield from rings.reduce_scatter(op, out, ins, dtype, op_name)
+            return
         sent: list[Ticket] = []
         for rank in op.others():
             sent += produce(op, rank, ins[rank], _FOLD)
-        yield from fold_into(op, out, op.others(), dtype, op_name)
-        if op_name == "avg":
-            average(dtype, out, op.size)
+        yield from fold_into(op, out, ins[op.rank], op.others(), dtype, op_name)
         yield sent
 
     return program
@@ -67,9 +82,7 @@ def reduce(data: Bytes, dtype: torch.dtype, op_name: str, root: int) -> Program:
 
     def program(op: Op) -> Generator[Wait, None, None]:
         if op.rank == root:
-            yield from fold_into(op, data, op.others(), dtype, op_name)
-            if op_name == "avg":
-                average(dtype, data, op.size)
+            yield from fold_into(op, data, data, op.others(), dtype, op_name)
         else:
             yield produce(op, root, data, _FOLD)
 
@@ -77,21 +90,41 @@ def reduce(data: Bytes, dtype: torch.dtype, op_name: str, root: int) -> Program:
 
 
 def fold_into(
-    op: Op, acc: Bytes, sources: Sequence[int], dtype: torch.dtype, op_name: str
+    op: Op,
+    out: Bytes,
+    own: Bytes,
+    sources: Sequence[int],
+    dtype: torch.dtype,
+    op_name: str,
+    handout: Handout | None = None,
 ) -> Generator[Wait, None, None]:
-    """Fold: acc = acc op source op source ...: each sends a chunk as long as `acc`."""
-    flows = [Inflow(op, source, acc.size, _FOLD) for source in sources]
-    step = op.segment
-    for index in range(-(-acc.size // step)):
-        target = acc[index * step : (index + 1) * step]
+    """Fold: out = own op source op source ...: each sends a chunk as long as `out`.
+
+    `own` may be `out`. With `avg` the sum is divided by the number of ranks. Pieces go to
+    `handout` when they are final.
+    """
+    if not sources and own is not out:
+        copy(out, own)
+    flows = [Inflow(op, source, out.size, _FOLD) for source in sources]
+    for index, target in enumerate(pieces_of(out, op.piece)):
+        pieces = {}
         for flow in flows:
-            buffer = yield from flow.segment(index)
-            combine(op_name, dtype, target, target, buffer[: target.size])
-            flow.done(buffer)
-        # Others' sockets, and an abort, get their turn between segments.
+            pieces[flow] = yield from flow.piece(index)
+        start = index * op.piece
+        for at in range(0, target.size, FOLD_BYTES):
+            part = target[at : at + FOLD_BYTES]
+            value = own[start + at : start + at + part.size]
+            for piece in pieces.values():
+                combine(op_name, dtype, part, value, piece.view[at : at + FOLD_BYTES])
+                value = part
+            if op_name == "avg":
+                average(dtype, part, op.size)
+        for flow, piece in pieces.items():
+            flow.done(piece)
+        if handout is not None:
+            yield from handout.hand(index, target)
+        # Others' sockets, and an abort, get their turn between pieces.
         yield None
-    for flow in flows:
-        flow.finish()
 
 
 def _one_round(
@@ -113,38 +146,66 @@ def _one_round(
         average(dtype, data, op.size)
 
 
+def _shown_to_all(
+    op: Op, data: Bytes, dtype: torch.dtype, op_name: str
+) -> Generator[Wait, None, None]:
+    """Everybody shows a copy of all to all, and folds it in rank order."""
+    handout = Handout(op, data, _FOLD, copies=True)
+    flows = {rank: Inflow(op, rank, data.size, _FOLD) for rank in op.others()}
+    pieces = pieces_of(data, op.piece)
+    yield from handout.hand(0, pieces[0])
+    for index, target in enumerate(pieces):
+        if index + 1 < len(pieces):
+            yield from handout.hand(index + 1, pieces[index + 1])
+        yield None
+        came = {}
+        for rank, flow in flows.items():
+            came[rank] = yield from flow.piece(index)
+        prefix = op.scratch()
+        for at in range(0, target.size, FOLD_BYTES):
+            part = target[at : at + FOLD_BYTES]
+            values = [
+                part if rank == op.rank else came[rank].view[at : at + FOLD_BYTES]
+                for rank in range(op.size)
+            ]
+            # Our own value must stay until its turn.
+            early = part if op.rank < 2 else prefix[: part.size]
+            combine(op_name, dtype, early, values[0], values[1])
+            for value in values[2:]:
+                into = part if value is part else early
+                combine(op_name, dtype, into, early, value)
+                early = into
+            if op_name == "avg":
+                average(dtype, part, op.size)
+        op.release(prefix)
+        for rank, flow in flows.items():
+            flow.done(came[rank])
+    yield handout.in_use
+
+
 def _direct(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[Wait, None, None]:
     chunks = chunks_of(data, dtype, op.size)
     mine = chunks[op.rank]
+    came = take_in(op, chunks, _RESULT)
     sent: list[Ticket] = []
     for rank in op.others():
-        sent += produce(op, rank, chunks[rank], _FOLD)
-    yield from fold_into(op, mine, op.others(), dtype, op_name)
-    if op_name == "avg":
-        average(dtype, mine, op.size)
-    yield sent
-    # A chunk is overwritten only by its owner's result, which the owner sends after it has
-    # read the chunk from everybody: nothing that is still wanted is lost.
-    yield from share(op, chunks, _RESULT)
-
-
-def share(op: Op, chunks: Sequence[Bytes], tag: int) -> Generator[Wait, None, None]:
-    """Everybody's own chunk to all: `chunks[r]` is final at rank r, and becomes so here."""
-    came = [op.recv(rank, chunks[rank], tag=tag) for rank in op.others() if chunks[rank].size]
-    mine = chunks[op.rank]
-    sent = [op.send(rank, mine, tag=tag) for rank in op.others() if mine.size]
-    yield came + sent
+        sent += produce(op, rank, chunks[rank], _FOLD, answered=True)
+    handout = Handout(op, mine, _RESULT)
+    yield from fold_into(op, mine, mine, op.others(), dtype, op_name, handout)
+    yield [*sent, *came, *handout.in_use]
 
 
 def _ring(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[Wait, None, None]:
     """Reduce-scatter and all-gather as one stream of segments round the ring.
 
-    In turn t we send chunk (rank - t) and receive chunk (rank - t - 1). What we send from
+    In turn t we send chunk (place - t) and receive chunk (place - t - 1). What we send from
     turn 1 on is what we received the turn before, so segment j goes out as soon as it came
     in; the pipe is never empty.
     """
     chunks = chunks_of(data, dtype, op.size)
     step = op.segment
+    before, after = op.neighbours
+    place = op.channel.ring.index(op.rank)
 
     def segments(chunk: int) -> list[Bytes]:
         whole = chunks[chunk % op.size]
@@ -154,11 +215,10 @@ def _ring(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[Wa
     incoming = [
         (part, turn < op.size - 1, turn == op.size - 2)
         for turn in range(turns)
-        for part in segments(op.rank - turn - 1)
+        for part in segments(place - turn - 1)
     ]
-    outgoing = sum(len(segments(op.rank - turn)) for turn in range(turns))
-    after, before = (op.rank + 1) % op.size, (op.rank - 1) % op.size
-    sent = [op.send(after, part, part=i) for i, part in enumerate(segments(op.rank))]
+    outgoing = sum(len(segments(place - turn)) for turn in range(turns))
+    sent = [op.send(after, part, part=i) for i, part in enumerate(segments(place))]
     ahead: deque[tuple[Ticket, Bytes | None]] = deque()
     posted = 0
 

@@ -5,7 +5,8 @@ Operations ask for `send` and `post` and get tickets; frames come in through `pl
 
 A message to a peer that can read our memory, and large enough, is an *offer*: its address
 goes out, the peer fetches it when its receive is posted, makes sure that it still held, and
-acknowledges; only then is our ticket done and our memory free.
+acknowledges; only then is our ticket done and our memory free. The peer reads resident memory
+in place; of private memory we may `lend` a staged copy, so that ours is free at once.
 """
 
 from collections import deque
@@ -19,11 +20,13 @@ from ftkit.collectives.arithmetic import Bytes, copy, view_of
 from ftkit.collectives.cma import CmaPeer, ProcessGoneError
 from ftkit.collectives.config import CollectivesConfig
 from ftkit.collectives.faults import DoubtError, FaultError
-from ftkit.collectives.frames import P2P, Header, Kind
+from ftkit.collectives.frames import OFFER_BYTES, P2P, Header, Kind, Offer
 from ftkit.collectives.link import Link, Ticket
 from ftkit.collectives.linkset import LinkSet
 from ftkit.collectives.mailbox import Inbound, Mailbox
 from ftkit.collectives.op import Key, Op, empty
+from ftkit.collectives.resident import Place, find
+from ftkit.collectives.staging import Staging
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import Generation, MemberId
 
@@ -34,7 +37,9 @@ class _Pull(NamedTuple):
     """An offered message being fetched on behalf of a posted receive."""
 
     key: Key
-    address: int
+    offer: Offer
+    at: int
+    """How much of it is here."""
     into: Bytes
     ticket: Ticket
 
@@ -67,6 +72,7 @@ class Transfers:
         self._on_control = on_control
         self._mail = Mailbox()
         self._offers: dict[Key, Ticket] = {}
+        self._staging = Staging(config.piece_bytes, config.staging_bytes_max // config.piece_bytes)
         self._pulls: deque[_Pull] = deque()
         self._anybody: deque[tuple[Op, Ticket]] = deque()
         self._scratch: list[Bytes] = []
@@ -92,10 +98,8 @@ class Transfers:
         link = self._links.living(MemberId(key.peer))
         view = view_of(data)
         if self.offers(link.peer, data.size):
-            link.awaited += 1
-            self._offers[key] = ticket
-            offer = frames.pack_offer(data.ctypes.data, data.size)
-            self._links.queue(link, _header(key, self._member, Kind.OFFER, 16), memoryview(offer))
+            place = find(data.ctypes.data, data.size)
+            self._offer(key, _offer_of(data, place), ticket)
         else:
             self._links.queue(
                 link,
@@ -105,6 +109,53 @@ class Transfers:
                 urgent=data.size <= self._config.exchange_bytes_max,
             )
         return ticket
+
+    def lend(
+        self, keys: Sequence[Key], data: Bytes, *, told: bool, copied: bool = False
+    ) -> tuple[list[Ticket], bool]:
+        """Offer `data`, at most a piece, to peers that can read us: staged, if private.
+
+        Args:
+          keys: one a peer.
+          data: read now, if it is staged.
+          told: whether the peers are to tell us when they have read, by a message each. What
+            is neither resident nor staged is always told.
+          copied: whether `data` changes at once, so that even resident memory is staged.
+
+        Returns:
+          What is told: a ticket a key, or none. And whether the peers read a copy; what they
+          read in place must stay until they have told us of it, or of a later piece.
+        """
+        loan = None
+        place = None if copied else find(data.ctypes.data, data.size)
+        if place is None:
+            loan = self._staging.lend(len(keys))
+            if loan is None:
+                told = True
+                if copied:
+                    data = data.copy()
+            else:
+                shown = loan.block.memory[: data.size]
+                copy(shown, data)
+                data, place = shown, find(shown.ctypes.data, shown.size)
+        offer = _offer_of(data, place)._replace(acknowledge=told)
+        tickets = [Ticket() for _ in keys] if told else []
+        for ticket in tickets:
+            ticket.data = data  # a copy that nobody else holds, perhaps
+        for reader, key in enumerate(keys):
+            if loan is not None and place is not None:
+                at = place.offset + loan.receipt_offset(reader)
+                offer = offer._replace(receipt=loan.number, receipt_offset=at)
+            self._offer(key, offer, tickets[reader] if told else None)
+        return tickets, loan is not None
+
+    def _offer(self, key: Key, offer: Offer, ticket: Ticket | None) -> None:
+        link = self._links.living(MemberId(key.peer))
+        if ticket is not None:
+            link.awaited += 1
+            self._offers[key] = ticket
+        header = _header(key, self._member, Kind.OFFER, OFFER_BYTES)
+        self._links.queue(link, header, memoryview(frames.pack_offer(offer)))
 
     def post(self, key: Key, into: Bytes | None, *, raw: bool) -> Ticket:
         """Await a message. `raw` awaits an offer and does not fetch it."""
@@ -139,26 +190,61 @@ class Transfers:
         self._links.unpark(link)
         return ticket
 
-    def fetch(self, peer: MemberId, address: int, into: Bytes) -> None:
-        """Read offered memory now. Ends the generation when the peer is gone."""
-        cma = self._reader(peer)
+    def look(self, peer: MemberId, offer: Offer) -> Bytes | None:
+        """What `peer` offered, in its own memory; None when it must be fetched."""
+        view = self._mapped(peer, offer)
+        fuse = self._links.fuse
+        if view is not None and fuse.lit:
+            fuse.burn(view.size)
+        return view
+
+    def _mapped(self, peer: MemberId, offer: Offer) -> Bytes | None:
+        if offer.fd < 0:
+            return None
+        place = Place(offer.fd, offer.serial, offer.offset)
+        return self._reader(peer).mapped.view(place, offer.length)
+
+    def fetch(self, peer: MemberId, offer: Offer, at: int, into: Bytes) -> None:
+        """Read offered memory, from byte `at`. Ends the generation when the peer is gone."""
+        fuse = self._links.fuse
+        if fuse.lit:
+            short = fuse.first(into)
+            self._fetch(peer, offer, at, short)
+            fuse.burn(short.size)
+        self._fetch(peer, offer, at, into)
+
+    def _fetch(self, peer: MemberId, offer: Offer, at: int, into: Bytes) -> None:
+        view = self._mapped(peer, offer)
+        if view is not None:
+            copy(into, view[at : at + into.size])
+            return
         try:
-            cma.read(into.ctypes.data, address, into.size)
+            self._reader(peer).read(into.ctypes.data, offer.address + at, into.size)
         except ProcessGoneError as error:
             raise FaultError(f"member {peer} is gone: {error}", frozenset({peer})) from error
         except WireError as error:
             raise DoubtError(f"member {peer} unmapped what it offered: {error}") from error
 
-    def acknowledge(self, keys: Sequence[Key]) -> None:
-        """Check that what was fetched still held, then let the offerers go on."""
-        for peer in {MemberId(key.peer) for key in keys}:
-            self._check_held(peer)
-        for key in keys:
-            link = self._links.living(MemberId(key.peer))
-            self._links.queue(link, _header(key, self._member, Kind.ACK, 0), memoryview(b""))
+    def acknowledge(self, key: Key, offer: Offer) -> None:
+        """Check that what was read still held, then let the offerer go on."""
+        peer = MemberId(key.peer)
+        self._check_held(peer)
+        if offer.receipt:
+            place = Place(offer.fd, offer.serial, offer.receipt_offset)
+            slot = self._reader(peer).mapped.view(place, 8)
+            if slot is not None:
+                slot.view(np.uint64)[0] = offer.receipt
+        if offer.acknowledge:
+            self._links.queue(
+                self._links.living(peer), _header(key, self._member, Kind.ACK, 0), memoryview(b"")
+            )
 
     def take_scratch(self) -> Bytes:
-        return self._scratch.pop() if self._scratch else empty(self._config.segment_bytes)
+        return (
+            self._scratch.pop()
+            if self._scratch
+            else empty(max(self._config.segment_bytes, self._config.piece_bytes))
+        )
 
     def give_scratch(self, *buffers: Bytes) -> None:
         if len(self._scratch) < _SCRATCH_MAX:
@@ -180,6 +266,11 @@ class Transfers:
     # -- for the engine ---------------------------------------------------------------------
 
     @property
+    def lent(self) -> bool:
+        """Whether peers may still be reading staged copies of operations that have ended."""
+        return self._staging.lent
+
+    @property
     def fetching(self) -> bool:
         """Whether offered messages wait to be fetched."""
         return bool(self._pulls)
@@ -194,6 +285,7 @@ class Transfers:
         """Forget all messages of `generation` and older, and the memory they would fill."""
         self._pulls.clear()
         self._offers.clear()
+        self._staging.recall()
         self._anybody.clear()
         self.purge(generation)
         for link in self._links.links.values():
@@ -201,6 +293,10 @@ class Transfers:
             link.drop_output(generation)
             link.discard_input(generation)
             self._links.unpark(link)
+
+    def close(self) -> None:
+        """Give staging memory back."""
+        self._staging.close()
 
     def purge(self, generation: int) -> None:
         """Forget what came early for `generation` and older."""
@@ -216,6 +312,7 @@ class Transfers:
             return memoryview(bytearray(header.length)), None
         if self._is_over(header.generation):
             return view_of(self._void)[: header.length], None
+        link = link.root
         key = _key_of(header)
         inbound = self._mail.find(key)
         if inbound is None:
@@ -238,7 +335,7 @@ class Transfers:
         match header.kind:
             case Kind.DATA:
                 if isinstance(token, Inbound):
-                    self._data_arrived(link, header, token)
+                    self._data_arrived(link.root, header, token)
             case Kind.OFFER:
                 self._offer_arrived(link, header, view)
             case Kind.ACK:
@@ -285,22 +382,21 @@ class Transfers:
             ticket.data = offer
             ticket.complete()
             return
-        address, length = offer
-        _checked(lambda: inbound.begin(key, length))
+        _checked(lambda: inbound.begin(key, offer.length))
         assert inbound.data is not None, "a message that began has memory"
         ticket.data = inbound.data
-        self._pulls.append(_Pull(key, address, inbound.data, ticket))
+        self._pulls.append(_Pull(key, offer, 0, inbound.data, ticket))
 
     def fetch_segment(self) -> None:
         """Fetch one segment of one offered message. Raises FaultError and DoubtError."""
         pull = self._pulls.popleft()
         peer = MemberId(pull.key.peer)
-        rest, step = pull.into, self._config.segment_bytes
-        self.fetch(peer, pull.address, rest[:step])
-        if rest.size > step:
-            self._pulls.append(pull._replace(address=pull.address + step, into=rest[step:]))
+        end = pull.at + self._config.piece_bytes
+        self.fetch(peer, pull.offer, pull.at, pull.into[pull.at : end])
+        if pull.into.size > end:
+            self._pulls.append(pull._replace(at=end))
             return
-        self.acknowledge([pull.key])
+        self.acknowledge(pull.key, pull.offer)
         pull.ticket.complete()
 
     def _claim(self, key: Key) -> None:
@@ -354,6 +450,12 @@ def _checked(action: Callable[[], None]) -> None:
     except ProtocolError as error:
         # The stream is in frame; it is the ranks that disagree.
         raise FaultError(str(error)) from error
+
+
+def _offer_of(data: Bytes, place: Place | None) -> Offer:
+    if place is None:
+        return Offer(data.ctypes.data, data.size)
+    return Offer(data.ctypes.data, data.size, place.fd, place.serial, place.offset)
 
 
 def _for_anybody(op: Op, key: Key) -> bool:

@@ -11,11 +11,13 @@ arguments are `ValueError` where they come in. What remains::
     ├── UsageError               the script or command line asks for something impossible
     │   ├── OutsideStep          an optimizer stepped outside `with step:`
     │   ├── RootInUse            another job writes checkpoints there
+    │   ├── Refused              a collective's arguments do not fit it; nothing was sent
     │   ├── StateChanged         state appeared, moved or changed shape after `protect`
     │   └── NotDeterministic     the data differed between two readings of the same step
     ├── CapacityError            not enough memory, shared memory or disk; says how much
     ├── StoreError               a store of checkpoints failed or was too slow
     ├── IntegrityError           bytes are not what was written; treated as lost
+    ├── StateRefused             ranks differ in what they should share, and none can be chosen
     └── WireError                a connection broke or spoke wrongly
         ├── Unreachable          members of a world to whom no link could be made
         ├── AuthenticationError  the peer does not hold the job's secret
@@ -36,8 +38,8 @@ class JobFault(FtkitError):
     """The job failed around this rank; inside a step it is survived."""
 
 
-class GenerationAborted(JobFault):
-    """A collective ended early because its generation is over."""
+class GenerationAborted(JobFault, RuntimeError):
+    """A collective ended early because its generation is over. Also what gloo raises then."""
 
 
 class StepRolledBack(JobFault):
@@ -58,6 +60,10 @@ class OutsideStep(UsageError):
 
 class RootInUse(UsageError):
     """Another job holds the lease of this root of checkpoints; the message says whose it is."""
+
+
+class Refused(UsageError, RuntimeError):
+    """The arguments do not fit the collective; nothing was sent. Also what gloo raises then."""
 
 
 class StateChanged(UsageError):
@@ -82,6 +88,10 @@ class StoreError(FtkitError):
 
 class IntegrityError(FtkitError):
     """Stored bytes do not match their checksum."""
+
+
+class StateRefused(FtkitError):
+    """What ranks should hold alike differs, and nothing says who is right; nothing was changed."""
 
 
 class WireError(FtkitError):

@@ -36,6 +36,9 @@ class Point(StrEnum):
     """As bucket `bucket` becomes ready, before its reduction is issued."""
     ALL_REDUCE = "all-reduce"
     """While the reduction of bucket `bucket` is under way."""
+    IN_COLLECTIVE = "in-collective"
+    """At byte `byte` of what this rank moves for the reduction of bucket `bucket`: inside a
+    frame, a header or a memory read. For faults by signal."""
     VOTE = "vote"
     """The ballot is on its way; the result is not known to this rank."""
     COMMIT = "commit"
@@ -62,6 +65,8 @@ class PlannedFault:
     bucket: int = 0
     delay_s: float = 0.0
     """For points that last: how far into it."""
+    byte: int = 0
+    """For `IN_COLLECTIVE`: which byte, modulo those of the bucket."""
 
 
 def to_environ(faults: list[PlannedFault]) -> dict[str, str]:

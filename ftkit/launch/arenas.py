@@ -9,9 +9,10 @@ from typing import Any
 
 import psutil
 
-from ftkit.checkpoint.arena import Arena, arena_path
+from ftkit.checkpoint.arena import arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, NodeId, Seat
@@ -75,7 +76,7 @@ class Arenas:
         wanted = StateLayout.from_json(layout)
         # A rank that dies while it waits leaves its request behind, and the next one asks too.
         with self.writing:
-            Arena.ensure(path, wanted, replicas=replicas, slabs=self.slabs).close()
+            ensure_arena(path, wanted, replicas=replicas, slabs=self.slabs).close()
         return path
 
     def copies(self) -> list[dict[str, object]]:

@@ -24,7 +24,7 @@ the survivors play the step again, with the same samples (`docs/architecture.md`
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 
 from ftkit.core.verdict import EVICT
@@ -67,6 +67,8 @@ class Expectation:
     """Whether the fault takes all ranks at once, so that only memory and parity are left."""
     corrupts: bool = False
     """Whether the fault flips bits of what is left."""
+    strikes: int = 1
+    """How often it has to strike; where the job ends before, nothing can be said."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "steps", "slots", "slot_size"):
@@ -114,6 +116,23 @@ class Outcome:
             "verdict": None if self.verdict is None else dict(self.verdict),
             "evidence": dict(self.evidence),
         }
+
+
+def with_more(
+    outcome: Outcome, *, problems: list[str], missing: list[str], **evidence: object
+) -> Outcome:
+    """The outcome after further rules: what they found broken, and what could not be found."""
+    found = dict(outcome.evidence) | evidence
+    for name, more in (("problems", problems), ("missing", missing)):
+        before = found.get(name, [])
+        assert isinstance(before, list), "the checker's list"
+        found[name] = [*before, *more]
+    answer = outcome.outcome
+    if problems:
+        answer = Answer.FAIL
+    elif missing and answer is Answer.PASS:
+        answer = Answer.UNKNOWN
+    return replace(outcome, outcome=answer, evidence=found)
 
 
 @dataclass
@@ -164,7 +183,7 @@ def check(
     exits = _check_exits(history, targets, found)
     _check_noticed(history, expectation, found)
     incidents = read_incidents(history, evicts=expectation.evicts, loses_all=expectation.loses_all)
-    _check_incidents(history, incidents, found)
+    _check_incidents(history, incidents, expectation, found)
     params_equal = _check_params(history, reference, expectation, found)
 
     answer = Answer.FAIL if found.problems else Answer.UNKNOWN if found.missing else Answer.PASS
@@ -338,10 +357,16 @@ def _check_exits(history: History, targets: frozenset[int], found: _Findings) ->
     return len(survivors)
 
 
-def _check_incidents(history: History, incidents: list[Incident], found: _Findings) -> None:
+def _check_incidents(
+    history: History, incidents: list[Incident], expected: Expectation, found: _Findings
+) -> None:
     """R6."""
     if not incidents:
         found.missing.append("no drill event: the fault was not injected")
+    elif len(incidents) < expected.strikes:
+        found.missing.append(
+            f"the fault struck {len(incidents)} times of {expected.strikes}: give more --steps"
+        )
     # While the history breaks off, what has not happened may still have been to come.
     late = found.missing if history.ended is None else found.problems
     for incident in incidents:

@@ -3,13 +3,13 @@
 The ranks mark the snapshots that are due; each node's persister does what the order says and
 reports how far it is; the coordinator moves the order on when every node is there. ::
 
-              every node ready         every node wrote         the committer committed
-    BEGIN ----------------------> WRITE ---------------> COMMIT ----------------------> none
-      |  a node failed or was lost  |                       |
-      +-----------------------------+-----------------------+--> none: the step is given up
+            all began         there is room        all wrote          it is committed
+    BEGIN ---------> CLEAR ----------------> WRITE ---------> COMMIT ----------------> none
+      |  a node failed |  or was lost          |                 |
+      +----------------+-----------------------+-----------------+--> none: the step is given up
 
 Orders and reports are levels, as all facts are: either may be lost or repeated. No node begins
-an attempt before it has ended the one before, so what BEGIN clears away nobody writes any more.
+an attempt before it has ended the one before, so what CLEAR removes nobody writes any more.
 A coordinator that dies takes its order with it, and the step is given up, or committed already.
 """
 
@@ -32,10 +32,12 @@ class Stage(IntEnum):
 
     NOTHING = 0
     BEGIN = 1
-    """The committer clears the step's place; the others end what they did before."""
-    WRITE = 2
+    """Every node ends what it did before, writer or not; writers pin their parts."""
+    CLEAR = 2
+    """The committer makes room for the step."""
+    WRITE = 3
     """Every writer writes its boxes, and leaves its fragment of the manifest."""
-    COMMIT = 3
+    COMMIT = 4
     """The committer joins the fragments, and cleans up."""
 
 
@@ -169,6 +171,9 @@ def judge(
     if order.committer in here and here[order.committer].done is Stage.COMMIT:
         return None, Outcome(step=order.step, failed="")
     if len(here) < len(order.nodes) or order.stage is Stage.COMMIT:
+        return order, None
+    # Who has nothing to write now may have had before, and still be at it.
+    if order.stage is Stage.BEGIN and any(r.attempt != order.attempt for r in reports.values()):
         return order, None
     if all(r.done >= order.stage for r in here.values()):
         return replace(order, stage=Stage(order.stage + 1)), None

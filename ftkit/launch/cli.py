@@ -178,7 +178,7 @@ def drill_list(as_json: bool) -> None:
         click.echo(json.dumps({"faults": faults, "phases": [p.value for p in Point]}))
         return
     for name, what in every.items():
-        click.echo(f"{name:17} {what}")
+        click.echo(f"{name:19} {what}")
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
 
@@ -279,6 +279,40 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
     outcome = check(events, undisturbed, expectation_of(events))
     write_report(out, events, undisturbed, outcome)
     click.echo(json.dumps({"report": str(out)}) if as_json else f"wrote {out}")
+
+
+@main.group()
+def doctor() -> None:
+    """Look whether this machine, or these, can carry a job."""
+
+
+@doctor.command("network")
+@click.option("--nproc", default=4, show_default=True, help="Processes of this machine to try.")
+@click.option("--nodes", "--nnodes", default=1, show_default=True, help="Nodes; run it on each.")
+@click.option("--node-rank", default=0, show_default=True, help="Which of them this is.")
+@click.option("--master", default="", help="HOST:PORT at which node 0 is met.")
+@click.option("--host", default="", help="This node's address, as the others know it.")
+@click.option("--seconds", default=0.3, show_default=True, help="How long each pair is tried.")
+@click.option("--transport", type=click.Choice(["auto", "tcp", "cma"]), default="auto")
+@click.option("--connections", default=1, show_default=True, help="TCP connections to a node.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def doctor_network(
+    seconds: float, transport: str, connections: int, as_json: bool, **where: Any
+) -> None:
+    """Measure between all nodes, and show the ring that a job would use.
+
+    Exits with 1 when two nodes cannot reach each other.
+    """
+    from ftkit.launch.network_doctor import configured, examine, show
+
+    found = examine(config=configured(seconds, transport, connections), **where)
+    if found is None:
+        return  # node 0 has it
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show(found)
+    sys.exit(1 if found.unreachable else 0)
 
 
 main.add_command(ckpt)

@@ -14,7 +14,17 @@ from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.config import new_job_id
-from ftkit.launch.drills import NODE_FAULTS, Drill, Job, choose, choose_nodes, run_drill
+from ftkit.launch.drills import (
+    CHURN,
+    FLAP,
+    JOIN,
+    NODE_FAULTS,
+    Drill,
+    Job,
+    choose,
+    choose_nodes,
+    run_drill,
+)
 from ftkit.launch.live import summary, watch
 from ftkit.launch.report import write_report
 
@@ -44,6 +54,7 @@ def run_drills(
         job = job.for_nodes(fault)
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
+        job = job.for_members() if fault in (FLAP, JOIN, CHURN) else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)

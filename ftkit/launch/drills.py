@@ -5,6 +5,7 @@ run's event stream) and the checker (pure, `checker`). The disturbed run is comp
 undisturbed one of the same job, which is run once and used by all drills of a series.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -28,6 +29,12 @@ from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
 
 KILL_COORDINATOR = "kill-coordinator"
+KILL_IN_COLLECTIVE = "kill-in-collective"
+
+#: Faults of members over time, struck from outside.
+FLAP, JOIN, CHURN = "flap", "join", "churn"
+#: Faults of the link between two ranks.
+PARTITION, SLOW_LINK = "partition", "slow-link"
 
 CATALOGUE: dict[str, str] = {
     Kind.KILL: "SIGKILL to one rank",
@@ -35,12 +42,21 @@ CATALOGUE: dict[str, str] = {
     Kind.RAISE: "an exception in one rank's code",
     Kind.HANG: "one rank's training thread sleeps for ever, its heartbeat goes on",
     KILL_COORDINATOR: "SIGKILL to the coordinator while the ranks train",
+    KILL_IN_COLLECTIVE: "SIGKILL to one rank at a byte of what it moves for an all-reduce",
+    FLAP: "SIGKILL to one rank, and to each that replaces it once that has trained a little",
+    JOIN: "a rank comes in while the others train: nobody may be held up or taken back",
+    CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
+    PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
+    SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
 }
 
-#: What "all" picks from: faults that any shape of job takes.
-ANYWHERE = [name for name in CATALOGUE if name not in set(StoreFaultKind)]
+#: How many ranks the smallest job has that such a fault can be done to.
+RANKS_MIN: dict[str, int] = {FLAP: 2, JOIN: 2, CHURN: 3, PARTITION: 3, SLOW_LINK: 2}
+
+#: What "all" picks from: faults that any shape of job takes, in the order that seeds know.
+ANYWHERE = [*Kind, KILL_COORDINATOR]
 
 LOSE_NODE = "lose-node"
 LOSE_NODES = "lose-nodes"
@@ -55,8 +71,21 @@ NODE_CATALOGUE: dict[str, str] = {
     CORRUPT_SHARD: "bits flipped in one snapshot and one parity shard; then a node and all ranks",
 }
 
+#: Faults after which every process may still be there.
+_NOBODY_LOST = (KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK)
+
+#: How often such a fault has to strike before a drill says anything.
+STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3}
+
+#: Points at which a bucket is named.
+_OF_BUCKETS = (Point.BACKWARD, Point.ALL_REDUCE, Point.IN_COLLECTIVE)
+
 #: Buckets of gradients that a drill may aim at; a job with fewer is hit at its last one.
 BUCKETS = 3
+
+#: What a step of the bundled job takes longer while a seat is empty, in drills of members: less,
+#: and a job of 200 steps may end before a rank is back for the third time.
+SHORT_HANDED_S = 0.25
 
 #: What each of three nodes of the bundled job writes in its first checkpoint, about.
 STORE_BYTES = 1_000_000
@@ -75,11 +104,13 @@ class Drill:
     delay_s: float
     seed: int
     byte: int = 0
-    """Of faults of the disk: at which byte of what the node writes."""
+    """Of faults of the disk: at which byte of what the node writes. Of those in a collective:
+    at which byte of what the rank moves."""
     nodes: tuple[int, ...] = ()
     """The nodes that are lost, for faults of nodes."""
     second_seat: int | None = None
-    """Who is hit in recovery, when `phase` is that; `seat` is then killed first, in forward."""
+    """Who is hit in recovery, when `phase` is that; `seat` is then killed first, in forward. For
+    faults of links: the other end."""
 
     @property
     def where(self) -> str:
@@ -88,7 +119,7 @@ class Drill:
             return f"byte {self.byte}"
         if self.phase is None:
             return "any"
-        lasting = self.phase in (Point.BACKWARD, Point.ALL_REDUCE)
+        lasting = self.phase in _OF_BUCKETS
         return f"{self.phase}:{self.bucket}" if lasting else self.phase.value
 
     @property
@@ -103,7 +134,7 @@ class Drill:
         """What the ranks are told to do to themselves."""
         if self.phase is None:
             return []
-        kind = Kind(self.fault)
+        kind = Kind.KILL if self.fault == KILL_IN_COLLECTIVE else Kind(self.fault)
         if self.phase is Point.RECOVERY:
             assert self.second_seat is not None, "two ranks are hit"
             first = self._fault(Kind.KILL, Point.FORWARD, self.seat)
@@ -118,8 +149,9 @@ class Drill:
             seat=seat,
             member=seat,
             step=self.step,
-            bucket=self.bucket if point in (Point.BACKWARD, Point.ALL_REDUCE) else 0,
+            bucket=self.bucket if point in _OF_BUCKETS else 0,
             delay_s=self.delay_s,
+            byte=self.byte,
         )
 
 
@@ -143,8 +175,14 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
     point, bucket = _point(at, rng)
-    if name == KILL_COORDINATOR or name in set(StoreFaultKind):
+    if name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in RANKS_MIN:
         point = None
+    if name == KILL_IN_COLLECTIVE:
+        point = Point.IN_COLLECTIVE
+    if nproc < RANKS_MIN.get(name, 1):
+        raise UsageError(f"{name} needs --nproc {RANKS_MIN[name]} or more, got {nproc}")
+    if point is Point.IN_COLLECTIVE and name in (Kind.RAISE, Kind.HANG):
+        raise UsageError(f"{name} cannot strike at a byte of a collective; use --at all-reduce")
     if name == StoreFaultKind.KILL and nproc < 2:
         raise UsageError("an agent takes its ranks along: torn-write needs --nproc 2 or more")
     if point is Point.RECOVERY and nproc < 3:
@@ -158,7 +196,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         fault=str(name),
         phase=point,
         seat=first,
-        second_seat=second if point is Point.RECOVERY else None,
+        second_seat=second if point is Point.RECOVERY or name in (PARTITION, SLOW_LINK) else None,
         step=rng.randint(3, max(3, steps // 5)),
         bucket=bucket,
         delay_s=rng.uniform(0, 0.004),
@@ -202,7 +240,8 @@ def choose_nodes(fault: str, job: "Job", *, seed: int) -> Drill:
 def _point(at: str | None, rng: random.Random) -> tuple[Point | None, int]:
     bucket = rng.randrange(BUCKETS)
     if at is None:
-        return rng.choice(list(Point)), bucket
+        # Not one that only some faults can strike at.
+        return rng.choice([p for p in Point if p is not Point.IN_COLLECTIVE]), bucket
     match = re.fullmatch(r"([a-z-]+)(?::(\d+))?", at)
     if match is None or match[1] not in set(Point):
         raise UsageError(f"there is no phase {at!r}; choose among {', '.join(Point)}")
@@ -235,6 +274,12 @@ class Job:
             job = replace(job, nodes=max(job.nproc, NODE_FAULTS[fault]), nproc=1)
         m = 1 if fault == LOSE_NODE else 2
         return job if job.parity else replace(job, parity=f"{job.nodes - m}+{m}")
+
+    def for_members(self) -> "Job":
+        """The job as faults over time need it: slow while a seat is empty, so that it lasts."""
+        if self.script is not None:
+            return self
+        return replace(self, workload=(*self.workload, "--short-handed-s", str(SHORT_HANDED_S)))
 
     @property
     def world_size(self) -> int:
@@ -298,13 +343,25 @@ def run_drill(
         # A node is what dies, so that what is left of the job is worth a look.
         job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
         settings = witness.settings(drill.store_fault, job.steps)
-    job_id, striker = new_job_id(), None
+    job_id = new_job_id()
+    striker: Callable[[Engine], None] | None = None
+    ends = contextlib.ExitStack()
     if drill.fault == KILL_COORDINATOR:
         striker = CoordinatorKiller(drill, run_dir).poll
     elif drill.fault in NODE_FAULTS:
         from ftkit.launch.node_drills import NodeStriker
 
         striker = NodeStriker(drill, job, job_id, run_dir).poll
+    elif drill.fault in (FLAP, JOIN, CHURN):
+        from ftkit.launch.member_drills import MemberStriker
+
+        striker = MemberStriker(drill, job, run_dir).poll
+    elif drill.fault in (PARTITION, SLOW_LINK):
+        from ftkit.launch.link_drills import LinkStriker
+
+        links = LinkStriker(drill, run_dir)
+        ends.callback(links.close)
+        striker, settings = links.poll, links.settings
 
     def poll(engine: Engine) -> None:
         if striker is not None:
@@ -313,11 +370,28 @@ def run_drill(
         if on_poll is not None:
             on_poll(engine)
 
-    _, events = job.run(
-        run_dir, faults=drill.faults(), on_poll=poll, job_id=job_id, settings=settings
-    )
-    told = expectation_of(reference or events)
-    expectation = Expectation(
+    with ends:
+        _, events = job.run(
+            run_dir, faults=drill.faults(), on_poll=poll, job_id=job_id, settings=settings
+        )
+    outcome = check(events, reference, _expected(drill, job, reference or events))
+    if drill.store_fault is not None:
+        outcome = witness.judge(outcome, events)
+    elif drill.fault == JOIN:
+        from ftkit.launch.member_drills import judge_join
+
+        outcome = judge_join(outcome, events)
+    elif drill.fault == SLOW_LINK:
+        from ftkit.launch.link_drills import judge_slow
+
+        outcome = judge_slow(outcome, events)
+    return outcome, events
+
+
+def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectation:
+    """What the checker is to hold a run against; `events` are of the job undisturbed, if any."""
+    told = expectation_of(events)
+    return Expectation(
         fault=drill.fault,
         phase=drill.where,
         seed=drill.seed,
@@ -326,12 +400,11 @@ def run_drill(
         steps=told.steps if job.script else job.steps,
         slots=told.slots if job.script else job.slots,
         slot_size=told.slot_size if job.script else job.slot_size,
-        evicts=drill.fault not in (KILL_COORDINATOR, StoreFaultKind.FULL),
+        evicts=drill.fault not in _NOBODY_LOST,
         loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD),
         corrupts=drill.fault == CORRUPT_SHARD,
+        strikes=STRIKES.get(drill.fault, 1),
     )
-    outcome = check(events, reference, expectation)
-    return (witness.judge(outcome, events) if drill.store_fault else outcome), events
 
 
 class CoordinatorKiller:

@@ -13,12 +13,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from ftkit.checkpoint.copies import local_copies
+from ftkit.checkpoint.copies import let_go, local_copies
 from ftkit.checkpoint.persist.checkpoint import load, steps
 from ftkit.checkpoint.persist.commit import begin, commit
 from ftkit.checkpoint.persist.division import divide
 from ftkit.checkpoint.persist.folder import PART
-from ftkit.checkpoint.persist.gather import Gather, let_go
+from ftkit.checkpoint.persist.gather import Gather
 from ftkit.checkpoint.persist.gc import gc, remove
 from ftkit.checkpoint.persist.keep import policies
 from ftkit.checkpoint.persist.lease import Lease
@@ -163,11 +163,11 @@ class Persister:
                 continue
             order, stage = todo
             if order is None:
-                let_go(self._directory)
+                let_go(self._directory, Pin.PERSIST)
                 self._holding = False
                 continue
             if order.attempt != self._report.attempt:
-                let_go(self._directory)
+                let_go(self._directory, Pin.PERSIST)
                 self._holding = True
                 self._say(Report(attempt=order.attempt))
             error = self._guarded(self._do, order, stage, servers)
@@ -209,11 +209,12 @@ class Persister:
         match stage:
             case Stage.BEGIN:
                 self._began = self._clock.now()
-                if order.committer == self._node and self._clear(order):
-                    stage = Stage.COMMIT  # of an earlier attempt: nothing is left to do
-                elif self._node in order.writers:
+                if self._node in order.writers:
                     with self._gather(servers) as parts:
                         parts.keep(order.copies)
+            case Stage.CLEAR if order.committer == self._node:
+                if self._clear(order):
+                    stage = Stage.COMMIT  # of an earlier attempt: nothing is left to do
             case Stage.WRITE if self._node in order.writers:
                 self._write(order, servers)
             case Stage.COMMIT if order.committer == self._node:
@@ -238,7 +239,7 @@ class Persister:
             if known is None:
                 remove(store, step)  # of a writer that died, or met a full disk
             elif step == order.step:
-                if known not in self._config.checkpoint_ignore and _whole(store, order):
+                if known not in self._config.checkpoint_ignore and _whole(store, order, lease):
                     return True
                 remove(store, step)
         begin(store, order.step, lease)
@@ -358,10 +359,10 @@ def _fragment(order: Order, node: NodeId) -> str:
     return f"{_FRAGMENT}{order.attempt}-{node}"
 
 
-def _whole(store: Store, order: Order) -> bool:
+def _whole(store: Store, order: Order, lease: Lease) -> bool:
     """Whether the step's checkpoint, of before a restart, is good to the last byte."""
     try:
-        load(store, order.step).verify()
+        load(store, order.step).verify(lambda _: lease.keep())
     except IntegrityError:
         return False
     return True

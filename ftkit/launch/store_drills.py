@@ -5,12 +5,12 @@ was ever committed must be whole, to the last byte, right after the fault and at
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ftkit.core.errors import IntegrityError
-from ftkit.launch.checker import Answer, Outcome
+from ftkit.launch.checker import Outcome, with_more
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 
 #: Checkpoints that are due in the course of a drill's job.
@@ -102,20 +102,11 @@ def judge(
         problems.append("the checkpoint that was hit was not reported")
     if outcome.fault == StoreFaultKind.FULL and not any("is full" in e["reason"] for e in failed):
         problems.append("no report says that the disk was full")
-    evidence = dict(outcome.evidence)
-    was_problems, was_missing = evidence.get("problems", []), evidence.get("missing", [])
-    assert isinstance(was_problems, list), "the checker's list"
-    assert isinstance(was_missing, list), "the checker's list"
-    evidence |= {
-        "problems": [*was_problems, *problems],
-        "missing": [*was_missing, *missing],
-        "checkpoints": list(at_end.good),
-        "checkpoints_after_fault": None if at_fault is None else list(at_fault.good),
-        "failures": [e["reason"] for e in failed],
-    }
-    answer = outcome.outcome
-    if problems:
-        answer = Answer.FAIL
-    elif missing and answer is Answer.PASS:
-        answer = Answer.UNKNOWN
-    return replace(outcome, outcome=answer, evidence=evidence)
+    return with_more(
+        outcome,
+        problems=problems,
+        missing=missing,
+        checkpoints=list(at_end.good),
+        checkpoints_after_fault=None if at_fault is None else list(at_fault.good),
+        failures=[e["reason"] for e in failed],
+    )

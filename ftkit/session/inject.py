@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ftkit.core.fault_plan import Kind, PlannedFault, Point
 from ftkit.core.trace import Trace
@@ -21,12 +21,23 @@ _LASTING = frozenset({Point.ALL_REDUCE, Point.OPTIMIZER, Point.CAPTURE})
 class Injector:
     """Strikes when the training thread passes the planned point. One per rank."""
 
-    def __init__(self, faults: Sequence[PlannedFault], trace: Trace) -> None:
+    def __init__(
+        self,
+        faults: Sequence[PlannedFault],
+        trace: Trace,
+        light_fuse: Callable[[int, Callable[[], None]], None],
+    ) -> None:
+        """Strike as `faults` say; `light_fuse` is the data plane's, for those at a byte."""
         self._faults = list(faults)
         self._trace = trace
+        self._light_fuse = light_fuse
 
-    def at(self, point: Point, step: int, *, bucket: int = 0, last: bool = False) -> None:
+    def at(
+        self, point: Point, step: int, *, bucket: int = 0, last: bool = False, nbytes: int = 0
+    ) -> None:
         """The training thread is at `point` of `step`, perhaps with the `last` bucket.
+
+        `nbytes` is the payload of what it is about to issue.
 
         Raises:
           DrillError: that is what was planned.
@@ -37,12 +48,15 @@ class Injector:
             there = last or bucket >= fault.bucket
             if fault.point is point and step >= fault.step and there:
                 self._faults.remove(fault)
-                self._strike(fault, step)
+                self._strike(fault, step, nbytes)
                 return
 
-    def _strike(self, fault: PlannedFault, step: int) -> None:
+    def _strike(self, fault: PlannedFault, step: int, nbytes: int) -> None:
         by_signal = fault.kind in (Kind.KILL, Kind.STOP)
-        if by_signal and fault.point in _LASTING:
+        if by_signal and fault.point is Point.IN_COLLECTIVE:
+            byte = 1 + fault.byte % max(nbytes, 1)
+            self._light_fuse(byte, lambda: self._signal(fault, step))
+        elif by_signal and fault.point in _LASTING:
             threading.Thread(
                 target=self._signal_later, args=(fault, step), name="ftkit-drill", daemon=True
             ).start()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.fault_plan import from_environ
@@ -18,6 +19,7 @@ from ftkit.detection.config import DetectionConfig
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.session.control import Control
+from ftkit.session.detour import Detour
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
 
@@ -74,6 +76,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         name = f"seat-{seat}-member-{member}.jsonl"
         trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
     recorder = _recorder(env, member, last)
+    detour = Detour.read(environ, seat)
 
     def abort(generation: Generation, reason: str) -> None:
         group.abort(generation, reason)
@@ -92,7 +95,10 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         on_fault=membership.take_fault,
         on_tell=lambda _, payload: membership.take_admission(payload),
         recorder=recorder,
+        detour=detour,
+        config=CollectivesConfig(transport=Transport.AUTO if detour is None else Transport.TCP),
     )
+    faults = from_environ(environ, member=member)
     return Parts(
         env=env,
         seat=seat,
@@ -102,7 +108,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         recorder=recorder,
         membership=membership,
         group=group,
-        injector=Injector(from_environ(environ, member=member), trace),
+        injector=Injector(faults, trace, group.light_fuse),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
     )

@@ -27,6 +27,7 @@ from ftkit.session.parts import Parts
 from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.step import Step
+from ftkit.session.verify import Verification, verify
 from ftkit.session.warm_up import warm_up
 from ftkit.session.worlds import Worlds
 
@@ -206,6 +207,27 @@ class Session:
         )
         return self._play(self._loop, until)
 
+    def verify(self, *, repair: bool = False) -> Verification:
+        """Whether all ranks hold the same protected tensors, bit for bit; if not, who differs.
+
+        Called by all ranks alike, between two steps (`if step.index % 100 == 0`, after the
+        `with`). Reads the state once, at memory speed, and exchanges 8 bytes a tensor. What is
+        sharded is left out.
+
+        Args:
+          repair: fetch what is damaged, and no more, from ranks that hold what most do.
+
+        Raises:
+          UsageError: called inside `with step:`, or before `protect`.
+          StateRefused: a repair was asked for and there is no majority; nothing was changed.
+          IntegrityError: the repair of this rank's state failed halfway; let it end the process.
+        """
+        if self._snapshots is None:
+            raise UsageError("call session.protect(model=..., optimizer=...) before verify()")
+        if self._loop is not None and self._loop.current is not None:
+            raise UsageError("call session.verify() between two steps, not inside `with step:`")
+        return verify(self._parts, self._snapshots, step=self.step, repair=repair)
+
     @contextlib.contextmanager
     def unhurried(self, seconds: float) -> Iterator[None]:
         """Let this rank stand still for up to `seconds` without being taken for hung.
@@ -261,6 +283,7 @@ class Session:
                 raise UsageError("a step must be played: use `with step:`")
             if not step.over:
                 loop.after_exception(step)
+            step.let_in()
         loop.snapshots.gate()
         self._parts.membership.done()
         self._parts.recorder.phase(Phase.DONE)

@@ -128,6 +128,11 @@ class Snapshots:
         except CapacityError as error:
             logger.warning("a snapshot is lost, training goes on: %s", error)
 
+    def replicated(self) -> dict[str, torch.Tensor]:
+        """The live tensors that every rank holds whole, by name."""
+        live = self._state.picture().live
+        return {item.name: item.tensor for item in live if item.global_shape == item.tensor.shape}
+
     def look_ahead(self, world: World) -> None:
         """Do early what a newcomer to `world` needs, so that the others wait less for it."""
         if self._env is None or self._control is None:

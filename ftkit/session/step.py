@@ -62,7 +62,7 @@ class Step:
         self._digest: int | None = None
         """Of the reduced gradients, once they are."""
         self._newcomers: World | None = None
-        """The world to switch to once this step is over."""
+        """The world to switch to before the next step."""
         self.entered = False
         self.over = False
         """Whether it was committed or rolled back, rather than left by an exception."""
@@ -168,6 +168,8 @@ class Step:
         inject, last = self._parts.injector.at, self._bucket + 1 == self._loop.reducer.buckets
         inject(Point.BACKWARD, self._number, bucket=self._bucket, last=last)
         self._check()
+        nbytes = out.numel() * out.element_size()
+        inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
@@ -293,9 +295,19 @@ class Step:
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
-        if self._newcomers is not None and parts.membership.active:
-            self._loop.worlds.switch(self._newcomers, self._number)
         parts.recorder.phase(Phase.BETWEEN)
+
+    def let_in(self) -> None:
+        """Let in whom the vote let in, right before the next step is played.
+
+        Not before: what ranks do together between two steps, a newcomer does not do. It begins
+        with the next step. When the world ended meanwhile, the next one takes them in.
+        """
+        membership = self._parts.membership
+        ongoing = membership.active and membership.generation == self._generation
+        if self.committed and self._newcomers is not None and ongoing:
+            self._parts.recorder.phase(Phase.RECOVERY)
+            self._loop.worlds.switch(self._newcomers, self._number)
 
     def _roll_back(self, error: BaseException) -> None:
         """Note that the attempt is undone: gradients and buffers are all it changed."""

@@ -74,7 +74,7 @@ class Worlds:
                     self._enter(task)
 
     def switch(self, world: World, step: Step) -> None:
-        """Enter the newcomers' world with all other members, at the end of `step`."""
+        """Enter the newcomers' world with all other members, after `step`."""
         group = self._parts.group
         for member in world.members:
             if member.member not in group.world.member_ids:

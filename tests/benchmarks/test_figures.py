@@ -51,6 +51,13 @@ def test_a_goal_is_reached_or_not_and_what_was_not_measured_reaches_none(value, 
     assert Figure(name="x", value=value, unit="s", at_most=goal).holds is holds
 
 
+@pytest.mark.parametrize(("value", "holds"), [(0.9, True), (0.89, False), (None, False)])
+def test_a_goal_may_be_the_least_there_should_be(value, holds):
+    figure = Figure(name="x", value=value, unit="x", at_least=0.9)
+    assert figure.holds is holds
+    assert figure.goal == ">= 0.9"
+
+
 def test_the_table_shows_goals_digests_notes_and_problems():
     text = table(report(problems=("the bits differ",)))
     assert "repair p50" in text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import against_torchft, drills, hang, repair, respawn, step_time
+from benchmarks import against_torchft, drills, hang, quantized, repair, respawn, step_time
 from benchmarks.faults import POINTS, follow, median_step, plan_faults, step_times, steps_for
 from benchmarks.series import Series, next_size
 from ftkit.core.fault_plan import Kind, Point
@@ -258,3 +258,30 @@ def test_without_torchft_the_reason_stands_in_the_report():
     found = against_torchft.report([run("ftkit", 0.2, 0.03, "aa")], {"aa"}, "pip said no", {})
     assert found.notes == ["no figures for torchft: pip said no"]
     assert {f.name: f.value for f in found.figures}["ftkit / torchft"] is None
+
+
+def quantized_rank(**digests: int) -> dict[str, Any]:
+    forms = {"fp32": 0.4, "bf16": 0.2, "int8": 0.1, "fp8": 0.2}
+    return {
+        "times": {form: [s, s, 9.0] for form, s in forms.items()},
+        "errors": dict.fromkeys(forms, 0.005),
+        "digests": {form: digests.get(form, 7) for form in forms},
+    }
+
+
+def test_quantized_forms_are_judged_by_their_ratio_and_only_on_limited_links():
+    measured = {(quantized.CASES[0], 2): [quantized_rank(), quantized_rank()]}
+    told = {f.name: f for f in quantized.report(measured, {}, limited=True).figures}
+    int8 = told["200mbit 4 MiB, 2 ranks: int8 / fp32"]
+    assert (int8.value, int8.holds) == (0.25, True)
+    assert told["200mbit 4 MiB, 2 ranks: int8 error"].holds
+    assert told["200mbit 4 MiB, 2 ranks: bf16 / fp32"].holds is None
+    unjudged = quantized.report(measured, {}, limited=False)
+    assert all(f.holds is None for f in unjudged.figures if f.name.endswith("/ fp32"))
+    assert "no goal applies" in unjudged.notes[-1]
+
+
+def test_quantized_ranks_that_differ_in_a_bit_void_the_figures():
+    measured = {(quantized.CASES[0], 2): [quantized_rank(), quantized_rank(int8=8)]}
+    (problem,) = quantized.report(measured, {}, limited=True).problems
+    assert "differ in the bits of int8" in problem

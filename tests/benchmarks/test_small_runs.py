@@ -15,9 +15,12 @@ import pytest
 
 from benchmarks import against_torchft
 from benchmarks.jobs import ROOT, scratch
+from benchmarks.wires import Wires
 from ftkit.launch.arenas import OWNER
 
 pytestmark = pytest.mark.multiproc
+
+SMALLEST = ["--mib", "1", "--rounds", "1", "--positions", "8"]
 
 #: As small as it gets; the machine may be busy.
 SMALL = {
@@ -29,8 +32,23 @@ SMALL = {
         *("--rounds", "1", "--steps", "6", "--warm", "2"),
     ],
     "respawn": ["--nproc", "2", "--rounds", "1", "--kills", "1", "--gap", "90"],
+    "collectives": [
+        *("--only", "bandwidth", "kill", "--worlds", "2", "--sizes", "65536"),
+        *("--blocks", "1", "--kills", "1"),
+    ],
     "persist": ["--mib", "1", "--rounds", "1"],
-    "snapshot": ["--params", "20000", "--steps", "2", "--rounds", "1"],
+    "rings": ["--megabytes", "2", "--rounds", "1"],
+    "quantized": ["--worlds", "2", "--repetitions", "1"],
+    "kills": ["--quick", "--kills", "2", "--nproc", "3"],
+    "churn": ["--minutes", "0.25", "--seed", "1"],
+    "snapshot": [*SMALLEST, "--steps", "1", "--without"],
+    "every_step": [*SMALLEST, "--steps", "1", "--without"],
+    "restore": ["--mib", "4", "--rounds", "1"],
+    "survival": [
+        *("--losses", "5", "--kills", "2", "--places", "12"),
+        *("--writers", "4", "--dcp", "1"),
+    ],
+    "capture": ["--mib", "1", "--rounds", "1"],
 }
 
 
@@ -62,6 +80,8 @@ def run(name: str, tmp: Path, *arguments: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", sorted(SMALL))
 def test_a_benchmark_runs_small(name: str, tmp_path: Path) -> None:
+    if name == "rings" and not Wires.available():
+        pytest.skip("network namespaces need root")
     kept = tmp_path / "kept"
     scratch_folder = tmp_path / "tmp"
     scratch_folder.mkdir()

@@ -12,6 +12,7 @@ from torch import nn
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.ports import BoxSource
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS, Pin
 from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
@@ -74,7 +75,7 @@ def assert_same(left: ProtectedState, right: ProtectedState) -> None:
 def make_arena(
     path: Path, layout: StateLayout, *, chunk_bytes: int = 1024, slabs: int = SLABS
 ) -> Arena:
-    return Arena.ensure(path, layout, chunk_bytes=chunk_bytes, slabs=slabs)
+    return ensure_arena(path, layout, chunk_bytes=chunk_bytes, slabs=slabs)
 
 
 def pattern(step: int, count: int) -> bytes:
@@ -106,3 +107,9 @@ def snapshot_of_seats(
         with suppress(IntegrityError):
             found[other] = SnapshotSource.of_arena(arenas[other], step)
     return list(found.values()), found
+
+
+def data_of(arena: Arena, step: int) -> bytes:
+    """The data of this arena's part of a step, checked."""
+    head = arena.head(arena.find(Step(step)))
+    return b"".join(bytes(block) for block in arena.blocks(head))

@@ -1,4 +1,5 @@
-import errno
+"""An arena keeps whole snapshots, whoever writes, reads, pins, flips a bit or dies."""
+
 import os
 import random
 import stat
@@ -16,16 +17,12 @@ from ftkit.checkpoint.slabs import Geometry, Pin, Sealed, choose_slab
 from ftkit.core.errors import AllPinned, CapacityError, IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, Seat, Step
 
-from .helpers import make_arena, pattern, write_pattern
+from .helpers import data_of, make_arena, pattern, write_pattern
+from .survival import flip_in_arena
 
 LAYOUT = StateLayout.of(
     [("a", "float32", (100, 7)), ("b", "uint8", (3,)), ("c", "float64", (500,))], small_bytes=200
 )
-
-
-def data_of(arena: Arena, step: int) -> bytes:
-    head = arena.head(arena.find(Step(step)))
-    return b"".join(bytes(block) for block in arena.blocks(head))
 
 
 def expected(step: int) -> bytes:
@@ -126,82 +123,6 @@ def test_a_newer_generation_wins_over_a_higher_step(path):
         assert newest.step == 6
 
 
-def test_growth_carries_good_snapshots_over(path):
-    with make_arena(path, LAYOUT) as arena:
-        write_pattern(arena, LAYOUT, 1)
-        write_pattern(arena, LAYOUT, 2)
-        at = arena.geometry.slab_at(1) + arena.geometry.data_at
-    with path.open("r+b") as file:
-        file.seek(at)
-        file.write(b"\xaa\xbb")
-    big = StateLayout.of([("a", "float32", (9000,))])
-    with make_arena(path, big) as arena:
-        assert arena.fits(big)
-        assert arena.sealed_steps() == (1,), "2 was damaged"
-        assert data_of(arena, 1) == expected(1)
-        inode = path.stat().st_ino
-    with make_arena(path, LAYOUT):
-        assert path.stat().st_ino == inode, "large enough already"
-    with Arena.ensure(path, StateLayout.of([("a", "uint8", (99999,))]), chunk_bytes=777) as arena:
-        assert data_of(arena, 1) == expected(1), "it keeps its own chunks"
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_killed_creation_leaves_nothing_in_the_way(path):
-    path.with_name(path.name + ".new").write_bytes(b"half")
-    with make_arena(path, LAYOUT) as arena:
-        assert arena.newest() is None
-    path.write_bytes(b"rubbish" * 1000)
-    with make_arena(path, LAYOUT) as arena:
-        assert arena.newest() is None
-
-
-def test_no_room_is_refused_before_anything_is_written(path, monkeypatch):
-    real = os.statvfs
-
-    def tiny(where):
-        found = list(real(where)[:10])
-        found[4] = 1  # f_bavail
-        return os.statvfs_result(found)
-
-    monkeypatch.setattr(os, "statvfs", tiny)
-    with pytest.raises(CapacityError, match=r"needs|does not fit.* bytes free"):
-        make_arena(path, LAYOUT)
-    assert list(path.parent.iterdir()) == []
-
-
-def test_room_that_vanishes_meanwhile_leaves_the_old_arena(path, monkeypatch):
-    with make_arena(path, LAYOUT) as arena:
-        write_pattern(arena, LAYOUT, 1)
-
-    def full(fd, at, count):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CapacityError, match="No space"):
-        make_arena(path, StateLayout.of([("a", "uint8", (99999,))]))
-    with Arena.open(path) as arena:
-        assert data_of(arena, 1) == expected(1)
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_a_full_tmpfs_is_refused(tmp_path):
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(tmp_path)],
-        capture_output=True,
-        check=False,
-        timeout=20,
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a tmpfs here")
-    try:
-        with pytest.raises(CapacityError, match="bytes free"):
-            make_arena(arena_path(JobId("t"), Seat(0), tmp_path), LAYOUT)
-        assert list(tmp_path.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(tmp_path)], check=True, timeout=20)
-
-
 def test_a_snapshot_that_does_not_fit_is_refused(path):
     big = StateLayout.of([("a", "float32", (9000,))], small_bytes=200)
     with make_arena(path, LAYOUT) as arena:
@@ -214,66 +135,8 @@ def test_a_snapshot_that_does_not_fit_is_refused(path):
         assert arena.sealed_steps() == (1,)
 
 
-def test_a_flipped_bit_anywhere_is_harmless_or_found(path):
-    """Every snapshot that reads as good after the flip is exactly what was written."""
-    with make_arena(path, LAYOUT) as arena:
-        for step in (1, 2, 3):
-            write_pattern(arena, LAYOUT, step)
-        geometry = arena.geometry
-    size = path.stat().st_size
-    used = [
-        *range(48),
-        *range(4088, 4096),
-        *(
-            geometry.slab_at(slab) + at
-            for slab in range(3)
-            for start, count in (
-                (0, 100),
-                (4088, 8 + len(LAYOUT.encoded) + 10),
-                (geometry.table_at, 48),
-                (geometry.data_at, LAYOUT.total_bytes),
-            )
-            for at in range(start, start + count)
-        ),
-    ]
-    chance = random.Random(7)
-    places = chance.sample(used, 500) + [chance.randrange(size) for _ in range(200)]
-    found, refused = 0, list[int]()
-    for place in places:
-        bit = 1 << chance.randrange(8)
-        _flip(path, place, bit)
-        try:
-            with Arena.open(path) as arena:
-                whole = arena.newest_good()
-                assert whole is not None
-                assert data_of(arena, whole.step) == expected(whole.step)
-                assert arena.head(whole).small == {"step": whole.step}
-                good = [s for s in arena.snapshots() if _is_good(arena, s)]
-                found += len(good) < 3
-                for item in good:
-                    assert data_of(arena, item.step) == expected(item.step)
-        except IntegrityError:
-            found += 1
-            refused.append(place)
-        _flip(path, place, bit)
-    assert found >= 500, "every flip in a used byte is noticed"
-    assert max(refused) < 4096, "only damage to the first page costs more than one snapshot"
-
-
-def _is_good(arena: Arena, item: Sealed) -> bool:
-    try:
-        arena.verify(item)
-    except IntegrityError:
-        return False
-    return True
-
-
-def _flip(path: Path, place: int, bit: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(place)
-        (byte,) = file.read(1)
-        file.seek(place)
-        file.write(bytes([byte ^ bit]))
+def test_a_flipped_bit_anywhere_is_found_and_never_loaded(path):
+    assert flip_in_arena(path, 500, seed=7) == 500
 
 
 def test_an_overwritten_slab_is_noticed_by_its_reader(path):

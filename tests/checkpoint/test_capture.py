@@ -1,3 +1,5 @@
+"""What is captured beside training is the state as it was committed, or nothing."""
+
 import random
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from torch import nn
 from ftkit.checkpoint import memory
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.capture import Capture
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import CapacityError, StateChanged, UsageError
 from ftkit.core.ids import Generation, Step
@@ -168,9 +171,9 @@ def test_a_layout_that_grew_needs_a_larger_arena(tmp_path):
         capture.begin(Step(0), G)
         capture.gate()
         training.train(1)  # AdamW's moments appear
-        with pytest.raises(CapacityError, match=r"Arena\.ensure"):
+        with pytest.raises(CapacityError, match="ensure_arena"):
             capture.begin(Step(1), G)
-        larger = Arena.ensure(path, training.state.picture().layout)
+        larger = ensure_arena(path, training.state.picture().layout)
         capture.rebind(larger)
         arena.close()
         capture.begin(Step(1), G)
@@ -246,25 +249,10 @@ def test_an_empty_state_still_seals(tmp_path):
 
 
 TRAINER = """
-import sys
+import mmap, sys
 from pathlib import Path
-from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.capture import Capture
-from tests.checkpoint.helpers import Training
-training = Training(seed=1)
-arena = Arena.open(Path(sys.argv[1]), writable=True)
-capture = Capture(arena, training.state)
-newest = arena.newest_good()
-if newest is not None:
-    head = arena.head(newest)
-    training.state.load(head.layout, arena.blocks(head), head.small)
-step = 0 if newest is None else newest.step
-while True:
-    step += 1
-    training.forward_backward(step)
-    capture.gate()
-    training.update()
-    capture.begin(step, 1)
+from tests.checkpoint.survival import train
+train(Path(sys.argv[1]), mmap.mmap(-1, mmap.PAGESIZE))
 """
 
 

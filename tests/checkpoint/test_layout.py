@@ -1,3 +1,5 @@
+"""Where each tensor lies in the data of a snapshot, and which layouts are one."""
+
 import json
 from copy import deepcopy
 from dataclasses import replace

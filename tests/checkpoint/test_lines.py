@@ -1,5 +1,7 @@
 """Connections are kept while they are good: after a whole answer, to a server that is there."""
 
+import fcntl
+import resource
 import socket
 import threading
 from contextlib import ExitStack
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ftkit.checkpoint.lines import KEEP_MAX, KEEP_S, Lines
+from ftkit.checkpoint.lines import KEEP_MAX, KEEP_S, ByteLine, Lines
 from ftkit.checkpoint.serve import ArenaServer, send_bytes
 from ftkit.core.errors import IntegrityError, WireError
 from ftkit.core.ids import JobId
@@ -118,6 +120,20 @@ def test_those_to_a_node_that_left_are_closed(server, lines):
     with lines.borrow(server.address) as first:
         pass
     assert first.is_idle
+
+
+def test_a_process_may_have_more_files_open_than_select_knows(server):
+    line = ByteLine.open(server.address, SECRET, timeout_s=5)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 2000)), hard))
+    try:
+        high = fcntl.fcntl(line._sock, fcntl.F_DUPFD_CLOEXEC, 1500)
+        with line, ByteLine(socket.socket(fileno=high)) as same:
+            assert same.is_idle
+            same._sock.shutdown(socket.SHUT_RDWR)
+            assert not same.is_idle
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_no_more_than_a_few_are_kept(server, lines):

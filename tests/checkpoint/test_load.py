@@ -153,6 +153,8 @@ class Flaky:
         self.inner, self.reads, self.error = inner, reads, error
         self.asked = 0
 
+    threads = 1
+
     def entries(self):
         return self.inner.entries()
 

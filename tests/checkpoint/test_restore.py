@@ -1,3 +1,5 @@
+"""A step is restored from the nearest parts that prove whole, whatever is lost or lies."""
+
 import json
 import os
 import socket

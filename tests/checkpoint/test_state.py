@@ -1,3 +1,5 @@
+"""All state that training needs is found by name, captured, and comes back bit for bit."""
+
 import json
 import math
 import subprocess
@@ -18,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.memory import LiveMemory, as_numpy
 from ftkit.checkpoint.plain import decode, encode
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.checkpoint.walk import unwrap
 from ftkit.core.errors import IntegrityError, StateChanged, UsageError
@@ -366,7 +369,6 @@ with Capture(arena, training.state) as capture:
 
 @pytest.mark.multiproc
 def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
-    from ftkit.checkpoint.arena import Arena
     from ftkit.checkpoint.capture import Capture
     from ftkit.core.ids import Generation, Step
 
@@ -374,7 +376,7 @@ def test_a_fresh_process_goes_on_bit_for_bit(tmp_path):
     for step in range(1, 4):
         training.train(step)
     path = tmp_path / "arena"
-    with Arena.ensure(path, training.state.layout()) as arena:
+    with ensure_arena(path, training.state.layout()) as arena:
         with Capture(arena, training.state) as capture:
             capture.begin(Step(3), Generation(1))
         root = Path(__file__).parents[2]

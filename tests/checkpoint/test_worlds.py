@@ -17,6 +17,7 @@ from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.capture import Capture
 from ftkit.checkpoint.load import load_state, small_of_seats
 from ftkit.checkpoint.memory import as_numpy
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.shards import is_dtensor
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.ids import Generation, JobId, Seat, Step
@@ -126,7 +127,7 @@ def save(rank: int, size: int, talk: Any, folder: Path) -> None:
             training.train(step)
         path = arena_path(JobId(f"{layout}-{size}"), Seat(rank), folder)
         with (
-            Arena.ensure(path, training.state.layout(), chunk_bytes=256) as arena,
+            ensure_arena(path, training.state.layout(), chunk_bytes=256) as arena,
             Capture(arena, training.state) as capture,
         ):
             capture.begin(STEP, Generation(1))

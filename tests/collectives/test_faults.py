@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-calls
 
+import functools
 import os
 import signal
 import socket
@@ -263,6 +264,36 @@ def leaves_nothing(rank, size, talk):
 def test_close_leaves_neither_threads_nor_descriptors():
     with Crew(leaves_nothing, 3) as crew:
         assert crew.results() == [(0, 0)] * 3
+
+
+def leaves_first(rank, size, talk, how):
+    group, faults, addresses = join(rank, talk, "auto")
+    data = torch.full((1 << 20,), rank + 1.0)
+    if rank == 1:
+        handle = group.all_reduce(data)
+        time.sleep(0.1)
+        # It has shown its data by now, and looks at the other's only after this.
+        asleep = threading.Event()
+        group._engine.call(asleep.set)
+        group._engine.call(functools.partial(time.sleep, 0.3))
+        asleep.wait()
+        talk.everyone("asleep")
+    else:
+        talk.everyone("asleep")
+        handle = group.all_reduce(data)
+    handle.wait(10)
+    if how == "edit":
+        group.edit(world(2, addresses), timeout_s=10)
+        assert not faults
+        talk.everyone("edited")
+    group.close()
+    return data.unique().tolist()
+
+
+@pytest.mark.parametrize("how", ["close", "edit"])
+def test_who_is_through_first_lets_the_others_read_before_it_leaves(how):
+    with Crew(leaves_first, 2, how) as crew:
+        assert crew.results() == [[3.0], [3.0]]
 
 
 def goodbye(rank, size, talk):

@@ -11,14 +11,17 @@ from hypothesis import strategies as st
 from ftkit.collectives.frames import (
     CONTROL_BYTES_MAX,
     HEADER_BYTES,
+    OFFER_BYTES,
     SEGMENT_BYTES_MAX,
     Header,
     Kind,
+    Offer,
     pack,
     pack_offer,
     parse,
     parse_offer,
 )
+from ftkit.collectives.fuse import Fuse
 from ftkit.collectives.link import Link, Ticket
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import MemberId
@@ -84,12 +87,15 @@ def test_an_impossible_header_is_refused_though_its_checksum_is_right(change):
         parse(pack(good._replace(**change)))
 
 
-@given(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
-def test_an_offer_survives_the_wire(address, length):
-    assert parse_offer(pack_offer(address, length)) == (address, length)
+U64 = st.integers(0, 2**64 - 1)
 
 
-@given(st.binary(max_size=40).filter(lambda b: len(b) != 16))
+@given(st.builds(Offer, U64, U64, st.integers(-1, 2**31 - 1), U64, U64, U64, U64, st.booleans()))
+def test_an_offer_survives_the_wire(offer):
+    assert parse_offer(pack_offer(offer)) == offer
+
+
+@given(st.binary(max_size=60).filter(lambda b: len(b) != OFFER_BYTES))
 def test_an_offer_of_another_size_is_refused(data):
     with pytest.raises(ProtocolError):
         parse_offer(data)
@@ -114,7 +120,7 @@ class Inbox:
 
 def make_pair(segment=4096):
     a, b = socket.socketpair()
-    kwargs = {"cma": None, "can_offer": False, "segment_bytes": segment}
+    kwargs = {"cma": None, "can_offer": False, "segment_bytes": segment, "fuse": Fuse()}
     return Link(a, MemberId(2), **kwargs), Link(b, MemberId(1), **kwargs), b
 
 

@@ -1,32 +1,18 @@
-"""The process group under torch.distributed: the same results as gloo, in the same processes."""
+"""The process group as the default one of torch.distributed. (For what it answers to each
+call, and for what is built on it, see `conformance`.)"""
 
 # torch's stubs know neither what a default group is nor its private helpers.
 # mypy: allow-untyped-calls
 # mypy: disable-error-code="index,comparison-overlap,arg-type,union-attr,attr-defined,assignment"
-
-import os
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from .crew import Crew
+from .scratch import scratch_path
 
 pytestmark = pytest.mark.multiproc
-
-DTYPES = [
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.uint8,
-    torch.int8,
-    torch.int32,
-    torch.int64,
-    torch.bool,
-]
-R = dist.ReduceOp
 
 
 def start(rank, size, path):
@@ -35,248 +21,28 @@ def start(rank, size, path):
     register()
     store = dist.FileStore(path, size)
     dist.init_process_group("ftkit", store=store, rank=rank, world_size=size)
-    return dist.new_group(backend="gloo")
 
 
-def values(dtype, shape, rank, salt=0):
-    g = torch.Generator().manual_seed(1000 * salt + rank)
-    if dtype == torch.bool:
-        return torch.randint(0, 2, shape, generator=g).bool()
-    return torch.randint(0, 4, shape, generator=g).to(dtype)
-
-
-def both(make, run, gloo, name):
-    """Run the same call on both groups, from the same inputs; compare all tensors."""
-    ours, theirs = make(), make()
-    run(ours, None)
-    run(theirs, gloo)
-
-    def flat(x):
-        if isinstance(x, torch.Tensor):
-            return [x]
-        return [t for item in x for t in flat(item)]
-
-    for a, b in zip(flat(ours), flat(theirs), strict=True):
-        assert torch.equal(a, b), f"{name}: {a} is not {b}"
-
-
-def compare_dtype(dtype, rank, size, gloo):
-    def v(shape, salt=0):
-        return values(dtype, shape, rank, salt)
-
-    for shape in [(), (7,), (3, 5), (40_000,)]:
-        for op in [R.SUM, R.PRODUCT, R.MIN, R.MAX]:
-            both(
-                lambda shape=shape: v(shape),
-                lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                gloo,
-                f"all_reduce {op} {dtype} {shape}",
-            )
-    if not dtype.is_floating_point:
-        for op in [R.BAND, R.BOR, R.BXOR]:
-            both(
-                lambda: v((33,)),
-                lambda t, g, op=op: dist.all_reduce(t, op, group=g),
-                gloo,
-                f"all_reduce {op} {dtype}",
-            )
-    for root in range(size):
-        both(
-            lambda: v((9,)),
-            lambda t, g, r=root: dist.broadcast(t, r, group=g),
-            gloo,
-            "broadcast",
-        )
-        both(
-            lambda: (v((9,)), [torch.zeros(9, dtype=dtype) for _ in range(size)]),
-            lambda t, g, r=root: dist.gather(t[0], t[1] if rank == r else None, r, group=g),
-            gloo,
-            "gather",
-        )
-        both(
-            lambda: (torch.zeros(9, dtype=dtype), [v((9,), i) for i in range(size)]),
-            lambda t, g, r=root: dist.scatter(t[0], t[1] if rank == r else None, r, group=g),
-            gloo,
-            "scatter",
-        )
-        # The roots agree; gloo leaves partial sums at the others, we leave them alone.
-        a, b = v((9,)), v((9,))
-        dist.reduce(a, root)
-        dist.reduce(b, root, group=gloo)
-        assert torch.equal(a, b if rank == root else v((9,)))
-    both(
-        lambda: (v((4, 3)), [torch.zeros((4, 3), dtype=dtype) for _ in range(size)]),
-        lambda t, g: dist.all_gather(t[1], t[0], group=g),
-        gloo,
-        "all_gather",
-    )
-    both(
-        lambda: (v((4, 3)), torch.zeros((4 * size, 3), dtype=dtype)),
-        lambda t, g: dist.all_gather_into_tensor(t[1], t[0], group=g),
-        gloo,
-        "gather_into",
-    )
-    both(
-        lambda: (v((size, 6)), torch.zeros((size, 6), dtype=dtype)),
-        lambda t, g: dist.all_to_all_single(t[1], t[0], group=g),
-        gloo,
-        "all_to_all_single",
-    )
-    if dtype != torch.bool:
-        both(
-            lambda: (torch.zeros(5, dtype=dtype), v((5 * size,))),
-            lambda t, g: dist.reduce_scatter_tensor(t[0], t[1], group=g),
-            gloo,
-            "rs_tensor",
-        )
-        both(
-            lambda: (torch.zeros(5, dtype=dtype), [v((5,), i) for i in range(size)]),
-            lambda t, g: dist.reduce_scatter(t[0], t[1], group=g),
-            gloo,
-            "reduce_scatter",
-        )
-
-
-def same_as_gloo(rank, size, talk, path):
-    gloo = start(rank, size, path)
-    for dtype in DTYPES:
-        compare_dtype(dtype, rank, size, gloo)
-    # uneven splits
-    splits = [[(r + c) % 3 for c in range(size)] for r in range(size)]
-    takes = [splits[r][rank] for r in range(size)]
-    both(
-        lambda: (values(torch.float32, (sum(splits[rank]), 2), rank), torch.zeros(sum(takes), 2)),
-        lambda t, g: dist.all_to_all_single(t[1], t[0], takes, splits[rank], group=g),
-        gloo,
-        "uneven all_to_all_single",
-    )
-    # AVG, which gloo lacks
-    t = torch.full((5,), float(rank))
-    dist.all_reduce(t, R.AVG)
-    assert torch.equal(t, torch.full((5,), (size - 1) / 2))
-    # not contiguous: results land in the view
-    base = torch.zeros(4, 6)
-    view = base[:, ::2]
-    view.fill_(rank + 1)
-    dist.all_reduce(view)
-    assert torch.equal(view, torch.full((4, 3), float(sum(range(1, size + 1)))))
-    assert base[:, 1::2].eq(0).all()
-    # all_to_all with lists
-    outs = [torch.zeros(2) for _ in range(size)]
-    dist.all_to_all(outs, [torch.full((2,), 10.0 * rank + i) for i in range(size)])
-    assert [o[0].item() for o in outs] == [10.0 * i + rank for i in range(size)]
-    dist.barrier()
-    dist.destroy_process_group()
-    return "same"
-
-
-def scratch_path():
-    handle, path = tempfile.mkstemp()
-    os.close(handle)
-    os.unlink(path)
-    return path
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_results_are_those_of_gloo(size):
-    with Crew(same_as_gloo, size, scratch_path()) as crew:
-        assert crew.results() == ["same"] * size
-
-
-def objects_and_friends(rank, size, talk, path):
-    import torch.distributed._functional_collectives as fc
+def a_mesh_of_its_own(rank, size, talk, path):
+    """`init_device_mesh` makes its groups of the default backend, which is ours."""
     from torch.distributed.device_mesh import init_device_mesh
 
     start(rank, size, path)
-    got = [None] * size
-    dist.all_gather_object(got, {"rank": rank, "pad": "x" * rank * 100})
-    assert [g["rank"] for g in got] == list(range(size))
-    box = [rank, "from", rank]
-    dist.broadcast_object_list(box, src=1)
-    assert box == [1, "from", 1]
-    gathered = [None] * size if rank == 0 else None
-    dist.gather_object(("g", rank), gathered, dst=0)
-    assert rank or gathered == [("g", r) for r in range(size)]
-    mine = [None]
-    dist.scatter_object_list(mine, [f"to {r}" for r in range(size)] if rank == 0 else None, src=0)
-    assert mine == [f"to {rank}"]
-
-    total = float(sum(range(size)))
-    assert (
-        fc.all_reduce(torch.full((3,), float(rank)), "sum", dist.group.WORLD).tolist()
-        == [total] * 3
-    )
-    whole = fc.all_gather_tensor(torch.full((2,), float(rank)), 0, dist.group.WORLD)
-    assert whole.tolist() == [float(r) for r in range(size) for _ in range(2)]
-    part = fc.reduce_scatter_tensor(torch.arange(2.0 * size), "sum", 0, dist.group.WORLD)
-    assert part.tolist() == [size * 2.0 * rank, size * (2.0 * rank + 1)]
-    swapped = fc.all_to_all_single(
-        torch.arange(float(size)) + 10 * rank, None, None, dist.group.WORLD
-    )
-    assert swapped.tolist() == [10.0 * r + rank for r in range(size)]
-
-    # both sides receive first, then send: nothing may wait for the other's order
-    peer = (rank + 1) % size
-    before = (rank - 1) % size
-    big = torch.full((400_000,), float(rank))
-    into = torch.empty_like(big)
-    ops = [dist.P2POp(dist.irecv, into, before), dist.P2POp(dist.isend, big, peer)]
-    for work in dist.batch_isend_irecv(ops):
-        work.wait()
-    assert into.eq(before).all()
-    # tags meet tags, out of order
-    if rank == 0:
-        works = [dist.isend(torch.tensor([float(tag)]), 1, tag=tag) for tag in (5, 6, 7)]
-        for work in works:
-            work.wait()
-    elif rank == 1:
-        for tag in (7, 5, 6):
-            t = torch.zeros(1)
-            dist.recv(t, 0, tag=tag)
-            assert t.item() == tag
-    # from anybody
-    if rank == 0:
-        seen = set()
-        for _ in range(size - 1):
-            t = torch.zeros(1)
-            source = dist.recv(t)
-            assert t.item() == source
-            seen.add(source)
-        assert seen == set(range(1, size))
-    else:
-        dist.send(torch.tensor([float(rank)]), 0)
-    # to ourselves
-    t = torch.zeros(3)
-    work = dist.irecv(t, rank)
-    dist.isend(torch.ones(3), rank).wait()
-    work.wait()
-    assert t.eq(1).all()
-
-    pair = dist.new_group([0, 1])
-    if rank < 2:
-        t = torch.tensor([rank + 1.0])
-        dist.all_reduce(t, group=pair)
-        assert t.item() == 3
-        t = torch.tensor([float(rank)])
-        dist.broadcast(t, src=1, group=pair)
-        assert t.item() == 1
     mesh = init_device_mesh("cpu", (size // 2, 2), mesh_dim_names=("dp", "tp"))
-    t = torch.tensor([float(rank)])
-    dist.all_reduce(t, group=mesh["tp"].get_group())
-    assert t.item() == 2 * (rank // 2 * 2) + 1
-    with dist._coalescing_manager(device=torch.device("cpu")):
-        a, b = torch.ones(2), torch.full((3,), float(rank))
-        dist.all_reduce(a)
-        dist.all_reduce(b)
-    assert a.eq(size).all()
-    assert b.eq(total).all()
+    tensor = torch.tensor([float(rank)])
+    dist.all_reduce(tensor, group=mesh["tp"].get_group())
+    assert tensor.item() == 2 * (rank // 2 * 2) + 1
+    tensor = torch.tensor([float(rank)])
+    dist.all_reduce(tensor, group=mesh["dp"].get_group())
+    assert tensor.item() == 2 * (rank % 2) + 2
+    assert dist.get_backend(mesh["dp"].get_group()) == "ftkit"
     dist.barrier()
     dist.destroy_process_group()
     return "fine"
 
 
-def test_objects_functional_p2p_subgroups_and_meshes():
-    with Crew(objects_and_friends, 4, scratch_path()) as crew:
+def test_a_mesh_is_made_of_ftkit_groups():
+    with Crew(a_mesh_of_its_own, 4, scratch_path()) as crew:
         assert crew.results() == ["fine"] * 4
 
 

@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ftkit.collectives.config import CollectivesConfig, Transport
@@ -41,10 +42,16 @@ def member(id_: int, address: tuple[str, int], seat: int | None = None) -> Membe
     )
 
 
-def make_group(id_: int, transport: str = "auto", **more: Any) -> tuple[Group, Faults]:
+def make_group(
+    id_: int, transport: str = "auto", host: str = "127.0.0.1", **more: Any
+) -> tuple[Group, Faults]:
     faults = Faults()
     group = Group(
-        member=MemberId(id_), secret=SECRET, on_fault=faults, config=config(transport, **more)
+        member=MemberId(id_),
+        secret=SECRET,
+        host=host,
+        on_fault=faults,
+        config=config(transport, **more),
     )
     return group, faults
 
@@ -63,3 +70,13 @@ def join(
     addresses = dict(talk.everyone((rank, group.address)))
     group.edit(world(1, addresses), timeout_s=20)
     return group, faults, addresses
+
+
+def in_one_process(size: int, transport: str = "tcp", **more: Any) -> list[Group]:
+    """Groups of one world, all in this process: cheap, and enough where nobody has to die."""
+    groups = [make_group(id_, transport, **more)[0] for id_ in range(size)]
+    whole = world(1, {id_: group.address for id_, group in enumerate(groups)})
+    with ThreadPoolExecutor(size) as threads:
+        for entered in [threads.submit(g.edit, whole, timeout_s=20) for g in groups]:
+            entered.result()
+    return groups

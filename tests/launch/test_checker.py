@@ -120,6 +120,15 @@ def test_a_coordinator_may_die_unnoticed() -> None:
     assert outcome.detect_s is None
 
 
+def test_a_fault_that_struck_too_seldom_tells_nothing() -> None:
+    plan = Expectation(
+        fault="flap", phase="any", seed=1, world_size=3, steps=6, slots=8, slot_size=4, strikes=2
+    )
+    outcome = check(disturbed(), undisturbed(), plan)
+    assert outcome.outcome is Answer.UNKNOWN
+    assert outcome.evidence["missing"] == ["the fault struck 1 times of 2: give more --steps"]
+
+
 def test_a_second_fault_in_the_recovery_is_followed_too() -> None:
     # Seat 2 is killed while the world regroups: seat 0 alone plays step 3 in generation 3.
     events = undisturbed()[:6] + attempt(10.1, 1, 1, FULL) + attempt(10.2, 2, 1, FULL)

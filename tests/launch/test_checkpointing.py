@@ -71,7 +71,7 @@ def test_a_newer_generation_wins_over_a_higher_step() -> None:
 
 def test_an_attempt_goes_through_its_stages_and_ends_in_a_checkpoint() -> None:
     order: Order | None = begun()
-    for stage in (Stage.BEGIN, Stage.WRITE):
+    for stage in (Stage.BEGIN, Stage.CLEAR, Stage.WRITE):
         assert order is not None
         assert order.stage is stage
         waiting = reports(order, stage, stage, Stage(stage - 1))
@@ -95,9 +95,14 @@ def test_nobody_begins_before_all_have_ended_what_they_did_before() -> None:
     known = reports(order, Stage.BEGIN, Stage.BEGIN, Stage.BEGIN)
     late = known | {NodeId(2): Report(attempt=order.attempt - 1, done=Stage.COMMIT, error="old")}
     assert judge(order, late, last_attempt=42) == (order, None)
+    # A fourth node writes nothing now, and still writes what is given up.
+    idle = {NodeId(3): Report(attempt=order.attempt - 1, done=Stage.CLEAR)}
+    assert judge(order, known | idle, last_attempt=42) == (order, None)
+    ended = {NodeId(3): Report(attempt=order.attempt)}
+    assert judge(order, known | ended, last_attempt=42) == (replace(order, stage=Stage.CLEAR), None)
 
 
-@pytest.mark.parametrize("stage", [Stage.BEGIN, Stage.WRITE, Stage.COMMIT])
+@pytest.mark.parametrize("stage", [Stage.BEGIN, Stage.CLEAR, Stage.WRITE, Stage.COMMIT])
 def test_a_node_that_fails_or_is_lost_gives_the_step_up(stage: Stage) -> None:
     order = replace(begun(), stage=stage)
     before = Stage(stage - 1)

@@ -2,7 +2,7 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +16,16 @@ from ftkit.checkpoint.chunks import Share
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.persist.boxes import Box
 from ftkit.checkpoint.persist.checkpoint import load, open_checkpoint, steps
-from ftkit.checkpoint.persist.local_store import LocalStore
+from ftkit.checkpoint.persist.local_store import LocalBatch, LocalStore
 from ftkit.checkpoint.persist.source import identities, newest_good, small_by_seat
+from ftkit.checkpoint.persist.store import Store
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.checkpoint.slabs import Pin
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.trace import Trace, read_events
 from ftkit.launch import persister
-from ftkit.launch.checkpointing import Order, Outcome, Report, judge
+from ftkit.launch.checkpointing import Order, Outcome, Report, Stage, judge
 from ftkit.launch.config import JobConfig
 from ftkit.launch.faulty_store import FaultyStore, StoreFault, StoreFaultKind
 from ftkit.launch.persister import Persister
@@ -108,8 +110,28 @@ class Nodes:
         return before != {n: p.report() for n, p in self.persisters.items()}
 
 
+class Stalled(LocalStore):
+    """A disk that answers nobody who writes files until it is told to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.asked = threading.Event()
+        self.answers = threading.Event()
+
+    def batch(self) -> LocalBatch:
+        self.asked.set()
+        assert self.answers.wait(WAIT_S)
+        return super().batch()
+
+
 @contextlib.contextmanager
-def nodes(folder: Path, *, fault: StoreFault | None = None, **more: Any) -> Iterator[Nodes]:
+def nodes(
+    folder: Path,
+    *,
+    fault: StoreFault | None = None,
+    stores: Mapping[NodeId, Store] = {},  # never changed
+    **more: Any,
+) -> Iterator[Nodes]:
     config = JobConfig(
         job="j", command=("x",), nodes=2, run_dir=str(folder), shm_root=str(folder),
         checkpoint_dir=str(folder / "disk"), checkpoint_every=1, **{"checkpoint_keep": "", **more},
@@ -127,12 +149,12 @@ def nodes(folder: Path, *, fault: StoreFault | None = None, **more: Any) -> Iter
             shm.mkdir(exist_ok=True)
             path = arena_path(JobId("j"), Seat(node), shm)
             arenas[node] = stack.enter_context(
-                Arena.ensure(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slabs=4)
+                ensure_arena(path, LAYOUT, replicas=2, chunk_bytes=CHUNK, slabs=4)
             )
             server = stack.enter_context(ArenaServer(shm, JobId("j"), SECRET))
             servers[node] = server.address
             trace = stack.enter_context(Trace(folder / "events" / f"agent-{node}.jsonl"))
-            disk = LocalStore(folder / "disk")
+            disk = stores.get(node) or LocalStore(folder / "disk")
             faulty = fault is not None and fault.node == node
             store = FaultyStore(disk, fault, folder) if faulty and fault else disk
             persister = Persister(config, node, SECRET, trace, changed=tell, store=store)
@@ -187,6 +209,31 @@ def test_a_snapshot_that_is_due_is_kept_and_one_that_is_written_too(tmp_path: Pa
 
         two.on_order = train_on
         assert two.persist() == Outcome(step=Step(10), failed="")
+        assert_whole(tmp_path, 10)
+
+
+def test_a_step_that_is_tried_again_waits_for_who_still_writes_the_last_try(tmp_path: Path) -> None:
+    slow = Stalled(tmp_path / "disk")
+    with nodes(tmp_path, stores={NodeId(1): slow}) as two:
+        two.capture(10)
+        reports = {n: p.report() for n, p in two.persisters.items()}
+        first, _ = judge(None, reports, last_attempt=0)
+        assert first is not None
+        for persister in two.persisters.values():
+            persister.take(replace(first, stage=Stage.WRITE), two.servers)
+        assert slow.asked.wait(WAIT_S), "node 1 writes, or would"
+        # Given up, for whatever reason, and the same step is due again.
+        for arena in two.arenas.values():
+            arena.pin(arena.find(Step(10)), Pin.DUE)
+        two.attempts = first.attempt
+        outcomes = list[Outcome | None]()
+        again = threading.Thread(target=lambda: outcomes.append(two.persist()))
+        again.start()
+        node0 = two.persisters[NodeId(0)]
+        two.wait(lambda: node0.report().attempt == 2 and node0.report().done >= Stage.BEGIN)
+        slow.answers.set()
+        again.join()
+        assert outcomes == [Outcome(step=Step(10), failed="")]
         assert_whole(tmp_path, 10)
 
 

@@ -21,6 +21,14 @@ class Done:
     def wait(self, timeout_s: float | None = None) -> None:
         return None
 
+    def done(self) -> bool:
+        return True
+
+
+class Running(Done):
+    def done(self) -> bool:
+        return False
+
 
 class Crew:
     """Ranks that play one after another; the reduction takes place once the last is through."""
@@ -333,3 +341,22 @@ def test_without_parameters_there_is_nothing_to_reduce() -> None:
     reducer.end_slot()
     assert isinstance(reducer.finish(held=1), int)
     assert not reducer.ids
+
+
+@pytest.mark.parametrize("handle", [Done(), Running()])
+def test_buffers_are_used_again_unless_a_reduction_may_still_read_them(handle: Done) -> None:
+    outs: list[torch.Tensor] = []
+
+    def reduce(nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Done:
+        outs.append(out)
+        return handle
+
+    model = dense()
+    reducer = GradientReducer(model.parameters(), slots=1, reduce=reduce, bucket_bytes=1 << 20)
+    for _ in range(2):
+        reducer.begin()
+        reducer.start_slot(0, last=True)
+        dense_backward(model, 0)
+        reducer.end_slot()
+    kept = outs[0].data_ptr() == outs[1].data_ptr()
+    assert kept == handle.done()

@@ -10,6 +10,7 @@ from ftkit.checkpoint import pages
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import Pin
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
@@ -54,7 +55,7 @@ class Rig:
 
     def make(self, layout: object, replicas: int) -> str:
         path = arena_path(JOB, Seat(self.seat), self.folder)
-        Arena.ensure(
+        ensure_arena(
             path, StateLayout.from_json(layout), replicas=replicas, chunk_bytes=CHUNK_BYTES
         ).close()
         return str(path)

@@ -19,6 +19,7 @@ from ftkit.checkpoint.parity.combine import Pace, ShardLost, combine
 from ftkit.checkpoint.parity.parts import find_part
 from ftkit.checkpoint.parity.rounds import Holding, PartRef, StripeSet
 from ftkit.checkpoint.parity.streams import Open, Peers, open_shard
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.rebuild import shards_to_read
 from ftkit.checkpoint.slabs import SLABS, Head, Sealed
 from ftkit.checkpoint.stripes import Place, Span
@@ -110,11 +111,9 @@ def mend(
     sent, read = Counter[NodeId](), 0
     with ExitStack() as opened:
         parts = {
-            number: _Target(directory, head, node, number, slabs, in_place=in_place)
+            number: _Target(directory, head, node, number, slabs, opened, in_place=in_place)
             for number in missing
         }
-        for part in parts.values():
-            opened.callback(part.close)
         opener = open_shard(peers, stripes, head.heads)
         for number, stripe in enumerate(stripes.plan.stripes):
             for shard, piece in enumerate(stripe.data):
@@ -183,9 +182,11 @@ class _Target:
         node: NodeId,
         number: int,
         slabs: int,
+        opened: ExitStack,
         *,
         in_place: bool,
     ) -> None:
+        """Begin to put it together; the arena is open until `opened` is closed."""
         part, raw = head.stripes.parts[node][number], head.heads[node][number]
         self._head = Head.parse(raw)
         path = directory / part.arena
@@ -194,24 +195,26 @@ class _Target:
         sealed = find_part(directory, part)
         self._copy = None
         if sealed == self._head.sealed and _head_is_good(path, sealed):
-            self._arena = Arena.open(path, writable=True)
-            self.data = self._arena.data_to_mend(sealed)
+            arena = opened.enter_context(Arena.open(path, writable=True))
+            self.data = opened.enter_context(arena.data_to_mend(sealed))
             return
         if in_place:
             raise IntegrityError(
                 f"{part.arena} on node {node} has no good head of step {part.step}"
             )
-        self._arena = Arena.ensure(
-            path,
-            self._head.layout,
-            # Pages for parts of this size; `reserve` has them for this one in any case.
-            replicas=max(1, self._head.layout.total_bytes // max(1, part.bytes)),
-            chunk_bytes=part.chunk_bytes,
-            slabs=slabs,
+        arena = opened.enter_context(
+            ensure_arena(
+                path,
+                self._head.layout,
+                # Pages for parts of this size; `reserve` has them for this one in any case.
+                replicas=max(1, self._head.layout.total_bytes // max(1, part.bytes)),
+                chunk_bytes=part.chunk_bytes,
+                slabs=slabs,
+            )
         )
-        self._copy = self._arena.adopt(raw)
+        self._copy = arena.adopt(raw)
         self._copy.reserve()
-        self.data = self._copy.data.data
+        self.data = opened.enter_context(self._copy.data.data)
 
     def seal(self) -> None:
         """Check every chunk, then declare the part whole."""
@@ -220,11 +223,6 @@ class _Target:
             self._head.check(chunk, self.data[chunk * size : (chunk + 1) * size])
         if self._copy is not None:
             self._copy.seal()
-
-    def close(self) -> None:
-        self.data.release()
-        self._copy = None
-        self._arena.close()
 
 
 class _Spread:

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ftkit.checkpoint.arena import Arena
-from ftkit.checkpoint.copies import local_copies
+from ftkit.checkpoint.copies import let_go, local_copies
 from ftkit.checkpoint.parity.rounds import NOBODY, PartRef, RoundId
 from ftkit.checkpoint.slabs import Pin, Sealed
 from ftkit.core.errors import IntegrityError
@@ -95,9 +95,11 @@ class Pins:
             self._let_go(round_)
 
     def again(self) -> None:
-        """Pin again what is to be pinned: an arena that grew lost its pins.
+        """Pin again what is to be pinned, and nothing else: an arena that grew lost its pins.
 
-        An offer that nobody took up is pinned no longer: ranks need their slabs.
+        An offer that nobody took up is pinned no longer: ranks need their slabs. Nor is a
+        snapshot whose slab was chosen and filled while its predecessor there was being pinned:
+        nobody would ever let go of that, and its rank would have a slab less for good.
         """
         if _OFFER in self._held and time.monotonic() - self._offered > OFFER_S:
             self._let_go(_OFFER)
@@ -105,6 +107,7 @@ class Pins:
             for path, sealed in pins:
                 with suppress(OSError, IntegrityError):
                     _pin(path, sealed)
+        let_go(self._directory, Pin.PARITY, but={p for pins in self._held.values() for p in pins})
 
     def _let_go(self, round_: RoundId) -> None:
         gone = self._held.pop(round_, [])

@@ -173,21 +173,3 @@ class Gather:
     def _path(self, copy: Copy) -> Path:
         # Not the path that was sent: nothing outside the folder is ever opened.
         return arena_path(self._job, copy.seat, self._directory)
-
-
-def let_go(directory: Path) -> None:
-    """Take the pins of writing off all parts in a folder."""
-    for path in directory.glob("*.arena"):
-        try:
-            with Arena.open(path) as arena:
-                held = [
-                    sealed
-                    for slab, sealed in enumerate(arena.slabs())
-                    if sealed and arena.pins(slab)[Pin.PERSIST]
-                ]
-            if held:
-                with Arena.open(path, writable=True) as arena:
-                    for sealed in held:
-                        arena.pin(sealed, Pin.PERSIST, on=False)
-        except (OSError, IntegrityError):
-            continue  # replaced or damaged: there is no pin to take off

@@ -70,7 +70,7 @@ def gc(
     while verify and good:
         newest = max(good)
         try:
-            good[newest].verify()
+            good[newest].verify(lambda _: lease.keep())
             break
         except IntegrityError as error:
             damaged[newest] = str(error)

@@ -1,9 +1,9 @@
 """Lease: one job writes checkpoints below a root; a second is refused, and told by whom.
 
-The lease is a file of JSON in the root, empty of a holder when it was given up. Its holder renews
-it while it lives and shows it before each commit; readers need none. One of a process that is dead on this host, or that has not been
-renewed for its term, may be taken over, and so may one that another process of the same job holds:
-a job's nodes agree among themselves which of them commits.
+The lease is a file of JSON in the root, that of nobody when it was given up. Its holder renews it
+while it lives and shows it before each commit; readers need none. One of a process that is dead on
+this host, or that has not been renewed for its term, may be taken over, and so may one that another
+process of the same job holds: a job's nodes agree among themselves which of them commits.
 
 On a local disk taking over is exclusive (a lock that the kernel drops with its process). An
 object store has no such thing: of two jobs that take the same stale lease over in the same
@@ -15,13 +15,13 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import time
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import psutil
 
@@ -29,6 +29,8 @@ from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.store import Store
 from ftkit.core.errors import RootInUse
 from ftkit.core.ids import JobId
+
+T = TypeVar("T")
 
 LEASE = "lease.json"
 
@@ -123,7 +125,7 @@ class Lease:
         Args:
           store: the root.
           job: this job's name, which no other job may bear.
-          term_s: after so many seconds without `renew` or `check`, another may take it.
+          term_s: after so many seconds without `check` or `keep`, another may take it.
           wall: Unix seconds.
 
         Raises:
@@ -171,7 +173,20 @@ class Lease:
             self._holder = replace(self._holder, renewed_at=self._wall())
             _replace(self._store, self._holder.encode())
 
-    renew = check
+    def keep(self) -> None:
+        """`check`, once a third of the term has passed: to be called often during long work.
+
+        Raises:
+          RootInUse: as `check`.
+        """
+        if self._wall() - self._holder.renewed_at > self._holder.term_s / 3:
+            self.check()
+
+    def kept_while(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; the lease is kept between them. Raises as `keep`."""
+        for item in items:
+            self.keep()
+            yield item
 
     def release(self) -> None:
         """Give the lease up, if it is still this process's."""
@@ -226,7 +241,9 @@ def _replace(store: Store, data: bytes) -> None:
     with store.reporting(f"writing {LEASE}"):
         fd = os.open(store.path(LEASE), os.O_WRONLY | os.O_CLOEXEC)
         try:
-            os.pwrite(fd, data.ljust(_BYTES), 0)
+            whole = data.ljust(_BYTES)
+            os.pwrite(fd, whole, 0)
+            os.ftruncate(fd, len(whole))
             os.fsync(fd)
         finally:
             os.close(fd)

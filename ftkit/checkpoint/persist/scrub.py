@@ -27,7 +27,7 @@ def scrub(store: Store, progress: Callable[[int], None] = lambda _: None) -> tup
 
     Args:
       store: the root.
-      progress: told the bytes of each file when it has been checked.
+      progress: told the bytes of each range when it has been checked.
 
     Returns:
       One for each step that has a folder, ascending. A checkpoint that `gc` removes meanwhile

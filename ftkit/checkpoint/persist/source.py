@@ -17,6 +17,9 @@ from ftkit.core.ids import Seat, Step
 class CheckpointSource:
     """A checkpoint. Fits `BoxSource`; reads only the chunks that a box meets."""
 
+    threads = 4
+    """While one waits for the store, another checks what it has got."""
+
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 

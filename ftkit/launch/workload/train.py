@@ -7,7 +7,9 @@ Run by `ftkit run` or `ftkit drill`, or alone as a world of one::
 
 import argparse
 import json
+import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +36,9 @@ class Options:
     learning_rate: float
     data: Path | None
     data_bytes_max: int
+    short_handed_s: float
+    """For drills: slept after each step while a seat is empty, so that a job of few steps lasts
+    until a rank that was lost is back. No part of the outcome."""
     threads: int
     """Threads of torch in each rank. Part of the outcome: kernels sum by thread."""
 
@@ -104,6 +109,8 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
                 step.record(loss)
             optimizer.step()
             optimizer.zero_grad()
+        if session.world_size < int(os.environ.get("WORLD_SIZE", "1")):
+            time.sleep(options.short_handed_s)
         if step.committed:
             done, loss_value = int(step.index), step.loss
             if session.rank == 0 and done % 100 == 0:
@@ -129,6 +136,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--data", type=Path, help="text file or folder; else Python's library")
     parser.add_argument("--data-bytes", type=int, default=4 << 20, help="most bytes of text read")
     parser.add_argument("--threads", type=int, default=1, help="torch threads in each rank")
+    parser.add_argument(
+        "--short-handed-s", type=float, default=0.0, help="pause of a step while a seat is empty"
+    )
     given = parser.parse_args(argv)
 
     for name in ("steps", "slots", "slot_size", "data_bytes", "threads"):
@@ -156,6 +166,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         data=given.data,
         data_bytes_max=given.data_bytes,
         threads=given.threads,
+        short_handed_s=max(given.short_handed_s, 0.0),
     )
 
 

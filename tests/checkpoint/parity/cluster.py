@@ -23,6 +23,7 @@ from ftkit.checkpoint.parity.parts import local_parts
 from ftkit.checkpoint.parity.protocol import standing
 from ftkit.checkpoint.parity.rounds import NOBODY, Ballot, Holding
 from ftkit.checkpoint.parity.streams import Peers
+from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.checkpoint.stripes import Code
@@ -142,7 +143,7 @@ class Cluster:
         """Every seat captures its share of a step."""
         count = len(self.world) * self.seats
         for seat in range(count) if seats is None else seats:
-            with Arena.ensure(
+            with ensure_arena(
                 self.arena(seat),
                 self.layout,
                 replicas=count,

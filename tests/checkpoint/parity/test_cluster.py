@@ -1,6 +1,7 @@
 """Rounds, losses and rot on real memory, through real byte servers: every byte comes back."""
 
 import itertools
+import os
 import random
 import threading
 from pathlib import Path
@@ -18,7 +19,8 @@ from ftkit.checkpoint.parity.leader import ask_all
 from ftkit.checkpoint.parity.mend import fetch_head, mend, missing_parts
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.scrub import scrub
-from ftkit.checkpoint.slabs import Pin, paged
+from ftkit.checkpoint.provision import create_arena, ensure_arena
+from ftkit.checkpoint.slabs import PAGE, Pin, paged
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import CapacityError, IntegrityError, ProtocolError, WireError
 from ftkit.core.ids import NodeId, Step
@@ -153,7 +155,7 @@ def test_an_arena_that_grows_keeps_its_pins(tmp_path):
         cluster.write(1)
         cluster.round()
         cluster.layout = StateLayout.of([("w", "float32", (9000,)), ("b", "int8", (50_000,))])
-        with Arena.ensure(cluster.arena(0), cluster.layout) as arena:
+        with ensure_arena(cluster.arena(0), cluster.layout) as arena:
             assert [any(arena.pins(s)) for s, held in enumerate(arena.slabs()) if held] == [True]
 
 
@@ -313,6 +315,25 @@ def test_a_node_out_of_reach_is_another_matter_than_rot(tmp_path):
         cluster.machines[C].server.close()
         with pytest.raises(WireError, match="cannot reach"):
             mend(machine.directory, head, B, [0], cluster.peers(), hurry(lambda: True))
+
+
+def test_a_mend_that_cannot_begin_closes_the_arenas_it_opened(tmp_path):
+    with Cluster(tmp_path, Code(2, 1), 3, seats=2) as cluster:
+        cluster.write(1)
+        cluster.round()
+        stands = cluster.stands()
+        assert stands is not None
+        machine = cluster.machines[B]
+        head = fetch_head(cluster.peers(), stands, B)
+        second = cluster.arena(3)
+        with Arena.open(second) as arena:
+            flip(second, arena.geometry.slab_at(0) + PAGE)
+        before = sorted(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            with pytest.raises(IntegrityError, match="no good head"):
+                mend(machine.directory, head, B, [0, 1], cluster.peers(), in_place=True,
+                     pace=hurry(lambda: True))  # fmt: skip
+        assert sorted(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_rebuild_that_is_killed_leaves_nothing_that_looks_good(tmp_path, monkeypatch):
@@ -530,6 +551,6 @@ def test_no_room_in_an_arena_is_told(tmp_path):
         cluster.write(1)
         with Arena.open(cluster.arena(0)) as arena:
             head = arena.head_bytes(arena.snapshots()[0])
-        tiny = Arena.create(tmp_path / "tiny.arena", data_bytes=10, meta_bytes=10)
+        tiny = create_arena(tmp_path / "tiny.arena", data_bytes=10, meta_bytes=10)
         with tiny, pytest.raises(CapacityError, match="does not fit"):
             tiny.adopt(head)

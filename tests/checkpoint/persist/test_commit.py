@@ -333,7 +333,7 @@ def test_a_second_job_is_refused_and_told_by_whom(kind, tmp_path):
     with pytest.raises(RootInUse, match=rf"job 'first' \(process {os.getpid()} on .* in 60 s"):
         Lease.take(store, JobId("second"), wall=lambda: now[0])
     now[0] += 40
-    first.renew()
+    first.check()
     now[0] += 40
     with pytest.raises(RootInUse):
         Lease.take(store, JobId("second"), wall=lambda: now[0])
@@ -345,6 +345,19 @@ def test_a_second_job_is_refused_and_told_by_whom(kind, tmp_path):
     second.check()
     second.release()
     Lease.take(store, JobId("third"), wall=lambda: now[0]).release()
+
+
+def test_a_lease_is_kept_through_long_work_and_asked_for_no_more_than_needed(store):
+    now = [0.0]
+    first = Lease.take(store, JobId("first"), term_s=60.0, wall=lambda: now[0])
+    renewed = list[float]()
+    for item in first.kept_while(range(30)):
+        assert item * 7 == now[0]
+        renewed += [first.checked_at] if first.checked_at not in renewed else []
+        now[0] += 7
+        with pytest.raises(RootInUse):
+            Lease.take(store, JobId("second"), wall=lambda: now[0])
+    assert renewed == [0, 21, 42, 63, 84, 105, 126, 147, 168, 189]
 
 
 def test_a_lease_that_was_lost_commits_nothing(store):

@@ -3,7 +3,6 @@
 import errno
 import os
 import random
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,39 +14,28 @@ from ftkit.checkpoint.persist import local_store
 from ftkit.checkpoint.persist.boxes import Box
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint
 from ftkit.checkpoint.persist.codecs import CodecPolicy
-from ftkit.checkpoint.persist.gc import gc
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.plan import CheckpointPlan
-from ftkit.checkpoint.persist.retention import KeepLast
 from ftkit.checkpoint.persist.store import confined
 from ftkit.checkpoint.persist.write import write
 from ftkit.core.clock import ManualClock
 from ftkit.core.errors import CapacityError, FtkitError, IntegrityError, StoreError
 from ftkit.core.ids import JobId, Step
+from tests.checkpoint.survival import collect, flip_on_disk, kill_writers
 
 from .stories import (
     CHUNK,
     MIXED,
     Died,
     ModelStore,
-    assert_holds,
     assert_whole_or_none,
-    flip,
     newest,
     pieces_of,
     save,
 )
 
 LZ4 = CodecPolicy(small_bytes=0)
-
-#: Enough for every kind of file; the story is told 200 times.
-FEW = [MIXED[0], MIXED[3]]
-
-
-def collect(store: Any, count: int = 1) -> None:
-    with Lease.take(store, JobId("story")) as lease:
-        gc(store, [KeepLast(count)], lease)
 
 
 def dying_at(point: int, error: Callable[[], BaseException] = Died) -> Callable[[int], None]:
@@ -105,35 +93,6 @@ def test_a_store_that_fails_at_any_change_half_commits_nothing(error):
         assert left.step == 1 or "step-2/commit.json" in store.files
 
 
-CALLS = ("open", "writev", "fsync", "link", "replace", "unlink", "rmdir", "mkdir")
-
-
-def strike_calls(action: Callable[[str, int], None]) -> None:
-    """Wrap every call of the operating system that changes a disk. For forked children only.
-
-    `action` is called before each with its name and number; a writev is torn in two, so that
-    there is a moment at which half of it is written.
-    """
-    count = 0
-
-    def wrap(name: str) -> None:
-        real = getattr(os, name)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            action(name, count)
-            if name == "writev" and sum(map(len, args[1])) > 1:
-                half = b"".join(args[1])
-                return real(args[0], [half[: len(half) // 2]])
-            return real(*args, **kwargs)
-
-        setattr(os, name, call)
-
-    for name in CALLS:
-        wrap(name)
-
-
 @pytest.fixture
 def in_memory() -> Iterator[Path]:
     """A folder without a disk: what a killed process has written stays, and fsync is quick."""
@@ -141,82 +100,11 @@ def in_memory() -> Iterator[Path]:
         yield Path(folder)
 
 
-def in_child(story: Callable[[], None]) -> int:
-    """Run a story in a child of this process; returns how it ended, as `os.waitpid` says it."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            story()
-            code = 0
-        finally:
-            os._exit(code)
-    return os.waitpid(pid, 0)[1]
-
-
 @pytest.mark.multiproc
 @pytest.mark.timeout(300)  # 200 processes
 def test_sigkill_at_any_system_call_leaves_a_good_checkpoint(in_memory):
-    """A real process, real files: killed at 200 of its calls, half-written files included."""
-    tmp_path = in_memory
-
-    def story(root: Path) -> None:
-        store = LocalStore(root)
-        save(store, 2, tensors=FEW)
-        collect(store)
-
-    def killed(root: Path, point: int) -> Callable[[], None]:
-        def run() -> None:
-            def action(_: str, count: int) -> None:
-                if count == point:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-            strike_calls(action)
-            story(root)
-
-        return run
-
-    def counted(root: Path) -> int:
-        reading, writing = os.pipe()
-
-        def run() -> None:
-            calls = 0
-
-            def action(_: str, count: int) -> None:
-                nonlocal calls
-                calls = count
-
-            strike_calls(action)
-            story(root)
-            os.write(writing, str(calls).encode())
-
-        assert in_child(run) == 0
-        os.close(writing)
-        with os.fdopen(reading) as pipe:
-            return int(pipe.read())
-
-    save(LocalStore(tmp_path / "count"), 1, tensors=FEW)
-    calls = counted(tmp_path / "count")
-    rng = random.Random(1)
-    steps = list[Step]()
-    points = [rng.randrange(1, calls + 1) for _ in range(200)]
-    for number, point in enumerate(points):
-        root = tmp_path / str(number)
-        save(LocalStore(root), 1, tensors=FEW)
-        status = in_child(killed(root, point))
-        # fsyncs run in threads, so a point near the end may not be reached every time.
-        assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL
-        store = LocalStore(root)
-        assert_whole_or_none(store)
-        left = newest(store, FEW)
-        steps.append(left.step)
-        assert left.skipped == {}
-        if left.step == 1:
-            save(store, 2, tensors=FEW)
-        collect(store)
-        assert newest(store, FEW).step == 2
-        assert [n for n in store.names() if n.startswith("step")] == ["step-2"]
-    assert set(steps) == {1, 2}
+    """A real process, real files, half-written ones included."""
+    assert set(kill_writers(in_memory, 200, seed=1)) == {1, 2}
 
 
 def test_everything_is_synced_before_the_commit_record_appears(tmp_path, monkeypatch):
@@ -308,34 +196,7 @@ def test_a_slow_store_is_given_up():
 
 
 def test_one_flipped_bit_anywhere_is_noticed():
-    clean = ModelStore()
-    save(clean, 1)
-    save(clean, 2, codec=LZ4)
-    rng = random.Random(2)
-    # Every file, and of the larger ones more: 200 places in all.
-    names = [n for n in clean.files if n.startswith("step-2/")]
-    places = [(n, rng.randrange(8 * len(clean.files[n]))) for n in names]
-    weights = [len(clean.files[n]) for n in names]
-    while len(places) < 200:
-        (name,) = rng.choices(names, weights)
-        places.append((name, rng.randrange(8 * len(clean.files[name]))))
-    for name, bit in places:
-        store = ModelStore()
-        store.files = clean.files | {name: flip(clean.files[name], bit)}
-        opened = open_checkpoint(store)
-        if opened.step == 1:
-            assert 2 in opened.skipped, (name, bit)
-            assert_holds(opened)
-            continue
-        with pytest.raises(IntegrityError) as noticed:
-            opened.verify()
-        assert name in str(noticed.value), (name, bit, noticed.value)
-        try:
-            assert_holds(opened)  # either what was saved ...
-        except IntegrityError as error:  # ... or an error that names the file
-            assert name in str(error)  # noqa: PT017
-        collect(store)
-        assert newest(store).step == 1, "what is damaged is not what others are removed for"
+    assert flip_on_disk(200, seed=2) == 200
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "gone", "longer", "foreign"])

@@ -1,3 +1,5 @@
+"""Files follow the boxes that ranks write; boxes that fit no regular grid are arrays themselves."""
+
 from itertools import pairwise
 from math import prod
 

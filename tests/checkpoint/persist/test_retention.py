@@ -1,3 +1,5 @@
+"""What policies keep, and what `gc` removes: never the newest good one, never without the lease."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -113,6 +115,24 @@ def test_gc_needs_the_lease():
     Lease.take(store, JobId("second"), wall=lambda: now[0])
     with pytest.raises(RootInUse):
         gc(store, [KeepLast(1)], lost)
+
+
+def test_gc_keeps_the_lease_while_it_reads(monkeypatch):
+    store = ModelStore()
+    save(store, 1)
+    now = [0.0]
+    read = store.read
+
+    def slow(*args):
+        now[0] += 7
+        with pytest.raises(RootInUse):
+            Lease.take(store, JobId("second"), wall=lambda: now[0])
+        return read(*args)
+
+    monkeypatch.setattr(store, "read", slow)
+    with Lease.take(store, JobId("first"), wall=lambda: now[0]) as lease:
+        assert gc(store, [KeepLast(1)], lease).kept == (1,)
+    assert now[0] > 60, "longer than a term"
 
 
 def test_policies_as_a_person_writes_them():

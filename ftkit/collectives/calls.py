@@ -1,0 +1,261 @@
+"""Calls: each collective on tensors, once; checked, then issued on a channel.
+
+The process group gives them torch's many names. Tensors are used in place; one that is not
+contiguous is copied and copied back.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ftkit.collectives import checks, moves, reductions, sparse
+from ftkit.collectives.arithmetic import Bytes
+from ftkit.collectives.channel import Channel
+from ftkit.collectives.config import OnLoss
+from ftkit.collectives.handle import Handle
+from ftkit.collectives.homes import Home, restored, source
+from ftkit.collectives.mending import Again, Mender
+from ftkit.collectives.op import Op, Program, Wait
+from ftkit.core.errors import Refused
+
+
+class Calls:
+    """See the module. Every method returns at once; `limit_s` is the operation's timeout."""
+
+    def __init__(
+        self, channel: Channel, mender: Mender | None = None, on_loss: OnLoss = OnLoss.RAISE
+    ) -> None:
+        """Issue on `channel`, by way of `mender` unless losses are to be raised."""
+        self._channel = channel
+        self._mender = None if on_loss is OnLoss.RAISE else mender
+        self._on_loss = on_loss
+
+    def all_reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+        op = checks.op_of(opts, tensor.dtype)
+        if tensor.layout != torch.strided:
+            return self._all_reduce_sparse(tensor, op, limit_s)
+        home = Home(tensor)
+        program = reductions.all_reduce(home.data, tensor.dtype, op)
+        summed = tensor.dtype if op == "sum" and tensor.dtype.is_floating_point else None
+        again = Again(home.data, summed)
+        return home.restored(self._issue("all_reduce", program, home.data.size, limit_s, again))
+
+    def reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+        op = checks.op_of(opts, tensor.dtype)
+        root = checks.root_of(opts, self._channel.size)
+        home = Home(tensor)
+        program = reductions.reduce(home.data, tensor.dtype, op, root)
+        return home.restored(self._issue("reduce", program, home.data.size, limit_s))
+
+    def reduce_scatter(
+        self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        op = checks.op_of(opts, out.dtype)
+        checks.count(ins, "inputs", self._channel.size)
+        checks.one_dtype(out, *ins)
+        checks.same_shape(out, ins[self._channel.rank])
+        return self._scatter_reduced(out, [source(t) for t in ins], op, limit_s)
+
+    def reduce_scatter_whole(
+        self, out: torch.Tensor, whole: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        op = checks.op_of(opts, out.dtype)
+        checks.one_a_rank(whole, out, self._channel.size)
+        return self._scatter_reduced(out, _even(source(whole), self._channel.size), op, limit_s)
+
+    def broadcast(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+        root = self._channel.members[checks.root_of(opts, self._channel.size)]
+        home = Home(tensor)
+
+        def program(op: Op) -> Generator[Wait, None, Any]:
+            # Ranks change when a member is lost; the root stays who it is.
+            return moves.broadcast(home.data, op.members.index(root))(op)
+
+        again = Again(home.data, root=root)
+        return home.restored(self._issue("broadcast", program, home.data.size, limit_s, again))
+
+    def all_gather(
+        self, outs: Sequence[torch.Tensor], mine: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        checks.count(outs, "outputs", self._channel.size)
+        checks.one_dtype(mine, *outs)
+        checks.same_shape(outs[self._channel.rank], mine)
+        homes = [Home(t) for t in outs]
+        return restored(homes, self._gathered([h.data for h in homes], source(mine), limit_s))
+
+    def all_gather_whole(
+        self, whole: torch.Tensor, mine: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        checks.one_a_rank(whole, mine, self._channel.size)
+        home = Home(whole)
+        outs = _even(home.data, self._channel.size)
+        return home.restored(self._gathered(outs, source(mine), limit_s))
+
+    def gather(
+        self, outs: Sequence[torch.Tensor], mine: torch.Tensor, opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        """`outs` at the root alone."""
+        root = checks.root_of(opts, self._channel.size)
+        homes: list[Home] = []
+        if self._channel.rank == root:
+            checks.count(outs, "outputs", self._channel.size)
+            checks.one_dtype(mine, *outs)
+            checks.same_shape(outs[root], mine)
+            homes = [Home(t) for t in outs]
+        data = source(mine)
+        program = moves.gather([h.data for h in homes], data, root)
+        return restored(homes, self._issue("gather", program, data.size, limit_s))
+
+    def scatter(
+        self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
+    ) -> Handle[Any]:
+        """`ins` at the root alone."""
+        root = checks.root_of(opts, self._channel.size)
+        if self._channel.rank == root:
+            checks.count(ins, "inputs", self._channel.size)
+            checks.one_dtype(out, *ins)
+            checks.same_shape(out, ins[root])
+        home = Home(out)
+        program = moves.scatter(home.data, [source(t) for t in ins], root)
+        return home.restored(self._issue("scatter", program, home.data.size, limit_s))
+
+    def all_to_all(
+        self,
+        outs: Sequence[torch.Tensor],
+        ins: Sequence[torch.Tensor],
+        opts: Any,
+        limit_s: float | None,
+    ) -> Handle[Any]:
+        size, rank = self._channel.size, self._channel.rank
+        checks.count(outs, "outputs", size)
+        checks.count(ins, "inputs", size)
+        checks.one_dtype(*outs, *ins)
+        checks.same_shape(outs[rank], ins[rank])
+        homes = [Home(t) for t in outs]
+        data = [source(t) for t in ins]
+        return restored(homes, self._exchanged([h.data for h in homes], data, limit_s))
+
+    def all_to_all_whole(
+        self,
+        out: torch.Tensor,
+        whole: torch.Tensor,
+        out_rows: Sequence[int],
+        in_rows: Sequence[int],
+        opts: Any,
+        limit_s: float | None,
+    ) -> Handle[Any]:
+        """Rows per rank, or none for even pieces."""
+        size, rank = self._channel.size, self._channel.rank
+        checks.one_dtype(out, whole)
+        home = Home(out)
+        outs = _rows(home.data, out, out_rows, size)
+        ins = _rows(source(whole), whole, in_rows, size)
+        if outs[rank].size != ins[rank].size:
+            raise Refused(
+                f"{ins[rank].size} bytes to ourselves do not fit the {outs[rank].size} bytes "
+                "that we take from ourselves"
+            )
+        return home.restored(self._exchanged(outs, ins, limit_s))
+
+    def barrier(self, limit_s: float | None) -> Handle[Any]:
+        nothing: Bytes = np.empty(0, dtype=np.uint8)
+        return self._issue("barrier", moves.exchange(nothing), 0, limit_s, Again(nothing))
+
+    def send(
+        self, tensor: torch.Tensor, target: int, tag: int, limit_s: float | None
+    ) -> Handle[Any]:
+        checks.rank(target, self._channel.size)
+        data = source(tensor)
+        return self._channel.issue_p2p(
+            "send",
+            target,
+            checks.tag(tag),
+            moves.send(data, target),
+            nbytes=data.size,
+            timeout_s=limit_s,
+        )
+
+    def recv(
+        self, tensor: torch.Tensor, origin: int | None, tag: int, limit_s: float | None
+    ) -> Handle[Any]:
+        """From anybody, when `origin` is None."""
+        number = -1 if origin is None else checks.rank(origin, self._channel.size)
+        home = Home(tensor)
+        handle = self._channel.issue_p2p(
+            "recv",
+            number,
+            checks.tag(tag),
+            moves.recv(home.data, number),
+            nbytes=home.data.size,
+            timeout_s=limit_s,
+        )
+        return home.restored(handle)
+
+    # -- helpers ----------------------------------------------------------------------------
+
+    def _all_reduce_sparse(
+        self, tensor: torch.Tensor, op: str, limit_s: float | None
+    ) -> Handle[Any]:
+        sparse.check(tensor, op)
+        mine = tensor.detach().coalesce()
+        program = sparse.all_reduce(mine, op)
+        handle = self._issue("all_reduce", program, sparse.nbytes(mine), limit_s)
+        return handle.then(lambda total: sparse.replace(tensor, total))
+
+    def _scatter_reduced(
+        self, out: torch.Tensor, ins: Sequence[Bytes], op: str, limit_s: float | None
+    ) -> Handle[Any]:
+        home = Home(out)
+        program = reductions.reduce_scatter(home.data, ins, out.dtype, op)
+        nbytes = sum(data.size for data in ins)
+        return home.restored(self._issue("reduce_scatter", program, nbytes, limit_s))
+
+    def _gathered(self, outs: Sequence[Bytes], mine: Bytes, limit_s: float | None) -> Handle[Any]:
+        return self._issue("all_gather", moves.all_gather(outs, mine), mine.size, limit_s)
+
+    def _exchanged(
+        self, outs: Sequence[Bytes], ins: Sequence[Bytes], limit_s: float | None
+    ) -> Handle[Any]:
+        nbytes = sum(data.size for data in ins)
+        return self._issue("all_to_all", moves.all_to_all(outs, ins), nbytes, limit_s)
+
+    def _issue(
+        self,
+        name: str,
+        program: Program,
+        nbytes: int,
+        limit_s: float | None,
+        again: Again | None = None,
+    ) -> Handle[Any]:
+        if self._mender is None:
+            return self._channel.issue(name, program, nbytes=nbytes, timeout_s=limit_s)
+        return self._mender.issue(
+            self._channel,
+            name,
+            program,
+            nbytes=nbytes,
+            limit_s=limit_s,
+            mode=self._on_loss,
+            again=again,
+        )
+
+
+def _even(data: Bytes, count: int) -> list[Bytes]:
+    step = data.size // count
+    return [data[r * step : (r + 1) * step] for r in range(count)]
+
+
+def _rows(data: Bytes, tensor: torch.Tensor, counts: Sequence[int], size: int) -> list[Bytes]:
+    """One piece a rank along the first dimension: even ones, or `counts` rows each."""
+    rows = tensor.shape[0] if tensor.ndim else 1
+    if not counts:
+        if rows % size:
+            raise Refused(f"{rows} rows cannot be divided evenly between {size} ranks")
+        return _even(data, size)
+    if len(counts) != size or sum(counts) != rows or min(counts) < 0:
+        raise Refused(f"splits {list(counts)} do not divide {rows} rows between {size} ranks")
+    row = data.size // rows if rows else 0
+    starts = [sum(counts[:i]) * row for i in range(size + 1)]
+    return [data[starts[i] : starts[i + 1]] for i in range(size)]

@@ -1,0 +1,174 @@
+"""Faults of members over time: a rank that flaps, one that joins, and churn. Who, and when.
+
+They strike from outside, by SIGKILL to a process that the events name, because which process
+will sit in a seat, and when it will be back, nobody can plan.
+"""
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ftkit.core.trace import Trace
+from ftkit.launch.checker import Outcome, with_more
+from ftkit.launch.drills import CHURN, FLAP, JOIN, STRIKES, Drill, Job
+from ftkit.launch.engine import Engine
+from ftkit.launch.event_tail import EventTail
+from ftkit.recovery.budget import BudgetConfig
+
+#: Between two strikes of churn, in seconds.
+PAUSE_S = (0.5, 2.0)
+CHURN_STRIKES_MAX = 12
+
+
+@dataclass(slots=True)
+class _Sitting:
+    """Who sits in a seat now."""
+
+    member: int
+    pid: int
+    first: int = 0
+    """The first step it committed; 0 before that."""
+    last: int = 0
+
+
+class MemberStriker:
+    """Kills members as `flap`, `join` or `churn` ask for it. Polled while the job runs.
+
+    One that has not yet committed as many steps as the job's budget calls progress is spared:
+    a seat that fails again and again without progress ends the job, as it should.
+    """
+
+    def __init__(self, drill: Drill, job: Job, run_dir: Path) -> None:
+        self._drill, self._run_dir = drill, run_dir
+        self._rng = random.Random(drill.seed)
+        # Somebody has to be there all along, to be looked at.
+        others = [seat for seat in range(job.world_size) if seat != drill.seat]
+        self._seats = [drill.seat]
+        if drill.fault == CHURN:
+            self._seats += self._rng.sample(others, len(others) - 1)
+        self._left = {FLAP: STRIKES[FLAP], JOIN: 1, CHURN: CHURN_STRIKES_MAX}[drill.fault]
+        # Time for the last one to come back.
+        self._until = job.steps * 2 // 3
+        self._size = job.world_size
+        self._tail = EventTail(run_dir)
+        self._sitting: dict[int, _Sitting] = {}
+        self._step = 0
+        self._next_s = 0.0
+
+    def poll(self, engine: Engine) -> None:
+        """Strike when it is time."""
+        for event in self._tail.poll():
+            self._take(event)
+        seat = self.due(time.monotonic())
+        if seat is not None:
+            self._strike(seat)
+
+    def due(self, now: float) -> int | None:
+        """The seat to strike now, if any."""
+        if (
+            not self._left
+            or not self._drill.step <= self._step <= self._until
+            or now < self._next_s
+        ):
+            return None
+        steps = BudgetConfig().progress_steps
+        ripe = [
+            seat
+            for seat in self._seats
+            if (one := self._sitting.get(seat)) and one.first and one.last - one.first >= steps
+        ]
+        training = sum(1 for one in self._sitting.values() if one.first)
+        if not ripe or training < 2:
+            return None
+        return self._rng.choice(ripe)
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        match event["kind"]:
+            case "spawn":
+                self._sitting[event["seat"]] = _Sitting(event["member"], event["pid"])
+            case "exit" if self._member(event) is not None:
+                del self._sitting[event["seat"]]
+            case "commit":
+                self._step = max(self._step, event["step"])
+                if one := self._member(event):
+                    one.first = one.first or event["step"]
+                    one.last = event["step"]
+
+    def _member(self, event: Mapping[str, Any]) -> _Sitting | None:
+        one = self._sitting.get(event["seat"])
+        return one if one is not None and one.member == event["member"] else None
+
+    def _strike(self, seat: int) -> None:
+        one = self._sitting.pop(seat)
+        self._left -= 1
+        if self._drill.fault == CHURN:
+            self._next_s = time.monotonic() + self._rng.uniform(*PAUSE_S)
+        with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
+            trace.event(
+                "drill",
+                fault=self._drill.fault,
+                phase="any",
+                seat=seat,
+                member=one.member,
+                step=self._step,
+            )
+        try:
+            os.kill(one.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # it ended this instant, which the checker will have something to say about
+
+
+def judge_join(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
+    """The outcome with the rule of joins added; pure.
+
+    * J1 from the repair until the newcomer is in, nobody stands still and nobody rolls back.
+    """
+    ordered = sorted(events, key=lambda e: float(e["mono"]))
+    struck = next((e for e in ordered if e["kind"] == "drill"), None)
+    problems, missing, joined = list[str](), list[str](), list[dict[str, object]]()
+    admitted = [
+        e
+        for e in ordered
+        if struck
+        and e["kind"] == "admit"
+        and e["seat"] == struck["seat"]
+        and e["mono"] > struck["mono"]
+    ]
+    if struck is None or not admitted:
+        missing.append("nobody came in after the fault")
+    else:
+        at = admitted[0]
+        commits = [
+            e
+            for e in ordered
+            if e["kind"] == "commit" and e["mono"] > struck["mono"] and e["member"] != at["member"]
+        ]
+        repaired = min((e["mono"] for e in commits), default=at["mono"])
+        held_up = [
+            e
+            for e in ordered
+            if e["kind"] in ("report", "rollback", "halt")
+            and repaired < e["mono"] <= at["mono"]
+            and e.get("member") != at["member"]
+        ]
+        problems += [
+            f"a {e['kind']} ({e.get('reason', '')}) while member {at['member']} came in"
+            for e in held_up
+        ]
+        joined.append({"member": at["member"], "step": at["step"], "longest_gap_s": _gap(commits)})
+    return with_more(outcome, problems=problems, missing=missing, joined=joined)
+
+
+def _gap(commits: Iterable[Mapping[str, Any]]) -> float:
+    """The longest time between two commits, one after another, of the same member."""
+    last, longest = dict[int, float](), 0.0
+    for e in commits:
+        if e["member"] in last:
+            longest = max(longest, e["mono"] - last[e["member"]])
+        last[e["member"]] = e["mono"]
+    return round(longest, 3)
