@@ -117,10 +117,13 @@ def small_of_seats(
       per_seat: names of the other objects that are a seat's own.
 
     Raises:
-      IntegrityError: there is none.
+      IntegrityError: there is none, or one is not that of a job.
     """
     if not smalls:
         raise IntegrityError("no seat's small state is known")
+    for of, small in smalls.items():
+        if not isinstance(small, dict) or not isinstance(small.get("others"), dict):
+            raise IntegrityError(f"what was saved as the small state of seat {of} is none")
     first = smalls[min(smalls)]
     own = smalls.get(seat, {}).get("others", {})
     others = {n: own.get(n) if n in per_seat else value for n, value in first["others"].items()}

@@ -9,7 +9,7 @@ import torch
 
 from ftkit.checkpoint.load import load_state, small_of_seats
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint
-from ftkit.checkpoint.persist.commit import CommitRecord, begin, commit
+from ftkit.checkpoint.persist.commit import CommitRecord, abandoned_on_error, begin, commit
 from ftkit.checkpoint.persist.lease import Lease, one_time
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.source import CheckpointSource, small_by_seat
@@ -67,8 +67,9 @@ def save(
     with Lease.take(store, one_time(JobId("save"))) as lease:
         begin(store, Step(step), lease)
         small = {"0": json.loads(picture.small)}
-        fragment = write(store, Step(step), plan, lease.kept_while(pieces), small=small)
-        return commit(store, Step(step), plan, [fragment], lease, metrics=metrics)
+        with abandoned_on_error(store, Step(step)):
+            fragment = write(store, Step(step), plan, lease.kept_while(pieces), small=small)
+            return commit(store, Step(step), plan, [fragment], lease, metrics=metrics)
 
 
 def load(

@@ -314,10 +314,17 @@ def live_boxes(name: str, tensor: torch.Tensor, *, early: bool) -> Iterator[Live
 
 
 def check_kind(name: str, tensor: torch.Tensor) -> None:
-    """UsageError unless `tensor` is dense memory on a CPU or CUDA device."""
+    """UsageError unless `tensor` is dense memory of its own on a CPU or CUDA device."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested:
         raise UsageError(f"{name} is {tensor.layout}; only dense tensors can be protected")
     if tensor.device.type not in ("cpu", "cuda"):
         raise UsageError(f"{name} is on {tensor.device}; protect() after it has real memory")
     if tensor.is_conj() or tensor.is_neg():
         raise UsageError(f"{name} is a lazy conjugate; store tensor.resolve_conj()")
+    if any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):
+        raise UsageError(
+            f"{name} is expanded: its elements share memory, so that nothing could be loaded into "
+            "it; store tensor.contiguous()"
+        )

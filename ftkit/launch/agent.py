@@ -445,7 +445,11 @@ class Agent:
         if not self._config.preload or Program.of(self._config.command) is None:
             return None
         env = common_environment(self._config, inherited=self._inherited)
-        return ForkServer(env, changed=lambda: self._inbox.put(("forks", None)))
+        return ForkServer(
+            env,
+            cwd=self._config.cwd or None,
+            changed=lambda: self._inbox.put(("forks", None)),
+        )
 
     def _set(self, facts: MemberFacts, **changes: Any) -> None:
         changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})

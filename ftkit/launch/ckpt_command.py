@@ -7,7 +7,7 @@ the store failed; 130 interrupted.
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -336,8 +336,10 @@ def _bytes(checkpoint: "Checkpoint") -> int:
 
 
 def _date(seconds: float | None) -> str:
-    """In local time."""
-    return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+    """In local time; empty where there is none, or none that a calendar has."""
+    with suppress(OverflowError, ValueError, OSError):
+        return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M}"
+    return ""
 
 
 def _size(count: int) -> str:

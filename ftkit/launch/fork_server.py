@@ -29,6 +29,7 @@ import sys
 import types
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from typing import Any
 
 from ftkit.core import exit_codes
@@ -74,12 +75,21 @@ class Program:
             case _:
                 return None
 
+    @property
+    def command(self) -> list[str]:
+        """The command line it is `of`."""
+        what = ["-m", self.name] if self.is_module else [self.name]
+        return [sys.executable, "-u", *what, *self.arguments]
+
     def run(self) -> None:
         """Be that program, in this process, as far as it can tell. Raises what it raises."""
-        sys.argv = [self.name, *self.arguments]
         if not sys.flags.safe_path:
-            here = os.getcwd() if self.is_module else os.path.dirname(os.path.abspath(self.name))
-            sys.path[0] = here
+            # Python follows the link to a script, too: what it imports lies beside the file.
+            here = os.getcwd() if self.is_module else os.path.dirname(os.path.realpath(self.name))
+            if hidden(here):
+                os.execv(sys.executable, self.command)  # what it would have been
+            sys.path.insert(0, here)
+        sys.argv = [self.name, *self.arguments]
         if self.is_module:
             runpy.run_module(self.name, run_name="__main__", alter_sys=True)
             return
@@ -100,6 +110,10 @@ def main(argv: Sequence[str]) -> None:
     """
     channel = socket.socket(fileno=int(argv[0]))
     agent = int(argv[1])
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if not sys.flags.safe_path:
+        # This file's own folder. Each rank puts its program's there.
+        del sys.path[0]
     for name in PRELOAD:
         try:
             importlib.import_module(name)
@@ -114,7 +128,20 @@ def main(argv: Sequence[str]) -> None:
     gc.freeze()
     program = serve(channel, agent)
     if program is not None:
+        signal.signal(signal.SIGINT, interrupt)
         program.run()
+
+
+def hidden(folder: str) -> list[str]:
+    """Modules in `folder` that cannot be imported: other modules of their names were before."""
+    found = list[str]()
+    for name, module in list(sys.modules.items()):
+        spec = None if "." in name else PathFinder.find_spec(name, [folder])
+        if spec is not None and spec.loader is not None:  # else a folder, which hides nothing
+            file = getattr(module, "__file__", None)
+            if not file or not os.path.samefile(str(spec.origin), file):
+                found.append(name)
+    return found
 
 
 def unfit() -> str:
@@ -204,5 +231,4 @@ def _exactly(channel: socket.socket, size: int) -> bytes:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     main(sys.argv[1:])

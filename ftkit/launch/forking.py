@@ -13,6 +13,7 @@ from enum import StrEnum, auto
 from functools import partial
 from typing import IO
 
+from ftkit.launch import fork_server
 from ftkit.launch.fork_server import PID_BYTES, Program, receive, send
 from ftkit.launch.ranks import Child, die_with, execute
 
@@ -49,7 +50,9 @@ class _Forked:
 class ForkServer:
     """Owns the process. `start` is called by the agent's main thread."""
 
-    def __init__(self, env: Mapping[str, str], *, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, env: Mapping[str, str], *, cwd: str | None = None, changed: Callable[[], None]
+    ) -> None:
         """Start the process; it imports while the caller goes on.
 
         From here on this process is a subreaper: whatever its descendants leave behind becomes
@@ -57,6 +60,8 @@ class ForkServer:
 
         Args:
           env: the whole environment that modules are imported in.
+          cwd: the directory that ranks will start in, which some modules remember; None for
+            this process's own.
           changed: called, on a thread of its own, when `state` is no longer STARTING.
 
         Raises:
@@ -66,13 +71,15 @@ class ForkServer:
         self._state = State.STARTING
         self._changed = changed
         self._channel, theirs = socket.socketpair()
+        # Run as a file, so that no module of the user's directory is imported for one of Python's.
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-u", "-m", "ftkit.launch.fork_server"),
+                    *(sys.executable, "-u", fork_server.__file__),
                     *(str(theirs.fileno()), str(os.getpid())),
                 ],
                 env=dict(env),
+                cwd=cwd,
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 preexec_fn=partial(die_with, os.getpid()),  # noqa: PLW1509  # system calls, no lock

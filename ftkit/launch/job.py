@@ -92,13 +92,19 @@ def run_job(
     running = make_engine(engine, with_master_port(config), new_secret())
     try:
         with end_signals(running) as received:
-            running.start()
-            while (stop := running.poll()) is None:
+            try:
+                running.start()
+                while (stop := running.poll()) is None:
+                    if on_poll is not None:
+                        on_poll(running)
+                    time.sleep(POLL_S)
                 if on_poll is not None:
                     on_poll(running)
-                time.sleep(POLL_S)
-            if on_poll is not None:
-                on_poll(running)
+            except KeyboardInterrupt:
+                if not received:
+                    raise
+                names = " and ".join(n.name for n in received)
+                return Stop(code=128 + received[0], reason=f"ended at once by {names}")
             if received:
                 return Stop(code=128 + received[0], reason=f"ended by {received[0].name}")
             return stop

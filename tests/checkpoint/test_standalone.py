@@ -8,7 +8,7 @@ import pytest
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.standalone import load, save
-from ftkit.core.errors import IntegrityError, RootInUse, StateChanged, UsageError
+from ftkit.core.errors import CapacityError, IntegrityError, RootInUse, StateChanged, UsageError
 from ftkit.core.ids import JobId
 
 from .helpers import Training, assert_same
@@ -52,7 +52,7 @@ def test_what_was_saved_comes_back_and_training_goes_on_alike(tmp_path: Path) ->
         first.train(step)
         second.train(step)
     assert_same(first.state, second.state)
-    assert {p.name for p in tmp_path.iterdir()} == {"step-3", ".lease.lock"}
+    assert {p.name for p in tmp_path.iterdir()} == {"step-3", ".lease.lock", "lease.json"}
 
 
 def test_the_optimizers_state_is_in_the_order_of_its_parameters(tmp_path: Path) -> None:
@@ -102,3 +102,14 @@ def test_what_other_programs_wrote_is_not_taken_for_a_jobs_state(tmp_path: Path)
     saved(tmp_path, trained(1), 1)
     state = json.loads((tmp_path / "step-1/state.json").read_text())
     assert list(state) == ["0"], "keyed by the seat that saved it"
+
+
+def test_a_save_that_fails_leaves_nothing_to_fill_the_disk(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        (tmp_path / "step-4" / "tensors").mkdir(parents=True)
+        raise CapacityError("no room")
+
+    monkeypatch.setattr("ftkit.checkpoint.standalone.write", full)
+    with pytest.raises(CapacityError):
+        save(tmp_path, 4, model=Training().model)
+    assert not (tmp_path / "step-4").exists()

@@ -343,6 +343,10 @@ def test_what_cannot_be_protected_is_named():
     model.register_buffer("sparse", torch.eye(2).to_sparse())
     with pytest.raises(UsageError, match=r"model/sparse"):
         ProtectedState(model=model).layout()
+    del model.sparse
+    model.register_buffer("wide", torch.ones(1, 3).expand(2, 3))
+    with pytest.raises(UsageError, match=r"model/wide is expanded"):
+        ProtectedState(model=model).layout()
 
 
 FRESH = """

@@ -42,9 +42,16 @@ class Forks:
         self.folder = folder
         changed = threading.Event()
         env = {k: v for k, v in os.environ.items() if k != "VARIABLE"} | {"OMP_NUM_THREADS": "1"}
-        self.server = ForkServer(env, changed=changed.set)
+        # Where a script would be run from, with a script that no import may run in its place.
+        profile = folder / "profile.py"
+        profile.write_text("raise SystemExit('not for import')")
+        # Shells have what they run in the background ignore it, and children inherit that.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.server = ForkServer(env, cwd=str(folder), changed=changed.set)
+        signal.signal(signal.SIGINT, before)
         assert self.server.state is State.STARTING
         assert changed.wait(LIMIT_S)
+        profile.unlink()
         self.output = folder / "output"
 
     def start(self, script: str, *arguments: str, name: str = "script.py") -> Child:
@@ -137,6 +144,33 @@ def test_a_missing_script_is_told_by_the_rank(forks: Forks) -> None:
     assert "nowhere.py" in forks.said
 
 
+def test_a_linked_script_imports_from_beside_the_file(forks: Forks) -> None:
+    (forks.folder / "real").mkdir()
+    (forks.folder / "real" / "beside.py").write_text("name = __name__")
+    (forks.folder / "real" / "linked.py").write_text("import beside; print(beside.name)")
+    (forks.folder / "link.py").symlink_to("real/linked.py")
+    assert forks.run((sys.executable, "-u", "link.py")).wait() == 0
+    assert forks.said == "beside\n"
+
+
+def test_a_module_beside_the_script_wins_over_one_of_its_name(forks: Forks) -> None:
+    (forks.folder / "own").mkdir()
+    (forks.folder / "own" / "profile.py").write_text("def mine(): print('mine')")
+    script = "import torch, sys; from profile import mine; mine(); print(sys.argv[1])"
+    assert forks.start(script, "argument", name="own/script.py").wait() == 0
+    assert forks.said == "mine\nargument\n"
+
+
+def test_an_interrupt_reaches_the_script(forks: Forks) -> None:
+    script = """
+        import signal
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.raise_signal(signal.SIGINT)
+    """
+    assert forks.start(script).wait() == -signal.SIGINT
+    assert "KeyboardInterrupt" in forks.said
+
+
 def test_workers_that_are_spawned_find_the_script(forks: Forks) -> None:
     script = """
         import multiprocessing
@@ -146,7 +180,8 @@ def test_workers_that_are_spawned_find_the_script(forks: Forks) -> None:
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 print(pool.map(work, [1, 2]))
     """
-    assert forks.start(script).wait() == 0
+    (forks.folder / "spawns.py").write_text(textwrap.dedent(script))
+    assert forks.run((sys.executable, "-u", "spawns.py")).wait() == 0
     assert forks.said == "[2, 3]\n"
 
 

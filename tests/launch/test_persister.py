@@ -185,7 +185,7 @@ def test_two_nodes_write_tensors_that_their_parts_cut(tmp_path: Path) -> None:
         assert told["tensor_bytes"] == sum(e.bytes for e in LAYOUT.entries)
         assert two.persist() is None, "what is on disk is due no more"
     names = {p.name for p in (tmp_path / "disk").iterdir()}
-    assert names == {"step-10", ".lease.lock"}, "fragments and the lease are gone"
+    assert names == {"step-10", ".lease.lock", "lease.json"}, "fragments are gone"
 
 
 def test_how_much_is_written_is_told_on_the_way(

@@ -23,8 +23,8 @@ from ftkit.checkpoint.ecosystem.skeleton import STATE_DICT, of_checkpoint, renam
 from ftkit.checkpoint.persist.boxes import Box
 from ftkit.checkpoint.persist.checkpoint import Checkpoint, Tensor, open_checkpoint
 from ftkit.checkpoint.persist.codecs import CodecPolicy
-from ftkit.checkpoint.persist.commit import begin, commit
-from ftkit.checkpoint.persist.folder import COMMIT, PART, step_folder
+from ftkit.checkpoint.persist.commit import abandoned_on_error, begin, commit
+from ftkit.checkpoint.persist.folder import PART
 from ftkit.checkpoint.persist.lease import Lease, one_time
 from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.store import failed, open_store
@@ -208,14 +208,9 @@ def _into_ours(
     plan = CheckpointPlan.of(boxes, codec=codec)
     with Lease.take(store, one_time(JobId("convert")), term_s=600.0) as lease:
         begin(store, step, lease)
-        try:
+        with abandoned_on_error(store, step):
             fragment = write(store, step, plan, pieces(), small={STATE_DICT: state.skeleton})
             commit(store, step, plan, [fragment], lease)
-        except BaseException:
-            # Ctrl-C may come when the commit is through: what is committed stays.
-            if COMMIT not in store.sizes(step_folder(step)):
-                store.remove_tree(step_folder(step))
-            raise
 
 
 @contextmanager

@@ -138,7 +138,7 @@ class FtkitStorageWriter(StorageWriter):
         self._root, self._step, self._job = root, step, JobId(job)
         self._codec, self._timeout_s = codec, timeout_s
         self._options = dict(options or {})
-        self._id: Path | None = None
+        # By thread: overlapping async saves share this object, and DCP resets it for each.
         self._here = threading.local()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class FtkitStorageWriter(StorageWriter):
         self._here = threading.local()
 
     def reset(self, checkpoint_id: Path | None = None) -> None:
-        self._id = checkpoint_id
+        self._here.id = checkpoint_id
         self._drop()
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -158,13 +158,12 @@ class FtkitStorageWriter(StorageWriter):
                 "use_collectives=False leaves nobody to commit the checkpoint for all ranks; "
                 "save without it"
             )
-        root, step = resolve(self._root, self._step, self._id)
+        root, step = resolve(self._root, self._step, getattr(self._here, "id", None))
         if step is None:
             raise UsageError(
                 f"which step of {root}? Give step= to the writer, or checkpoint_id='step-<n>'"
             )
         self._drop()
-        # Kept by thread: overlapping async saves share this object, and DCP resets it for each.
         self._here.save = _Save(open_store(root, **self._options), step)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:

@@ -112,7 +112,9 @@ class Checkpoint:
         if not box.size:
             return 0
         target = np.frombuffer(out.cast("B"), dtype=f"V{item}").reshape(box.shape)
-        met = [(row, part) for row in self.chunks[name] if (part := row.box & box) is not None]
+        met = [
+            (row, part) for row in self.chunks.get(name, ()) if (part := row.box & box) is not None
+        ]
         why = uncovered(box, (part for _, part in met))
         if why is not None:
             raise IntegrityError(f"manifest of step {self.step} does not hold {name!r}: {why}")
@@ -326,6 +328,8 @@ def load(store: Store, step: Step) -> Checkpoint:
         confined(name)
     rows = manifest.decode(_checked_file(store, record, MANIFEST))
     small = json.loads(_checked_file(store, record, STATE))
+    if not isinstance(small, dict):
+        raise IntegrityError(f"{folder}/{STATE} holds {type(small).__name__}, no object")
     found = Checkpoint(store, record, rows, small)
     found._check_sizes()
     return found

@@ -6,7 +6,8 @@ another attempt can be taken for this one's.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -81,14 +82,17 @@ class CommitRecord:
                 "or a newer one"
             )
         try:
+            numbers = *value["metrics"].values(), value.get("written_at")
+            if not all(isinstance(n, int | float | None) for n in numbers):
+                raise TypeError("metrics and times are numbers or null")
             return cls(
                 step=Step(value["step"]),
                 files={str(n): (int(c), str(d)) for n, (c, d) in value["files"].items()},
                 metrics=value["metrics"],
-                profile=SaveProfile(**value["profile"]),
+                profile=SaveProfile.of_json(value["profile"]),
                 written_at=value.get("written_at"),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(f"{COMMIT} lacks what it must say: {error!r}") from error
 
 
@@ -187,6 +191,20 @@ def commit(
     except FileExistsError as error:
         raise UsageError(f"step {step} was committed by another in the meantime") from error
     return record
+
+
+@contextmanager
+def abandoned_on_error(store: Store, step: Step) -> Iterator[None]:
+    """Remove what a block wrote of a step when it fails: nothing fills the disk for nothing.
+
+    What is committed stays: Ctrl-C may come when the commit is through.
+    """
+    try:
+        yield
+    except BaseException:
+        if COMMIT not in store.sizes(step_folder(step)):
+            store.remove_tree(step_folder(step))
+        raise
 
 
 def missing(plan: CheckpointPlan, rows: Iterable[Row]) -> str | None:

@@ -1,9 +1,9 @@
 """Lease: one job writes checkpoints below a root; a second is refused, and told by whom.
 
-The lease is a file of JSON in the root. Its holder renews it while it lives and shows it before
-each commit; readers need none. One of a process that is dead on this host, or that has not been
-renewed for its term, may be taken over, and so may one that another process of the same job holds:
-a job's nodes agree among themselves which of them commits.
+The lease is a file of JSON in the root, that of nobody when it was given up. Its holder renews it
+while it lives and shows it before each commit; readers need none. One of a process that is dead on
+this host, or that has not been renewed for its term, may be taken over, and so may one that another
+process of the same job holds: a job's nodes agree among themselves which of them commits.
 
 On a local disk taking over is exclusive (a lock that the kernel drops with its process). An
 object store has no such thing: of two jobs that take the same stale lease over in the same
@@ -33,6 +33,9 @@ from ftkit.core.ids import JobId
 T = TypeVar("T")
 
 LEASE = "lease.json"
+
+#: The file's size, and more than a holder needs, so that it is never too small for the next.
+_BYTES = 1024
 
 #: Unix seconds. Hosts must agree on them better than to a term.
 WallClock = Callable[[], float]
@@ -67,7 +70,7 @@ class Holder:
         )
 
     def encode(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(asdict(self)).encode().ljust(_BYTES)
 
     @classmethod
     def decode(cls, data: bytes) -> "Holder | None":
@@ -132,6 +135,8 @@ class Lease:
         me = Holder.this_process(job, now=wall(), term_s=term_s)
         with _exclusive(store):
             try:
+                if isinstance(store, LocalStore) and LEASE in store.names():
+                    raise FileExistsError(LEASE)  # `put` would find that out only with room to
                 store.put(LEASE, me.encode(), exclusive=True)
             except FileExistsError:
                 holder = Holder.decode(store.get(LEASE))
@@ -141,7 +146,7 @@ class Lease:
                         f"{store.url} is in use by {holder}. Give this job another root, or end "
                         f"that one; a lease that is not renewed runs out in {left:.0f} s"
                     ) from None
-                store.put(LEASE, me.encode())
+                _replace(store, me.encode())
         return cls(store, me, wall)
 
     @property
@@ -166,7 +171,7 @@ class Lease:
                     f"job {self._holder.job!r} had not renewed it for {self._holder.term_s:g} s"
                 )
             self._holder = replace(self._holder, renewed_at=self._wall())
-            self._store.put(LEASE, self._holder.encode())
+            _replace(self._store, self._holder.encode())
 
     def keep(self) -> None:
         """`check`, once a third of the term has passed: to be called often during long work.
@@ -191,7 +196,10 @@ class Lease:
             except FileNotFoundError:
                 return
             if holder is not None and holder.nonce == self._holder.nonce:
-                self._store.remove(LEASE)
+                if isinstance(self._store, LocalStore):
+                    _replace(self._store, b"{}")
+                else:
+                    self._store.remove(LEASE)
 
     def __enter__(self) -> Self:
         return self
@@ -219,6 +227,26 @@ def _exclusive(store: Store) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def _replace(store: Store, data: bytes) -> None:
+    """Write the lease that is there anew.
+
+    On a local disk in place, so that it can be taken and kept when the disk is full: whoever
+    frees room needs it. Torn by a power cut it is nobody's: its holder is gone, too.
+    """
+    if not isinstance(store, LocalStore):
+        store.put(LEASE, data)
+        return
+    with store.reporting(f"writing {LEASE}"):
+        fd = os.open(store.path(LEASE), os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            whole = data.ljust(_BYTES)
+            os.pwrite(fd, whole, 0)
+            os.ftruncate(fd, len(whole))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def _alive(holder: Holder) -> bool:

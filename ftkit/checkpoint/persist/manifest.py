@@ -7,6 +7,7 @@ and check what it wants, and whatever no row describes does not belong there.
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -122,7 +123,7 @@ class Fragment:
                 plan_digest=head["plan"],
                 rows=_rows(table),
                 small=head["small"],
-                profile=SaveProfile(**head["profile"]),
+                profile=SaveProfile.of_json(head["profile"]),
             )
         except (
             pa.ArrowException,
@@ -148,12 +149,32 @@ def decode(data: bytes) -> tuple[Row, ...]:
 
     Raises:
       IntegrityError: it is not such a table, or a row makes no sense: an unknown dtype or
-        codec, a box outside its tensor, a path that leads out of the checkpoint.
+        codec, a box outside its tensor, a path that leads out of the checkpoint. Or the rows
+        of a tensor disagree, or hold more or less than it.
     """
     try:
-        return _rows(pq.read_table(pa.BufferReader(data)))
+        rows = _rows(pq.read_table(pa.BufferReader(data)))
+        _check_whole(rows)
+        return rows
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise IntegrityError(f"manifest cannot be read: {error}") from error
+
+
+def _check_whole(rows: Iterable[Row]) -> None:
+    """ValueError unless each tensor has one kind, and as many elements as its chunks hold."""
+    kinds = dict[str, tuple[str, Shape]]()
+    held = Counter[str]()
+    for row in rows:
+        kind = row.dtype, row.shape
+        if kinds.setdefault(row.tensor, kind) != kind:
+            raise ValueError(f"{row.tensor!r} is {kinds[row.tensor]} in one row, {kind} in another")
+        if row.kind == Kind.CHUNK:
+            held[row.tensor] += row.box.size
+    for name, (_, shape) in kinds.items():
+        if held[name] != Box.whole(shape).size:
+            raise ValueError(
+                f"{name!r} has {Box.whole(shape).size} elements, its chunks hold {held[name]}"
+            )
 
 
 def _table(rows: Iterable[Row]) -> Any:

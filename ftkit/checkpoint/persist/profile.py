@@ -1,6 +1,6 @@
 """SaveProfile: where the time of a checkpoint went."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 
@@ -37,6 +37,13 @@ class SaveProfile:
 
     def to_json(self) -> dict[str, float | int]:
         return asdict(self)
+
+    @classmethod
+    def of_json(cls, value: Mapping[str, object]) -> "SaveProfile":
+        """Read `to_json`. TypeError when it is something else."""
+        if not all(isinstance(number, int | float) for number in value.values()):
+            raise TypeError("a profile holds numbers alone")
+        return cls(**value)  # type: ignore[arg-type]  # just checked
 
     @classmethod
     def total(cls, profiles: Iterable["SaveProfile"]) -> "SaveProfile":

@@ -432,7 +432,11 @@ def test_an_interrupt_leaves_no_half_result(tmp_path, form):
         convert(tmp_path / "a.pt", goal, to=form, progress=begun)
     assert len(seen) == 4
     left = {p.name for p in (tmp_path / "out").rglob("*")}
-    assert left <= {"made", ".lease.lock"}  # of ours, the root that the next one will use
+    assert left <= {
+        "made",
+        ".lease.lock",
+        "lease.json",
+    }  # of ours, the root that the next one will use
     convert(tmp_path / "a.pt", goal, to=form)
     assert detect(goal) == form
 
@@ -453,7 +457,7 @@ def test_a_full_disk_is_told_and_leaves_no_half_result(tmp_path, form, request):
     with pytest.raises(CapacityError, match="full"):
         convert(tmp_path / "a.pt", target(tmp_path / "out", form), to=form)
     left = {p.name for p in (tmp_path / "out").rglob("*")}
-    assert left <= {"made", ".lease.lock"}
+    assert left <= {"made", ".lease.lock", "lease.json"}
 
 
 def test_what_appeared_meanwhile_is_left_as_it_is(tmp_path):

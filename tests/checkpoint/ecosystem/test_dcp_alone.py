@@ -1,6 +1,7 @@
 """DCP in one process over our store: round trips, partial loads, refusals, damage."""
 
 import gc
+import json
 import pickle
 import threading
 from concurrent.futures import Future
@@ -102,7 +103,7 @@ def test_one_writer_saves_many_steps_named_by_checkpoint_id(tmp_path):
         assert state == {"n": expected}
     with pytest.raises(CheckpointException, match="not below"):
         dcp.save({"n": 4}, checkpoint_id="/elsewhere/step-4", storage_writer=writer)
-    assert not (tmp_path / "lease.json").exists()
+    assert json.loads((tmp_path / "lease.json").read_text()) == {}, "it was given up"
 
 
 def test_a_part_of_the_state_is_loaded_without_the_rest(tmp_path):
@@ -177,6 +178,25 @@ def test_of_two_saves_that_overlap_the_second_is_refused_and_the_first_is_whole(
     again = blank(state)
     load(tmp_path, again)
     assert_equal(again, state)
+
+
+def test_a_save_that_begins_during_another_does_not_change_its_step(tmp_path):
+    writer = FtkitStorageWriter(tmp_path)
+
+    class Slow(dcp.DefaultSavePlanner):
+        def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False):
+            state = {"n": 2}
+            other = {"checkpoint_id": "2", "storage_writer": writer}
+            thread = threading.Thread(target=dcp.save, args=(state,), kwargs=other)
+            thread.start()
+            thread.join()
+            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+
+    dcp.save({"n": 1}, checkpoint_id="1", storage_writer=writer, planner=Slow())
+    for step in (1, 2):
+        again = {"n": 0}
+        dcp.load(again, storage_reader=FtkitStorageReader(tmp_path, step=step))
+        assert again == {"n": step}
 
 
 def test_a_step_is_never_overwritten(tmp_path):

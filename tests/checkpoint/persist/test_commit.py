@@ -18,7 +18,14 @@ from ftkit.checkpoint.persist.plan import CheckpointPlan, Piece
 from ftkit.checkpoint.persist.store import Store, confined, open_store
 from ftkit.checkpoint.persist.write import write
 from ftkit.checkpoint.persist.zarr_format import array_paths
-from ftkit.core.errors import IntegrityError, ProtocolError, RootInUse, StoreError, UsageError
+from ftkit.core.errors import (
+    CapacityError,
+    IntegrityError,
+    ProtocolError,
+    RootInUse,
+    StoreError,
+    UsageError,
+)
 from ftkit.core.ids import JobId, Step
 
 from .stories import CHUNK, MIXED, ModelStore, assert_holds, newest, pieces_of, rows, save
@@ -170,6 +177,51 @@ def test_a_record_that_says_too_little_is_damaged(store):
             CommitRecord.decode(junk)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"metrics": [1]},
+        {"metrics": {"loss": "low"}},
+        {"written_at": "yesterday"},
+        {"profile": None},
+        {"profile": {"codec_s": "long"}},
+        {"files": ["manifest.parquet"]},
+    ],
+)
+def test_a_record_of_other_kinds_of_values_is_damaged(store, wrong):
+    save(store, 1)
+    value = json.loads(store.files["step-1/commit.json"])
+    with pytest.raises(IntegrityError, match="lacks what it must say"):
+        CommitRecord.decode(committing._sealed(value | wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"shape": (2**31, 2**31)}, "in another"),
+        ({"tensor": "another"}, "chunks hold"),
+        ({"extents": (1, 1)}, "chunks hold"),
+    ],
+)
+def test_a_manifest_whose_rows_make_no_tensor_is_damaged(store, wrong, why):
+    save(store, 1)
+    found = list(newest(store).rows)
+    at = next(i for i, r in enumerate(found) if r.kind == "chunk" and len(r.shape) == 2)
+    found[at] = found[at]._replace(**wrong)
+    with pytest.raises(IntegrityError, match=why):
+        manifest.decode(manifest.encode(found))
+
+
+def test_small_state_that_is_no_object_is_damaged(store):
+    save(store, 1)
+    record = json.loads(store.files["step-1/commit.json"])
+    store.files["step-1/state.json"] = b"null"
+    record["files"]["state.json"] = [4, committing.digest(b"null")]
+    store.files["step-1/commit.json"] = committing._sealed(record)
+    with pytest.raises(IntegrityError, match="no object"):
+        open_checkpoint(store, Step(1))
+
+
 def test_a_checkpoint_under_another_steps_name_is_refused(store):
     save(store, 1)
     moved = ModelStore()
@@ -237,7 +289,7 @@ def test_tensors_of_any_name_are_saved(tmp_path):
     found = open_checkpoint(LocalStore(tmp_path))
     found.verify()
     assert_holds(found, 1, odd)
-    assert sorted(os.listdir(tmp_path)) == [".lease.lock", "step-1"]
+    assert sorted(os.listdir(tmp_path)) == [".lease.lock", LEASE, "step-1"]
 
 
 def test_an_unknown_kind_of_store_is_named():
@@ -338,6 +390,25 @@ def test_the_lease_of_a_dead_process_is_free(tmp_path):
     os.waitpid(pid, 0)
     store.put(LEASE, held)
     Lease.take(store, JobId("next")).check()
+
+
+def test_the_lease_needs_no_room_on_a_disk_where_it_once_lay(tmp_path, monkeypatch):
+    store = LocalStore(tmp_path)
+    held = Lease.take(store, JobId("one"))
+
+    def full(*args, **kwargs):
+        raise CapacityError("no room for another file")
+
+    monkeypatch.setattr(LocalStore, "put", full)
+    size = (tmp_path / LEASE).stat().st_size
+    held.check()
+    with pytest.raises(RootInUse):
+        Lease.take(store, JobId("two"))
+    held.release()
+    Lease.take(store, JobId("two with a name that is far longer")).check()
+    with pytest.raises(RootInUse, match="taken over by job 'two with"):
+        held.check()
+    assert (tmp_path / LEASE).stat().st_size == size
 
 
 def test_a_lease_file_of_nonsense_holds_nothing(store):
