@@ -219,8 +219,11 @@ def test_a_step_that_is_tried_again_waits_for_who_still_writes_the_last_try(tmp_
         reports = {n: p.report() for n, p in two.persisters.items()}
         first, _ = judge(None, reports, last_attempt=0)
         assert first is not None
-        for persister in two.persisters.values():
-            persister.take(replace(first, stage=Stage.WRITE), two.servers)
+        node0 = two.persisters[NodeId(0)]
+        for stage in (Stage.BEGIN, Stage.CLEAR, Stage.WRITE):
+            for persister in two.persisters.values():
+                persister.take(replace(first, stage=stage), two.servers)
+            two.wait(lambda stage=stage: node0.report().done >= stage)  # type: ignore[misc]
         assert slow.asked.wait(WAIT_S), "node 1 writes, or would"
         # Given up, for whatever reason, and the same step is due again.
         for arena in two.arenas.values():
@@ -229,7 +232,6 @@ def test_a_step_that_is_tried_again_waits_for_who_still_writes_the_last_try(tmp_
         outcomes = list[Outcome | None]()
         again = threading.Thread(target=lambda: outcomes.append(two.persist()))
         again.start()
-        node0 = two.persisters[NodeId(0)]
         two.wait(lambda: node0.report().attempt == 2 and node0.report().done >= Stage.BEGIN)
         slow.answers.set()
         again.join()
