@@ -9,7 +9,6 @@ import contextlib
 import os
 import random
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,9 @@ from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
 
 KILL_COORDINATOR = "kill-coordinator"
+
+#: The bundled training job.
+WORKLOAD = "ftkit.launch.workload.train"
 KILL_IN_COLLECTIVE = "kill-in-collective"
 
 #: Faults of members over time, struck from outside.
@@ -292,14 +294,8 @@ class Job:
             return python_command(self.script, self.workload)
         data = ("--data", str(self.data)) if self.data else ()
         sizes = [("--steps", self.steps), ("--slots", self.slots), ("--slot-size", self.slot_size)]
-        return (
-            sys.executable,
-            "-m",
-            "ftkit.launch.workload.train",
-            *(str(word) for pair in sizes for word in pair),
-            *data,
-            *self.workload,
-        )
+        words = [str(word) for pair in sizes for word in pair]
+        return python_command("-m", (WORKLOAD, *words, *data, *self.workload))
 
     def run(
         self,
