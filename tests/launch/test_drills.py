@@ -55,7 +55,7 @@ GIVEN: dict[str, Any] = {
 
 def test_the_demo_is_as_long_as_it_was_asked_to_be() -> None:
     job, drill = demo(seed=0, steps=DEMO_STEPS_MIN, **GIVEN)
-    assert job.command[3:5] == ("--steps", str(DEMO_STEPS_MIN))
+    assert job.command[4:6] == ("--steps", str(DEMO_STEPS_MIN))
     assert drill.step <= DEMO_STEPS_MIN / 5
     with pytest.raises(UsageError, match=f"needs --steps {DEMO_STEPS_MIN} or more, got 30"):
         demo(seed=0, steps=30, **GIVEN)
