@@ -148,7 +148,14 @@ def judge_join(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome
             for e in ordered
             if e["kind"] == "commit" and e["mono"] > struck["mono"] and e["member"] != at["member"]
         ]
-        repaired = min((e["mono"] for e in commits), default=at["mono"])
+        before = [
+            e["generation"]
+            for e in ordered
+            if e["kind"] == "commit" and e["mono"] <= struck["mono"]
+        ]
+        # A vote that was passing as the fault struck ends in a commit, and repairs nothing.
+        newer = [e["mono"] for e in commits if e["generation"] > max(before, default=0)]
+        repaired = min(newer, default=at["mono"])
         held_up = [
             e
             for e in ordered

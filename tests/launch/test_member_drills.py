@@ -112,11 +112,13 @@ def event(mono: float, kind: str, **more: Any) -> dict[str, Any]:
 
 JOINED = [
     event(1.0, "drill", seat=1, member=1),
+    event(1.05, "commit", member=0, step=4, generation=1),
     event(1.1, "rollback", member=0, reason="the fault itself"),
-    event(1.2, "commit", member=0, step=5),
-    event(1.5, "commit", member=0, step=6),
+    event(1.2, "commit", member=0, step=5, generation=2),
+    event(1.5, "commit", member=0, step=6, generation=2),
     event(2.0, "admit", seat=1, member=3, step=6),
-    event(2.1, "commit", member=0, step=7),
+    event(2.1, "commit", member=0, step=7, generation=3),
+    event(0.9, "commit", member=0, step=3, generation=1),
 ]
 
 
@@ -127,7 +129,7 @@ def test_a_join_may_not_take_anybody_back() -> None:
     bad = judge_join(outcome(JOIN), [*JOINED, event(1.8, "rollback", member=0, reason="hm")])
     assert bad.outcome is Answer.FAIL
     assert bad.evidence["problems"] == ["a rollback (hm) while member 3 came in"]
-    assert judge_join(outcome(JOIN), JOINED[:4]).outcome is Answer.UNKNOWN
+    assert judge_join(outcome(JOIN), JOINED[:5]).outcome is Answer.UNKNOWN
 
 
 def steps(begin: float, each: float, count: int) -> list[dict[str, Any]]:
