@@ -20,16 +20,15 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks import limits
-from benchmarks.figures import Figure, Report, as_samples, finish, parser, say
+from benchmarks.figures import Figure, Report, as_samples, finish, say
 from benchmarks.jobs import scratch
 from benchmarks.parity_node import nodes
-from benchmarks.peers import TORCH_CHECKPOINTING, NoPeer, need, peers_folder
+from benchmarks.peers import TORCH_CHECKPOINTING, NoPeer, need
 from benchmarks.saving import (
     Dcp,
     Loop,
@@ -42,6 +41,7 @@ from benchmarks.saving import (
     group_of_one,
     kept_stager,
     play,
+    saving_parser,
     warm_up,
 )
 from ftkit.checkpoint.arena import SHM, arena_path
@@ -137,17 +137,7 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = parser(__doc__)
-    made.add_argument("--mib", type=int, help="size of the state in MiB (1024; quick: 128)")
-    made.add_argument("--steps", type=int, help="saves of each way in a round (3; quick: 2)")
-    made.add_argument("--rounds", type=int, help="rounds (3; quick: 1)")
-    made.add_argument("--plain", action="store_true", help="AdamW that is not fused")
-    made.add_argument("--positions", type=int, default=96, help="bytes in a step's batch")
-    made.add_argument(
-        "--peers", type=Path, default=peers_folder(), help="where torch_checkpointing is installed"
-    )
-    made.add_argument("--without", action="store_true", help="leave torch_checkpointing out")
-    options = made.parse_args(argv)
+    options = saving_parser(__doc__, rounds=3).parse_args(argv)
     be_quiet()
     # As in every rank: one thread computes, and what runs beside it has a core of its own.
     torch.set_num_threads(1)

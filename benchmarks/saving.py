@@ -14,6 +14,7 @@ offer for a save at every step, and what their times are worth is compared knowi
     torch.save            one file, no fsync
 """
 
+import argparse
 import os
 import shutil
 import time
@@ -35,6 +36,8 @@ from torch.distributed.checkpoint.state_dict_saver import (
 )
 
 from benchmarks.children import free_port, gloo_environment
+from benchmarks.figures import parser
+from benchmarks.peers import peers_folder
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.capture import Capture
 from ftkit.checkpoint.provision import ensure_arena
@@ -321,3 +324,18 @@ def broken_snapshot(way: Captured, loop: Loop) -> str:
     finally:
         data.release()
     return ""
+
+
+def saving_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that saves the state of a `Loop`; `rounds` is its default."""
+    made = parser(description)
+    made.add_argument("--mib", type=int, help="size of the state in MiB (1024; quick: 128)")
+    made.add_argument("--steps", type=int, help="saves of each way in a round (3; quick: 2)")
+    made.add_argument("--rounds", type=int, help=f"rounds ({rounds}; quick: 1)")
+    made.add_argument("--plain", action="store_true", help="AdamW that is not fused")
+    made.add_argument("--positions", type=int, default=96, help="bytes in a step's batch")
+    made.add_argument(
+        "--peers", type=Path, default=peers_folder(), help="where torch_checkpointing is installed"
+    )
+    made.add_argument("--without", action="store_true", help="leave torch_checkpointing out")
+    return made

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import limits
-from benchmarks.figures import Figure, Report, as_samples, finish, parser, percentile, say
+from benchmarks.figures import Figure, Report, as_samples, finish, percentile, say
 from benchmarks.jobs import scratch
-from benchmarks.peers import TORCH_CHECKPOINTING, NoPeer, need, peers_folder
+from benchmarks.peers import TORCH_CHECKPOINTING, NoPeer, need
 from benchmarks.saving import (
     Captured,
     Dcp,
@@ -34,6 +34,7 @@ from benchmarks.saving import (
     captured,
     kept_stager,
     play,
+    saving_parser,
     warm_up,
 )
 from ftkit.checkpoint.arena import SHM
@@ -98,17 +99,7 @@ def report(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    made = parser(__doc__)
-    made.add_argument("--mib", type=int, help="size of the state in MiB (1024; quick: 128)")
-    made.add_argument("--steps", type=int, help="saves of each way in a round (3; quick: 2)")
-    made.add_argument("--rounds", type=int, help="rounds (2; quick: 1)")
-    made.add_argument("--plain", action="store_true", help="AdamW that is not fused")
-    made.add_argument("--positions", type=int, default=96, help="bytes in a step's batch")
-    made.add_argument(
-        "--peers", type=Path, default=peers_folder(), help="where torch_checkpointing is installed"
-    )
-    made.add_argument("--without", action="store_true", help="leave torch_checkpointing out")
-    options = made.parse_args(argv)
+    options = saving_parser(__doc__, rounds=2).parse_args(argv)
     be_quiet()
     # As in every rank: one thread computes, and what runs beside it has a core of its own.
     torch.set_num_threads(1)
