@@ -26,11 +26,51 @@ class Fault(StrEnum):
     """The agent of a node is gone, and with it all its members."""
     STALL = "stall"
     """Nobody waits for anybody, and yet nothing moves. Reported, never evicted for."""
+    OOM = "oom"
+    """The process is gone because it, or its host, ran out of memory."""
+
+    SLOW = "slow"
+    """It computes slower than the members of its role, step after step."""
+    STARVED = "starved"
+    """It is slow because something else has its cores: the host's fault, not the rank's."""
+    IMBALANCE = "imbalance"
+    """Steps wait, each time for another member: the work is uneven and nobody is at fault."""
+    SLOW_COMM = "slow-comm"
+    """Collectives take longer although all members come in time: a link, a NIC, a direction."""
+    SLOW_IO = "slow-io"
+    """Its writes or reads of storage take much longer than they did, or than its peers'."""
+    DATA_STALL = "data-stall"
+    """A step waited for its loader. A label, never an accusation."""
+    GC_STALL = "gc-stall"
+    """A step waited for Python's garbage collector. A label, never an accusation."""
+
+    NUMERIC = "numeric"
+    """NaN or infinity in what a member computed, or a loss that leaps."""
+    SDC = "sdc"
+    """Its state differs from that of its replicas: silent data corruption."""
+
+    LEAK = "leak"
+    """Its memory grows and will run out."""
+    DISK = "disk"
+    """A disk will be full before what is to be written fits, or is full."""
+    CLOCK = "clock"
+    """A node's wall clock is off. No other verdict rests on wall clocks."""
+    FLAPPING = "flapping"
+    """A node comes and goes."""
+    OFFENDER = "offender"
+    """A node that fails far more often than others: advice to leave it out."""
 
 
 #: Faults whose member must be removed for the others to go on.
 EVICT: frozenset[Fault] = frozenset(
-    {Fault.EXITED, Fault.STOPPED, Fault.HANG_BUSY, Fault.HANG_BLOCKED, Fault.NODE_LOST}
+    {
+        Fault.EXITED,
+        Fault.OOM,
+        Fault.STOPPED,
+        Fault.HANG_BUSY,
+        Fault.HANG_BLOCKED,
+        Fault.NODE_LOST,
+    }
 )
 
 
@@ -47,6 +87,10 @@ class Verdict:
     """Monotonic time at which the fault is believed to have begun."""
     evidence: Mapping[str, object] = field(default_factory=dict)
     """JSON-safe facts the conclusion rests on."""
+    confidence: float = 1.0
+    """How sure, above 0 and at most 1. What the kernel says is 1; what is inferred is less."""
+    peer: Seat | None = None
+    """The other end, where the fault lies between two: bytes from `seat` to `peer` are late."""
 
     @property
     def evicts(self) -> bool:

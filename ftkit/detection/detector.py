@@ -9,7 +9,6 @@ or STALL.
 import logging
 from collections import deque
 from collections.abc import Mapping
-from typing import assert_never
 
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.core.verdict import Fault, Verdict
@@ -82,7 +81,7 @@ class Detector:
             case ObserverLate(by_s=by_s):
                 self._late_reported_s = max(self._late_reported_s, by_s)
             case _:
-                assert_never(observation)
+                pass  # a signal: for other detectors of the panel
 
     def tick(self, now: float) -> list[Verdict]:
         """Every verdict that holds at `now`, in order of seats. Call about every `tick_s`."""

@@ -11,6 +11,7 @@ from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.world import World
 from ftkit.detection.row import Row
+from ftkit.detection.signals import Signal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,4 +99,4 @@ class ObserverLate:
     by_s: float
 
 
-Observation = RowSeen | Exited | NodeSilent | WorldChanged | ObserverLate
+Observation = RowSeen | Exited | NodeSilent | WorldChanged | ObserverLate | Signal

@@ -12,6 +12,7 @@ import secrets
 import signal
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ class Agent:
         self._lines: dict[MemberId, Line] = {}
         self._coordinator: Line | None = None
         self._coordinator_number = 0
+        #: Measured and not reported yet (`detection.signals`, as JSON); the oldest go first.
+        self._signals: deque[dict[str, object]] = deque(maxlen=4096)
         self._ending_since: float | None = None
         self._missing_since: float | None = None
         self._stopped = False
@@ -326,6 +329,8 @@ class Agent:
                         int(message["replicas"]),
                         lambda answer: self._answer(member, {"type": "arena", **answer}),
                     )
+                case "signal":
+                    self._signals.append(message["signal"])
                 case other:
                     logger.warning("member %s sent an unknown message %r", member, other)
         except (KeyError, TypeError, ValueError) as error:
@@ -473,6 +478,7 @@ class Agent:
                 ],
                 **self._tiers.facts(),
                 "rows": rows,
+                "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json(),
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
                 "at": self._clock.now(),

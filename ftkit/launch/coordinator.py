@@ -144,6 +144,7 @@ class Coordinator:
             node,
             rows_from_json(report["rows"]),
             members,
+            measured=report.get("signals", ()),
             sent=float(report["at"]),
             at=self._clock.now(),
         )
@@ -240,6 +241,8 @@ class Coordinator:
                 reason=verdict.reason,
                 since_s=verdict.since_s,
                 evidence=dict(verdict.evidence),
+                confidence=verdict.confidence,
+                peer=verdict.peer,
                 generation=self._plan.world.generation if self._plan.world else 0,
             )
         lost = self._lost_nodes(now)

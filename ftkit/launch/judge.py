@@ -1,5 +1,6 @@
 """Judge: puts agents' reports before the detector, and its verdicts before the protocol."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import World
+from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
 from ftkit.detection.observations import (
@@ -17,10 +19,13 @@ from ftkit.detection.observations import (
     RowSeen,
     WorldChanged,
 )
+from ftkit.detection.panel import Panel
 from ftkit.detection.row import Row
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
+
+logger = logging.getLogger(__name__)
 
 #: Stages of a member that has said hello and has to answer to the plan.
 ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
@@ -56,11 +61,12 @@ def rows_from_json(value: Iterable[Mapping[str, Any]]) -> list[SeatRow]:
 
 
 class Judge:
-    """Feeds one detector. Owned by the coordinator's thread."""
+    """Feeds the detectors. Owned by the coordinator's thread."""
 
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
+        self._panel = Panel([self._detector])
         self._said: set[tuple[MemberId, Fault]] = set()
         self._world: World | None = None
         self._world_at = 0.0
@@ -69,13 +75,13 @@ class Judge:
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > self._times.tick_s:
-            self._detector.ingest(ObserverLate(by_s=late_by_s))
+            self._panel.ingest(ObserverLate(by_s=late_by_s))
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
-            self._detector.ingest(WorldChanged(world=plan.world, at=at))
+            self._panel.ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
         elif self._halting_since is None:
@@ -87,6 +93,7 @@ class Judge:
         rows: Iterable[SeatRow],
         members: Sequence[MemberFacts],
         *,
+        measured: Iterable[object] = (),
         sent: float,
         at: float,
     ) -> None:
@@ -96,22 +103,28 @@ class Judge:
           node: whose agent.
           rows: seats' rows with what the kernel says of their processes.
           members: the members it knows.
+          measured: signals as JSON (`detection.signals`); what is none is passed over.
           sent: when it reported, on its clock, which is that of the rows.
           at: when that arrived here, on ours.
         """
         # Rows carry the agent's clock; on one host the difference is the message's way here.
         offset_ns = int((at - sent) * 1e9) if node else 0
+        for value in measured:
+            try:
+                self._panel.ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
+            except ProtocolError as error:
+                logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}
         for seat, row, facts in rows:
             if seat in seats:
                 row = row.shifted(offset_ns)
-                self._detector.ingest(
+                self._panel.ingest(
                     RowSeen(member=row.member, seat=seat, row=row, facts=facts, at=at)
                 )
         for member in members:
             code = member.exit_code
             if member.stage is Stage.DEAD:
-                self._detector.ingest(
+                self._panel.ingest(
                     Exited(
                         member=member.member,
                         seat=member.seat,
@@ -126,7 +139,7 @@ class Judge:
         findings = Findings()
         if plan.mode is Mode.ENDED:
             return findings
-        for verdict in self._detector.tick(now):
+        for verdict in self._panel.tick(now):
             key = (verdict.member, verdict.fault)
             if key not in self._said:
                 self._said.add(key)

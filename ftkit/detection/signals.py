@@ -1,0 +1,74 @@
+"""Signals: what ranks and agents measure beyond rows, and how it crosses the wire as JSON.
+
+A signal is a frozen value that names its kind. Times are seconds; those that are points in time
+are on the sender's monotonic clock until `from_json` has put them on the reader's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import ClassVar, Final
+
+from ftkit.core.errors import ProtocolError
+from ftkit.core.ids import Generation, MemberId, Seat, Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSeen:
+    """A member has finished a step: where its time went, and what came out.
+
+    Only what it did itself counts as work: `seconds` of DATA, FORWARD and so on, without the
+    time it waited inside collectives, which is `waited_s`.
+    """
+
+    KIND: ClassVar[str] = "step"
+
+    member: MemberId
+    seat: Seat
+    generation: Generation
+    step: Step
+    at: float
+    """When the step ended."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Phase -> wall time of the training thread in it, waiting in collectives left out."""
+    waited_s: float = 0.0
+    """Wall time inside collectives."""
+    cpu_s: float | None = None
+    """Processor time of the training thread; None: not measured."""
+    gc_s: float = 0.0
+    """Of `seconds`, what Python's garbage collector took."""
+    slots: int = 0
+    """Slots of the global batch that it computed: work is compared by slot."""
+    loss: float | None = None
+    grad_norm: float | None = None
+    role: str = ""
+    """Members of one role do the same work; "" where all do."""
+
+
+Signal = StepSeen
+
+_KINDS: Final[Mapping[str, type[Signal]]] = {kind.KIND: kind for kind in (StepSeen,)}
+
+
+def to_json(signal: Signal) -> dict[str, object]:
+    """The signal as a JSON-safe object."""
+    return {"kind": signal.KIND, **asdict(signal)}
+
+
+def from_json(value: object, *, offset_s: float = 0.0) -> Signal:
+    """Read what `to_json` wrote.
+
+    Args:
+      value: any JSON value.
+      offset_s: how far this clock is ahead of the sender's.
+
+    Raises:
+      ProtocolError: it is no signal, or of a kind that this version does not know.
+    """
+    if not isinstance(value, Mapping) or value.get("kind") not in _KINDS:
+        raise ProtocolError(f"not a signal: {value!r}")
+    fields = {name: item for name, item in value.items() if name != "kind"}
+    try:
+        signal = _KINDS[value["kind"]](**fields)
+        return replace(signal, at=float(signal.at) + offset_s)
+    except (TypeError, ValueError) as error:
+        raise ProtocolError(f"not a signal: {value!r}") from error
