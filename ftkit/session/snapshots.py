@@ -105,7 +105,8 @@ class Snapshots:
         except CapacityError:
             # The state has grown: optimizer state that appears late, modules that were added.
             layout, outgrown = self._capture.layout, self._arena
-            assert layout is not None and outgrown is not None, "it is what did not fit"
+            assert layout is not None, "it is what did not fit"
+            assert outgrown is not None, "made with the capture"
             self._due.undo(outgrown)
             if outgrown.fits(layout):
                 raise
@@ -116,7 +117,8 @@ class Snapshots:
         self._layout = self._capture.layout
 
     def _start(self, step: Step, world: World, share: Share) -> None:
-        assert self._capture is not None and self._arena is not None, "made together"
+        assert self._capture is not None, "made with the arena"
+        assert self._arena is not None, "made with the capture"
         try:
             self._capture.begin(
                 step,
