@@ -198,6 +198,7 @@ class Coordinator:
         if not decisions:
             return
         halting = plan.mode is Mode.HALTING and self._plan.mode is not Mode.HALTING
+        forming = plan.mode is Mode.FORMING and self._plan.mode is not Mode.FORMING
         self._plan = plan
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
@@ -210,6 +211,8 @@ class Coordinator:
                 self.trace.event("resume", **decision.fields)
         if halting:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
+        if forming:
+            self._lead(now)  # with what is known of snapshots now that nobody writes any
 
     def _take_over(self, now: float) -> Plan | None:
         """The plan to begin with, once every agent has spoken or is taken for lost."""

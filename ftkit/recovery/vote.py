@@ -7,14 +7,15 @@ which newcomers' world each rank is ready to switch to.
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
+from itertools import chain
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQQI")
+_HEAD = struct.Struct("<QQQQQQQI")
 _LOSS = struct.Struct("<Id")
 
 
@@ -25,12 +26,15 @@ class Ballot:
     generation: Generation
     step: Step
     digest: int = 0
-    """64-bit digest of the reduced gradients: the same on all ranks, or one is corrupt."""
+    """64-bit digest of the reduced gradients: the same on ranks of one layout, or one is corrupt."""
     data_digest: int = 0
     """64-bit digest of what every rank read alike, 0 where ranks read different samples."""
+    state: int = 0
+    """64-bit digest of what the job's state consists of: the same on all ranks. 0 before the first
+    snapshot."""
     layout: int = 0
-    """64-bit digest of the layout of this rank's state: the same on all ranks, which share the
-    capture of it. 0 before the first snapshot."""
+    """64-bit digest of the layout of this rank's part of it. Ranks of the same layout hold the
+    same tensors."""
     prepared: Generation = Generation(0)
     """The newcomers' world this rank is linked for, 0 for none."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
@@ -41,6 +45,7 @@ class Ballot:
             self.step,
             self.digest,
             self.data_digest,
+            self.state,
             self.layout,
             self.prepared,
             len(self.losses),
@@ -52,7 +57,9 @@ class Ballot:
         """Read what `pack` wrote. Raises ProtocolError on anything else."""
         if len(data) < _HEAD.size:
             raise ProtocolError(f"a ballot has at least {_HEAD.size} bytes, got {len(data)}")
-        generation, step, digest, data_digest, layout, prepared, count = _HEAD.unpack_from(data)
+        generation, step, digest, data_digest, state, layout, prepared, count = _HEAD.unpack_from(
+            data
+        )
         if len(data) != _HEAD.size + count * _LOSS.size:
             raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
         return cls(
@@ -60,6 +67,7 @@ class Ballot:
             step=Step(step),
             digest=digest,
             data_digest=data_digest,
+            state=state,
             layout=layout,
             prepared=Generation(prepared),
             losses={Slot(s): v for s, v in _LOSS.iter_unpack(data[_HEAD.size :])},
@@ -72,11 +80,11 @@ class Refusal(StrEnum):
     OUT_OF_STEP = auto()
     """Ranks voted on different steps or generations."""
     STATE = auto()
-    """Ranks hold state of different layouts, and could not restore each other."""
+    """Ranks hold different state, and could not restore each other."""
     DATA = auto()
     """Ranks read different data where all should read the same."""
     GRADIENTS = auto()
-    """Ranks hold different reduced gradients: corruption."""
+    """Ranks of one layout hold different reduced gradients: corruption."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +114,7 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
             refusal=Refusal.OUT_OF_STEP,
             reason=f"ranks vote on different (generation, step): {seen}",
         )
-    if odd := minority([b.layout for b in ballots]):
+    if odd := minority([b.state for b in ballots]):
         return Tally(
             refusal=Refusal.STATE,
             reason=f"ranks {odd} hold other tensors than the rest at step {first.step}",
@@ -116,7 +124,7 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
             refusal=Refusal.DATA,
             reason=f"ranks {odd} read other data than the rest at step {first.step}",
         )
-    if odd := minority([b.digest for b in ballots]):
+    if odd := sorted(chain.from_iterable(_apart(ballots))):
         return Tally(
             refusal=Refusal.GRADIENTS,
             reason=f"ranks {odd} hold other reduced gradients than the rest at step {first.step}",
@@ -128,6 +136,13 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
         switch=switch if switch > first.generation else None,
         loss=sum(losses[s] for s in sorted(losses)) / len(losses) if losses else None,
     )
+
+
+def _apart(ballots: Sequence[Ballot]) -> Iterator[list[int]]:
+    """Ranks whose gradients are not those of most that have their layout."""
+    for layout in {b.layout for b in ballots}:
+        ranks = [rank for rank, b in enumerate(ballots) if b.layout == layout]
+        yield [ranks[i] for i in minority([ballots[rank].digest for rank in ranks])]
 
 
 def minority(values: Sequence[int]) -> list[int]:
