@@ -26,6 +26,7 @@ from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.job import python_command, run_job
 from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
+from ftkit.recovery.protocol import SHARDS_BACK
 
 KILL_COORDINATOR = "kill-coordinator"
 
@@ -35,6 +36,8 @@ KILL_IN_COLLECTIVE = "kill-in-collective"
 
 #: Faults of members over time, struck from outside.
 FLAP, JOIN, CHURN = "flap", "join", "churn"
+#: Two ranks lost soon after one another, so that the world shrinks twice before it grows back.
+SHRINK_GROW = "shrink-grow"
 #: Faults of the link between two ranks.
 PARTITION, SLOW_LINK = "partition", "slow-link"
 
@@ -48,6 +51,7 @@ CATALOGUE: dict[str, str] = {
     FLAP: "SIGKILL to one rank, and to each that replaces it once that has trained a little",
     JOIN: "a rank comes in while the others train: nobody may be held up or taken back",
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
+    SHRINK_GROW: "SIGKILL to one rank and, some steps later, to another: the world shrinks, shrinks, grows",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
@@ -55,7 +59,9 @@ CATALOGUE: dict[str, str] = {
 }
 
 #: How many ranks the smallest job has that such a fault can be done to.
-RANKS_MIN: dict[str, int] = {FLAP: 2, JOIN: 2, CHURN: 3, PARTITION: 3, SLOW_LINK: 2}
+RANKS_MIN: dict[str, int] = {
+    FLAP: 2, JOIN: 2, CHURN: 3, SHRINK_GROW: 3, PARTITION: 3, SLOW_LINK: 2
+}  # fmt: skip
 
 #: What "all" picks from: faults that any shape of job takes, in the order that seeds know.
 ANYWHERE = [*Kind, KILL_COORDINATOR]
@@ -77,7 +83,13 @@ NODE_CATALOGUE: dict[str, str] = {
 _NOBODY_LOST = (KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK)
 
 #: How often such a fault has to strike before a drill says anything.
-STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3}
+STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3, SHRINK_GROW: 2}
+
+#: Steps between the two losses of "shrink-grow": fewer than anybody needs to come back.
+SHRINK_STEPS = 3
+
+#: Faults of two seats.
+_OF_TWO = (PARTITION, SLOW_LINK, SHRINK_GROW)
 
 #: Points at which a bucket is named.
 _OF_BUCKETS = (Point.BACKWARD, Point.ALL_REDUCE, Point.IN_COLLECTIVE)
@@ -134,6 +146,12 @@ class Drill:
 
     def faults(self) -> list[PlannedFault]:
         """What the ranks are told to do to themselves."""
+        if self.fault == SHRINK_GROW:
+            assert self.second_seat is not None, "two ranks are hit"
+            assert self.phase is not None, "the seed picks one"
+            first = self._fault(Kind.KILL, self.phase, self.seat)
+            second = self._fault(Kind.KILL, self.phase, self.second_seat)
+            return [first, replace(second, step=self.step + SHRINK_STEPS)]
         if self.phase is None:
             return []
         kind = Kind.KILL if self.fault == KILL_IN_COLLECTIVE else Kind(self.fault)
@@ -177,7 +195,10 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
     point, bucket = _point(at, rng)
-    if name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in RANKS_MIN:
+    if name == SHRINK_GROW:
+        if point is Point.RECOVERY:
+            point = Point.FORWARD  # that of the one would be the other's
+    elif name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in RANKS_MIN:
         point = None
     if name == KILL_IN_COLLECTIVE:
         point = Point.IN_COLLECTIVE
@@ -198,7 +219,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         fault=str(name),
         phase=point,
         seat=first,
-        second_seat=second if point is Point.RECOVERY or name in (PARTITION, SLOW_LINK) else None,
+        second_seat=second if point is Point.RECOVERY or name in _OF_TWO else None,
         step=rng.randint(3, max(3, steps // 5)),
         bucket=bucket,
         delay_s=rng.uniform(0, 0.004),
@@ -266,6 +287,8 @@ class Job:
     max_stall_s: float = 30.0
     parity: str = ""
     """k+m, as for `ftkit run`."""
+    sharded: int = 0
+    """Ranks over which the bundled job cuts a copy of its model: 0 for none, 1 for all."""
     workload: tuple[str, ...] = ()
     """Further arguments of the bundled job."""
 
@@ -293,7 +316,14 @@ class Job:
         if self.script is not None:
             return python_command(self.script, self.workload)
         data = ("--data", str(self.data)) if self.data else ()
-        sizes = [("--steps", self.steps), ("--slots", self.slots), ("--slot-size", self.slot_size)]
+        sizes: list[tuple[str, float]] = [
+            ("--steps", self.steps),
+            ("--slots", self.slots),
+            ("--slot-size", self.slot_size),
+        ]
+        if self.sharded:
+            # With what depends on ranks elsewhere: random draws, and a norm over all parameters.
+            sizes += [("--sharded", self.sharded), ("--dropout", 0.1), ("--clip", 1.0)]
         words = [str(word) for pair in sizes for word in pair]
         return python_command("-m", (WORKLOAD, *words, *data, *self.workload))
 
@@ -377,6 +407,10 @@ def run_drill(
         from ftkit.launch.member_drills import judge_join
 
         outcome = judge_join(outcome, events)
+    elif drill.fault == SHRINK_GROW:
+        from ftkit.launch.member_drills import judge_shrink_grow
+
+        outcome = judge_shrink_grow(outcome, events, job.world_size)
     elif drill.fault == SLOW_LINK:
         from ftkit.launch.link_drills import judge_slow
 
@@ -400,6 +434,7 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD),
         corrupts=drill.fault == CORRUPT_SHARD,
         strikes=STRIKES.get(drill.fault, 1),
+        steps_back=SHARDS_BACK if job.sharded else 0,
     )
 
 

@@ -49,6 +49,10 @@ from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 #: 2, and all ranks have sealed it by the vote for step 4.
 FIRST_SNAPSHOT_BY = Step(4)
 
+#: By how many steps a job of shards goes back for a fault, at most: a rank that dies has sealed all
+#: but the last two it committed, and before the first snapshot there is the beginning.
+SHARDS_BACK = 3
+
 #: Why innocent members are replaced: they had not begun to step, so their work is not a
 #: transaction that could be played again.
 RESTART = "the job starts over: a member was lost before the first step"

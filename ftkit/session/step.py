@@ -35,15 +35,13 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
 from ftkit.recovery.data_cursor import derive, rng_key
+from ftkit.recovery.protocol import SHARDS_BACK
 from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.clip import clip
 from ftkit.session.loop import Loop
 from ftkit.session.membership import Fate
 from ftkit.session.worlds import broadcast_from_first
-
-#: By how many steps a sharded job goes back at most, as long as memory has all shards.
-SHARDS_BACK = 3
 
 #: Votes that do not pass, one after another, after which the step is given up.
 VOTES_MAX = 3
