@@ -96,6 +96,7 @@ class LinkSet:
             lane = Link(
                 sock,
                 greeted.peer,
+                process=greeted.process,
                 cma=greeted.cma,
                 can_offer=greeted.can_offer,
                 segment_bytes=self._segment,

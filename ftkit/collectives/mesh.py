@@ -42,6 +42,8 @@ class Greeted:
 
     sock: socket.socket
     peer: MemberId
+    process: str
+    """Names the process at the other end: two of them may claim to be one member."""
     cma: CmaPeer | None
     can_offer: bool
     lanes: tuple[socket.socket, ...] = ()
@@ -79,6 +81,7 @@ class Mesh:
         self._secret = secret
         self._config = config
         self._word = word
+        self._process = secrets.token_hex(8)
         self._on_link = on_link
         self._listener = listen(host)
         name = self._listener.getsockname()
@@ -269,6 +272,7 @@ class Mesh:
         """
         hello = {
             "member": self.member,
+            "process": self._process,
             "config": self._config.wire,
             "memory": self._word.hello(),
             "link": word,
@@ -299,7 +303,7 @@ class Mesh:
                 f"transport 'cma' was demanded, but members {self.member} and {peer} cannot "
                 "read each other's memory (another host, or ptrace is not permitted)"
             )
-        greeted = Greeted(sock, peer, cma, can_offer)
+        greeted = Greeted(sock, peer, str(theirs.get("process")), cma, can_offer)
         if not server:
             return greeted, None
         word, further = word_of(theirs)
