@@ -230,6 +230,17 @@ class Engine:
         self.call(lambda: None)
         self._thread.join()
 
+    def let_go(self) -> None:
+        """(in a forked child, which has no communication thread) See `forks`."""
+        if self._over:
+            return
+        self._lock, self._wake_lock = threading.Lock(), threading.Lock()
+        self._closing = "this process was forked from the one that is a member"
+        self._awake, self._over = False, True
+        self._commands.clear()
+        os.close(self._wake)
+        self.net.let_go()
+
     @property
     def on_one_host(self) -> bool:
         """Whether all members of the world name the same host: decided alike by all."""

@@ -196,6 +196,17 @@ class Mesh:
         self._listener.close()
         os.close(self._wake)
 
+    def let_go(self) -> None:
+        """(in a forked child) Close all descriptors; the parent goes on with its own."""
+        if self._closed:
+            return
+        self._closed = True
+        self._lock = threading.Lock()
+        self._desk = LaneDesk(self._config.greeting_timeout_s)
+        for sock in (self._listener, *self._greetings):
+            sock.close()
+        os.close(self._wake)
+
     def _accept(self) -> None:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
