@@ -18,6 +18,11 @@ from ftkit.recovery.plan import Mode, Plan
 from ftkit.recovery.policy import Loss, Option, choose
 from ftkit.recovery.protocol import Decision, gone
 
+#: Steps of a generation that are not timed: they warm caches up, and connect.
+WARM_UP_STEPS = 3
+#: Steps of a world size that must have been timed before its pace is known.
+STEPS_MIN = 5
+
 
 @dataclass(slots=True)
 class _Mean:
@@ -41,7 +46,8 @@ class DecisionCosts:
         self._steps: dict[int, _Mean] = defaultdict(_Mean)
         self._regroup, self._respawn = _Mean(), _Mean()
         self._rate = FailureRate()
-        self._anchor: tuple[Generation, Step, float] | None = None
+        self._anchor: tuple[Generation, Step, float | None] | None = None
+        """The step that is timed from, and since when; None while the world warms up."""
         self._looked: float | None = None
         self._halted_at: float | None = None
         self._ordered: dict[Seat, float] = {}
@@ -50,7 +56,7 @@ class DecisionCosts:
     @property
     def costs(self) -> Costs:
         """What is known now."""
-        steps = {w: mean.value for w, mean in self._steps.items() if mean.value}
+        steps = {w: m.value for w, m in self._steps.items() if m.value and m.count >= STEPS_MIN}
         return Costs(world=self._seats).with_measured(
             step_s=steps, regroup_s=self._regroup.value, respawn_s=self._respawn.value
         )
@@ -76,11 +82,13 @@ class DecisionCosts:
             return
         step = max(at)
         if self._anchor is None or self._anchor[0] != world.generation:
-            self._anchor = (world.generation, step, now)
-        elif step > self._anchor[1]:
+            self._anchor = (world.generation, Step(step + WARM_UP_STEPS), None)
+        elif step >= self._anchor[1]:
             _, before, since = self._anchor
-            self._steps[len(world.members)].add(now - since, step - before)
-            self._anchor = (world.generation, step, now)
+            if since is not None and step > before:
+                self._steps[len(world.members)].add(now - since, step - before)
+            if since is None or step > before:
+                self._anchor = (world.generation, step, now)
 
     def explain(
         self,

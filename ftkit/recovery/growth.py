@@ -58,7 +58,7 @@ def growth(
     gain_s = max(0.0, faster) * stays_s if faster > 0 else 0.0
     cost_s = HYSTERESIS * (costs.grow_s + costs.regroup_s)
     grow = gain_s > cost_s
-    told = f"{world} to {larger} ranks saves {gain_s:.3g} s until the next failure or the end"
+    told = f"growing from {world} to {larger} ranks saves {gain_s:.3g} s until the next failure or the end"
     told += f", against {cost_s:.3g} s of letting them in and of losing them again"
     if faster <= 0:
         told = f"{larger} ranks are no faster than {world}"
