@@ -86,7 +86,7 @@ _NOBODY_LOST = (KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK)
 STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3, SHRINK_GROW: 2}
 
 #: Steps between the two losses of "shrink-grow": fewer than anybody needs to come back.
-SHRINK_STEPS = 3
+SHRINK_STEPS = 1
 
 #: Faults of two seats.
 _OF_TWO = (PARTITION, SLOW_LINK, SHRINK_GROW)
