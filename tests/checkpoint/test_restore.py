@@ -120,13 +120,7 @@ def test_a_complete_step_has_every_byte_of_every_layout(inventory):
     expected = {
         step: max(generations)
         for step in range(5)
-        if (
-            generations := [
-                g
-                for g in range(3)
-                if whole(counting(inventory.at(Step(step)), g))
-            ]
-        )
+        if (generations := [g for g in range(3) if whole(counting(inventory.at(Step(step)), g))])
     }
     assert inventory.complete() == expected
     newest = max(((g, s) for s, g in inventory.complete().items()), default=None)

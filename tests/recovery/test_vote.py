@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.core.ids import Generation, Slot, Step
-from ftkit.recovery.vote import Ballot, minority, tally
+from ftkit.recovery.vote import Ballot, Refusal, minority, tally
 
 YES = Ballot(generation=Generation(3), step=Step(7), digest=11)
 
@@ -25,6 +25,16 @@ def test_one_that_differs_is_named(size: int, data: st.DataObject, what: str) ->
     result = tally([changed if rank == who else YES for rank in range(size)])
     assert not result.passed
     assert f"ranks [{who}]" in result.reason
+
+
+def test_shards_differ_and_replicas_of_a_shard_do_not() -> None:
+    ballots = [replace(YES, layout=rank % 2 + 1, digest=rank % 2) for rank in range(6)]
+    assert tally(ballots).passed
+    ballots[3] = replace(ballots[3], digest=99)
+    result = tally(ballots)
+    assert result.refusal is Refusal.GRADIENTS
+    assert "ranks [3]" in result.reason
+    assert tally([replace(YES, state=rank // 2) for rank in range(3)]).refusal is Refusal.STATE
 
 
 @pytest.mark.parametrize("change", [{"generation": Generation(4)}, {"step": Step(8)}])
