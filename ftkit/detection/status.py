@@ -5,7 +5,7 @@ rank never waits for a reader, nor a reader for a rank that is hung, stopped or 
 rings stay as they were left (`row` holds the layout and why no torn row can be taken for a
 whole one). ::
 
-    header 128 B | a row of 128 B for each seat | a ring of 256 x 80 B for each seat
+    header 128 B | a row of 128 B, a ring of 256 x 96 B and 64 B of what is awaited, for each seat
 """
 
 import errno
@@ -13,6 +13,8 @@ import mmap
 import os
 import struct
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -20,18 +22,24 @@ from typing import Final, Self
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.detection.row import (
+    AWAITED_BYTES,
     COPY,
     COPY_BYTES,
     PHASE_CODE,
     PHASES,
     RECORD_BYTES,
+    RECORD_HEAD_BYTES,
     ROW_BYTES,
+    STAMPED,
     WARM,
     WORD,
+    Awaited,
     OpRecord,
     Phase,
     Row,
+    decode_awaited,
     decode_record,
+    encode_awaited,
     encode_record,
     op_code,
     stamp,
@@ -44,7 +52,7 @@ _HEADER: Final = struct.Struct("<8sIIII")
 #: The board's file name in a node's folder of shared memory.
 BOARD: Final = "board"
 _MAGIC: Final = b"ftkboard"
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _RING_BYTES: Final = RING_RECORDS * RECORD_BYTES
 #: A read fails only when two writes overtake it; a rank that does nothing but write fails
 #: about one read in two, so a hundred in a row mean damage.
@@ -69,7 +77,7 @@ class StatusBoard:
 
         Args:
           path: must not exist; its directory must. Best on tmpfs, for instance /dev/shm.
-          seats: how many local seats, 1 to 4096: 20.6 kB each.
+          seats: how many local seats, 1 to 4096: 24.8 kB each.
 
         Raises:
           FileExistsError: `path` exists; `open` it, or remove it.
@@ -142,7 +150,7 @@ class StatusBoard:
           IntegrityError: no whole row in 100 tries: bytes flipped, two writers at one seat, or
             a writer that died between the two last stores of `attach`.
         """
-        base, ring = self._place(seat)
+        base, ring, _ = self._place(seat)
         words, first = self._words, base // 8
         for _ in range(_READ_TRIES):
             head = words[first]
@@ -182,12 +190,17 @@ class StatusBoard:
 
         Records that are being written, or whose bytes flipped, are left out.
         """
-        _, ring = self._place(seat)
+        _, ring, _ = self._place(seat)
         data = bytes(self._bytes[ring : ring + _RING_BYTES])
         found = (
             decode_record(data[i : i + RECORD_BYTES]) for i in range(0, len(data), RECORD_BYTES)
         )
         return sorted((r for r in found if r), key=lambda r: r.t_enter_ns)
+
+    def awaited(self, seat: int) -> Awaited | None:
+        """Whose bytes local `seat` waited for when its data plane last looked; None: unknown."""
+        _, _, start = self._place(seat)
+        return decode_awaited(bytes(self._bytes[start : start + AWAITED_BYTES]))
 
     def close(self) -> None:
         """Unmap. Writers made by `attach` must not be used any more. May be called twice."""
@@ -210,10 +223,17 @@ class StatusBoard:
     ) -> None:
         self.close()
 
-    def _place(self, seat: int) -> tuple[int, int]:
+    def _place(self, seat: int) -> tuple[int, int, int]:
+        """Where the row, the ring and what is awaited of `seat` begin."""
         if not 0 <= seat < self.seats:
             raise ValueError(f"seat {seat} is not on this board of {self.seats} seats")
-        return (1 + seat) * ROW_BYTES, (1 + self.seats) * ROW_BYTES + seat * _RING_BYTES
+        rings = (1 + self.seats) * ROW_BYTES
+        awaited = rings + self.seats * _RING_BYTES
+        return (
+            (1 + seat) * ROW_BYTES,
+            rings + seat * _RING_BYTES,
+            awaited + seat * AWAITED_BYTES,
+        )
 
     def _name(self, code: int, ring: int) -> str:
         """The op a row means by `code`: the ring beside it spells it out."""
@@ -240,12 +260,14 @@ class SeatWriter:
         words: memoryview,
         base: int,
         ring: int,
+        awaited: int,
         member: MemberId,
         pid: int,
     ) -> None:
         """Use `StatusBoard.attach`."""
         self._bytes, self._words = data, words
         self._base, self._first, self._ring = base, base // 8, ring
+        self._awaited = awaited
         self.member = member
         self.generation = 0
         self.step = 0
@@ -260,17 +282,16 @@ class SeatWriter:
         self._version = int(words[self._first]) & WORD
         self._count = 0
 
-        version, copy = self._fill(0)
+        head = self._fill(0)
         # Between these stores the row is refused by readers rather than given to the wrong one.
         words[self._first + 1] = self._identity
         words[self._first + 2] = 0
         words[self._first + 3] = 0
-        words[self._first] = stamp(version, self._identity, copy)
+        words[self._first] = head
 
     def publish(self, t_progress_ns: int) -> None:
         """Make the fields, as they are now, the row that readers see."""
-        version, copy = self._fill(t_progress_ns)
-        self._words[self._first] = stamp(version, self._identity, copy)
+        self._words[self._first] = self._fill(t_progress_ns)
 
     def beat(self, t_ns: int) -> None:
         """Stamp the heartbeat. The one method that may run beside another."""
@@ -280,12 +301,12 @@ class SeatWriter:
         """Permit a stall until then; 0 withdraws it."""
         self._words[self._first + 3] = until_ns
 
-    def record_enter(self, *, group: int, seq: int, op: str, nbytes: int, t_ns: int) -> int:
+    def record_enter(self, *, group: int, seq: int, op: bytes, nbytes: int, t_ns: int) -> int:
         """Put a pending record into the ring; returns the ticket for `record_leave`."""
         ticket = self._count
         self._count += 1
         start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
-        self._bytes[start : start + RECORD_BYTES] = encode_record(
+        crc, rest = encode_record(
             member=self.member,
             generation=self.generation,
             group=group & WORD,
@@ -294,6 +315,11 @@ class SeatWriter:
             nbytes=nbytes,
             t_enter_ns=t_ns,
         )
+        words, first = self._words, start // 8
+        words[first + 1] = 0  # until the checksum is there, it is no record
+        self._bytes[start + RECORD_HEAD_BYTES : start + RECORD_BYTES] = rest
+        words[first] = 0
+        words[first + 1] = crc
         return ticket
 
     def record_leave(self, ticket: int, *, t_ns: int, ok: bool) -> None:
@@ -301,12 +327,21 @@ class SeatWriter:
         if self._count - ticket <= RING_RECORDS:
             start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
             # One aligned word: the sign carries the outcome.
-            self._words[start // 8 + 2] = (t_ns if ok else -t_ns) & 0xFFFFFFFFFFFFFFFF
+            self._words[start // 8] = t_ns if ok else -t_ns & 0xFFFFFFFFFFFFFFFF
 
-    def _fill(self, t_progress_ns: int) -> tuple[int, bytes]:
+    def await_(self, group: int, seq: int, members: Sequence[int], *, t_ns: int) -> None:
+        """Say whose bytes a pending collective waits for."""
+        start = self._awaited
+        told = encode_awaited(group, seq, t_ns, members)
+        self._bytes[start : start + AWAITED_BYTES] = told
+
+    def _fill(self, t_progress_ns: int) -> int:
+        """Fill the copy that is not published. Returns the word that publishes it."""
         version = (self._version + 1) & WORD or 2  # 0 says "never attached"
         self._version = version
-        copy = COPY.pack(
+        stamped = STAMPED.pack(
+            version,
+            self._identity,
             self.generation,
             self.op_code,
             self.step,
@@ -319,12 +354,12 @@ class SeatWriter:
             self.t_enter_ns,
         )
         start = self._base + 32 + (version & 1) * COPY_BYTES
-        self._bytes[start : start + COPY_BYTES] = copy
-        return version, copy
+        self._bytes[start : start + COPY_BYTES] = stamped[-COPY_BYTES:]
+        return version | zlib.crc32(stamped) << 32
 
 
 def _size(seats: int) -> int:
-    return ROW_BYTES * (1 + seats) + _RING_BYTES * seats
+    return ROW_BYTES * (1 + seats) + (_RING_BYTES + AWAITED_BYTES) * seats
 
 
 def _little_endian() -> None:
