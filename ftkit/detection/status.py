@@ -5,7 +5,9 @@ rank never waits for a reader, nor a reader for a rank that is hung, stopped or 
 rings stay as they were left (`row` holds the layout and why no torn row can be taken for a
 whole one). ::
 
-    header 128 B | a row of 128 B, a ring of 256 x 96 B and 64 B of what is awaited, for each seat
+    header 128 B | a row of 128 B | a ring of 256 x 96 B | a ring of 128 x 168 B     | 64 B
+                   for each seat    of collectives        of finished steps         of what
+                                                          (`step_record`)           is awaited
 """
 
 import errno
@@ -17,7 +19,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, MemberId, Step
@@ -44,6 +46,13 @@ from ftkit.detection.row import (
     op_code,
     stamp,
 )
+from ftkit.detection.step_record import (
+    STEP_BYTES,
+    STEPS_KEPT,
+    StepRecord,
+    decode_step,
+    encode_step,
+)
 
 RING_RECORDS: Final = 256
 SEATS_MAX: Final = 4096
@@ -54,9 +63,19 @@ BOARD: Final = "board"
 _MAGIC: Final = b"ftkboard"
 _FORMAT: Final = 2
 _RING_BYTES: Final = RING_RECORDS * RECORD_BYTES
+_STEPS_BYTES: Final = STEPS_KEPT * STEP_BYTES
 #: A read fails only when two writes overtake it; a rank that does nothing but write fails
 #: about one read in two, so a hundred in a row mean damage.
 _READ_TRIES: Final = 100
+
+
+class _Place(NamedTuple):
+    """Where on the board the parts of one seat begin, in bytes."""
+
+    row: int
+    ring: int
+    steps: int
+    awaited: int
 
 
 class StatusBoard:
@@ -77,7 +96,7 @@ class StatusBoard:
 
         Args:
           path: must not exist; its directory must. Best on tmpfs, for instance /dev/shm.
-          seats: how many local seats, 1 to 4096: 24.8 kB each.
+          seats: how many local seats, 1 to 4096: 46.3 kB each.
 
         Raises:
           FileExistsError: `path` exists; `open` it, or remove it.
@@ -141,7 +160,13 @@ class StatusBoard:
           member: below 2**32.
           pid: the process to be looked up in /proc, by default this one.
         """
-        return SeatWriter(self._bytes, self._words, *self._place(seat), member, pid or os.getpid())
+        return SeatWriter(
+            self._bytes,
+            self._words,
+            self._place(seat),
+            member,
+            pid or os.getpid(),
+        )
 
     def read(self, seat: int) -> Row | None:
         """The row of local `seat`; None when no member has ever attached. Never blocks.
@@ -150,7 +175,7 @@ class StatusBoard:
           IntegrityError: no whole row in 100 tries: bytes flipped, two writers at one seat, or
             a writer that died between the two last stores of `attach`.
         """
-        base, ring, _ = self._place(seat)
+        base, ring = self._place(seat)[:2]
         words, first = self._words, base // 8
         for _ in range(_READ_TRIES):
             head = words[first]
@@ -190,16 +215,47 @@ class StatusBoard:
 
         Records that are being written, or whose bytes flipped, are left out.
         """
-        _, ring, _ = self._place(seat)
+        ring = self._place(seat).ring
         data = bytes(self._bytes[ring : ring + _RING_BYTES])
         found = (
             decode_record(data[i : i + RECORD_BYTES]) for i in range(0, len(data), RECORD_BYTES)
         )
         return sorted((r for r in found if r), key=lambda r: r.t_enter_ns)
 
+    def steps(self, seat: int, *, member: MemberId, after: int = -1) -> list[StepRecord]:
+        """What `member` left of the steps it finished at local `seat`, oldest first.
+
+        Of the last 128 at most, whole records only. Costs what there is to read, where a reader
+        keeps up.
+
+        Args:
+          seat: the local seat.
+          member: whose; what members before it left is passed over.
+          after: the highest number already read; -1 for none.
+        """
+        start = self._place(seat).steps
+        found: list[StepRecord] = []
+        for number in range(after + 1, after + 1 + STEPS_KEPT):
+            record = self._step_at(start, number % STEPS_KEPT)
+            if record is None or (record.member, record.number) != (member, number):
+                break
+            found.append(record)
+        else:
+            return found
+        if record is not None and record.member == member and record.number < number:
+            return found  # the oldest there is: nothing is newer than what was read
+        # Overtaken, torn, or somebody else's: whatever is whole of the rest.
+        last = found[-1].number if found else after
+        rest = (self._step_at(start, place) for place in range(STEPS_KEPT))
+        found += sorted(
+            (r for r in rest if r and r.member == member and r.number > last),
+            key=lambda r: r.number,
+        )
+        return found
+
     def awaited(self, seat: int) -> Awaited | None:
         """Whose bytes local `seat` waited for when its data plane last looked; None: unknown."""
-        _, _, start = self._place(seat)
+        start = self._place(seat).awaited
         return decode_awaited(bytes(self._bytes[start : start + AWAITED_BYTES]))
 
     def close(self) -> None:
@@ -223,17 +279,22 @@ class StatusBoard:
     ) -> None:
         self.close()
 
-    def _place(self, seat: int) -> tuple[int, int, int]:
-        """Where the row, the ring and what is awaited of `seat` begin."""
+    def _place(self, seat: int) -> "_Place":
         if not 0 <= seat < self.seats:
             raise ValueError(f"seat {seat} is not on this board of {self.seats} seats")
         rings = (1 + self.seats) * ROW_BYTES
-        awaited = rings + self.seats * _RING_BYTES
-        return (
-            (1 + seat) * ROW_BYTES,
-            rings + seat * _RING_BYTES,
-            awaited + seat * AWAITED_BYTES,
+        steps = rings + self.seats * _RING_BYTES
+        awaited = steps + self.seats * _STEPS_BYTES
+        return _Place(
+            row=(1 + seat) * ROW_BYTES,
+            ring=rings + seat * _RING_BYTES,
+            steps=steps + seat * _STEPS_BYTES,
+            awaited=awaited + seat * AWAITED_BYTES,
         )
+
+    def _step_at(self, start: int, place: int) -> StepRecord | None:
+        at = start + place * STEP_BYTES
+        return decode_step(bytes(self._bytes[at : at + STEP_BYTES]))
 
     def _name(self, code: int, ring: int) -> str:
         """The op a row means by `code`: the ring beside it spells it out."""
@@ -258,16 +319,14 @@ class SeatWriter:
         self,
         data: memoryview,
         words: memoryview,
-        base: int,
-        ring: int,
-        awaited: int,
+        place: _Place,
         member: MemberId,
         pid: int,
     ) -> None:
         """Use `StatusBoard.attach`."""
         self._bytes, self._words = data, words
-        self._base, self._first, self._ring = base, base // 8, ring
-        self._awaited = awaited
+        self._base, self._first, self._ring = place.row, place.row // 8, place.ring
+        self._steps, self._awaited = place.steps, place.awaited
         self.member = member
         self.generation = 0
         self.step = 0
@@ -329,6 +388,11 @@ class SeatWriter:
             # One aligned word: the sign carries the outcome.
             self._words[start // 8] = t_ns if ok else -t_ns & 0xFFFFFFFFFFFFFFFF
 
+    def record_step(self, record: StepRecord) -> None:
+        """Put a finished step into the ring of steps, over the oldest."""
+        start = self._steps + record.number % STEPS_KEPT * STEP_BYTES
+        self._bytes[start : start + STEP_BYTES] = encode_step(record)
+
     def await_(self, group: int, seq: int, members: Sequence[int], *, t_ns: int) -> None:
         """Say whose bytes a pending collective waits for."""
         start = self._awaited
@@ -359,7 +423,7 @@ class SeatWriter:
 
 
 def _size(seats: int) -> int:
-    return ROW_BYTES * (1 + seats) + (_RING_BYTES + AWAITED_BYTES) * seats
+    return ROW_BYTES + (ROW_BYTES + _RING_BYTES + _STEPS_BYTES + AWAITED_BYTES) * seats
 
 
 def _little_endian() -> None:
