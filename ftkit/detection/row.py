@@ -42,6 +42,8 @@ assert STAMPED.size == _STAMP.size + COPY_BYTES
 
 #: Flag: this process has finished a step, so that it no longer gets the grace of the first.
 WARM: Final = 1
+#: Flag: this process has no session; its row is written by what wraps torch's own process group.
+PLAIN: Final = 2
 
 #: A record is two words, t_leave and the checksum over the rest, and then the rest.
 RECORD_BYTES: Final = 96
@@ -118,6 +120,8 @@ class Row:
     """A stall is permitted until then; 0: never declared."""
     warm: bool
     """Whether this process has finished a step."""
+    plain: bool = False
+    """Whether this process has no session: it joins no world, and cannot be replaced alone."""
 
     def shifted(self, offset_ns: int) -> "Row":
         """This row on a clock that is `offset_ns` ahead: for rows that come from another host.
@@ -163,6 +167,7 @@ class Row:
                 t_heartbeat_ns=int(value["t_heartbeat_ns"]),
                 allowance_ns=int(value["allowance_ns"]),
                 warm=bool(value["warm"]),
+                plain=bool(value["plain"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a row: {value!r}") from error

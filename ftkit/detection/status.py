@@ -29,6 +29,7 @@ from ftkit.detection.row import (
     COPY_BYTES,
     PHASE_CODE,
     PHASES,
+    PLAIN,
     RECORD_BYTES,
     RECORD_HEAD_BYTES,
     ROW_BYTES,
@@ -204,6 +205,7 @@ class StatusBoard:
                 t_heartbeat_ns=heartbeat,
                 allowance_ns=allowance,
                 warm=bool(flags & WARM),
+                plain=bool(flags & PLAIN),
             )
         raise IntegrityError(
             f"no whole row of seat {seat} in {_READ_TRIES} reads of {self.path}: its bytes were "
