@@ -135,6 +135,7 @@ class Detector:
         verdicts = gone | rules.judge(view)
         if verdicts:
             self._accused_at = now
+            self._still = None
         else:
             self._watch_tempo(view)
             verdicts = rules.suspicions(view)
@@ -181,13 +182,12 @@ class Detector:
             self._tempo.advance(min(max(0, newest - self._newest_step), _STEPS_A_LOOK))
         self._newest_step = newest
         moved = max(one.progress_at for one in view.seen)
+        if any(one.row.phase in EXEMPT for one in view.seen):
+            return  # what ended the gap was a repair
         if before is not None and moved > before.moved:
             for phase in before.phases:
                 self._tempo.note(phase, before.lasted_s)
-        excused = any(
-            one.row.phase in EXEMPT or one.stopped or one.idle_from > one.progress_at
-            for one in view.seen
-        )
+        excused = any(one.stopped or one.idle_from > one.progress_at for one in view.seen)
         if not excused:
             waited_for = [one for one in view.seen if one.waits_since is None] or view.seen
             self._still = _Still(

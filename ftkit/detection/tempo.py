@@ -23,7 +23,7 @@ ONE_IN: Final = 1000
 #: Beyond this many steps the older half counts half: a job changes.
 STEPS_MAX: Final = 20_000
 #: Bins of gaps are this far apart: the percentile is at most so much too long.
-_RATIO: Final = 1.25
+_RATIO: Final = 1.1
 
 
 class Tempo:

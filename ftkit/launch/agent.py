@@ -46,6 +46,10 @@ SPAWN_LATEST_S = 0.5
 PRELOAD_LATEST_S = 30.0
 
 
+#: For so long after a member was halted what it called before is told: they may have differed.
+HALTED_S = 1.0
+
+
 class Agent:
     """The agent of one node. `run` is its life, on the thread that calls it."""
 
@@ -118,6 +122,7 @@ class Agent:
         )
         self._memory = MemoryWatch(self._clock.now())
         self._killed: set[MemberId] = set()
+        self._halted_at = float("-inf")
         self._ending_since: float | None = None
         self._missing_since: float | None = None
         self._stopped = False
@@ -336,6 +341,8 @@ class Agent:
                     self._set(facts, host=str(message["host"]), port=int(message["port"]))
                 case "standing":
                     step = message["step"]
+                    if message["stage"] == Stage.HALTED:
+                        self._halted_at = self._clock.now()
                     self._set(
                         facts,
                         stage=Stage(message["stage"]),
@@ -501,9 +508,8 @@ class Agent:
         )
         now = self._clock.now()
         still_s = self._still_s(now)
-        rows = self._arenas.rows(
-            self._facts.values(), tails=still_s is not None and still_s >= STILL_S
-        )
+        stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
+        rows = self._arenas.rows(self._facts.values(), tails=stands)
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,

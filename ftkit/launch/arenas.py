@@ -17,7 +17,6 @@ from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat
 from ftkit.detection.process import process_facts
-from ftkit.detection.row import Phase
 from ftkit.detection.signals import to_json
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.detection.track import EXEMPT
@@ -27,7 +26,7 @@ from ftkit.recovery.facts import ALIVE, MemberFacts
 OWNER = "owner.pid"
 
 #: Of each member so many collectives are told while nothing moves.
-TAIL = 16
+TAIL = 32
 
 #: Slabs that parity pins: the step that counts, and the one its successor is made of. With them
 #: gone there are still the three that a capture needs.
@@ -112,7 +111,7 @@ class Arenas:
     def rows(self, members: Iterable[MemberFacts], *, tails: bool = False) -> list[dict[str, Any]]:
         """The status rows of the members that run, with what /proc says of them.
 
-        With `tails`, and for members that are halted, their newest collectives too.
+        With `tails`, their newest collectives too.
         """
         found: list[dict[str, Any]] = []
         for member in members:
@@ -130,7 +129,7 @@ class Arenas:
                 "row": row.to_json(),
                 "facts": facts and facts.to_json(),
             }
-            if tails or row.phase is Phase.RECOVERY:
+            if tails:
                 local = member.seat - self._first
                 records = self._board.records(local)[-TAIL:]
                 told["ops"] = [r.to_json() for r in records if r.member == member.member]
