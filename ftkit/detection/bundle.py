@@ -43,11 +43,11 @@ def paragraph(incident: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -
 
 def waits(verdicts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The waiting matrix as far as it is known: who waits for whom, since when, in what."""
-    return [
-        {"for": v.get("seat"), **waiter}
-        for v in verdicts
-        for waiter in (v.get("evidence") or {}).get("waiters") or []
-    ]
+    found: dict[tuple[Any, Any], dict[str, Any]] = {}
+    for v in verdicts:
+        for waiter in (v.get("evidence") or {}).get("waiters") or []:
+            found[v.get("seat"), waiter.get("seat")] = {"for": v.get("seat"), **waiter}
+    return list(found.values())
 
 
 def _what(verdict: Mapping[str, Any]) -> tuple[Any, Any]:
