@@ -71,8 +71,8 @@ class Step:
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
         self.loss: float | None = None
-        """Mean of the recorded losses over all slots of all ranks, once committed. None when
-        nothing was recorded, or the step was rolled forward after a fault: its ballots, which
+        """Mean of the recorded losses over all slots of all ranks, once committed; their sum in a
+        loop that sums. None when nothing was recorded, or the step was rolled forward after a fault: its ballots, which
         carry the losses, are lost."""
 
     @property
@@ -155,10 +155,21 @@ class Step:
                 # Whatever ended it: what comes next begins where this step began.
                 self._buffers.rewind()
 
-    def before_optimizer(self) -> None:
-        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+    def agree(self) -> None:
+        """Vote now, rather than with the first optimizer's step: on return the step counts.
+
+        For loops that are not written around `with step:` (a framework's): what comes before
+        may be played again, what comes after is not.
+
+        Raises:
+          JobFault: it does not count; leave it to `with step:`.
+        """
         if not self.committed:
             self._vote()
+
+    def before_optimizer(self) -> None:
+        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+        self.agree()
         self._parts.recorder.phase(Phase.CAPTURE)
         self._loop.snapshots.gate()
         self._parts.recorder.phase(Phase.OPTIMIZER)
@@ -271,7 +282,7 @@ class Step:
         if result is not None:
             if not result.passed:
                 self._refused(result)
-            self.loss = result.loss
+            self.loss = result.loss if self._loop.mean else result.total
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
