@@ -70,16 +70,18 @@ class ShardedReducer:
         world_size: int,
         rank: int,
         exchange: Exchange,
+        mean: bool = True,
     ) -> None:
         """Put our reduction into every unit of the modules.
 
         Args:
           modules: sharded over all ranks of the world, replicated or not; every parameter that
             is trained is a shard.
-          slots: slots of the global batch; the sum is divided by it.
+          slots: slots of the global batch.
           world_size: ranks, each of which plays `rounds_of` micro-batches in a step.
           rank: this one.
           exchange: moves the rows.
+          mean: whether the sum is divided by `slots`.
 
         Raises:
           UsageError: a parameter is not sharded, or over other ranks than these, or a unit has
@@ -88,6 +90,7 @@ class ShardedReducer:
         self._modules = modules
         self._slots, self._size, self._rank = slots, world_size, rank
         self._exchange = exchange
+        self.scale = 1.0 / slots if mean else 1.0
         self._params = _sharded(modules, world_size)
         self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
         self._last = False
@@ -216,19 +219,19 @@ class _Unit:
         self._owner.gather_rows(came, rows)
         total = self._push(came.view(self._size, part))
         if replicas == 1:
-            _finish(total, output_tensor, self._slots)
+            _finish(total, output_tensor, self._owner.scale)
             return
         output_tensor.zero_()
         if total is not None:
             mine = output_tensor[self._rank // group.size() * part :][:part]
-            _finish(total[: mine.numel()], mine, self._slots)
+            _finish(total[: mine.numel()], mine, self._owner.scale)
 
     def reduce_alone(self, gradient: torch.Tensor) -> None:
         """(FSDP2) As the call, in a world of one, in place."""
         total = self._push(
             self._owner.scratch("came", gradient.numel(), gradient).copy_(gradient)[None]
         )
-        _finish(total, gradient, self._slots)
+        _finish(total, gradient, self._owner.scale)
 
     def _cut(self, flat: torch.Tensor, shards: int, part: int) -> torch.Tensor:
         """Rows by rank: replica i of shard s is to have cut i of part s."""
@@ -283,12 +286,12 @@ class _Sum(NamedTuple):
     """Whether it lies in memory of the unit, rather than in this round's rows."""
 
 
-def _finish(total: torch.Tensor | None, out: torch.Tensor, slots: int) -> None:
+def _finish(total: torch.Tensor | None, out: torch.Tensor, scale: float) -> None:
     if total is None:
         out.zero_()
     else:
         # Whether zeros were added to it must not show: -0.0 becomes 0.0.
-        torch.mul(total, 1.0 / slots, out=out).add_(0.0)
+        torch.mul(total, scale, out=out).add_(0.0)
 
 
 def _sharded(modules: Iterable[nn.Module], world_size: int) -> list[torch.Tensor]:

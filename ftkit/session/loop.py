@@ -38,6 +38,10 @@ class Loop:
     slots: int
     """Slots of the global batch."""
     seed: int
+    until: int
+    """Steps to commit in all."""
+    mean: bool = True
+    """Whether gradients and losses are divided by the number of slots, or summed."""
     reducer: GradientReducer | ShardedReducer = field(init=False)
     current: "Step | None" = None
     """The step whose `with` is open."""
@@ -57,6 +61,7 @@ class Loop:
             unique.values(),
             slots=self.slots,
             reduce=self._reduce,
+            mean=self.mean,
         )
 
     def adopt(self, model: torch.nn.Module, scheduler: object | None) -> None:
@@ -69,6 +74,7 @@ class Loop:
             world_size=group.size,
             rank=group.rank,
             exchange=self._exchange,
+            mean=self.mean,
         )
         self.modules, self.schedulers = [model], Schedulers(scheduler)
 

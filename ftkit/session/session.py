@@ -25,7 +25,7 @@ from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
 from ftkit.session.builder import Build, Builder
-from ftkit.session.feed import MapStyle, feed_of
+from ftkit.session.feed import Feed, MapStyle, feed_of
 from ftkit.session.loop import Loop
 from ftkit.session.parts import Parts
 from ftkit.session.role import of_mesh
@@ -75,6 +75,11 @@ class Session:
     def seat(self) -> int:
         """This rank's place in the job, whatever the world."""
         return self._parts.seat
+
+    @property
+    def seats(self) -> int:
+        """Places in the job: the ranks it was started with."""
+        return self._parts.env.seats if self._parts.env else 1
 
     @property
     def generation(self) -> int:
@@ -246,7 +251,7 @@ class Session:
 
     def steps(
         self,
-        data: MapStyle | Iterable[Any],
+        data: MapStyle | Iterable[Any] | Feed,
         *,
         slots: int,
         until: int,
@@ -254,6 +259,7 @@ class Session:
         seed: int = 0,
         shuffle: bool = True,
         collate: Callable[[list[Any]], Any] | None = None,
+        mean: bool = True,
     ) -> Iterator[Step]:
         """The step loop: yields the next step to play until `until` are committed.
 
@@ -262,7 +268,7 @@ class Session:
 
         Args:
           data: a data set (`__len__`, `__getitem__`), or a DataLoader, of which a slot is
-            then one batch.
+            then one batch, or a `Feed` that gives any slot's batch.
           slots: slots of the global batch, at least as many as ranks. Fixed for the job:
             the result does not depend on how many ranks share them.
           until: steps to commit in all.
@@ -270,6 +276,9 @@ class Session:
           seed: decides the order of samples and every slot's random numbers.
           shuffle: whether a data set is read in a random order.
           collate: makes a batch of a list of samples; torch's default one if not given.
+          mean: whether gradients are divided by the number of slots. False is for losses that
+            are divided already, by what the whole global batch holds (its tokens, say);
+            `step.loss` is then the sum too.
 
         Raises:
           UsageError: `protect` was not called, or there are more ranks than slots.
@@ -281,11 +290,10 @@ class Session:
             )
         if self._loop is not None:
             raise UsageError("session.steps() may be called once")
-        seats = self._parts.env.seats if self._parts.env else 1
-        if slots < seats:
+        if slots < self.seats:
             raise UsageError(
-                f"{seats} ranks cannot share {slots} slots: some would have nothing to do; "
-                f"give slots={seats} or more, or start fewer ranks"
+                f"{self.seats} ranks cannot share {slots} slots: some would have nothing to do; "
+                f"give slots={self.seats} or more, or start fewer ranks"
             )
         self._loop = Loop(
             parts=self._parts,
@@ -304,8 +312,20 @@ class Session:
             ),
             slots=slots,
             seed=seed,
+            until=until,
+            mean=mean,
         )
-        return self._play(self._loop, until)
+        return self._play(self._loop)
+
+    def end_steps(self) -> None:
+        """End the loop over `steps` with the present step, as if `until` were reached.
+
+        For early stopping; all ranks must do so at the same step, as with a `break`. After a
+        `break` a rank is at work until it ends; here it is done once the loop is left.
+        """
+        if self._loop is None:
+            raise UsageError("session.end_steps() belongs into the loop over session.steps()")
+        self._loop.until = 0
 
     def verify(self, *, repair: bool = False) -> Verification:
         """Whether all ranks hold the same protected tensors, bit for bit; if not, who differs.
@@ -393,16 +413,16 @@ class Session:
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _play(self, loop: Loop, until: int) -> Iterator[Step]:
+    def _play(self, loop: Loop) -> Iterator[Step]:
         if self._newcomer:
             warm_up()
         build = None if self._builder is None else self._rebuild
         self._worlds.begin_stepping(lambda: loop.modules, loop.snapshots, build)
         while True:
             self._worlds.settle()
-            if self.step >= until and self._all_arrived(loop):
-                break
-            if self.step >= until:
+            if self.step >= loop.until:
+                if self._all_arrived(loop):
+                    break
                 continue
             step = Step(loop, StepNumber(self.step + 1))
             yield step
