@@ -12,8 +12,10 @@ from ftkit.core.world import World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.known_offenders import KnownOffenders
 from ftkit.detection.observations import (
     Exited,
+    Observation,
     ObserverLate,
     ProcessFacts,
     RowSeen,
@@ -21,6 +23,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Row
+from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
@@ -33,6 +36,9 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 #: Loading state may take this many times what a step may keep others waiting.
 RESTORE_LIMITS = 3
 
+
+#: A verdict that has not held for so long is news when it comes back.
+AGAIN_S = 10.0
 
 #: A seat, its row, and its process; None when that is gone.
 SeatRow = tuple[Seat, Row, ProcessFacts | None]
@@ -66,8 +72,9 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector])
-        self._said: set[tuple[MemberId, Fault]] = set()
+        self._panel = Panel([self._detector, Told(), KnownOffenders()])
+        self._said: dict[tuple[MemberId, Fault], float] = {}
+        """When each verdict held last."""
         self._world: World | None = None
         self._world_at = 0.0
         self._halting_since: float | None = None
@@ -76,6 +83,10 @@ class Judge:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > self._times.tick_s:
             self._panel.ingest(ObserverLate(by_s=late_by_s))
+
+    def take(self, observation: Observation) -> None:
+        """Something else was seen, at a time on this clock."""
+        self._panel.ingest(observation)
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
@@ -141,9 +152,9 @@ class Judge:
             return findings
         for verdict in self._panel.tick(now):
             key = (verdict.member, verdict.fault)
-            if key not in self._said:
-                self._said.add(key)
+            if now - self._said.get(key, float("-inf")) > AGAIN_S:
                 findings.fresh.append(verdict)
+            self._said[key] = now
             if verdict.evicts:
                 findings.evictions[verdict.member] = verdict.reason
         if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
