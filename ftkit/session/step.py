@@ -318,7 +318,12 @@ class Step:
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
-        parts.recorder.phase(Phase.BETWEEN)
+        losses = self._losses.values()
+        parts.recorder.finish(
+            slots=len(self._held),
+            loss=sum(losses) / len(losses) if losses else None,
+            grad_norm=self._loop.numbers.norm,
+        )
 
     def let_in(self) -> None:
         """Let in whom the vote let in, right before the next step is played.
