@@ -13,6 +13,7 @@ A fault of the job inside the body is swallowed here, the user's own exceptions 
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ import numpy
 import torch
 
 from ftkit.collectives.gradients import Waitable
+from ftkit.collectives.handle import finished
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign
 from ftkit.core.errors import (
@@ -29,7 +31,7 @@ from ftkit.core.errors import (
     StepRolledBack,
     UsageError,
 )
-from ftkit.core.fault_plan import Point
+from ftkit.core.fault_plan import Kind, Point
 from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
@@ -177,10 +179,25 @@ class Step:
         self._check()
         nbytes = out.numel() * out.element_size()
         inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
+        if slip := self._parts.injector.slip(self._number, bucket=self._bucket, last=last):
+            self._bucket += 1
+            return self._slip(slip, nodes, out, scale)
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
         return handle
+
+    def _slip(
+        self, kind: Kind, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float
+    ) -> Waitable:
+        """(drills) Do something else than the others where they reduce a bucket."""
+        group, half = self._parts.group, max(1, out.numel() // 2)
+        if kind is Kind.DESYNC_SKIP:
+            return finished(None)
+        if kind is Kind.DESYNC_OP:
+            return group.all_reduce(out.clone())
+        fewer = [replace(node, value=node.value[:half]) for node in nodes]
+        return group.reduce_slots(fewer, out[:half], slots=self._loop.slots, scale=scale)
 
     @property
     def _rank(self) -> int:
