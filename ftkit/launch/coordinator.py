@@ -29,6 +29,7 @@ from ftkit.launch.config import JobConfig
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
+from ftkit.launch.incidents import Incidents
 from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
@@ -71,6 +72,7 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
+        self._incidents = Incidents(Path(config.run_dir))
         self._costs = DecisionCosts(config.seats)
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
@@ -118,6 +120,7 @@ class Coordinator:
             self._disk.close()
             if self._history is not None:
                 self._history.close()
+            self._incidents.close()
             for line in self._lines.values():
                 line.close()
             self.trace.close()
@@ -227,6 +230,7 @@ class Coordinator:
             self.trace.event(
                 "decision", action=decision.action, reason=decision.reason, **decision.fields
             )
+            self._incidents.decided(decision.action, decision.reason, now)
             if decision.action in ("resume", "form"):
                 fields = {k: v for k, v in decision.fields.items() if k != "costs"}
                 self.trace.event("resume", **fields)
@@ -274,6 +278,12 @@ class Coordinator:
             if self._history is not None and not verdict.suspected:
                 facts = self._members.get(verdict.member)
                 self._history.verdict(verdict, None if facts is None else facts.node)
+        if verdicts.fresh:
+            summary = {"mode": self._plan.mode.value, "step": self._plan.step}
+            look = self._incidents.take(verdicts.fresh, self._plan.world, summary, now)
+            if look is not None:
+                self._tell_all(look)
+                self.trace.event("incident", number=look["incident"], looked_at=look["members"])
         for over in verdicts.over:
             self.trace.event(
                 "verdict-over",
@@ -367,6 +377,14 @@ class Coordinator:
                 line.send(message)
             except WireError:
                 logger.debug("node %s hung up; it gets the plan when it is back", node)
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        """Send to every agent that can be reached."""
+        for node, line in list(self._lines.items()):
+            try:
+                line.send(message)
+            except WireError:
+                logger.debug("node %s hung up", node)
 
     def _is_over(self, now: float) -> bool:
         """Whether the plan has ended and every agent that can be reached is through."""

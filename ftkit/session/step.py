@@ -73,8 +73,8 @@ class Step:
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
         self.loss: float | None = None
-        """Mean of the recorded losses over all slots of all ranks, once committed. None when
-        nothing was recorded, or the step was rolled forward after a fault: its ballots, which
+        """Mean of the recorded losses over all slots of all ranks, once committed; their sum in a
+        loop that sums. None when nothing was recorded, or the step was rolled forward after a fault: its ballots, which
         carry the losses, are lost."""
         self.skipped = False
         """Whether it counts and its gradients were dropped, being not finite (`on_nan="skip"`)."""
@@ -162,10 +162,21 @@ class Step:
                 # Whatever ended it: what comes next begins where this step began.
                 self._buffers.rewind()
 
-    def before_optimizer(self) -> None:
-        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+    def agree(self) -> None:
+        """Vote now, rather than with the first optimizer's step: on return the step counts.
+
+        For loops that are not written around `with step:` (a framework's): what comes before
+        may be played again, what comes after is not.
+
+        Raises:
+          JobFault: it does not count; leave it to `with step:`.
+        """
         if not self.committed:
             self._vote()
+
+    def before_optimizer(self) -> None:
+        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+        self.agree()
         self._parts.recorder.phase(Phase.CAPTURE)
         self._loop.snapshots.gate()
         self._parts.recorder.phase(Phase.OPTIMIZER)
@@ -285,7 +296,8 @@ class Step:
             if not result.passed:
                 self._refused(result)
             self._loop.numbers.counted(result)
-            self._result, self.loss = result, result.loss
+            self._result = result
+            self.loss = result.loss if self._loop.mean else result.total
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
