@@ -16,13 +16,15 @@ replicas (HSDP) a part is cut once more, each replica sums its cut, and FSDP2's 
 disjoint cuts, zeros elsewhere, puts the part together.
 """
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import xxhash
 from torch import nn
 
+from ftkit.collectives.gradients import norm_of
 from ftkit.collectives.slots import Subtree, leaf, parent, siblings
 from ftkit.core.errors import StateChanged, UsageError
 
@@ -44,18 +46,18 @@ def assign_rounds(slots: int, world_size: int, rank: int) -> list[int]:
     return [j * world_size + rank for j in range(rounds_of(slots, world_size))]
 
 
-def sharded_units(modules: Iterable[nn.Module]) -> list[Any]:
-    """The modules that `fully_shard` was called on and that have parameters to train."""
+def sharded_units(modules: Iterable[nn.Module]) -> list[tuple[Any, list[torch.Tensor]]]:
+    """The modules that `fully_shard` was called on, with what each of them trains itself, if any."""
     from torch.distributed.fsdp import FSDPModule
 
-    found: list[Any] = []
+    found: list[tuple[Any, list[torch.Tensor]]] = []
     for root in modules:
         units = [m for m in root.modules() if isinstance(m, FSDPModule)]
         owner = {id(p): unit for unit in units for p in unit.parameters()}  # the innermost wins
-        training = {
-            id(owner[id(p)]) for p in root.parameters() if p.requires_grad and id(p) in owner
-        }
-        found += [unit for unit in units if id(unit) in training]
+        for unit in units:
+            own = [p for p in unit.parameters() if p.requires_grad and owner[id(p)] is unit]
+            if own:
+                found.append((unit, own))
     return found
 
 
@@ -93,9 +95,11 @@ class ShardedReducer:
         self.scale = 1.0 / slots if mean else 1.0
         self._params = _sharded(modules, world_size)
         self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._last = False
+        self._slot, self._last = 0, False
         self._called = 0
-        self._units = [self._take_over(module) for module in sharded_units(modules)]
+        self._units = [self._take_over(*found) for found in sharded_units(modules)]
+        self.look_at: Callable[[int, int, torch.Tensor], None] | None = None
+        """Called with (slot, unit, its flat gradients of that slot), which may be changed."""
 
     @property
     def ids(self) -> set[int]:
@@ -107,16 +111,32 @@ class ShardedReducer:
         """How many exchanges the last round takes."""
         return len(self._units)
 
+    @property
+    def norms(self) -> list[float]:
+        """Of what this rank adds to each unit in this step, once all are under way."""
+        return [math.hypot(*(n.item() for n in unit.norms)) for unit in self._units]
+
+    def parts_of(
+        self, unit: int, values: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The parameters of a unit, each with the gradients of them all: they lie in shards."""
+        for param in self._units[unit].params:
+            yield param, values
+
+    def drop(self) -> None:
+        """Take `.grad` away from all parameters."""
+        for param in self._params:
+            param.grad = None
+
     def begin(self) -> None:
         """A new attempt: forget whatever an earlier one left, clean `.grad`."""
         for unit in self._units:
             unit.forget()
-        for param in self._params:
-            param.grad = None
+        self.drop()
 
     def start_slot(self, slot: int, *, last: bool) -> None:
         """Backward of this round's slot comes next."""
-        self._last, self._called = last, 0
+        self._slot, self._last, self._called = slot, last, 0
 
     def end_slot(self) -> None:
         """Backward of the slot is over; FSDP2 has reduced what it made."""
@@ -160,14 +180,22 @@ class ShardedReducer:
             kept = self._scratch[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
         return kept[:numel]
 
+    def weigh(self, unit: "_Unit", gradient: torch.Tensor) -> None:
+        """(unit) Look at a slot's gradient; what a rank without a slot makes is not looked at."""
+        if self._slot >= self._slots:
+            return
+        if self.look_at is not None:
+            self.look_at(self._slot, self._units.index(unit), gradient)
+        unit.norms.append(norm_of(gradient))
+
     def gather_rows(self, out: torch.Tensor, rows: torch.Tensor) -> None:
         """(unit) Move one unit's rows of this round."""
         self._called += 1
         last = self._last and self._called == len(self._units)
         self._exchange(out, rows, last=last)
 
-    def _take_over(self, module: Any) -> "_Unit":
-        unit = _Unit(self, slots=self._slots, world_size=self._size, rank=self._rank)
+    def _take_over(self, module: Any, own: list[torch.Tensor]) -> "_Unit":
+        unit = _Unit(self, own, slots=self._slots, world_size=self._size, rank=self._rank)
         try:
             # Ours divides by the slots; an all-reduce of replicas adds, it does not average.
             module.set_gradient_divide_factor(1.0)
@@ -183,8 +211,19 @@ class ShardedReducer:
 class _Unit:
     """The reduction of one unit, in the shape of FSDP2's ReduceScatter."""
 
-    def __init__(self, owner: ShardedReducer, *, slots: int, world_size: int, rank: int) -> None:
+    def __init__(
+        self,
+        owner: ShardedReducer,
+        params: Sequence[torch.Tensor],
+        *,
+        slots: int,
+        world_size: int,
+        rank: int,
+    ) -> None:
         self._owner = owner
+        self.params = params
+        self.norms: list[torch.Tensor] = []
+        """Of what this rank adds, slot by slot."""
         self._slots, self._size, self._rank = slots, world_size, rank
         self._stack: list[_Sum] = []
         self._spare: list[torch.Tensor] = []
@@ -195,6 +234,7 @@ class _Unit:
         """Begin a step anew."""
         self._free(self._stack)
         self._stack.clear()
+        self.norms.clear()
         self.seen = 0
 
     def allocate(
@@ -212,6 +252,7 @@ class _Unit:
         async_op: bool = False,
     ) -> None:
         """(FSDP2) A micro-batch's flat gradient of the unit, row s for the owner of part s."""
+        self._owner.weigh(self, input_tensor)
         replicas = self._size // group.size()
         part = -(-output_tensor.numel() // replicas)
         rows = input_tensor if replicas == 1 else self._cut(input_tensor, group.size(), part)
@@ -228,6 +269,7 @@ class _Unit:
 
     def reduce_alone(self, gradient: torch.Tensor) -> None:
         """(FSDP2) As the call, in a world of one, in place."""
+        self._owner.weigh(self, gradient)
         total = self._push(
             self._owner.scratch("came", gradient.numel(), gradient).copy_(gradient)[None]
         )

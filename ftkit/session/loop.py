@@ -14,8 +14,11 @@ from ftkit.collectives.slots import assign
 from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
 from ftkit.core.ids import Slot
 from ftkit.core.ids import Step as StepNumber
+from ftkit.session.corrupt import Corrupter
 from ftkit.session.feed import Feed, digest_of
+from ftkit.session.numbers import Numbers, OnNaN, names_of
 from ftkit.session.parts import Parts
+from ftkit.session.replicas import OnDiverged, Replicas
 from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
@@ -50,9 +53,24 @@ class Loop:
     refusals: int = 0
     """Votes in a row that did not pass."""
     sharded: bool = field(init=False)
+    verify_every: int | None = None
+    on_diverged: OnDiverged = OnDiverged.REPAIR
+    on_nan: OnNaN = OnNaN.REPORT
+    corrupter: Corrupter = field(init=False)
+    replicas: Replicas = field(init=False)
+    numbers: Numbers = field(init=False)
 
     def __post_init__(self) -> None:
         self.sharded = not self.modules
+        self.corrupter = Corrupter(self.parts.corruptions, self.parts.trace)
+        self.replicas = Replicas(
+            self.parts,
+            self.snapshots,
+            # Of shards there is nothing that all ranks hold.
+            every=0 if self.sharded else self.verify_every,
+            on_diverged=self.on_diverged,
+        )
+        self.numbers = Numbers(self.parts, self.feed, self.corrupter, on_nan=self.on_nan)
         if self.sharded:
             return
         # Modules may share parameters; each is reduced once.
@@ -63,6 +81,7 @@ class Loop:
             reduce=self._reduce,
             mean=self.mean,
         )
+        self.numbers.follow(self.reducer, names_of(self.modules))
 
     def adopt(self, model: torch.nn.Module, scheduler: object | None) -> None:
         """Train this sharded model, built for the present world, from the next step on."""
@@ -77,6 +96,7 @@ class Loop:
             mean=self.mean,
         )
         self.modules, self.schedulers = [model], Schedulers(scheduler)
+        self.numbers.follow(self.reducer, names_of(self.modules))
 
     def close(self) -> None:
         """Let go of the model."""

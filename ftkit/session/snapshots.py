@@ -121,7 +121,7 @@ class Snapshots:
         return int(self._layout.digest, 16) if self._layout else 0
 
     @property
-    def state(self) -> int:
+    def shape(self) -> int:
         """Digest of what all ranks must have alike: names and shapes, however they are cut."""
         if not self._sharded or self._layout is None:
             return self.layout
@@ -142,9 +142,7 @@ class Snapshots:
         assert rank is not None, "a member captures"
         share = Share(rank, world.size)
         if self._sharded:
-            share = (
-                WHOLE  # replicas, too: what one of them holds is left when the other's node is lost
-            )
+            share = WHOLE  # of replicas, too: one is enough when the other's node is lost
             if not self._is_agreed():
                 reason = "optimizer state appeared: the ranks agree on it in the next vote"
                 self._trace.event("snapshot-skipped", step=step, reason=reason)
@@ -211,10 +209,17 @@ class Snapshots:
         except CapacityError as error:
             logger.warning("a snapshot is lost, training goes on: %s", error)
 
-    def replicated(self) -> dict[str, torch.Tensor]:
-        """The live tensors that every rank holds whole, by name."""
+    def replicated(self, *, steady: bool = False) -> dict[str, torch.Tensor]:
+        """The live tensors that every rank holds whole, by name.
+
+        `steady` leaves out what may change outside the optimizer's step, such as buffers.
+        """
         live = self._state.picture().live
-        return {item.name: item.tensor for item in live if item.global_shape == item.tensor.shape}
+        return {
+            item.name: item.tensor
+            for item in live
+            if item.global_shape == item.tensor.shape and not (steady and item.early)
+        }
 
     def look_ahead(self, world: World) -> None:
         """Do early what a newcomer to `world` needs, so that the others wait less for it."""

@@ -66,6 +66,8 @@ class Step:
         self._bucket = 0
         self._digest: int | None = None
         """Of the reduced gradients, once they are."""
+        self._result: Tally | None = None
+        """Of the vote; None before it, and where it was cut in half."""
         self._newcomers: World | None = None
         """The world to switch to before the next step."""
         self.entered = False
@@ -77,6 +79,8 @@ class Step:
         """Mean of the recorded losses over all slots of all ranks, once committed; their sum in a
         loop that sums. None when nothing was recorded, or the step was rolled forward after a fault: its ballots, which
         carry the losses, are lost."""
+        self.skipped = False
+        """Whether it counts and its gradients were dropped, being not finite (`on_nan="skip"`)."""
 
     @property
     def index(self) -> int:
@@ -97,6 +101,9 @@ class Step:
         self._loop.current = self
         self._parts.recorder.step(self._number)
         self._loop.reducer.begin()
+        self._loop.numbers.begin(self._number, self._generation)
+        if self._loop.corrupter.armed:
+            self._loop.corrupter.state(self._number, self._loop.snapshots.replicated(steady=True))
         self._buffers = StepBuffers(self._loop.modules)
         return self
 
@@ -147,7 +154,7 @@ class Step:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
         if self._slot < self._loop.slots:
-            self._losses[self._slot] = float(value)
+            self._losses[self._slot] = self._loop.corrupter.loss(float(value))
 
     def __exit__(
         self,
@@ -259,6 +266,7 @@ class Step:
         batch = self._loop.feed.batch(self._number, drawn)
         self._loop.note_batch(self._number, drawn, batch)
         self._loop.reducer.start_slot(slot, last=slot == self._plays[-1])
+        self._loop.corrupter.slot(self._number, drawn)
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
         return batch
@@ -279,6 +287,7 @@ class Step:
         self._buffers.share(lambda buffer: broadcast_from_first(self._parts.group, buffer))
         self._digest = digest
         self._slot = None
+        self._loop.numbers.weigh(len(self._held))
         self._parts.recorder.phase(Phase.FORWARD)
 
     def _vote(self) -> None:
@@ -301,9 +310,13 @@ class Step:
             step=number,
             digest=self._digest,
             data_digest=self._loop.feed.digest(number),
-            state=self._loop.snapshots.state,
+            shape=self._loop.snapshots.shape,
             layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
+            state=self._loop.replicas.digest(number),
+            norm=self._loop.numbers.norm,
+            bad_bucket=self._loop.numbers.bad_bucket,
+            again=self._loop.numbers.final,
             losses=self._losses,
         )
         data = derive(*(self._loop.read[number, slot] for slot in self._held))
@@ -323,6 +336,8 @@ class Step:
         if result is not None:
             if not result.passed:
                 self._refused(result)
+            self._loop.numbers.counted(result)
+            self._result = result
             self.loss = result.loss if self._loop.mean else result.total
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
@@ -333,6 +348,7 @@ class Step:
             parts.trace.event("forward", step=number, generation=self._generation)
         self._loop.refusals = 0
         self.committed = True
+        self.skipped = self._loop.numbers.drop()
 
     def _refused(self, result: Tally) -> None:
         """A vote that did not pass is the job's fault; too many in a row are the script's."""
@@ -352,12 +368,20 @@ class Step:
         self._loop.refusals += 1
         if self._loop.refusals >= VOTES_MAX:
             raise UsageError(f"{result.reason}, {self._loop.refusals} times in a row")
+        if result.refusal is Refusal.REPLICAS:
+            self._loop.replicas.settle(result, self._number)
+        elif result.refusal is Refusal.NUMBERS:
+            self._loop.numbers.doubted(result, self._number, self._generation)
+        elif result.refusal is Refusal.GRADIENTS:
+            self._loop.numbers.differ(result)
         raise StepRolledBack(result.reason)
 
     def _commit(self) -> None:
         """The step counts and the optimizers have stepped."""
         parts = self._parts
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
+        self._loop.numbers.committed(self._result, self._number)
+        self._loop.replicas.committed()
         # A sharded job may go back by so many steps.
         kept = SHARDS_BACK if self._loop.sharded else 0
         self._loop.feed.committed(StepNumber(self._number - kept))
@@ -368,7 +392,9 @@ class Step:
         parts.injector.at(Point.CAPTURE, self._number)
         losses = self._losses.values()
         parts.recorder.finish(
-            slots=len(self._held), loss=sum(losses) / len(losses) if losses else None
+            slots=len(self._held),
+            loss=sum(losses) / len(losses) if losses else None,
+            grad_norm=self._loop.numbers.norm,
         )
 
     def let_in(self) -> None:

@@ -61,7 +61,7 @@ def test_the_sum_is_the_same_for_any_number_of_ranks(slots: int) -> None:
     expected = canonical(leaves)
     for size in range(1, min(slots, 8) + 1):
         memory = Memory()
-        unit = _Unit(memory, slots=slots, world_size=size, rank=0)  # type: ignore[arg-type]
+        unit = _Unit(memory, [], slots=slots, world_size=size, rank=0)  # type: ignore[arg-type]
         for attempt in range(3):
             unit.forget()
             rounds = rounds_of(slots, size)
@@ -73,7 +73,7 @@ def test_the_sum_is_the_same_for_any_number_of_ranks(slots: int) -> None:
 
 
 def test_a_unit_with_other_gradients_in_another_slot_is_refused() -> None:
-    unit = _Unit(Memory(), slots=3, world_size=1, rank=0)  # type: ignore[arg-type]
+    unit = _Unit(Memory(), [], slots=3, world_size=1, rank=0)  # type: ignore[arg-type]
     unit._push(torch.ones(1, 4))
     with pytest.raises(UsageError, match="4 gradients in one slot and 5 in another"):
         unit._push(torch.ones(1, 5))
