@@ -55,7 +55,9 @@ def sharded_units(modules: Iterable[nn.Module]) -> list[tuple[Any, list[torch.Te
         units = [m for m in root.modules() if isinstance(m, FSDPModule)]
         owner = {id(p): unit for unit in units for p in unit.parameters()}  # the innermost wins
         for unit in units:
-            own = [p for p in unit.parameters() if p.requires_grad and owner[id(p)] is unit]
+            own: list[torch.Tensor] = [
+                p for p in unit.parameters() if p.requires_grad and owner[id(p)] is unit
+            ]
             if own:
                 found.append((unit, own))
     return found
