@@ -27,6 +27,8 @@ from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
+from ftkit.launch.prober import ROLE as PAIR_TEST
+from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -93,6 +95,9 @@ class Agent:
             self.trace,
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
+        )
+        self._prober = Prober(
+            self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
@@ -163,6 +168,7 @@ class Agent:
             listener.close()
         if self._forks is not None:
             self._forks.close()
+        self._prober.close()
         self._tiers.close()
         self._arenas.remove()
         self.trace.close()
@@ -181,6 +187,9 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._take_plan(*value)
+            case "signal":
+                self._signals.append(value)
+                self._tell_coordinator()
             case "forks":
                 self._spawn_missing()
             case "tiers":
@@ -211,6 +220,9 @@ class Agent:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind != "rank" and hello.get("role") == PAIR_TEST:
+            self._prober.serve(sock, hello)
+            return
         line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
@@ -349,6 +361,9 @@ class Agent:
 
     def _take_plan(self, number: int, message: dict[str, Any]) -> None:
         if number < self._coordinator_number:
+            return
+        if message.get("type") == "pairs":
+            self._prober.take(message.get("tests"))
             return
         try:
             plan = Plan.from_json(message["plan"])

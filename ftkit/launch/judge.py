@@ -12,8 +12,10 @@ from ftkit.core.world import World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.inquiry import Inquiry
 from ftkit.detection.observations import (
     Exited,
+    Observation,
     ObserverLate,
     ProcessFacts,
     RowSeen,
@@ -24,6 +26,7 @@ from ftkit.detection.row import Row
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
+from ftkit.session import detour
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,9 @@ class Judge:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
         self._panel = Panel([self._detector])
-        self._said: set[tuple[MemberId, Fault]] = set()
+        # A drill's relay stands between seats of one node, too.
+        self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
+        self._said: set[tuple[MemberId, Fault, Seat | None]] = set()
         self._world: World | None = None
         self._world_at = 0.0
         self._halting_since: float | None = None
@@ -75,13 +80,13 @@ class Judge:
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > self._times.tick_s:
-            self._panel.ingest(ObserverLate(by_s=late_by_s))
+            self._ingest(ObserverLate(by_s=late_by_s))
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
-            self._panel.ingest(WorldChanged(world=plan.world, at=at))
+            self._ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
         elif self._halting_since is None:
@@ -111,20 +116,18 @@ class Judge:
         offset_ns = int((at - sent) * 1e9) if node else 0
         for value in measured:
             try:
-                self._panel.ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
+                self._ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
             except ProtocolError as error:
                 logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}
         for seat, row, facts in rows:
             if seat in seats:
                 row = row.shifted(offset_ns)
-                self._panel.ingest(
-                    RowSeen(member=row.member, seat=seat, row=row, facts=facts, at=at)
-                )
+                self._ingest(RowSeen(member=row.member, seat=seat, row=row, facts=facts, at=at))
         for member in members:
             code = member.exit_code
             if member.stage is Stage.DEAD:
-                self._panel.ingest(
+                self._ingest(
                     Exited(
                         member=member.member,
                         seat=member.seat,
@@ -134,13 +137,17 @@ class Judge:
                     )
                 )
 
+    def _ingest(self, observation: Observation) -> None:
+        self._panel.ingest(observation)
+        self.inquiry.ingest(observation)
+
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
         if plan.mode is Mode.ENDED:
             return findings
-        for verdict in self._panel.tick(now):
-            key = (verdict.member, verdict.fault)
+        for verdict in self.inquiry.tick(now, self._panel.tick(now)):
+            key = (verdict.member, verdict.fault, verdict.peer)
             if key not in self._said:
                 self._said.add(key)
                 findings.fresh.append(verdict)

@@ -22,6 +22,7 @@ from ftkit.session.control import Control
 from ftkit.session.detour import Detour
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
+from ftkit.session.path_report import PathReport
 
 #: Longest time in seconds that one Python thread keeps the interpreter from another.
 SWITCH_S = 0.0005
@@ -44,6 +45,7 @@ class Parts:
     membership: Membership
     group: Group
     injector: Injector
+    paths: PathReport
     stall_s: float
     _last: contextlib.ExitStack = field(repr=False)
 
@@ -109,6 +111,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         membership=membership,
         group=group,
         injector=Injector(faults, trace, group.light_fuse),
+        paths=PathReport(group, member, seat, control.report if control else _say_nothing),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
     )

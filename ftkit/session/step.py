@@ -295,6 +295,7 @@ class Step:
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
+        parts.paths.poll(self._number)
         parts.recorder.phase(Phase.BETWEEN)
 
     def let_in(self) -> None:
