@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar, cast
 
@@ -14,6 +15,18 @@ U = TypeVar("U")
 
 #: identity of every communication thread: waiting there would wait for itself.
 COMM_THREADS: set[int] = set()
+
+
+class _Blocked(threading.local):
+    seconds = 0.0
+
+
+_blocked = _Blocked()
+
+
+def blocked_s() -> float:
+    """Seconds that the calling thread has been blocked in `Handle.wait`, all told."""
+    return _blocked.seconds
 
 
 class Handle(Generic[T]):
@@ -56,7 +69,10 @@ class Handle(Generic[T]):
                     "a callback of an operation waited for another operation; callbacks run "
                     "on the communication thread and must not block"
                 )
-            if not self._gate.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0.0)):
+            began = time.monotonic()
+            came = self._gate.acquire(timeout=-1 if timeout_s is None else max(timeout_s, 0.0))
+            _blocked.seconds += time.monotonic() - began
+            if not came:
                 raise TimeoutError(f"operation still pending after {timeout_s} s")
             self._gate.release()
         if self._error is not None:

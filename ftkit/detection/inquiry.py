@@ -3,9 +3,9 @@
 Pure: it is told what was seen and what the panel says, and answers with verdicts and with orders
 for pair tests, which agents carry out beside the training (`PairSeen` comes back). ::
 
-    suspicion      a path that training found slow (`PathWatch`); collectives that take longer
-                   though all come in time (SLOW_COMM without a seat to name); a collective that
-                   all entered and none leaves (HANG_COMM)
+    suspicion      a path that training found slow (`PathWatch`); steps that wait longer for what
+                   collectives carry (`TransferWatch`, or the panel's SLOW_COMM that names no
+                   path); a collective that all entered and none leaves (HANG_COMM)
     first round    the paths that training uses: neighbours on the ring, suspects
     second round   the ends of what was bad meet up to three others each: a NIC, or a link?
     verdict        the paths as `paths.read` reads them; none: the suspicion is dropped, and not
@@ -28,6 +28,7 @@ from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.path_watch import PathWatch
 from ftkit.detection.paths import Cell, Pair, PathFault, Where
 from ftkit.detection.signals import PairSeen
+from ftkit.detection.transfer_watch import TransferWatch
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ AGAIN_S, AGAIN_S_MAX = 10.0, 640.0
 #: How long a verdict stands before it is looked at again.
 STANDS_S = 30.0
 #: The paths of a world are measured this long after it began.
-SETTLED_S = 2.0
+SETTLED_S = 1.0
 #: Suspects beyond these are not tried: a fault of so many paths shows in any of them.
 PAIRS_MAX = 4096
 
@@ -104,6 +105,7 @@ class Inquiry:
         """
         self._local = between_seats
         self._watch = PathWatch()
+        self._transfers = TransferWatch()
         self._world: World | None = None
         self._began = 0.0
         self._by_seat: dict[Seat, Member] = {}
@@ -124,6 +126,7 @@ class Inquiry:
     def ingest(self, observation: Observation) -> None:
         """Take in what was seen."""
         self._watch.ingest(observation)
+        self._transfers.ingest(observation)
         match observation:
             case WorldChanged(world=world, at=at):
                 self._begin_world(world, at)
@@ -177,21 +180,25 @@ class Inquiry:
         if not self._testable:
             self._unexplained = frozenset(v.fault for v in causes)
             return
-        suspects = self._watch.suspects
+        suspects, slower = self._watch.suspects, self._transfers.suspicion
         hang = tuple(v for v in causes if v.fault is Fault.HANG_COMM)
         again = now > self._stands_until and bool(self._standing)
         if hang and Fault.HANG_COMM not in self._unexplained and not self._names_hang:
             self._start(now, hang[0].reason, hang, self._paths(()))
-        elif again or ((suspects or causes) and now >= self._quiet_until and not self._standing):
+        elif again or (
+            (suspects or slower or causes) and now >= self._quiet_until and not self._standing
+        ):
             if causes:
                 reason = causes[0].reason
+            elif slower:
+                reason = slower
             elif again:
                 reason = "whether what was found still holds"
             else:
                 a, b = suspects[0]
                 reason = f"training sends from seat {a} to seat {b} more slowly than it did"
             self._start(now, reason, causes, self._paths(suspects))
-        elif not self._measured and not suspects and now - self._began >= SETTLED_S:
+        elif not self._measured and not (suspects or slower) and now - self._began >= SETTLED_S:
             self._measured = True
             missing = [p for p in self._paths((), STRIDES) if not self._known(p)]
             if missing:
@@ -340,6 +347,7 @@ class Inquiry:
         else:
             self._remember(probe)
             self._watch.forgive()
+            self._transfers.forgive()
             self._quiet_until = now + self._again_s
             self._again_s = min(2 * self._again_s, AGAIN_S_MAX)
 

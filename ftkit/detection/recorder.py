@@ -1,7 +1,7 @@
 """Recorder: how a rank says where it stands, in a few microseconds and without waiting.
 
-It keeps the row and the ring of one seat. Collectives report through `enter` and `leave`
-from whatever thread runs them; the training loop reports phases and steps; a thread of the
+It keeps the row and the rings of one seat. Collectives report through `enter` and `leave`
+from whatever thread runs them; the training thread reports phases and steps; a thread of the
 recorder's own stamps the heartbeat and nothing else, so that a training thread which holds
 the interpreter, or a process which is not scheduled, shows as a heartbeat that stands still.
 """
@@ -13,15 +13,22 @@ from typing import Self
 
 from ftkit.core.clock import Clock
 from ftkit.core.ids import Generation, Step
+from ftkit.detection.meter import Gauges, StepMeter
 from ftkit.detection.row import WARM, Phase, op_code
 from ftkit.detection.status import SeatWriter
+from ftkit.detection.step_record import PLACE_BYTES, ROLE_BYTES, label
 
 
 class Recorder:
     """Writes one seat of the board. Thread-safe; not to be called from a signal handler."""
 
     def __init__(
-        self, writer: SeatWriter, clock: Clock, *, heartbeat_interval_s: float | None = None
+        self,
+        writer: SeatWriter,
+        clock: Clock,
+        *,
+        heartbeat_interval_s: float | None = None,
+        gauges: Gauges | None = None,
     ) -> None:
         """Begin to record through `writer`, which becomes the recorder's own.
 
@@ -29,6 +36,7 @@ class Recorder:
           writer: from `StatusBoard.attach`; the board must outlive the recorder's `close`.
           clock: CLOCK_MONOTONIC in a rank, so that the agent can compare.
           heartbeat_interval_s: seconds between two heartbeats; None starts no thread.
+          gauges: what the process says of itself; read on the training thread.
         """
         if heartbeat_interval_s is not None and not heartbeat_interval_s > 0:
             raise ValueError(f"heartbeat_interval_s is {heartbeat_interval_s}, must be positive")
@@ -40,6 +48,8 @@ class Recorder:
         self._entered: dict[int, int] = {}
         self._codes: dict[str, int] = {}
         self._stepped = False
+        self._meter = StepMeter(gauges or Gauges(), Phase.STARTING, clock.now())
+        self._role = self._place = ""
         self._closed = False
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -72,8 +82,10 @@ class Recorder:
         with self._lock:
             if self._closed:
                 return
+            now = self._clock.now()
+            self._meter.turn(phase, now)
             self._writer.phase = phase
-            self._writer.publish(self._now_ns())
+            self._writer.publish(int(now * 1e9))
 
     def step(self, step: Step) -> None:
         """The training thread begins to play `step`; call it again when it plays it again."""
@@ -84,8 +96,58 @@ class Recorder:
             if self._stepped and step > writer.step:
                 writer.flags |= WARM
             self._stepped = True
+            now = self._clock.now()
+            self._meter.begin(now)
             writer.step = step
-            writer.publish(self._now_ns())
+            writer.publish(int(now * 1e9))
+
+    def finish(
+        self, *, slots: int, loss: float | None = None, grad_norm: float | None = None
+    ) -> None:
+        """The step that was begun counts: leave its record. From now on it is BETWEEN.
+
+        An attempt that does not count is never finished, and leaves none.
+
+        Args:
+          slots: of the global batch, that this member computed.
+          loss: mean over those; None when the script told none.
+          grad_norm: likewise.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            writer, now = self._writer, self._clock.now()
+            writer.record_step(
+                self._meter.end(
+                    Phase.BETWEEN,
+                    now,
+                    member=writer.member,
+                    generation=Generation(writer.generation),
+                    step=Step(writer.step),
+                    slots=slots,
+                    loss=loss,
+                    grad_norm=grad_norm,
+                    role=self._role,
+                    place=self._place,
+                )
+            )
+            writer.phase = Phase.BETWEEN
+            writer.publish(int(now * 1e9))
+
+    def describe(self, *, role: str, place: str = "") -> None:
+        """Say which work this member does; it stands in every step's record from now on.
+
+        Args:
+          role: members of one role do the same work. Printable ASCII, at most 16 characters.
+          place: coordinates, such as "dp=0 pp=1 tp=0"; at most 36 characters.
+
+        Raises:
+          ValueError: one of them is something else, or longer.
+        """
+        label(role, ROLE_BYTES)
+        label(place, PLACE_BYTES)
+        with self._lock:
+            self._role, self._place = role, place
 
     def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
         """Collective `seq` of `group` begins; the seqs of a group rise by one."""
@@ -99,7 +161,7 @@ class Recorder:
             ticket = writer.record_enter(group=group, seq=seq, op=op, nbytes=nbytes, t_ns=now)
             self._pending[group, seq] = (ticket, now, code)
             self._entered[group] = max(seq, self._entered.get(group, -1))
-            self._describe()
+            self._show()
             writer.publish(now)
 
     def leave(self, seq: int, ok: bool, group: int | None = None) -> None:
@@ -118,7 +180,7 @@ class Recorder:
             writer, now = self._writer, self._now_ns()
             writer.record_leave(entry[0], t_ns=now, ok=ok)
             if self._pending:
-                self._describe()
+                self._show()
             else:
                 writer.group, writer.op_code, writer.t_enter_ns = group, entry[2], 0
                 writer.entered = writer.left = self._entered[group]
@@ -158,7 +220,7 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def _describe(self) -> None:
+    def _show(self) -> None:
         """Have the row show the oldest pending collective: the one that is waited for."""
         (group, seq), (_, t_enter, code) = next(iter(self._pending.items()))
         writer = self._writer

@@ -17,7 +17,9 @@ class StepSeen:
     """A member has finished a step: where its time went, and what came out.
 
     Only what it did itself counts as work: `seconds` of DATA, FORWARD and so on, without the
-    time it waited inside collectives, which is `waited_s`.
+    time it was blocked in collectives, which is `waited_s`. A collective that runs while the
+    thread computes costs it nothing and is in neither. What a member did since the step before
+    (evaluation, say) is in `seconds` of BETWEEN.
     """
 
     KIND: ClassVar[str] = "step"
@@ -31,7 +33,7 @@ class StepSeen:
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Phase -> wall time of the training thread in it, waiting in collectives left out."""
     waited_s: float = 0.0
-    """Wall time inside collectives."""
+    """Wall time for which the training thread was blocked in collectives."""
     cpu_s: float | None = None
     """Processor time of the training thread; None: not measured."""
     gc_s: float = 0.0
@@ -39,9 +41,13 @@ class StepSeen:
     slots: int = 0
     """Slots of the global batch that it computed: work is compared by slot."""
     loss: float | None = None
+    """Mean of the losses that it recorded itself, for its own slots; may be NaN."""
     grad_norm: float | None = None
+    """Norm of its own gradients before they were reduced, where that is measured; may be NaN."""
     role: str = ""
     """Members of one role do the same work; "" where all do."""
+    place: str = ""
+    """Coordinates in the job's mesh, such as "dp=0 pp=1 tp=0"; "" where there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,8 @@ rank never waits for a reader, nor a reader for a rank that is hung, stopped or 
 rings stay as they were left (`row` holds the layout and why no torn row can be taken for a
 whole one). ::
 
-    header 128 B | a row of 128 B for each seat | a ring of 256 x 80 B for each seat
+    header 128 B | a row of 128 B | a ring of 256 x 80 B | a ring of 128 x 168 B
+                   for each seat    of collectives        of finished steps (`step_record`)
 """
 
 import errno
@@ -36,6 +37,13 @@ from ftkit.detection.row import (
     op_code,
     stamp,
 )
+from ftkit.detection.step_record import (
+    STEP_BYTES,
+    STEPS_KEPT,
+    StepRecord,
+    decode_step,
+    encode_step,
+)
 
 RING_RECORDS: Final = 256
 SEATS_MAX: Final = 4096
@@ -44,8 +52,9 @@ _HEADER: Final = struct.Struct("<8sIIII")
 #: The board's file name in a node's folder of shared memory.
 BOARD: Final = "board"
 _MAGIC: Final = b"ftkboard"
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _RING_BYTES: Final = RING_RECORDS * RECORD_BYTES
+_STEPS_BYTES: Final = STEPS_KEPT * STEP_BYTES
 #: A read fails only when two writes overtake it; a rank that does nothing but write fails
 #: about one read in two, so a hundred in a row mean damage.
 _READ_TRIES: Final = 100
@@ -69,7 +78,7 @@ class StatusBoard:
 
         Args:
           path: must not exist; its directory must. Best on tmpfs, for instance /dev/shm.
-          seats: how many local seats, 1 to 4096: 20.6 kB each.
+          seats: how many local seats, 1 to 4096: 42.2 kB each.
 
         Raises:
           FileExistsError: `path` exists; `open` it, or remove it.
@@ -133,7 +142,14 @@ class StatusBoard:
           member: below 2**32.
           pid: the process to be looked up in /proc, by default this one.
         """
-        return SeatWriter(self._bytes, self._words, *self._place(seat), member, pid or os.getpid())
+        return SeatWriter(
+            self._bytes,
+            self._words,
+            *self._place(seat),
+            self._steps(seat),
+            member,
+            pid or os.getpid(),
+        )
 
     def read(self, seat: int) -> Row | None:
         """The row of local `seat`; None when no member has ever attached. Never blocks.
@@ -189,6 +205,37 @@ class StatusBoard:
         )
         return sorted((r for r in found if r), key=lambda r: r.t_enter_ns)
 
+    def steps(self, seat: int, *, member: MemberId, after: int = -1) -> list[StepRecord]:
+        """What `member` left of the steps it finished at local `seat`, oldest first.
+
+        Of the last 128 at most, whole records only. Costs what there is to read, where a reader
+        keeps up.
+
+        Args:
+          seat: the local seat.
+          member: whose; what members before it left is passed over.
+          after: the highest number already read; -1 for none.
+        """
+        start = self._steps(seat)
+        found: list[StepRecord] = []
+        for number in range(after + 1, after + 1 + STEPS_KEPT):
+            record = self._step_at(start, number % STEPS_KEPT)
+            if record is None or (record.member, record.number) != (member, number):
+                break
+            found.append(record)
+        else:
+            return found
+        if record is not None and record.member == member and record.number < number:
+            return found  # the oldest there is: nothing is newer than what was read
+        # Overtaken, torn, or somebody else's: whatever is whole of the rest.
+        last = found[-1].number if found else after
+        rest = (self._step_at(start, place) for place in range(STEPS_KEPT))
+        found += sorted(
+            (r for r in rest if r and r.member == member and r.number > last),
+            key=lambda r: r.number,
+        )
+        return found
+
     def close(self) -> None:
         """Unmap. Writers made by `attach` must not be used any more. May be called twice."""
         self._words.release()
@@ -215,6 +262,15 @@ class StatusBoard:
             raise ValueError(f"seat {seat} is not on this board of {self.seats} seats")
         return (1 + seat) * ROW_BYTES, (1 + self.seats) * ROW_BYTES + seat * _RING_BYTES
 
+    def _steps(self, seat: int) -> int:
+        """Where the ring of steps of `seat` begins."""
+        self._place(seat)
+        return (1 + self.seats) * ROW_BYTES + self.seats * _RING_BYTES + seat * _STEPS_BYTES
+
+    def _step_at(self, start: int, place: int) -> StepRecord | None:
+        at = start + place * STEP_BYTES
+        return decode_step(bytes(self._bytes[at : at + STEP_BYTES]))
+
     def _name(self, code: int, ring: int) -> str:
         """The op a row means by `code`: the ring beside it spells it out."""
         name = self._names.get(code)
@@ -240,12 +296,14 @@ class SeatWriter:
         words: memoryview,
         base: int,
         ring: int,
+        steps: int,
         member: MemberId,
         pid: int,
     ) -> None:
         """Use `StatusBoard.attach`."""
         self._bytes, self._words = data, words
         self._base, self._first, self._ring = base, base // 8, ring
+        self._steps = steps
         self.member = member
         self.generation = 0
         self.step = 0
@@ -303,6 +361,11 @@ class SeatWriter:
             # One aligned word: the sign carries the outcome.
             self._words[start // 8 + 2] = (t_ns if ok else -t_ns) & 0xFFFFFFFFFFFFFFFF
 
+    def record_step(self, record: StepRecord) -> None:
+        """Put a finished step into the ring of steps, over the oldest."""
+        start = self._steps + record.number % STEPS_KEPT * STEP_BYTES
+        self._bytes[start : start + STEP_BYTES] = encode_step(record)
+
     def _fill(self, t_progress_ns: int) -> tuple[int, bytes]:
         version = (self._version + 1) & WORD or 2  # 0 says "never attached"
         self._version = version
@@ -324,7 +387,7 @@ class SeatWriter:
 
 
 def _size(seats: int) -> int:
-    return ROW_BYTES * (1 + seats) + _RING_BYTES * seats
+    return ROW_BYTES + (ROW_BYTES + _RING_BYTES + _STEPS_BYTES) * seats
 
 
 def _little_endian() -> None:

@@ -31,7 +31,7 @@ from ftkit.launch.prober import ROLE as PAIR_TEST
 from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
-from ftkit.recovery.facts import MemberFacts, Stage
+from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
@@ -288,7 +288,8 @@ class Agent:
         )
         if line := self._lines.pop(member, None):
             line.close()
-        # Its last row outlives it; the rows of the dead are not reported again.
+        # Its last row and steps outlive it; the rows of the dead are not reported again.
+        self._signals.extend(self._arenas.steps([facts]))
         rows = self._arenas.rows([facts])
         self._set(
             facts,
@@ -479,6 +480,9 @@ class Agent:
     def _tell_coordinator(self) -> None:
         if self._coordinator is None:
             return
+        self._signals.extend(
+            self._arenas.steps(f for f in self._facts.values() if f.stage in ALIVE)
+        )
         rows = self._arenas.rows(self._facts.values())
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(

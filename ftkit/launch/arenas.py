@@ -15,8 +15,9 @@ from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
-from ftkit.core.ids import JobId, NodeId, Seat
+from ftkit.core.ids import JobId, MemberId, NodeId, Seat
 from ftkit.detection.process import process_facts
+from ftkit.detection.signals import to_json
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import ALIVE, MemberFacts
@@ -59,6 +60,8 @@ class Arenas:
         self._node = node
         self._first = node * config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
+        #: The number of the last step that was read of each member.
+        self._steps_read: dict[MemberId, int] = {}
 
     def ensure(self, seat: Seat, layout: object, replicas: int) -> Path:
         """The seat's arena, with room for a share of the state. Slow: allocates.
@@ -99,6 +102,20 @@ class Arenas:
             found.append(
                 {"seat": member.seat, "row": row.to_json(), "facts": facts and facts.to_json()}
             )
+        return found
+
+    def steps(self, members: Iterable[MemberFacts]) -> list[dict[str, object]]:
+        """The steps these members have finished since the last call, as signals.
+
+        A member that hangs or is dead has left what it finished; ask once more after its end.
+        """
+        found: list[dict[str, object]] = []
+        for member in members:
+            after = self._steps_read.get(member.member, -1)
+            seat = member.seat - self._first
+            for record in self._board.steps(seat, member=member.member, after=after):
+                self._steps_read[member.member] = record.number
+                found.append(to_json(record.seen_at(member.seat)))
         return found
 
     def remove(self) -> None:

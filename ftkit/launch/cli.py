@@ -1,5 +1,6 @@
 """ftkit: the command line. One function a command; the work is done elsewhere."""
 
+import difflib
 import json
 import sys
 from collections.abc import Callable
@@ -108,6 +109,12 @@ def run(
     from ftkit.launch.job import python_command, run_job
     from ftkit.launch.last_words import LastWords
 
+    if script.startswith("-") and script != "-m":
+        context = click.get_current_context()
+        known = [name for option in context.command.params for name in option.opts]
+        name = script.split("=")[0]
+        near = difflib.get_close_matches(name, known)
+        raise click.NoSuchOption(name, possibilities=near, ctx=context)
     log_to_stderr(quiet=quiet)
     job = new_job_id()
     folder = (run_dir or RUNS / job).resolve()

@@ -36,7 +36,8 @@ KILL_IN_COLLECTIVE = "kill-in-collective"
 #: Faults of members over time, struck from outside.
 FLAP, JOIN, CHURN = "flap", "join", "churn"
 #: Faults of the link between two ranks.
-PARTITION, SLOW_LINK = "partition", "slow-link"
+PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
+LINK_FAULTS = (PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE)
 
 CATALOGUE: dict[str, str] = {
     Kind.KILL: "SIGKILL to one rank",
@@ -50,12 +51,22 @@ CATALOGUE: dict[str, str] = {
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
+    SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
+    BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
 }
 
 #: How many ranks the smallest job has that such a fault can be done to.
-RANKS_MIN: dict[str, int] = {FLAP: 2, JOIN: 2, CHURN: 3, PARTITION: 3, SLOW_LINK: 2}
+RANKS_MIN: dict[str, int] = {
+    FLAP: 2,
+    JOIN: 2,
+    CHURN: 3,
+    PARTITION: 3,
+    SLOW_LINK: 3,
+    SLOW_NIC: 3,
+    BLACKHOLE: 3,
+}
 
 #: What "all" picks from: faults that any shape of job takes, in the order that seeds know.
 ANYWHERE = [*Kind, KILL_COORDINATOR]
@@ -74,7 +85,7 @@ NODE_CATALOGUE: dict[str, str] = {
 }
 
 #: Faults after which every process may still be there.
-_NOBODY_LOST = (KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK)
+_NOBODY_LOST = (KILL_COORDINATOR, StoreFaultKind.FULL, *LINK_FAULTS)
 
 #: How often such a fault has to strike before a drill says anything.
 STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3}
@@ -198,7 +209,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         fault=str(name),
         phase=point,
         seat=first,
-        second_seat=second if point is Point.RECOVERY or name in (PARTITION, SLOW_LINK) else None,
+        second_seat=second if point is Point.RECOVERY or name in LINK_FAULTS else None,
         step=rng.randint(3, max(3, steps // 5)),
         bucket=bucket,
         delay_s=rng.uniform(0, 0.004),
@@ -352,10 +363,10 @@ def run_drill(
         from ftkit.launch.member_drills import MemberStriker
 
         striker = MemberStriker(drill, job, run_dir).poll
-    elif drill.fault in (PARTITION, SLOW_LINK):
+    elif drill.fault in LINK_FAULTS:
         from ftkit.launch.link_drills import LinkStriker
 
-        links = LinkStriker(drill, run_dir)
+        links = LinkStriker(drill, job, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
 
@@ -377,10 +388,10 @@ def run_drill(
         from ftkit.launch.member_drills import judge_join
 
         outcome = judge_join(outcome, events)
-    elif drill.fault == SLOW_LINK:
-        from ftkit.launch.link_drills import judge_slow
+    elif drill.fault in LINK_FAULTS:
+        from ftkit.launch.link_drills import judge_link
 
-        outcome = judge_slow(outcome, events)
+        outcome = judge_link(outcome, drill, job.world_size, events)
     return outcome, events
 
 

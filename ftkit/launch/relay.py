@@ -11,6 +11,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 #: Small, so that a slow link is felt by its sender soon.
@@ -21,16 +22,22 @@ CONNECT_S = 5.0
 
 Pair = frozenset[int]
 """Two seats."""
+Way = tuple[int, int]
+"""From a seat to another."""
 
 
 @dataclass(eq=False)
 class _Flow:
     """One connection: the end that dialled, and the one that was dialled."""
 
-    pair: Pair
+    way: Way
     ends: tuple[socket.socket, socket.socket]
     open: int = field(default=2)
     """Directions that still pass bytes."""
+
+    @property
+    def pair(self) -> Pair:
+        return frozenset(self.way)
 
 
 class Relay:
@@ -42,9 +49,11 @@ class Relay:
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         self.address: tuple[str, int] = self._listener.getsockname()
         self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
         self._flows: set[_Flow] = set()
         self._cut: set[Pair] = set()
-        self._rates: dict[Pair, float] = {}
+        self._held: set[Pair] = set()
+        self._rates: dict[Way, float] = {}
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._begin(self._accept)
@@ -59,21 +68,29 @@ class Relay:
             _shut(flow)
         return len(broken)
 
-    def heal(self, a: int, b: int) -> None:
-        """Let them connect again, at full speed."""
+    def hold(self, a: int, b: int) -> None:
+        """Pass nothing on between two seats, and break nothing: who waits is told nothing."""
         with self._lock:
-            self._cut.discard(frozenset((a, b)))
-            self._rates.pop(frozenset((a, b)), None)
+            self._held.add(frozenset((a, b)))
 
-    def slow(self, a: int, b: int, bytes_per_s: float) -> None:
-        """Pass on no more than so much between two seats, in each direction."""
+    def slow(self, ways: Iterable[Way], bytes_per_s: float) -> None:
+        """Pass on no more than so much on each connection, from a seat to another."""
         with self._lock:
-            self._rates[frozenset((a, b))] = bytes_per_s
+            self._rates |= dict.fromkeys(ways, bytes_per_s)
+
+    def heal(self) -> None:
+        """Let everybody connect again, at full speed; what was held is passed on."""
+        with self._lock:
+            self._cut.clear()
+            self._rates.clear()
+            self._held.clear()
+            self._released.notify_all()
 
     def close(self) -> None:
         """Break everything. Twice is fine."""
         with self._lock:
             self._closed = True
+            self._released.notify_all()
             flows = list(self._flows)
         for flow in flows:
             _shut(flow)
@@ -102,8 +119,8 @@ class Relay:
         try:
             sock.settimeout(CONNECT_S)
             asked = json.loads(_line(sock))
-            pair = frozenset((int(asked["from"]), int(asked["to"])))
-            if pair in self._cut:
+            way = int(asked["from"]), int(asked["to"])
+            if frozenset(way) in self._cut:
                 raise OSError("this link is cut")
             other = socket.create_connection((asked["host"], int(asked["port"])), CONNECT_S)
             for end in (sock, other):
@@ -115,22 +132,25 @@ class Relay:
             if other is not None:
                 other.close()
             return
-        flow = _Flow(pair, (sock, other))
+        flow = _Flow(way, (sock, other))
         with self._lock:
-            refused = self._closed or pair in self._cut
+            refused = self._closed or flow.pair in self._cut
             if not refused:
                 self._flows.add(flow)
         if refused:
             sock.close()
             other.close()
             return
-        self._begin(self._pump, flow, sock, other)
-        self._begin(self._pump, flow, other, sock)
+        self._begin(self._pump, flow, way, sock, other)
+        self._begin(self._pump, flow, way[::-1], other, sock)
 
-    def _pump(self, flow: _Flow, source: socket.socket, target: socket.socket) -> None:
+    def _pump(self, flow: _Flow, way: Way, source: socket.socket, target: socket.socket) -> None:
         try:
             while data := source.recv(CHUNK_BYTES):
-                rate = self._rates.get(flow.pair)
+                if flow.pair in self._held:
+                    with self._lock:
+                        self._released.wait_for(lambda: self._closed or flow.pair not in self._held)
+                rate = self._rates.get(way)
                 if rate:
                     time.sleep(len(data) / rate)
                 target.sendall(data)

@@ -4,22 +4,26 @@ import contextlib
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
+from ftkit.collectives.handle import blocked_s
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.trace import Trace
 from ftkit.detection.config import DetectionConfig
+from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.session.control import Control
 from ftkit.session.detour import Detour
+from ftkit.session.gc_clock import GcClock
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
 from ftkit.session.path_report import PathReport
@@ -119,17 +123,21 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
 
 def _recorder(env: RankEnv | None, member: MemberId, last: contextlib.ExitStack) -> Recorder:
     """The recorder on the node's status board, or on one of its own when alone."""
+    collector = GcClock()
+    last.callback(collector.close)
+    gauges = Gauges(blocked_s=blocked_s, cpu_s=time.thread_time, gc_s=collector.seconds)
     if env is None:
         folder = Path(last.enter_context(tempfile.TemporaryDirectory()))
         board = StatusBoard.create(folder / BOARD, seats=1)
         last.callback(board.close)
-        return Recorder(board.attach(0, member), MonotonicClock())
+        return Recorder(board.attach(0, member), MonotonicClock(), gauges=gauges)
     board = StatusBoard.open(Path(env.shm_dir) / BOARD)
     last.callback(board.close)
     return Recorder(
         board.attach(env.local_seat, member),
         MonotonicClock(),
         heartbeat_interval_s=DetectionConfig(max_stall_s=env.max_stall_s).heartbeat_interval_s,
+        gauges=gauges,
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import xxhash
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -24,6 +25,7 @@ from ftkit.detection.row import Phase
 from ftkit.session.feed import MapStyle, feed_of
 from ftkit.session.loop import Loop
 from ftkit.session.parts import Parts
+from ftkit.session.role import of_mesh
 from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.step import Step
@@ -227,6 +229,25 @@ class Session:
         if self._loop is not None and self._loop.current is not None:
             raise UsageError("call session.verify() between two steps, not inside `with step:`")
         return verify(self._parts, self._snapshots, step=self.step, repair=repair)
+
+    def role(self, role: str | DeviceMesh, *, place: str = "") -> None:
+        """Say which work this rank does: detection compares it with ranks of the same role only.
+
+        Needed where ranks do different work: pipeline stages, parameter servers. Without it all
+        ranks are taken to do the same, which holds for data and tensor parallelism.
+
+        Args:
+          role: a name of at most 16 characters that ranks with the same work share, such as the
+            stage; or the job's DeviceMesh, whose dimension "pp" (or "pipeline", "stage") then
+            makes the role, and whose coordinates are the place.
+          place: where the rank stands in the job's mesh, for reports: "dp=0 pp=1 tp=0".
+
+        Raises:
+          ValueError: not printable ASCII, or too long.
+        """
+        if isinstance(role, DeviceMesh):
+            role, place = of_mesh(role)
+        self._parts.recorder.describe(role=role, place=place)
 
     @contextlib.contextmanager
     def unhurried(self, seconds: float) -> Iterator[None]:

@@ -95,16 +95,30 @@ class Snapshots:
         assert rank is not None, "a member captures"
         share = Share(rank, world.size)
         if self._capture is None:
-            layout = self._state.picture().layout
-            path = self._control.arena(layout.to_json(), _replicas_after_a_loss(world))
-            self._arena = Arena.open(Path(path), writable=True)
-            chunk_bytes = self._arena.geometry.chunk_bytes
-            self._arena.reserve(share.bytes_max(layout.total_bytes, chunk_bytes))
+            self._arena = self._make_arena(self._state.picture().layout, world, share)
             self._capture = Capture(self._arena, self._state, self._trace.event)
-        assert self._arena is not None, "made with the capture"
         if step == self._begun:
             self._capture.abandon()  # the share due in an older world
         self._begun = step
+        try:
+            self._start(step, world, share)
+        except CapacityError:
+            # The state has grown: optimizer state that appears late, modules that were added.
+            layout, outgrown = self._capture.layout, self._arena
+            assert layout is not None, "it is what did not fit"
+            assert outgrown is not None, "made with the capture"
+            self._due.undo(outgrown)
+            if outgrown.fits(layout):
+                raise
+            self._arena = self._make_arena(layout, world, share)
+            self._capture.rebind(self._arena)
+            outgrown.close()
+            self._start(step, world, share)
+        self._layout = self._capture.layout
+
+    def _start(self, step: Step, world: World, share: Share) -> None:
+        assert self._capture is not None, "made with the arena"
+        assert self._arena is not None, "made with the capture"
         try:
             self._capture.begin(
                 step,
@@ -117,7 +131,14 @@ class Snapshots:
             # This rank's alone: the step is complete nowhere, and counts for nobody.
             self._due.undo(self._arena)
             self._trace.event("snapshot-skipped", step=step, reason=str(error))
-        self._layout = self._capture.layout
+
+    def _make_arena(self, layout: StateLayout, world: World, share: Share) -> Arena:
+        """This seat's arena, with room for `layout`; the snapshots it held before are kept."""
+        assert self._control is not None, "asked by a member of a job"
+        path = self._control.arena(layout.to_json(), _replicas_after_a_loss(world))
+        arena = Arena.open(Path(path), writable=True)
+        arena.reserve(share.bytes_max(layout.total_bytes, arena.geometry.chunk_bytes))
+        return arena
 
     def gate(self) -> None:
         """Wait for what is left of the capture under way: the state is about to change."""

@@ -296,7 +296,10 @@ class Step:
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
         parts.paths.poll(self._number)
-        parts.recorder.phase(Phase.BETWEEN)
+        losses = self._losses.values()
+        parts.recorder.finish(
+            slots=len(self._held), loss=sum(losses) / len(losses) if losses else None
+        )
 
     def let_in(self) -> None:
         """Let in whom the vote let in, right before the next step is played.

@@ -13,6 +13,7 @@ from ftkit.detection.observations import WorldChanged
 from ftkit.detection.signals import PairSeen, from_json, to_json
 from tests.detection.scene import world
 from tests.detection.test_path_watch import paths
+from tests.detection.test_transfer_watch import step_seen
 
 RATE = 1e8
 
@@ -78,6 +79,12 @@ class Job:
                 one = paths(seat, {str(after): rate(seat, after)})
                 self.inquiry.ingest(one)
 
+    def steps(self, step: int, transfer_s: float) -> None:
+        """Everybody ends `step`; the last to arrive waited for `transfer_s`."""
+        for seat in range(self.world.size):
+            waited_s = transfer_s + (0.5 if seat else 0.0)
+            self.inquiry.ingest(step_seen(seat, step, waited_s))
+
 
 def panel_says(fault: Fault, seat: int = 0) -> Verdict:
     return Verdict(
@@ -142,6 +149,17 @@ def test_a_suspicion_of_training_that_probes_find_groundless_says_nothing():
     job.trains(lambda a, b: RATE / 10 if a == 1 else RATE, looks=2)
     assert job.until_probed() == []
     assert job.inquiry._watch.suspects == ()
+
+
+def test_steps_that_wait_longer_for_what_is_carried_are_a_suspicion():
+    job = Job(3)
+    job.settle()
+    for step in range(20):
+        job.steps(step, 0.01 if step < 15 else 0.1)
+    job.share = lambda a, b: 1 / 4 if a == 2 else 1.0
+    [verdict] = job.until_probed()
+    assert named([verdict]) == [(Fault.SLOW_COMM, 2, None, "egress")]
+    assert "waited 100 ms or more" in str(verdict.evidence["suspicion"])
 
 
 def test_a_link_that_training_does_not_use_is_not_looked_for():

@@ -119,7 +119,7 @@ def test_a_board_is_opened_only_when_it_is_one(tmp_path, board) -> None:
         (b"", "not a status board"),
         (b"\0" * len(data), "never finished"),
         (data[:-1], "has"),
-        (data[:8] + b"\2" + data[9:], "format 2"),
+        (data[:8] + b"\3" + data[9:], "format 3"),
     ]:
         bad.write_bytes(content)
         with pytest.raises(IntegrityError, match=text):
@@ -131,7 +131,7 @@ def test_no_room_is_said_at_creation_and_leaves_nothing(tmp_path, monkeypatch) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CapacityError, match="61952 bytes"):
+    with pytest.raises(CapacityError, match="126464 bytes"):
         StatusBoard.create(tmp_path / "board", seats=3)
     assert not (tmp_path / "board").exists()
 

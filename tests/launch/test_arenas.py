@@ -6,13 +6,18 @@ import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from ftkit.checkpoint.slabs import Sealed, choose_slab
+from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.detection.recorder import Recorder
+from ftkit.detection.signals import StepSeen, from_json
+from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.launch.arenas import OWNER, Arenas, sweep
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -83,6 +88,28 @@ def test_what_is_no_arena_holds_no_snapshot_and_no_row_is_made_up(tmp_path: Path
         member=MemberId(2), seat=Seat(2), node=NodeId(1), stage=Stage.ACTIVE, pid=os.getpid()
     )
     assert arenas.rows([silent]) == []
+    arenas.remove()
+
+
+def test_steps_are_read_once_and_the_last_ones_after_a_death(tmp_path: Path) -> None:
+    arenas = Arenas(config(tmp_path), NodeId(1))
+    facts = MemberFacts(member=MemberId(9), seat=Seat(3), node=NodeId(1), stage=Stage.ACTIVE, pid=1)
+    with StatusBoard.open(arenas.directory / BOARD) as board:
+        recorder = Recorder(board.attach(1, MemberId(9)), MonotonicClock())
+        read: list[Any] = []
+        for step in (1, 2, 3):
+            recorder.step(Step(step))
+            recorder.finish(slots=2, loss=1.0)
+            if step < 3:
+                read.append(arenas.steps([facts]))
+        heir = board.attach(1, MemberId(10))
+        assert heir.member == 10
+        read.append(arenas.steps([replace(facts, stage=Stage.DEAD)]))
+    assert [[s["step"] for s in some] for some in read] == [[1], [2], [3]]
+    seen = from_json(read[0][0])
+    assert isinstance(seen, StepSeen)
+    assert (seen.member, seen.seat, seen.slots) == (9, 3, 2)
+    assert arenas.steps([facts]) == []
     arenas.remove()
 
 

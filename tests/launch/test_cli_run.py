@@ -93,6 +93,7 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
         (["--max-stall", "nan", "train.py"], 64, "--max-stall: "),
         (["--engine", "slurm", "train.py"], 2, "'slurm' is not one of 'embedded', 'ray'"),
         (["--nproc", "two", "train.py"], 2, "'two' is not a valid integer"),
+        (["--nprc", "2", "train.py"], 2, "Did you mean '--nproc'?"),
         (["-m"], 64, "-m needs the name of a module"),
         ([], 2, "Missing argument 'SCRIPT'"),
         (["--shm-root", "nowhere", "train.py"], 64, "--shm-root nowhere is no directory"),

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from ftkit.checkpoint import pages
 from ftkit.checkpoint.arena import Arena, arena_path
@@ -227,3 +228,19 @@ def test_a_rank_that_finds_all_slabs_pinned_skips_alone_and_nobody_is_misled(tmp
     assert due(tmp_path) == [(0, 6), (1, 6)], "the next one that is due is so everywhere"
     for rig in rigs:
         rig.snapshots.close()
+
+
+def test_a_state_that_outgrows_the_arena_gets_a_larger_one_and_loses_no_snapshot(three, tmp_path):
+    world = world_of(1, 0, 1, 2)
+    for rig in three:
+        weight = next(rig.training.model.parameters())
+        rig.training.optimizer.state[weight]["average"] = torch.ones(50_000)
+        rig.step(4, world)
+    for rig in three:
+        rig.snapshots.gate()
+    assert complete(tmp_path) == {2, 3, 4}
+    late = Rig(tmp_path, 3, seed=9)
+    late.restore(4, world_of(2, 0, 1, 2, 3))
+    weight = next(late.training.model.parameters())
+    assert late.training.optimizer.state[weight]["average"].numel() == 50_000
+    late.snapshots.close()
