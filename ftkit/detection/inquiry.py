@@ -7,7 +7,8 @@ for pair tests, which agents carry out beside the training (`PairSeen` comes bac
                    collectives carry (`TransferWatch`, or the panel's SLOW_COMM that names no
                    path); a collective that all entered and none leaves (HANG_COMM)
     first round    the paths that training uses: neighbours on the ring, suspects
-    second round   the ends of what was bad meet up to three others each: a NIC, or a link?
+    second round   what was bad is tried again, and counts by the better of both; its ends meet up
+                   to three others each: a NIC, or a link?
     verdict        the paths as `paths.read` reads them; none: the suspicion is dropped, and not
                    heard again for a while
 
@@ -37,7 +38,7 @@ TEST_S = 3.0
 #: Beyond it an agent that was asked has not answered.
 ANSWER_S = TEST_S + 2.0
 #: Nothing is probed sooner after a probe that found nothing; doubled each time, up to the last.
-AGAIN_S, AGAIN_S_MAX = 10.0, 640.0
+AGAIN_S, AGAIN_S_MAX = 5.0, 640.0
 #: How long a verdict stands before it is looked at again.
 STANDS_S = 30.0
 #: The paths of a world are measured this long after it began.
@@ -119,6 +120,8 @@ class Inquiry:
         self._stands_until = float("-inf")
         self._quiet_until = float("-inf")
         self._again_s = AGAIN_S
+        self._cleared = float("inf")
+        """How strong the suspicion was that was dropped last."""
         self._unexplained: frozenset[Fault] = frozenset()
         """What the last probe was about and could not name: then the panel's word stands."""
         self._measured = False
@@ -180,13 +183,16 @@ class Inquiry:
         if not self._testable:
             self._unexplained = frozenset(v.fault for v in causes)
             return
-        suspects, slower = self._watch.suspects, self._transfers.suspicion
+        # What is known from the beginning comes first: without it much looks slow.
+        suspects = self._watch.suspects if self._measured else ()
+        slower = self._transfers.suspicion if self._measured else ""
         hang = tuple(v for v in causes if v.fault is Fault.HANG_COMM)
         again = now > self._stands_until and bool(self._standing)
         if hang and Fault.HANG_COMM not in self._unexplained and not self._names_hang:
             self._start(now, hang[0].reason, hang, self._paths(()))
         elif again or (
-            (suspects or slower or causes) and now >= self._quiet_until and not self._standing
+            (suspects or slower or causes)
+            and (now >= self._quiet_until or self._strength > 2 * self._cleared)
         ):
             if causes:
                 reason = causes[0].reason
@@ -203,6 +209,11 @@ class Inquiry:
             missing = [p for p in self._paths((), STRIDES) if not self._known(p)]
             if missing:
                 self._start(now, "the paths as they are at the beginning", (), missing, True)
+
+    @property
+    def _strength(self) -> float:
+        """How many times slower than usual training finds what it sends."""
+        return max(self._watch.times, self._transfers.times)
 
     @property
     def _testable(self) -> bool:
@@ -273,9 +284,13 @@ class Inquiry:
         if direction not in expected:
             return
         expected.discard(direction)
-        seconds = min(seen.seconds, default=float("inf"))
-        cell = Cell(nbytes=max(1, seen.nbytes), seconds=seconds, repeats=len(seen.seconds))
-        probe.cells[self._places[seen.sender], self._places[seen.receiver]] = cell
+        if seen.seconds or not seen.starved:  # else a machine was too busy: no word on the path
+            seconds = min(seen.seconds, default=float("inf"))
+            cell = Cell(nbytes=max(1, seen.nbytes), seconds=seconds, repeats=len(seen.seconds))
+            pair = self._places[seen.sender], self._places[seen.receiver]
+            before = probe.cells.get(pair)
+            if before is None or (before.firm, before.rate) < (cell.firm, cell.rate):
+                probe.cells[pair] = cell
         if not expected:
             del probe.open[seen.order]
 
@@ -306,8 +321,9 @@ class Inquiry:
         speaker: dict[int, Seat] = {}
         for seat, place in self._places.items():
             speaker.setdefault(place, seat)
-        more = paths.further(probe.cells, bad, speaker, self._history)
-        return rounds_of([(speaker[a], speaker[b]) for a, b in more], self._places)
+        again = {(min(pair), max(pair)) for pair in bad}
+        more = again.union(paths.further(probe.cells, bad, speaker, self._history))
+        return rounds_of([(speaker[a], speaker[b]) for a, b in sorted(more)], self._places)
 
     def _conclude(self, probe: _Probe, now: float) -> None:
         self._probe = None
@@ -331,19 +347,21 @@ class Inquiry:
     def _remember(self, probe: _Probe) -> None:
         """The best of a path is what it can do: what is less had to share the machine."""
         for pair, cell in probe.cells.items():
-            self._history[pair] = max(self._history.get(pair, 0.0), cell.rate)
+            if cell.firm:
+                self._history[pair] = max(self._history.get(pair, 0.0), cell.rate)
 
     def _settle(self, probe: _Probe, faults: Sequence[PathFault], now: float) -> None:
         hang = any(v.fault is Fault.HANG_COMM for v in probe.cause)
         if hang:
             # Only what carries nothing holds up everybody for good.
             faults = [f for f in faults if f.share == 0.0] or list(faults)
-        self._standing = [self._verdict(f, probe, now, hang=hang) for f in faults]
+        self._standing = [self._verdict(f, probe, now) for f in faults]
         self._stands_until = now + STANDS_S if faults else float("-inf")
         named = {v.fault for v in self._standing}
         self._unexplained = frozenset(v.fault for v in probe.cause if v.fault not in named)
+        self._cleared = self._strength or float("inf")
         if faults:
-            self._again_s = AGAIN_S
+            self._again_s, self._quiet_until = AGAIN_S, now + AGAIN_S
         else:
             self._remember(probe)
             self._watch.forgive()
@@ -353,7 +371,7 @@ class Inquiry:
 
     # Saying it.
 
-    def _verdict(self, fault: PathFault, probe: _Probe, now: float, *, hang: bool) -> Verdict:
+    def _verdict(self, fault: PathFault, probe: _Probe, now: float) -> Verdict:
         seats: dict[int, Seat] = {}
         for seat, place in self._places.items():
             seats.setdefault(place, seat)
@@ -363,7 +381,7 @@ class Inquiry:
         rates = {f"{a}>{b}": round(c.rate) for (a, b), c in sorted(probe.cells.items())}
         since = min((v.since_s for v in probe.cause), default=probe.began)
         return Verdict(
-            fault=Fault.HANG_COMM if hang and dead else Fault.SLOW_COMM,
+            fault=Fault.HANG_COMM if dead else Fault.SLOW_COMM,
             member=self._by_seat[seat].member,
             seat=seat,
             peer=peer,
@@ -404,8 +422,6 @@ class Inquiry:
                 return f"the link between {word}s {fault.place} and {fault.peer} {pace}{maybe}"
             case Where.DIRECTION:
                 return f"the link from {word} {fault.place} to {word} {fault.peer} {pace}"
-            case Where.NETWORK:
-                return f"the network between all {word}s {pace}"
 
 
 def rounds_of(

@@ -29,6 +29,7 @@ class PathWatch:
     def __init__(self) -> None:
         self._looks: dict[Pair, deque[float]] = {}
         self._slow: dict[Pair, int] = {}
+        self._times: dict[Pair, float] = {}
         #: A sample of all paths: comparing each with every other one would be quadratic.
         self._lately: deque[tuple[Pair, float]] = deque(maxlen=_SAMPLE)
         self._generation = -1
@@ -42,6 +43,11 @@ class PathWatch:
     def suspects(self) -> tuple[Pair, ...]:
         """Paths that are slow now, in order."""
         return tuple(sorted(p for p, count in self._slow.items() if count >= _IN_A_ROW))
+
+    @property
+    def times(self) -> float:
+        """How many times slower than usual the worst of them is; 0 while nothing is suspect."""
+        return max((self._times[p] for p in self.suspects), default=0.0)
 
     def ingest(self, observation: Observation) -> None:
         """Take in what was seen."""
@@ -58,21 +64,24 @@ class PathWatch:
                 pass
 
     def forgive(self) -> None:
-        """Begin anew with every path: it was probed, and found healthy."""
+        """They were probed, and are healthy: what they did is a little more usual now."""
+        for path in self.suspects:
+            usual = median(self._looks[path]) if self._looks[path] else 0.0
+            self._looks[path].append(usual / self._times[path])
         self._slow.clear()
-        for looks in self._looks.values():
-            looks.clear()
 
     def _look(self, path: Pair, rate: float) -> None:
         if not rate > 0:
             return
         looks = self._looks.setdefault(path, deque(maxlen=_LOOKS))
         if len(looks) >= _HISTORY_MIN:
-            slow = rate < OF_HISTORY * median(looks)
+            usual, limit = median(looks), OF_HISTORY
         else:
             others = [known for p, known in self._lately if p != path]
-            slow = len(others) >= _PEERS_MIN and rate < OF_MEDIAN * median(others)
+            usual, limit = (median(others) if len(others) >= _PEERS_MIN else 0.0), OF_MEDIAN
+        slow = rate < limit * usual
         self._slow[path] = self._slow.get(path, 0) + 1 if slow else 0
+        self._times[path] = usual / rate
         if not slow:
             looks.append(rate)  # what is slow would become its own excuse
         self._lately.append((path, rate))

@@ -9,7 +9,10 @@ is not named again.
 The rule for a cell, with the thresholds that separated 11 of 11 faults injected with `tc`: its
 test took longer than the scheduler's own noise, and it is under a third of the median cell or
 under half of its own history. History is what tells a 3x fault in a network where no two paths
-are alike, and on two nodes, where there is no median to speak of.
+are alike, and on two nodes, where there is no median to speak of. Where every cell is less than it
+was, the machines are busy, and history is scaled by the best of them: a network that is slow as a
+whole cannot be told from that here. Cells that are bad, and hardly compared with the worst, are
+left for the next time.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,6 +25,8 @@ Pair = tuple[int, int]
 
 #: A cell is bad under this share of the median cell, or of what it was itself.
 OF_MEDIAN, OF_HISTORY = 1 / 3, 1 / 2
+#: A bad cell that is this many times better than the worst may be noise beside it.
+OF_WORST = 8.0
 #: Tests shorter than this measure the scheduler, which was seen to add 2 to 5 ms.
 FLOOR_S = 0.005
 #: Fewer, and one good repeat among noise is not to be expected.
@@ -43,8 +48,6 @@ class Where(StrEnum):
     """What passes between two places, both ways."""
     DIRECTION = "direction"
     """What passes from one place to another."""
-    NETWORK = "network"
-    """Everything between more than two places."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +68,11 @@ class Cell:
     @property
     def dead(self) -> bool:
         return self.rate == 0.0
+
+    @property
+    def firm(self) -> bool:
+        """Whether it can be compared; else it says that something comes through, and no more."""
+        return self.dead or self.repeats >= REPEATS_MIN or self.seconds >= LONG_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,21 +99,24 @@ def bad_cells(cells: Mapping[Pair, Cell], history: Mapping[Pair, float]) -> dict
       cells: what was measured.
       history: bytes a second that pairs reached in a healthy time; not all need be there.
     """
-    rates = [cell.rate for cell in cells.values()]
+    firm = {pair: cell for pair, cell in cells.items() if cell.firm}
+    rates = [cell.rate for cell in firm.values()]
     # The upper one of two: with half of the cells bad it is still that of a good one.
     middle = median_high(rates) if len(rates) > 1 else 0.0
+    kept = {p: c.rate / history[p] for p, c in firm.items() if history.get(p)}
+    best = min(1.0, max(kept.values(), default=1.0)) if len(kept) > 2 else 1.0
     found: dict[Pair, float] = {}
-    for pair, cell in cells.items():
-        few = cell.repeats < REPEATS_MIN and cell.seconds < LONG_S
-        if not cell.dead and (cell.seconds <= FLOOR_S or few):
+    for pair, cell in firm.items():
+        if not cell.dead and cell.seconds <= FLOOR_S:
             continue
         shares = [(cell.rate / middle, OF_MEDIAN)] if middle > 0 else []
-        if before := history.get(pair):
-            shares.append((cell.rate / before, OF_HISTORY))
-        worst = [share for share, limit in shares if share < limit]
-        if cell.dead or worst:
-            found[pair] = min(worst, default=0.0)
-    return found
+        if pair in kept and best > 0:
+            shares.append((kept[pair] / best, OF_HISTORY))
+        low = [share for share, limit in shares if share < limit]
+        if cell.dead or low:
+            found[pair] = 0.0 if cell.dead else min(low)
+    worst = min(found.values(), default=0.0)
+    return {pair: share for pair, share in found.items() if share <= OF_WORST * worst}
 
 
 def read(cells: Mapping[Pair, Cell], history: Mapping[Pair, float]) -> list[PathFault]:
@@ -136,9 +147,6 @@ def read(cells: Mapping[Pair, Cell], history: Mapping[Pair, float]) -> list[Path
 
     lines: list[tuple[Where, int, set[Pair]]] = []
     places = sorted({end for pair in cells for end in pair})
-    if len(places) > 2 and left == set(cells):
-        name(Where.NETWORK, places[0], None, cells)
-        return found
     for place in places:
         row = {p for p in cells if p[0] == place}
         column = {p for p in cells if p[1] == place}

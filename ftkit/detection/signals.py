@@ -88,6 +88,8 @@ class PairSeen:
     """Of each repeat, as the receiver saw it. None: the path carries nothing."""
     error: str = ""
     """Why there are fewer than were asked for."""
+    starved: int = 0
+    """Repeats that do not count because an agent was not scheduled."""
 
     def __post_init__(self) -> None:
         # From JSON it is a list, and of what a peer says nothing is taken on trust.
@@ -95,6 +97,7 @@ class PairSeen:
         if not all(0 < s < float("inf") for s in seconds) or (seconds and self.nbytes < 1):
             raise ValueError(f"{self.nbytes} bytes in {seconds} s is no transfer")
         object.__setattr__(self, "seconds", seconds)
+        object.__setattr__(self, "starved", int(self.starved))
 
 
 Signal = StepSeen | PathsSeen | PairSeen

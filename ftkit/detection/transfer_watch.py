@@ -43,6 +43,11 @@ class TransferWatch:
             "members were there"
         )
 
+    @property
+    def times(self) -> float:
+        """How many times slower than usual; 0 while nothing is suspect."""
+        return min(self._slow) / max(median(self._history), 1e-6) if self.suspicion else 0.0
+
     def ingest(self, observation: Observation) -> None:
         """Take in what was seen."""
         match observation:
@@ -65,9 +70,9 @@ class TransferWatch:
                 pass
 
     def forgive(self) -> None:
-        """Begin anew: it was probed, and the paths are healthy, or named."""
+        """It was probed, and the paths are healthy: what was slow is a little more usual now."""
+        self._history.extend(self._slow)
         self._slow.clear()
-        self._history.clear()
 
     def _finished(self, transfer_s: float) -> None:
         self._done += 1

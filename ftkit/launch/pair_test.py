@@ -3,10 +3,12 @@
 The receiver of a transfer says how much it wants, the sender answers when it stands at the socket,
 and only then does the receiver's clock start: a sender that comes late is not the path's fault.
 Both directions take turns. Sizes grow until a transfer takes long enough to be told from the
-scheduler's noise; then it is repeated, and the shortest counts. ::
+scheduler's noise; then it is repeated, and the shortest counts. A transfer in which either end
+stood in the scheduler's queue for half of the time is not the path's fault, either, and does not
+count: training uses the same cores. ::
 
-    receiver   WANT nbytes ->                       ; 0: I have seen enough
-    sender                     <- GO, nbytes bytes
+    receiver   WANT nbytes ->                                       ; 0: I have seen enough
+    sender                     <- GO, nbytes bytes, seconds queued
 """
 
 import socket
@@ -19,10 +21,15 @@ from ftkit.detection.paths import REPEATS_MIN
 
 _WANT = struct.Struct("!I")
 _GO = b"g"
+_QUEUED = struct.Struct("!d")
 #: Sizes of a transfer: small enough for 1 Mbit/s, large enough for 20 Gbit/s.
 BYTES_MIN, BYTES_MAX = 64 << 10, 32 << 20
 #: A transfer that takes this long is long enough.
 LONG_ENOUGH_S = 0.015
+#: More transfers than these are not made; if too few counted, the machine is too busy to tell.
+TRANSFERS_MAX = 25
+#: Where Linux says for how long this thread was ready to run and did not.
+_SCHEDSTAT = "/proc/thread-self/schedstat"
 _CHUNK = bytes(1 << 20)
 
 
@@ -35,6 +42,9 @@ class Transfers:
     """Of the transfers of `nbytes`."""
     smaller: tuple[int, float] | None = None
     """The last transfer that was too short to count: bytes and seconds."""
+    made: int = 0
+    starved: int = 0
+    """Transfers that did not count because an end of it was not scheduled."""
 
     @property
     def result(self) -> tuple[int, tuple[float, ...]]:
@@ -46,12 +56,17 @@ class Transfers:
     @property
     def wants(self) -> int:
         """The size of the next transfer; 0 when there were enough."""
-        return 0 if len(self.seconds) >= REPEATS_MIN else self.nbytes
+        enough = len(self.seconds) >= REPEATS_MIN or self.made >= TRANSFERS_MAX
+        return 0 if enough else self.nbytes
 
-    def note(self, seconds: float) -> None:
-        """One transfer of `wants` bytes took so long."""
-        if seconds < LONG_ENOUGH_S and self.nbytes < BYTES_MAX and len(self.seconds) < 2:
-            # The first ones open the connection's window, too.
+    def note(self, seconds: float, queued_s: float = 0.0) -> None:
+        """One transfer of `wants` bytes took so long, and its ends were not scheduled so long."""
+        self.made += 1
+        if queued_s > seconds / 2:
+            self.starved += 1
+            return
+        if seconds < LONG_ENOUGH_S and self.nbytes < BYTES_MAX:
+            # Those before it were held up, or opened the connection's window.
             self.smaller = self.nbytes, max(seconds, 1e-9)
             factor = 4 if seconds < LONG_ENOUGH_S / 4 else 2
             self.nbytes = min(factor * self.nbytes, BYTES_MAX)
@@ -96,10 +111,13 @@ def _receive(sock: socket.socket, seen: Transfers, buffer: memoryview, deadline:
         return False
     if bytes(_read(sock, buffer[:1], deadline)) != _GO:
         raise ProtocolError("the sender of a pair test did not say go")
-    began, left = time.perf_counter(), nbytes
+    queued_s, began, left = _queued_s(), time.perf_counter(), nbytes
     while left:
         left -= len(_read(sock, buffer[: min(left, len(buffer))], deadline))
-    seen.note(time.perf_counter() - began)
+    seconds, queued_s = time.perf_counter() - began, _queued_s() - queued_s
+    (theirs,) = _QUEUED.unpack(_read(sock, buffer[: _QUEUED.size], deadline))
+    # What a peer says is not trusted to be a time.
+    seen.note(seconds, queued_s + (theirs if 0 <= theirs <= seconds else 0.0))
     return True
 
 
@@ -111,6 +129,7 @@ def _send(sock: socket.socket, deadline: float) -> bool:
     if nbytes > BYTES_MAX:
         raise ProtocolError(f"a pair test of {nbytes} bytes was asked for, at most {BYTES_MAX}")
     _within(sock, deadline)
+    queued_s = _queued_s()
     sock.sendall(_GO)
     chunk = memoryview(_CHUNK)
     while nbytes:
@@ -118,6 +137,7 @@ def _send(sock: socket.socket, deadline: float) -> bool:
         _within(sock, deadline)
         sock.sendall(part)
         nbytes -= len(part)
+    sock.sendall(_QUEUED.pack(_queued_s() - queued_s))
     return True
 
 
@@ -131,6 +151,15 @@ def _read(sock: socket.socket, view: memoryview, deadline: float) -> memoryview:
             raise WireError("the other end of a pair test is gone")
         filled += count
     return view
+
+
+def _queued_s() -> float:
+    """For how long this thread has been ready to run and was not; 0 where Linux does not say."""
+    try:
+        with open(_SCHEDSTAT, "rb") as file:
+            return int(file.read().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _within(sock: socket.socket, deadline: float) -> None:

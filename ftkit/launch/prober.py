@@ -87,7 +87,7 @@ class Prober:
             return
         with self._using(sock):
             seen, broke = meet(sock, first=True, limit_s=limit_s)
-        self._say(number, a, b, *seen.result, broke)
+        self._say(number, a, b, *seen.result, broke, starved=seen.starved)
 
     def close(self) -> None:
         """Break off what is under way. Twice is fine."""
@@ -111,7 +111,7 @@ class Prober:
                     timeout_s=limit_s,
                 )
                 seen, broke = meet(sock, first=False, limit_s=limit_s)
-            self._say(number, b, a, *seen.result, broke)
+            self._say(number, b, a, *seen.result, broke, starved=seen.starved)
         except ConnectionRefusedError:
             # There is a way, and nobody at the end of it: no word on the path.
             logger.info("the agent of seat %s does not listen at %s", b, address)
@@ -154,6 +154,8 @@ class Prober:
         nbytes: int,
         seconds: tuple[float, ...],
         error: str,
+        *,
+        starved: int = 0,
     ) -> None:
         seen = PairSeen(
             order=number,
@@ -162,6 +164,7 @@ class Prober:
             nbytes=nbytes,
             seconds=seconds,
             error=error[:200],
+            starved=starved,
             at=self._clock.now(),
         )
         self._report(to_json(seen))

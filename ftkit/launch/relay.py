@@ -4,6 +4,9 @@ Ranks that are told of it (`session.detour`) dial each other through it. A conne
 one line of JSON that says which seat wants to reach whom; after it bytes are passed on as they
 come, both ways. It listens on loopback only, and can read nothing of use: who is at the other
 end, ranks prove to each other through it.
+
+A whole link is as fast as a network, not as this process: what is limited by the processor would
+be slower whenever the machine is busy, and look like a bad link.
 """
 
 import contextlib
@@ -19,6 +22,8 @@ BUFFER_BYTES = 128 << 10
 CHUNK_BYTES = 16 << 10
 LINE_BYTES_MAX = 4096
 CONNECT_S = 5.0
+#: What a whole link carries on a connection, each way, and for how long it may catch up.
+BYTES_PER_S, BURST_S = 60e6, 0.005
 
 Pair = frozenset[int]
 """Two seats."""
@@ -145,14 +150,16 @@ class Relay:
         self._begin(self._pump, flow, way[::-1], other, sock)
 
     def _pump(self, flow: _Flow, way: Way, source: socket.socket, target: socket.socket) -> None:
+        due = time.monotonic()
         try:
             while data := source.recv(CHUNK_BYTES):
                 if flow.pair in self._held:
                     with self._lock:
                         self._released.wait_for(lambda: self._closed or flow.pair not in self._held)
-                rate = self._rates.get(way)
-                if rate:
-                    time.sleep(len(data) / rate)
+                now = time.monotonic()
+                due = max(due, now - BURST_S) + len(data) / self._rates.get(way, BYTES_PER_S)
+                if due > now:
+                    time.sleep(due - now)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
         except OSError:

@@ -1,5 +1,7 @@
 """Which paths training itself makes suspect."""
 
+import pytest
+
 from ftkit.core.ids import Generation, MemberId, Seat, Step
 from ftkit.detection.observations import WorldChanged
 from ftkit.detection.path_watch import PathWatch
@@ -38,6 +40,7 @@ def test_a_path_that_drops_under_half_of_its_median_twice_is_suspect():
     for _ in range(50):
         one.ingest(paths(0, {"1": 0.4e9}))
     assert [*one.suspects] == [(0, 1)], "what is slow does not become its own excuse"
+    assert one.times == pytest.approx(1 / 0.4)
     one.forgive()
     assert [*one.suspects] == []
     assert one.in_use == {(0, 1)}

@@ -59,7 +59,14 @@ def test_three_times_is_told_by_history_where_the_median_cannot():
     nic = {p: 3.0 for p in itertools.permutations(range(3), 2) if 2 in p}
     assert named(matrix(3, nic), history) == [(Where.NIC, 2, None)]
     everything = dict.fromkeys(itertools.permutations(range(3), 2), 3.0)
-    assert named(matrix(3, everything), history) == [(Where.NETWORK, 0, None)]
+    assert named(matrix(3, everything), history) == [], "every machine may be busy"
+    busy = everything | {(0, 1): 9.0, (1, 0): 9.0}
+    assert named(matrix(3, busy), history) == [(Where.LINK, 0, 1)]
+
+
+def test_what_is_bad_beside_the_worst_is_left_for_the_next_time():
+    slow = {(2, p): 100.0 for p in (0, 1, 3, 4)} | {(3, 4): 5.0}
+    assert named(matrix(5, slow)) == [(Where.EGRESS, 2, None)]
 
 
 def test_paths_that_were_always_unlike_are_healthy_with_history():

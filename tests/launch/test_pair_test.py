@@ -34,6 +34,12 @@ def test_sizes_grow_until_a_transfer_can_be_told_from_noise():
     while fastest.wants:
         fastest.note(0.0)
     assert fastest.result[0] == BYTES_MAX
+    busy = Transfers()
+    busy.note(0.02)
+    while busy.wants:
+        busy.note(0.03, queued_s=0.016)
+    assert busy.result == (BYTES_MIN, (0.02,)), "an end that is not scheduled says nothing"
+    assert busy.made <= 25
     cut = Transfers()
     cut.note(0.001)
     assert cut.result == (BYTES_MIN, (0.001,)), "what came through is not forgotten"
@@ -52,7 +58,7 @@ def test_both_ends_see_what_came():
     for seen, error in ends():
         assert error == ""
         nbytes, seconds = seen.result
-        assert len(seconds) == 5
+        assert len(seconds) == 5 or seen.starved
         assert nbytes / min(seconds) > 1e7
 
 
@@ -129,12 +135,9 @@ def test_two_agents_test_the_path_and_each_reports_what_it_received():
             [{"number": 7, "a": 0, "b": 1, "host": host, "port": port, "limit_s": 5.0}, {"a": "?"}]
         )
         wait_for(lambda: one.signals and other.signals)
-        assert [(s.order, s.sender, s.receiver, len(s.seconds)) for s in one.signals] == [
-            (7, 1, 0, 5)
-        ]
-        assert [(s.order, s.sender, s.receiver, len(s.seconds)) for s in other.signals] == [
-            (7, 0, 1, 5)
-        ]
+        assert [(s.order, s.sender, s.receiver) for s in one.signals] == [(7, 1, 0)]
+        assert [(s.order, s.sender, s.receiver) for s in other.signals] == [(7, 0, 1)]
+        assert all(len(s.seconds) == 5 or s.starved for s in (*one.signals, *other.signals))
     finally:
         one.close()
         other.close()
