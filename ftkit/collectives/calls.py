@@ -16,7 +16,8 @@ from ftkit.collectives.channel import Channel
 from ftkit.collectives.config import OnLoss
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.homes import Home, restored, source
-from ftkit.collectives.mending import Again, Mender
+from ftkit.collectives.mended_op import Again
+from ftkit.collectives.mending import Mender
 from ftkit.collectives.op import Op, Program, Wait
 from ftkit.core.errors import Refused
 

@@ -30,8 +30,9 @@ class Channel:
 
     def __init__(self, engine: "Engine", id_: int, fixed: tuple[MemberId, ...] | None) -> None:
         self.id = id_
+        self.fixed = fixed
+        """The members it was made of; None for the world's."""
         self._engine = engine
-        self._fixed = fixed
         self._lock = threading.Lock()
         self._generation = Generation(0)
         self._members: tuple[MemberId, ...] = ()
@@ -54,7 +55,7 @@ class Channel:
         """Begin a generation: membership as of `world`, every count from 0."""
         with self._lock:
             self._generation = world.generation
-            order = self._fixed or tuple(m.member for m in world.members)
+            order = self.fixed or tuple(m.member for m in world.members)
             self._missing = frozenset(order) - world.member_ids
             self._members = order
             self._rank = order.index(me)
@@ -170,15 +171,13 @@ class Channel:
             self._engine.submit(op)
         return op.handle
 
-    def next_from(self, peer: int, tag: int) -> int:
-        """The number of the next receive from rank `peer`."""
+    def take_from(self, peer: int, tag: int, seq: int) -> bool:
+        """Count a receive from rank `peer`, if message `seq` is the next: True if so."""
         with self._lock:
-            return self._p2p.get(("recv", peer, tag), 0)
-
-    def took_from(self, peer: int, tag: int, seq: int) -> None:
-        """A receive from anybody took message `seq` of rank `peer`."""
-        with self._lock:
+            if self._p2p.get(("recv", peer, tag), 0) != seq:
+                return False
             self._p2p["recv", peer, tag] = seq + 1
+            return True
 
     def _refusal(self) -> GenerationAborted | None:
         reason = self._engine.stopped(self._generation)

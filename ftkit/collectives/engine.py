@@ -76,8 +76,8 @@ class Engine:
         self._channels: dict[int, Channel] = {}
         self._active: set[Op] = set()
         self._ready: deque[Op] = deque()
-        self.aborted_here = False
-        """Whether the current generation was reported as faulty."""
+        self._abort_told: tuple[Header, bytes] | None = None
+        """What all were told of the end of the current generation, once it ended by a fault."""
         self._doubt: tuple[float, str] | None = None
         self._parting: list[tuple[Handle[None], float]] = []
         self._early_aborts: dict[int, tuple[frozenset[MemberId], str]] = {}
@@ -149,7 +149,7 @@ class Engine:
         self.call(lambda: self._abort(generation, frozenset(), reason))
 
     def channel(self, id_: int, fixed: tuple[MemberId, ...] | None) -> Handle[Channel]:
-        """A new channel, or the one with this id if the members are the same."""
+        """A new channel, or the one with this id. ValueError: that one has other members."""
         handle: Handle[Channel] = Handle()
 
         def create() -> None:
@@ -158,6 +158,10 @@ class Engine:
                 channel = Channel(self, id_, fixed)
                 channel.enter(self.world, self.member)
                 self._channels[id_] = channel
+            elif channel.fixed != fixed:
+                handle.fail(
+                    ValueError(f"channel {id_} is one of members {channel.fixed}, not {fixed}")
+                )
             handle.finish(channel)
 
         self.call(create)
@@ -225,6 +229,17 @@ class Engine:
             self._closing = "the group was closed"
         self.call(lambda: None)
         self._thread.join()
+
+    def let_go(self) -> None:
+        """(in a forked child, which has no communication thread) See `forks`."""
+        if self._over:
+            return
+        self._lock, self._wake_lock = threading.Lock(), threading.Lock()
+        self._closing = "this process was forked from the one that is a member"
+        self._awake, self._over = False, True
+        self._commands.clear()
+        os.close(self._wake)
+        self.net.let_go()
 
     @property
     def on_one_host(self) -> bool:
@@ -377,6 +392,13 @@ class Engine:
             return
         old = self.net.links.get(greeted.peer)
         if old is not None:
+            if old.process != greeted.process and not old.said_bye:
+                logger.warning(
+                    "refused a second process that claims to be member %s, which is linked",
+                    greeted.peer,
+                )
+                greeted.close()
+                return
             self.net.drop(old)
             if greeted.peer in self.world.member_ids:
                 self._abort(
@@ -385,6 +407,10 @@ class Engine:
                     f"member {greeted.peer} replaced its connection",
                 )
         self.net.add(greeted)
+        if self._abort_told is not None and greeted.peer in self.world.member_ids:
+            # There was no link to tell it over; who begins this generation now, waits in vain.
+            header, payload = self._abort_told
+            self.net.queue(self.net.links[greeted.peer], header, memoryview(payload))
 
     def _link_lost(self, link: Link, reason: str) -> None:
         if link.peer in self.world.member_ids and not link.said_bye:
@@ -439,7 +465,6 @@ class Engine:
             return
         self._active.add(op)
         if op.flags & P2P:
-            op.generator = op.program(op)
             self._step(op)
             return
         op.channel.queue.append(op)
@@ -451,13 +476,13 @@ class Engine:
             if op.ended:
                 continue
             channel.running = op
-            op.generator = op.program(op)
             self._step(op)
 
     def _step(self, op: Op) -> None:
         while not op.ended:
-            assert op.generator is not None, "only a started operation is stepped"
             try:
+                if op.generator is None:
+                    op.generator = op.program(op)
                 wait = next(op.generator)
             except StopIteration as end:
                 self._finish(op, end.value, None)
@@ -517,14 +542,14 @@ class Engine:
             if generation > self.world.generation:
                 self._early_aborts.setdefault(generation, (lost, reason))
         self.net.tell_news()
-        if generation != self.world.generation or self.aborted_here or self._closing is not None:
+        if generation != self.world.generation or self._abort_told or self._closing is not None:
             return
-        self.aborted_here = True
         logger.info("generation %s ends: %s", generation, reason)
         payload = json.dumps({"lost": sorted(lost), "reason": reason}).encode()
         header = Header(
             Kind.ABORT, 0, 0, generation, 0, 0, 0, self.member, 0, len(payload), len(payload)
         )
+        self._abort_told = header, payload
         self._end_generation(reason, header, payload)
         try:
             self._on_fault(generation, lost, reason)
@@ -580,7 +605,7 @@ class Engine:
             self.world = world
             self._generation = world.generation
             self._stopped = None
-            self.aborted_here = False
+            self._abort_told = None
             early = self._early_aborts.get(world.generation)
             self._early_aborts = {
                 g: a for g, a in self._early_aborts.items() if g > world.generation

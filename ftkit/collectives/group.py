@@ -15,7 +15,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from ftkit.collectives import canonical, moves, planning, reductions
+from ftkit.collectives import canonical, forks, moves, planning, reductions
 from ftkit.collectives.arithmetic import Bytes, as_bytes, check
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.cma import ValidWord
@@ -106,6 +106,7 @@ class Group:
         self._editing = threading.Lock()
         self._listeners: list[Callable[[World], None]] = []
         self.channel: Channel = self._engine.channel(WORLD_CHANNEL, None).wait()
+        forks.watch(self)
 
     # -- membership -----------------------------------------------------------------------
 
@@ -246,6 +247,11 @@ class Group:
         """
         self._mesh.close()
         self._engine.close()
+
+    def let_go(self) -> None:
+        """(in a forked child) It is the parent's: close its descriptors, refuse operations."""
+        self._mesh.let_go()
+        self._engine.let_go()
 
     def __enter__(self) -> Self:
         return self
