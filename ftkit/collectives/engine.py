@@ -46,6 +46,8 @@ TellCallback = Callable[[MemberId, bytes], None]
 
 _DOUBT_S = 2.0
 _PARTING_S = 0.5
+#: An operation that takes longer than this says whose bytes it waits for, and how often.
+_TELL_AWAITED_S = 0.25
 #: Receipts come without a message: they have to be looked for.
 _LOOK_AGAIN_S = 0.001
 
@@ -80,6 +82,7 @@ class Engine:
         """What all were told of the end of the current generation, once it ended by a fault."""
         self._doubt: tuple[float, str] | None = None
         self._parting: list[tuple[Handle[None], float]] = []
+        self._awaited_told_s = 0.0
         self._early_aborts: dict[int, tuple[frozenset[MemberId], str]] = {}
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()
@@ -323,6 +326,8 @@ class Engine:
         if self._parting:
             return _LOOK_AGAIN_S
         deadlines = [op.deadline_s for op in self._active if op.deadline_s is not None]
+        if self._active:
+            deadlines.append(time.monotonic() + _TELL_AWAITED_S)
         if self._doubt is not None:
             deadlines.append(self._doubt[0])
         if not deadlines:
@@ -349,8 +354,17 @@ class Engine:
             if self._doubt is None:
                 self._doubt = (time.monotonic() + _DOUBT_S, str(doubt))
 
+    def _tell_awaited(self, now: float) -> None:
+        """Note whose bytes operations wait for: for when nobody can ask any more."""
+        self._awaited_told_s = now
+        for op in self._active:
+            if now - op.since_s > _TELL_AWAITED_S and op.generator is not None:
+                self.recorder.awaiting(op.recorded, op.seq, self.transfers.awaited_of(op))
+
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if self._active and now - self._awaited_told_s > _TELL_AWAITED_S:
+            self._tell_awaited(now)
         if self._parting:
             self._part(now)
         if self._doubt is not None and self._doubt[0] <= now:
@@ -514,7 +528,7 @@ class Engine:
             return
         op.ended = True
         self._active.discard(op)
-        self.recorder.leave(op.seq, error is None)
+        self.recorder.leave(op.recorded, op.seq, error is None)
         if error is None:
             op.handle.finish(value)
         else:

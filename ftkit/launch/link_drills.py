@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftkit.core.detour import VARIABLE
 from ftkit.core.trace import Trace
 from ftkit.core.verdict import Fault
 from ftkit.detection.paths import Where
@@ -22,7 +23,6 @@ from ftkit.launch.drills import BLACKHOLE, PARTITION, SLOW_LINK, SLOW_NIC, Drill
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.relay import Relay, Way
-from ftkit.session.detour import VARIABLE
 
 #: After so long the link is whole again.
 CUT_S, SLOW_S = 3.0, 10.0

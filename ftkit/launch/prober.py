@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ftkit.core.clock import Clock
+from ftkit.core.detour import Detour
 from ftkit.core.errors import WireError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.wire import authenticate
 from ftkit.core.world import Member
 from ftkit.detection.signals import PairSeen, to_json
 from ftkit.launch.pair_test import meet
-from ftkit.session.detour import Detour
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Relay: stands between the ranks of a drill, so that real connections can be cut and slowed.
 
-Ranks that are told of it (`session.detour`) dial each other through it. A connection begins with
+Ranks that are told of it (`core.detour`) dial each other through it. A connection begins with
 one line of JSON that says which seat wants to reach whom; after it bytes are passed on as they
 come, both ways. It listens on loopback only, and can read nothing of use: who is at the other
 end, ranks prove to each other through it.

@@ -13,6 +13,7 @@ from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import blocked_s
 from ftkit.core.clock import MonotonicClock
+from ftkit.core.detour import Detour
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.rank_env import RankEnv
@@ -22,7 +23,6 @@ from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.session.control import Control
-from ftkit.session.detour import Detour
 from ftkit.session.gc_clock import GcClock
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ftkit.core.clock import MonotonicClock
+from ftkit.core.detour import VARIABLE
 from ftkit.core.ids import Seat
 from ftkit.core.wire import authenticate, listen
 from ftkit.detection.signals import PairSeen, from_json
@@ -14,7 +15,6 @@ from ftkit.launch import pair_test
 from ftkit.launch.pair_test import BYTES_MAX, BYTES_MIN, Transfers, meet
 from ftkit.launch.prober import Prober
 from ftkit.launch.relay import Relay
-from ftkit.session.detour import VARIABLE
 
 SECRET = b"s" * 32
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from ftkit.core.detour import VARIABLE, Detour
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.world import Member
 from ftkit.launch.relay import Relay
-from ftkit.session.detour import VARIABLE, Detour
 
 
 @pytest.fixture
