@@ -28,6 +28,7 @@ from ftkit.detection.exits import out_of_memory
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
+from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
@@ -50,6 +51,10 @@ PRELOAD_LATEST_S = 30.0
 
 #: For so long after a member was halted what it called before is told: they may have differed.
 HALTED_S = 1.0
+
+
+#: Of each seat so many collectives are kept of an incident.
+RECORDS_KEPT = 32
 
 
 class Agent:
@@ -94,6 +99,12 @@ class Agent:
             self._listener.close()
             raise
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
+        self._examiner = Examiner(
+            node,
+            Path(config.run_dir),
+            self._arenas.directory,
+            lambda number: self.trace.event("bundle", incident=number),
+        )
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
         self._tiers = Tiers(
@@ -195,6 +206,7 @@ class Agent:
             self._forks.close()
         self._prober.close()
         self._tiers.close()
+        self._examiner.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -211,7 +223,7 @@ class Agent:
             case "coordinator":
                 self._coordinator_connected(*value)
             case "plan":
-                self._take_plan(*value)
+                self._hear(*value)
             case "signal":
                 self._signals.append(value)
                 self._tell_coordinator()
@@ -396,12 +408,42 @@ class Agent:
         self._coordinator, self._coordinator_number = line, number
         self._tell_coordinator()
 
-    def _take_plan(self, number: int, message: dict[str, Any]) -> None:
+    def _hear(self, number: int, message: dict[str, Any]) -> None:
+        """A coordinator said something."""
         if number < self._coordinator_number:
             return
-        if message.get("type") == "pairs":
-            self._prober.take(message.get("tests"))
+        match message.get("type"):
+            case "look":
+                self._look_closely(message)
+            case "pairs":
+                self._prober.take(message.get("tests"))
+            case _:
+                self._take_plan(message)
+
+    def _look_closely(self, message: dict[str, Any]) -> None:
+        """Something was found: keep what can be seen of it here, before it changes."""
+        try:
+            number, wanted = int(message["incident"]), {int(m) for m in message["members"]}
+        except (KeyError, TypeError, ValueError) as error:
+            logger.error("the coordinator asked for no look: %s", error)
             return
+        # Of a seat whose process was replaced, the newest and those that are asked for.
+        newest = {f.seat: f.member for f in self._facts.values()}
+        patients = [
+            Patient(
+                seat=f.seat,
+                member=f.member,
+                pid=f.pid,
+                alive=f.stage in ALIVE,
+                closely=f.member in wanted,
+            )
+            for f in self._facts.values()
+            if f.member in wanted or newest[f.seat] == f.member
+        ]
+        records = self._arenas.records(self._facts.values(), RECORDS_KEPT)
+        self._examiner.examine(number, patients, records)
+
+    def _take_plan(self, message: dict[str, Any]) -> None:
         try:
             plan = Plan.from_json(message["plan"])
         except (ProtocolError, KeyError) as error:

@@ -257,19 +257,30 @@ def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
 def explain(run_dir: Path | None, as_json: bool) -> None:
     """Say in a paragraph what happened in a run, and why."""
     from ftkit.core.trace import read_run
+    from ftkit.detection.bundle import paragraph
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
     from ftkit.launch.goodput import goodput
+    from ftkit.launch.incidents import read_bundles
     from ftkit.launch.storage_story import storage_story
 
-    events = read_run(newest_run(run_dir))
+    run_dir = newest_run(run_dir)
+    events, bundles = read_run(run_dir), read_bundles(run_dir)
     storage, time_spent = storage_story(events), goodput(events)
     if as_json:
-        told = {"incidents": [i.to_json() for i in incidents(events)]}
+        told = {
+            "incidents": [i.to_json() for i in incidents(events)],
+            "bundles": [{**incident, "nodes": nodes} for incident, nodes in bundles],
+        }
         also = {"storage": storage.to_json(), "goodput": time_spent.to_json()}
         click.echo(json.dumps(told | also))
     else:
-        told_of = (explain_events(events), time_spent.paragraph(), storage.paragraph())
+        told_of = (
+            explain_events(events),
+            *(paragraph(incident, nodes) for incident, nodes in bundles),
+            time_spent.paragraph(),
+            storage.paragraph(),
+        )
         click.echo("\n\n".join(t for t in told_of if t))
 
 

@@ -29,6 +29,7 @@ from ftkit.launch.config import JobConfig
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
+from ftkit.launch.incidents import Incidents
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
@@ -70,6 +71,7 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
+        self._incidents = Incidents(Path(config.run_dir))
         self._costs = DecisionCosts(config.seats)
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
@@ -108,6 +110,7 @@ class Coordinator:
                     return self._plan.stop
         finally:
             self._disk.close()
+            self._incidents.close()
             for line in self._lines.values():
                 line.close()
             self.trace.close()
@@ -215,6 +218,7 @@ class Coordinator:
             self.trace.event(
                 "decision", action=decision.action, reason=decision.reason, **decision.fields
             )
+            self._incidents.decided(decision.action, decision.reason, now)
             if decision.action in ("resume", "form"):
                 fields = {k: v for k, v in decision.fields.items() if k != "costs"}
                 self.trace.event("resume", **fields)
@@ -255,6 +259,12 @@ class Coordinator:
                 peer=verdict.peer,
                 generation=self._plan.world.generation if self._plan.world else 0,
             )
+        if verdicts.fresh:
+            summary = {"mode": self._plan.mode.value, "step": self._plan.step}
+            look = self._incidents.take(verdicts.fresh, self._plan.world, summary, now)
+            if look is not None:
+                self._tell_all(look)
+                self.trace.event("incident", number=look["incident"], looked_at=look["members"])
         for over in verdicts.over:
             self.trace.event(
                 "verdict-over",
@@ -371,6 +381,14 @@ class Coordinator:
             if only is not None and node != only:
                 continue
             self._send(node, line, message)
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        """Send to every agent that can be reached."""
+        for node, line in list(self._lines.items()):
+            try:
+                line.send(message)
+            except WireError:
+                logger.debug("node %s hung up", node)
 
     def _is_over(self, now: float) -> bool:
         """Whether the plan has ended and every agent that can be reached is through."""

@@ -18,6 +18,7 @@ from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.trace import Trace
+from ftkit.detection import stacks
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
@@ -82,6 +83,8 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         name = f"seat-{seat}-member-{member}.jsonl"
         trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
     recorder = _recorder(env, member, last)
+    if env is not None:
+        last.enter_context(stacks.answering(Path(env.shm_dir), member))
     detour = Detour.read(environ, seat)
 
     def abort(generation: Generation, reason: str) -> None:
