@@ -42,6 +42,9 @@ from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
 
+#: What a machine is called across jobs, where its host name is not the right name: in a pod.
+NAME_VARIABLE = "FTKIT_NODE_NAME"
+
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
 
@@ -88,6 +91,7 @@ class Agent:
         self._node = node
         self._secret = bytes.fromhex(secret)
         self._host = host
+        self._name = node_name(config, node, host, inherited)
         self._inherited = inherited
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -574,6 +578,7 @@ class Agent:
                 "type": "facts",
                 "node": self._node,
                 "boot": self._boot,
+                "name": self._name,
                 "members": [
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
@@ -605,3 +610,10 @@ class Agent:
             line.send(message)
         except WireError as error:
             logger.debug("a peer hung up: %s", error)
+
+
+def node_name(config: JobConfig, node: NodeId, host: str, environ: Mapping[str, str]) -> str:
+    """What this machine is called in every job, whatever its number is in this one."""
+    name = environ.get(NAME_VARIABLE) or socket.gethostname()
+    # Several nodes on one machine are there for trying things out: each is one of its own.
+    return f"{name}/{node}" if config.nodes > 1 and host.startswith("127.") else name

@@ -30,6 +30,7 @@ from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
 from ftkit.launch.incidents import Incidents
+from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
@@ -76,6 +77,13 @@ class Coordinator:
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
+        self._history = None
+        if config.history:
+            self._history = JobHistory(
+                config,
+                scored=lambda score: self._inbox.put(("scored", None, score)),
+                tell=self.trace.event,
+            )
         self._checkpoints = CheckpointLead(number, self.trace.event)
         self._disk = Disk(
             config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
@@ -110,6 +118,8 @@ class Coordinator:
                     return self._plan.stop
         finally:
             self._disk.close()
+            if self._history is not None:
+                self._history.close()
             self._incidents.close()
             for line in self._lines.values():
                 line.close()
@@ -132,6 +142,8 @@ class Coordinator:
                 if self._lines.get(node) is value:
                     self._lines.pop(node).close()
                     self._silent_since[node] = self._clock.now()
+            case "scored":
+                self._judge.take(value)
             case "interrupt":
                 self._interrupted = value
 
@@ -241,6 +253,10 @@ class Coordinator:
             reason = "the job begins"
         self.trace.event("decision", action="lead", reason=reason, term=plan.term)
         self._judge.take_plan(plan, at=now)
+        if self._history is not None:
+            self._history.begin(
+                {n: str(r.get("name") or f"node-{n}") for n, r in self._reports.items()}
+            )
         return plan
 
     def _facts(self, now: float) -> JobFacts:
@@ -259,6 +275,9 @@ class Coordinator:
                 peer=verdict.peer,
                 generation=self._plan.world.generation if self._plan.world else 0,
             )
+            if self._history is not None and not verdict.suspected:
+                facts = self._members.get(verdict.member)
+                self._history.verdict(verdict, None if facts is None else facts.node)
         if verdicts.fresh:
             summary = {"mode": self._plan.mode.value, "step": self._plan.step}
             look = self._incidents.take(verdicts.fresh, self._plan.world, summary, now)
@@ -405,6 +424,10 @@ class Coordinator:
         outcome = "completed" if stop.code == 0 else "failed"
         self.trace.event("end", outcome=outcome, code=stop.code, reason=stop.reason)
         write_result(Path(self._config.run_dir), stop)
+        if self._history is not None:
+            begun = min((m.entry_step for m in self._members.values() if m.entry_step), default=0)
+            last = max((m.step for m in self._members.values() if m.step), default=0)
+            self._history.end(code=stop.code, trained=last > begun)
         return True
 
 

@@ -14,6 +14,7 @@ from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
 from ftkit.detection.inquiry import Inquiry
+from ftkit.detection.known_offenders import KnownOffenders
 from ftkit.detection.levels import Levels, Over
 from ftkit.detection.observations import (
     Exited,
@@ -25,6 +26,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Awaited, OpRecord, Row
+from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -87,7 +89,7 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector])
+        self._panel = Panel([self._detector, Told(), KnownOffenders()])
         # A drill's relay stands between seats of one node, too.
         self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
@@ -99,6 +101,10 @@ class Judge:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > LATE_S:
             self._ingest(ObserverLate(by_s=late_by_s))
+
+    def take(self, observation: Observation) -> None:
+        """Something else was seen, at a time on this clock."""
+        self._ingest(observation)
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""

@@ -12,7 +12,9 @@ from pathlib import Path
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import blocked_s
+from ftkit.core import corruption_plan
 from ftkit.core.clock import MonotonicClock
+from ftkit.core.corruption_plan import PlannedCorruption
 from ftkit.core.detour import Detour
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
@@ -51,6 +53,7 @@ class Parts:
     group: Group
     injector: Injector
     paths: PathReport
+    corruptions: list[PlannedCorruption]
     stall_s: float
     _last: contextlib.ExitStack = field(repr=False)
 
@@ -119,6 +122,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         group=group,
         injector=Injector(faults, trace, group.light_fuse),
         paths=PathReport(group, member, seat, control.report if control else _say_nothing),
+        corruptions=corruption_plan.from_environ(environ, member=member),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
     )
