@@ -379,9 +379,37 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
         click.echo("\n".join(t for t in (spent.paragraph(), f"wrote {out}") if t))
 
 
-@main.group()
-def doctor() -> None:
-    """Look whether this machine, or these, can carry a job."""
+@main.group(invoke_without_command=True)
+@click.option("--history", type=click.Path(path_type=Path), help="Results as JSON lines: compared.")
+@click.option("--disk", type=click.Path(path_type=Path), default=Path(), help="On the disk to try.")
+@click.option("--shm-root", type=click.Path(path_type=Path), default=Path("/dev/shm"))
+@click.option("--torch/--no-torch", default=True, show_default=True, help="Try torch and GPUs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+def doctor(
+    context: click.Context,
+    history: Path | None,
+    disk: Path,
+    shm_root: Path,
+    torch: bool,
+    as_json: bool,
+) -> None:
+    """Look whether this machine, or these, can carry a job.
+
+    Without a command this node is checked: processors, memory, disk, network, clock, torch, GPUs.
+    Exits with 1 when something failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from ftkit.launch.preflight import check_node, compared
+    from ftkit.launch.preflight_view import show
+
+    found = compared(check_node(disk, shm_root, torch=torch), history)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show(found)
+    sys.exit(1 if found.failed else 0)
 
 
 @doctor.command("network")

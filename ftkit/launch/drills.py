@@ -46,7 +46,8 @@ FLAP, JOIN, CHURN = "flap", "join", "churn"
 #: Two ranks lost soon after one another, so that the world shrinks twice before it grows back.
 SHRINK_GROW = "shrink-grow"
 #: Faults of the link between two ranks.
-PARTITION, SLOW_LINK = "partition", "slow-link"
+PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
+LINK_FAULTS = (PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE)
 
 CATALOGUE: dict[str, str] = {
     Kind.KILL: "SIGKILL to one rank",
@@ -73,6 +74,8 @@ CATALOGUE: dict[str, str] = {
     SHRINK_GROW: "SIGKILL to one rank and, some steps later, to another: the world shrinks, shrinks, grows",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
+    SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
+    BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     **number_drills.CATALOGUE,
@@ -85,7 +88,9 @@ RANKS_MIN: dict[str, int] = {
     CHURN: 3,
     SHRINK_GROW: 3,
     PARTITION: 3,
-    SLOW_LINK: 2,
+    SLOW_LINK: 3,
+    SLOW_NIC: 3,
+    BLACKHOLE: 3,
     Kind.PAUSE: 2,
     **dict.fromkeys(DESYNCS, 3),
 }
@@ -123,7 +128,7 @@ NODE_CATALOGUE: dict[str, str] = {
 
 #: Faults after which every process may still be there.
 _NOBODY_LOST = (
-    *(KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK),
+    *(KILL_COORDINATOR, StoreFaultKind.FULL, *LINK_FAULTS),
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
 )
@@ -135,10 +140,10 @@ STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3, SHRINK_GROW: 2}
 SHRINK_STEPS = 1
 
 #: Faults of two seats.
-_OF_TWO = (PARTITION, SLOW_LINK, SHRINK_GROW)
+_OF_TWO = (*LINK_FAULTS, SHRINK_GROW)
 
 #: Faults over time, and of links: no step has them.
-_OF_NO_POINT = (FLAP, JOIN, CHURN, PARTITION, SLOW_LINK)
+_OF_NO_POINT = (FLAP, JOIN, CHURN, *LINK_FAULTS)
 
 #: What a training thread does to itself.
 _USERS = frozenset(set(Kind) - {Kind.KILL, Kind.STOP, Kind.HANG})
@@ -458,10 +463,10 @@ def run_drill(
         from ftkit.launch.member_drills import MemberStriker
 
         striker = MemberStriker(drill, job, run_dir).poll
-    elif drill.fault in (PARTITION, SLOW_LINK):
+    elif drill.fault in LINK_FAULTS:
         from ftkit.launch.link_drills import LinkStriker
 
-        links = LinkStriker(drill, run_dir)
+        links = LinkStriker(drill, job, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
 
@@ -487,10 +492,10 @@ def run_drill(
         from ftkit.launch.member_drills import judge_shrink_grow
 
         outcome = judge_shrink_grow(outcome, events, job.world_size)
-    elif drill.fault == SLOW_LINK:
-        from ftkit.launch.link_drills import judge_slow
+    elif drill.fault in LINK_FAULTS:
+        from ftkit.launch.link_drills import judge_link
 
-        outcome = judge_slow(outcome, events)
+        outcome = judge_link(outcome, drill, job.world_size, events)
     elif drill.corruption is not None:
         outcome = number_drills.judge(outcome, events, drill.corruption)
     return outcome, events

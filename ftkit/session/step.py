@@ -390,6 +390,7 @@ class Step:
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
+        parts.paths.poll(self._number)
         losses = self._losses.values()
         parts.recorder.finish(
             slots=len(self._held),
