@@ -38,8 +38,11 @@ def test_a_plain_script_needs_at_most_eight_changed_lines() -> None:
     assert 0 < changed_lines(plain, minimal) <= 8
 
 
-def test_a_framework_s_script_needs_at_most_two() -> None:
-    plain, ours = ((EXAMPLES / f"hf_{n}.py").read_text().splitlines() for n in ("plain", "trainer"))
+@pytest.mark.parametrize(
+    "names", [("hf_plain", "hf_trainer"), ("lightning_plain", "lightning_strategy")]
+)
+def test_a_framework_s_script_needs_at_most_two(names: tuple[str, str]) -> None:
+    plain, ours = ((EXAMPLES / f"{name}.py").read_text().splitlines() for name in names)
     assert 0 < changed_lines(plain, ours) <= 2
 
 
@@ -48,6 +51,7 @@ def test_a_framework_s_script_needs_at_most_two() -> None:
     [
         ("README.md", "ddp_plain", "ddp_minimal"),
         ("docs/frameworks.md", "hf_plain", "hf_trainer"),
+        ("docs/frameworks.md", "lightning_plain", "lightning_strategy"),
     ],
 )
 def test_the_documents_show_the_diff_as_it_is(page: str, plain: str, ours: str) -> None:
