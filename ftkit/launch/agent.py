@@ -28,6 +28,7 @@ from ftkit.detection.exits import out_of_memory
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
+from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
@@ -39,6 +40,9 @@ from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
 
+#: What a machine is called across jobs, where its host name is not the right name: in a pod.
+NAME_VARIABLE = "FTKIT_NODE_NAME"
+
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
 
@@ -48,6 +52,10 @@ PRELOAD_LATEST_S = 30.0
 
 #: For so long after a member was halted what it called before is told: they may have differed.
 HALTED_S = 1.0
+
+
+#: Of each seat so many collectives are kept of an incident.
+RECORDS_KEPT = 32
 
 
 class Agent:
@@ -81,6 +89,7 @@ class Agent:
         self._node = node
         self._secret = bytes.fromhex(secret)
         self._host = host
+        self._name = node_name(config, node, host, inherited)
         self._inherited = inherited
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -92,6 +101,12 @@ class Agent:
             self._listener.close()
             raise
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
+        self._examiner = Examiner(
+            node,
+            Path(config.run_dir),
+            self._arenas.directory,
+            lambda number: self.trace.event("bundle", incident=number),
+        )
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
         self._tiers = Tiers(
@@ -189,6 +204,7 @@ class Agent:
         if self._forks is not None:
             self._forks.close()
         self._tiers.close()
+        self._examiner.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -205,7 +221,7 @@ class Agent:
             case "coordinator":
                 self._coordinator_connected(*value)
             case "plan":
-                self._take_plan(*value)
+                self._hear(*value)
             case "forks":
                 self._spawn_missing()
             case "tiers":
@@ -384,9 +400,39 @@ class Agent:
         self._coordinator, self._coordinator_number = line, number
         self._tell_coordinator()
 
-    def _take_plan(self, number: int, message: dict[str, Any]) -> None:
+    def _hear(self, number: int, message: dict[str, Any]) -> None:
+        """A coordinator said something."""
         if number < self._coordinator_number:
             return
+        if message.get("type") == "look":
+            self._look_closely(message)
+        else:
+            self._take_plan(message)
+
+    def _look_closely(self, message: dict[str, Any]) -> None:
+        """Something was found: keep what can be seen of it here, before it changes."""
+        try:
+            number, wanted = int(message["incident"]), {int(m) for m in message["members"]}
+        except (KeyError, TypeError, ValueError) as error:
+            logger.error("the coordinator asked for no look: %s", error)
+            return
+        # Of a seat whose process was replaced, the newest and those that are asked for.
+        newest = {f.seat: f.member for f in self._facts.values()}
+        patients = [
+            Patient(
+                seat=f.seat,
+                member=f.member,
+                pid=f.pid,
+                alive=f.stage in ALIVE,
+                closely=f.member in wanted,
+            )
+            for f in self._facts.values()
+            if f.member in wanted or newest[f.seat] == f.member
+        ]
+        records = self._arenas.records(self._facts.values(), RECORDS_KEPT)
+        self._examiner.examine(number, patients, records)
+
+    def _take_plan(self, message: dict[str, Any]) -> None:
         try:
             plan = Plan.from_json(message["plan"])
         except (ProtocolError, KeyError) as error:
@@ -517,6 +563,7 @@ class Agent:
                 "type": "facts",
                 "node": self._node,
                 "boot": self._boot,
+                "name": self._name,
                 "members": [
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
@@ -548,3 +595,10 @@ class Agent:
             line.send(message)
         except WireError as error:
             logger.debug("a peer hung up: %s", error)
+
+
+def node_name(config: JobConfig, node: NodeId, host: str, environ: Mapping[str, str]) -> str:
+    """What this machine is called in every job, whatever its number is in this one."""
+    name = environ.get(NAME_VARIABLE) or socket.gethostname()
+    # Several nodes on one machine are there for trying things out: each is one of its own.
+    return f"{name}/{node}" if config.nodes > 1 and host.startswith("127.") else name

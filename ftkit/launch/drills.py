@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.checkpoint.stripes import Code
+from ftkit.core.corruption_plan import PlannedCorruption
+from ftkit.core.corruption_plan import to_environ as corruption_environ
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point, to_environ
 from ftkit.core.trace import Trace, read_run
 from ftkit.core.verdict import Fault
+from ftkit.launch import number_drills
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
@@ -68,6 +71,7 @@ CATALOGUE: dict[str, str] = {
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
+    **number_drills.CATALOGUE,
 }
 
 #: How many ranks the smallest job has that such a fault can be done to.
@@ -116,6 +120,7 @@ NODE_CATALOGUE: dict[str, str] = {
 _NOBODY_LOST = (
     *(KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK),
     *(Kind.PAUSE, *DESYNCS),
+    *number_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
@@ -161,12 +166,16 @@ class Drill:
     second_seat: int | None = None
     """Who is hit in recovery, when `phase` is that; `seat` is then killed first, in forward. For
     faults of links: the other end."""
+    corruption: PlannedCorruption | None = None
+    """For faults of numbers: what is falsified."""
 
     @property
     def where(self) -> str:
         """The phase as a person writes it."""
         if self.store_fault is not None:
             return f"byte {self.byte}"
+        if self.corruption is not None:
+            return number_drills.place_of(self.corruption)
         if self.phase is None:
             return "any"
         lasting = self.phase in _OF_BUCKETS
@@ -226,6 +235,18 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
+    if name in number_drills.CATALOGUE:
+        wrong = number_drills.choose(name, at, seed=seed, nproc=nproc, steps=steps)
+        return Drill(
+            fault=name,
+            phase=None,
+            seat=wrong.seat,
+            step=wrong.step,
+            bucket=wrong.bucket,
+            delay_s=0.0,
+            seed=seed,
+            corruption=wrong,
+        )
     point, bucket = _point(at, rng)
     if name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in _OF_NO_POINT:
         point = None
@@ -391,6 +412,10 @@ def run_drill(
         # A node is what dies, so that what is left of the job is worth a look.
         job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
         settings = witness.settings(drill.store_fault, job.steps)
+    if drill.corruption is not None:
+        settings = {"env": corruption_environ([drill.corruption])}
+        if job.script is None:
+            job = replace(job, workload=(*job.workload, *number_drills.workload(drill.corruption)))
     job_id = new_job_id()
     striker: Callable[[Engine], None] | None = None
     ends = contextlib.ExitStack()
@@ -433,6 +458,8 @@ def run_drill(
         from ftkit.launch.link_drills import judge_slow
 
         outcome = judge_slow(outcome, events)
+    elif drill.corruption is not None:
+        outcome = number_drills.judge(outcome, events, drill.corruption)
     return outcome, events
 
 
@@ -451,6 +478,7 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         evicts=drill.fault not in _NOBODY_LOST,
         loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD),
         corrupts=drill.fault == CORRUPT_SHARD,
+        alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=STRIKES.get(drill.fault, 1),
         names=NAMES.get(drill.fault, frozenset()),
     )

@@ -12,9 +12,11 @@ from ftkit.core.world import World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.known_offenders import KnownOffenders
 from ftkit.detection.levels import Levels, Over
 from ftkit.detection.observations import (
     Exited,
+    Observation,
     ObserverLate,
     ProcessFacts,
     RowSeen,
@@ -22,6 +24,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Awaited, OpRecord, Row
+from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -84,7 +87,7 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector])
+        self._panel = Panel([self._detector, Told(), KnownOffenders()])
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._world: World | None = None
         self._world_at = 0.0
@@ -94,6 +97,10 @@ class Judge:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > LATE_S:
             self._panel.ingest(ObserverLate(by_s=late_by_s))
+
+    def take(self, observation: Observation) -> None:
+        """Something else was seen, at a time on this clock."""
+        self._panel.ingest(observation)
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""

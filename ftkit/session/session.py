@@ -24,7 +24,9 @@ from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
 from ftkit.session.feed import Feed, MapStyle, feed_of
 from ftkit.session.loop import Loop
+from ftkit.session.numbers import OnNaN
 from ftkit.session.parts import Parts
+from ftkit.session.replicas import OnDiverged
 from ftkit.session.role import of_mesh
 from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
@@ -163,6 +165,9 @@ class Session:
         seed: int = 0,
         shuffle: bool = True,
         collate: Callable[[list[Any]], Any] | None = None,
+        verify_every: int | None = None,
+        on_diverged: OnDiverged | str = OnDiverged.REPAIR,
+        on_nan: OnNaN | str = OnNaN.REPORT,
         mean: bool = True,
     ) -> Iterator[Step]:
         """The step loop: yields the next step to play until `until` are committed.
@@ -180,18 +185,31 @@ class Session:
           seed: decides the order of samples and every slot's random numbers.
           shuffle: whether a data set is read in a random order.
           collate: makes a batch of a list of samples; torch's default one if not given.
+          verify_every: steps between two comparisons of what all ranks hold, bit for bit; 0 for
+            never. By default as often as costs no more than half a per cent of the time.
+          on_diverged: what becomes of a rank that holds other bits than most: "repair" (it
+            fetches them), "evict" (it is replaced) or "report". The step is played again.
+          on_nan: what follows when gradients are NaN or infinite, twice from the same samples:
+            "report", "skip" (the step counts, the optimizer sees no gradients) or "raise".
           mean: whether gradients are divided by the number of slots. False is for losses that
             are divided already, by what the whole global batch holds (its tokens, say);
             `step.loss` is then the sum too.
 
         Raises:
-          UsageError: `protect` was not called, or there are more ranks than slots.
+          UsageError: `protect` was not called, there are more ranks than slots, or an option is
+            none of those above.
           JobStopped: the job was ended.
         """
         if self._snapshots is None:
             raise UsageError("call session.protect(model=..., optimizer=...) before steps()")
         if self._loop is not None:
             raise UsageError("session.steps() may be called once")
+        try:
+            diverged, nan = OnDiverged(on_diverged), OnNaN(on_nan)
+        except ValueError as error:
+            raise UsageError(f"{error}: see steps()") from error
+        if verify_every is not None and verify_every < 0:
+            raise UsageError(f"verify_every is {verify_every}: give steps, or 0 for never")
         if slots < self.seats:
             raise UsageError(
                 f"{self.seats} ranks cannot share {slots} slots: some would have nothing to do; "
@@ -214,6 +232,9 @@ class Session:
             ),
             slots=slots,
             seed=seed,
+            verify_every=verify_every,
+            on_diverged=diverged,
+            on_nan=nan,
             until=until,
             mean=mean,
         )

@@ -63,6 +63,8 @@ class Step:
         self._bucket = 0
         self._digest: int | None = None
         """Of the reduced gradients, once they are."""
+        self._result: Tally | None = None
+        """Of the vote; None before it, and where it was cut in half."""
         self._newcomers: World | None = None
         """The world to switch to before the next step."""
         self.entered = False
@@ -74,6 +76,8 @@ class Step:
         """Mean of the recorded losses over all slots of all ranks, once committed; their sum in a
         loop that sums. None when nothing was recorded, or the step was rolled forward after a fault: its ballots, which
         carry the losses, are lost."""
+        self.skipped = False
+        """Whether it counts and its gradients were dropped, being not finite (`on_nan="skip"`)."""
 
     @property
     def index(self) -> int:
@@ -94,6 +98,9 @@ class Step:
         self._loop.current = self
         self._parts.recorder.step(self._number)
         self._loop.reducer.begin()
+        self._loop.numbers.begin(self._number, self._generation)
+        if self._loop.corrupter.armed:
+            self._loop.corrupter.state(self._number, self._loop.snapshots.replicated(steady=True))
         self._buffers = StepBuffers(self._loop.modules)
         return self
 
@@ -124,7 +131,7 @@ class Step:
         if self._slot is None:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
-        self._losses[self._slot] = float(value)
+        self._losses[self._slot] = self._loop.corrupter.loss(float(value))
 
     def __exit__(
         self,
@@ -221,6 +228,7 @@ class Step:
         batch = self._loop.feed.batch(self._number, slot)
         self._loop.note_batch(self._number, slot, batch)
         self._loop.reducer.start_slot(slot, last=slot == self._held[-1])
+        self._loop.corrupter.slot(self._number, slot)
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
         return batch
@@ -241,6 +249,7 @@ class Step:
         self._buffers.share(lambda buffer: broadcast_from_first(self._parts.group, buffer))
         self._digest = digest
         self._slot = None
+        self._loop.numbers.weigh(len(self._held))
         self._parts.recorder.phase(Phase.FORWARD)
 
     def _vote(self) -> None:
@@ -265,6 +274,10 @@ class Step:
             data_digest=self._loop.feed.digest(number),
             layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
+            state=self._loop.replicas.digest(number),
+            norm=self._loop.numbers.norm,
+            bad_bucket=self._loop.numbers.bad_bucket,
+            again=self._loop.numbers.final,
             losses=self._losses,
         )
         data = derive(*(self._loop.read[number, slot] for slot in self._held))
@@ -282,6 +295,8 @@ class Step:
         if result is not None:
             if not result.passed:
                 self._refused(result)
+            self._loop.numbers.counted(result)
+            self._result = result
             self.loss = result.loss if self._loop.mean else result.total
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
@@ -292,6 +307,7 @@ class Step:
             parts.trace.event("forward", step=number, generation=self._generation)
         self._loop.refusals = 0
         self.committed = True
+        self.skipped = self._loop.numbers.drop()
 
     def _refused(self, result: Tally) -> None:
         """A vote that did not pass is the job's fault; too many in a row are the script's."""
@@ -311,12 +327,20 @@ class Step:
         self._loop.refusals += 1
         if self._loop.refusals >= VOTES_MAX:
             raise UsageError(f"{result.reason}, {self._loop.refusals} times in a row")
+        if result.refusal is Refusal.REPLICAS:
+            self._loop.replicas.settle(result, self._number)
+        elif result.refusal is Refusal.NUMBERS:
+            self._loop.numbers.doubted(result, self._number, self._generation)
+        elif result.refusal is Refusal.GRADIENTS:
+            self._loop.numbers.differ(result)
         raise StepRolledBack(result.reason)
 
     def _commit(self) -> None:
         """The step counts and the optimizers have stepped."""
         parts = self._parts
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
+        self._loop.numbers.committed(self._result, self._number)
+        self._loop.replicas.committed()
         self._loop.feed.committed(self._number)
         self._loop.read.clear()
         if parts.membership.active:  # else it is captured on entering the next world
@@ -325,7 +349,9 @@ class Step:
         parts.injector.at(Point.CAPTURE, self._number)
         losses = self._losses.values()
         parts.recorder.finish(
-            slots=len(self._held), loss=sum(losses) / len(losses) if losses else None
+            slots=len(self._held),
+            loss=sum(losses) / len(losses) if losses else None,
+            grad_norm=self._loop.numbers.norm,
         )
 
     def let_in(self) -> None:
