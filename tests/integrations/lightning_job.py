@@ -92,23 +92,24 @@ def loaders() -> dict[str, Any]:
     }
 
 
-def main(epochs: int, accumulate: int, folder: Path) -> None:
+def main(epochs: int, accumulate: int, folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model = Circle()
     trainer = trainer_of(epochs, accumulate, folder)
     trainer.fit(model, **loaders())
     checkpoint = trainer.checkpoint_callback
-    ftkit.init().trace.event(
-        "trained",
-        updates=trainer.global_step,
-        epoch=trainer.current_epoch,
-        seen=model.seen,
-        best=Path(checkpoint.best_model_path).name,
-        score=checkpoint.best_model_score.item(),
-        validated=trainer.callback_metrics["val_loss"].item(),
-        first=trainer.is_global_zero,
-        rate=trainer.optimizers[0].param_groups[0]["lr"],
-    )
+    told: dict[str, Any] = {
+        "updates": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "seen": model.seen,
+        "best": Path(checkpoint.best_model_path).name,
+        "score": checkpoint.best_model_score.item(),
+        "validated": trainer.callback_metrics["val_loss"].item(),
+        "first": trainer.is_global_zero,
+        "rate": trainer.optimizers[0].param_groups[0]["lr"],
+    }
+    ftkit.init().trace.event("trained", **told)
+    return told
 
 
 if __name__ == "__main__":
