@@ -39,9 +39,7 @@ def test_gradients_are_the_mean_over_all_batches_of_a_step() -> None:
     plain = torch.nn.Linear(2, 1)
     plain.load_state_dict(net.state_dict())
     model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
-    loader = DataLoader(
-        TensorDataset(torch.randn(12, 2)), batch_size=4
-    )
+    loader = DataLoader(TensorDataset(torch.randn(12, 2)), batch_size=4)
     for step in accelerator.steps(loader, until=1):
         with step:
             for (x,) in step.batches():
