@@ -52,7 +52,7 @@ def suspicion(verdict: Verdict, *, removed_s: float) -> str:
     """The reason of a verdict that is only a suspicion yet."""
     if verdict.fault not in EVICT:
         return verdict.reason
-    return f"{verdict.reason}; it would be removed after {removed_s:.1f} s"
+    return f"{verdict.reason}; suspected, and convicted after {removed_s:.1f} s"
 
 
 def comm_reason(members: Sequence[Track], *, stalled_s: float, limit_s: float) -> str:

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import MemberId, NodeId, Seat
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.core.verdict import Verdict
-from ftkit.core.world import World
+from ftkit.core.world import Member, World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
@@ -86,6 +86,8 @@ class Judge:
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
         self._panel = Panel([self._detector])
         self._levels = Levels(linger_s=config.times.stall_s / 6)
+        self._plain: set[MemberId] = set()
+        self._plain_world: World | None = None
         self._world: World | None = None
         self._world_at = 0.0
         self._halting_since: float | None = None
@@ -140,6 +142,10 @@ class Judge:
         for told in rows:
             if told.seat in seats:
                 row = told.row.shifted(offset_ns)
+                if row.plain:
+                    self._plain.add(row.member)
+                    if self._plain_world is not None:
+                        row = replace(row, generation=self._plain_world.generation)
                 self._panel.ingest(
                     RowSeen(
                         member=row.member,
@@ -170,10 +176,13 @@ class Judge:
         findings = Findings()
         if plan.mode is Mode.ENDED:
             return findings
+        if plan.world is None:
+            self._watch_plain(plan, now)
         said = self._panel.tick(now)
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:
-            if verdict.evicts:
+            # Of a script without a session none can be replaced: it is named, and that is all.
+            if verdict.evicts and self._plain_world is None:
                 findings.evictions[verdict.member] = verdict.reason
         if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
             # A member that cannot even say where it stands keeps everybody waiting.
@@ -192,6 +201,21 @@ class Judge:
                 **findings.evictions,
             }
         return findings
+
+    def _watch_plain(self, plan: Plan, now: float) -> None:
+        """Give the detectors a world of those that run a script without a session, all at once."""
+        here = {a.member: a for a in plan.seats}
+        known = self._plain_world
+        if len(here) < 2 or not here.keys() <= self._plain:
+            return
+        if known is not None and known.member_ids == here.keys():
+            return
+        generation = Generation(known.generation + 1 if known else 1)
+        members = [
+            Member(member=m, seat=a.seat, node=a.node, host="", port=0) for m, a in here.items()
+        ]
+        self._plain_world = World.of(generation, members)
+        self._panel.ingest(WorldChanged(world=self._plain_world, at=now))
 
     def _latecomers(
         self, world: World, members: Mapping[MemberId, MemberFacts], now: float

@@ -22,6 +22,7 @@ from ftkit.detection.config import DetectionConfig
 from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
+from ftkit.session import plain
 from ftkit.session.control import Control
 from ftkit.session.detour import Detour
 from ftkit.session.gc_clock import GcClock
@@ -80,6 +81,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
     if env is not None:
         name = f"seat-{seat}-member-{member}.jsonl"
         trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
+    plain.give_way()
     recorder = _recorder(env, member, last)
     if env is not None:
         last.enter_context(stacks.answering(Path(env.shm_dir), member))

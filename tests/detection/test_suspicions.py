@@ -63,7 +63,7 @@ def test_a_hang_in_a_quick_job_is_named_within_a_second_and_nobody_has_to_go() -
     assert (verdict.seat, verdict.fault, verdict.suspected) == (1, Fault.HANG_BLOCKED, True)
     assert not verdict.evicts
     assert verdict.confidence < 1
-    assert "would be removed after 30.0 s" in verdict.reason
+    assert "suspected, and convicted after 30.0 s" in verdict.reason
 
 
 def test_it_is_convicted_when_its_time_is_up() -> None:
