@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat
-from ftkit.core.verdict import Verdict
+from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import Member, World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
@@ -22,6 +22,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Awaited, OpRecord, Row
+from ftkit.detection.rules import SUSPECTED
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -87,6 +88,7 @@ class Judge:
         self._panel = Panel([self._detector])
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._plain: set[MemberId] = set()
+        self._gone_nodes: dict[NodeId, float] = {}
         self._plain_world: World | None = None
         self._world: World | None = None
         self._world_at = 0.0
@@ -97,10 +99,19 @@ class Judge:
         if late_by_s > LATE_S:
             self._panel.ingest(ObserverLate(by_s=late_by_s))
 
+    def node_gone(self, node: NodeId, at: float) -> None:
+        """The connection to a node's agent broke. What it held may be lost: nobody knows yet."""
+        self._gone_nodes.setdefault(node, at)
+
+    def node_back(self, node: NodeId) -> None:
+        """The same agent is there again: only the connection had broken."""
+        self._gone_nodes.pop(node, None)
+
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
+            self._gone_nodes.clear()  # who is in it was heard of
             self._panel.ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
@@ -179,6 +190,7 @@ class Judge:
         if plan.world is None:
             self._watch_plain(plan, now)
         said = self._panel.tick(now)
+        said += self._lost(plan.world or self._plain_world, {v.member for v in said})
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:
             # Of a script without a session none can be replaced: it is named, and that is all.
@@ -201,6 +213,26 @@ class Judge:
                 **findings.evictions,
             }
         return findings
+
+    def _lost(self, world: World | None, named: set[MemberId]) -> list[Verdict]:
+        """NODE_LOST, suspected: the agent hung up. What follows from it, the protocol says."""
+        if world is None or all(m.node in self._gone_nodes for m in world.members):
+            return []  # we hear nobody: that is our own deafness
+        return [
+            Verdict(
+                fault=Fault.NODE_LOST,
+                member=m.member,
+                seat=m.seat,
+                reason=f"the connection to the agent of node {m.node} broke, and seat {m.seat} "
+                f"(member {m.member}) is on it",
+                since_s=self._gone_nodes[m.node],
+                evidence={"node": m.node},
+                confidence=SUSPECTED,
+                suspected=True,
+            )
+            for m in world.members
+            if m.node in self._gone_nodes and m.member not in named
+        ]
 
     def _watch_plain(self, plan: Plan, now: float) -> None:
         """Give the detectors a world of those that run a script without a session, all at once."""
