@@ -33,12 +33,17 @@ from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.pace import STILL_S, Pace
+from ftkit.launch.prober import ROLE as PAIR_TEST
+from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
+
+#: What a machine is called across jobs, where its host name is not the right name: in a pod.
+NAME_VARIABLE = "FTKIT_NODE_NAME"
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
@@ -86,6 +91,7 @@ class Agent:
         self._node = node
         self._secret = bytes.fromhex(secret)
         self._host = host
+        self._name = node_name(config, node, host, inherited)
         self._inherited = inherited
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -113,6 +119,9 @@ class Agent:
             self.trace,
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
+        )
+        self._prober = Prober(
+            self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
@@ -199,6 +208,7 @@ class Agent:
             listener.close()
         if self._forks is not None:
             self._forks.close()
+        self._prober.close()
         self._tiers.close()
         self._examiner.close()
         self._arenas.remove()
@@ -218,6 +228,9 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._hear(*value)
+            case "signal":
+                self._signals.append(value)
+                self._tell_coordinator()
             case "forks":
                 self._spawn_missing()
             case "tiers":
@@ -248,6 +261,9 @@ class Agent:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind != "rank" and hello.get("role") == PAIR_TEST:
+            self._prober.serve(sock, hello)
+            return
         line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
@@ -369,6 +385,7 @@ class Agent:
                         voted=bool(message["voted"]),
                         cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
+                        sharded=bool(message["sharded"]),
                     )
                     self._spawn_missing()
                 case "arena":
@@ -400,10 +417,13 @@ class Agent:
         """A coordinator said something."""
         if number < self._coordinator_number:
             return
-        if message.get("type") == "look":
-            self._look_closely(message)
-        else:
-            self._take_plan(message)
+        match message.get("type"):
+            case "look":
+                self._look_closely(message)
+            case "pairs":
+                self._prober.take(message.get("tests"))
+            case _:
+                self._take_plan(message)
 
     def _look_closely(self, message: dict[str, Any]) -> None:
         """Something was found: keep what can be seen of it here, before it changes."""
@@ -559,6 +579,7 @@ class Agent:
                 "type": "facts",
                 "node": self._node,
                 "boot": self._boot,
+                "name": self._name,
                 "members": [
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
@@ -590,3 +611,10 @@ class Agent:
             line.send(message)
         except WireError as error:
             logger.debug("a peer hung up: %s", error)
+
+
+def node_name(config: JobConfig, node: NodeId, host: str, environ: Mapping[str, str]) -> str:
+    """What this machine is called in every job, whatever its number is in this one."""
+    name = environ.get(NAME_VARIABLE) or socket.gethostname()
+    # Several nodes on one machine are there for trying things out: each is one of its own.
+    return f"{name}/{node}" if config.nodes > 1 and host.startswith("127.") else name

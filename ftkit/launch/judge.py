@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from ftkit.core import detour
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.core.verdict import Fault, Verdict
@@ -12,9 +13,12 @@ from ftkit.core.world import Member, World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.inquiry import Inquiry
+from ftkit.detection.known_offenders import KnownOffenders
 from ftkit.detection.levels import Levels, Over
 from ftkit.detection.observations import (
     Exited,
+    Observation,
     ObserverLate,
     ProcessFacts,
     RowSeen,
@@ -23,6 +27,7 @@ from ftkit.detection.observations import (
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Awaited, OpRecord, Row
 from ftkit.detection.rules import SUSPECTED
+from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -85,7 +90,9 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector])
+        self._panel = Panel([self._detector, Told(), KnownOffenders()])
+        # A drill's relay stands between seats of one node, too.
+        self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._plain: set[MemberId] = set()
         self._gone_nodes: dict[NodeId, float] = {}
@@ -97,7 +104,11 @@ class Judge:
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > LATE_S:
-            self._panel.ingest(ObserverLate(by_s=late_by_s))
+            self._ingest(ObserverLate(by_s=late_by_s))
+
+    def take(self, observation: Observation) -> None:
+        """Something else was seen, at a time on this clock."""
+        self._ingest(observation)
 
     def node_gone(self, node: NodeId, at: float) -> None:
         """The connection to a node's agent broke. What it held may be lost: nobody knows yet."""
@@ -112,7 +123,7 @@ class Judge:
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
             self._gone_nodes.clear()  # who is in it was heard of
-            self._panel.ingest(WorldChanged(world=plan.world, at=at))
+            self._ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
         elif self._halting_since is None:
@@ -143,10 +154,10 @@ class Judge:
         # Rows carry the agent's clock; on one host the difference is the message's way here.
         offset_ns = int((at - sent) * 1e9) if node else 0
         if late_s > LATE_S:
-            self._panel.ingest(ObserverLate(by_s=late_s))
+            self._ingest(ObserverLate(by_s=late_s))
         for value in measured:
             try:
-                self._panel.ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
+                self._ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
             except ProtocolError as error:
                 logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}
@@ -157,7 +168,7 @@ class Judge:
                     self._plain.add(row.member)
                     if self._plain_world is not None:
                         row = replace(row, generation=self._plain_world.generation)
-                self._panel.ingest(
+                self._ingest(
                     RowSeen(
                         member=row.member,
                         seat=told.seat,
@@ -171,7 +182,7 @@ class Judge:
         for member in members:
             code = member.exit_code
             if member.stage is Stage.DEAD:
-                self._panel.ingest(
+                self._ingest(
                     Exited(
                         member=member.member,
                         seat=member.seat,
@@ -182,6 +193,10 @@ class Judge:
                     )
                 )
 
+    def _ingest(self, observation: Observation) -> None:
+        self._panel.ingest(observation)
+        self.inquiry.ingest(observation)
+
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
@@ -189,7 +204,7 @@ class Judge:
             return findings
         if plan.world is None:
             self._watch_plain(plan, now)
-        said = self._panel.tick(now)
+        said = self.inquiry.tick(now, self._panel.tick(now))
         said += self._lost(plan.world or self._plain_world, {v.member for v in said})
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:
@@ -247,7 +262,7 @@ class Judge:
             Member(member=m, seat=a.seat, node=a.node, host="", port=0) for m, a in here.items()
         ]
         self._plain_world = World.of(generation, members)
-        self._panel.ingest(WorldChanged(world=self._plain_world, at=now))
+        self._ingest(WorldChanged(world=self._plain_world, at=now))
 
     def _latecomers(
         self, world: World, members: Mapping[MemberId, MemberFacts], now: float
