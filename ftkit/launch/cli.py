@@ -12,6 +12,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch.ckpt_command import ckpt
+from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -323,6 +324,7 @@ def doctor_network(
 
 
 main.add_command(ckpt)
+main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:

@@ -22,6 +22,7 @@ from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.session.control import Control
+from ftkit.session.core_clock import CoreClock
 from ftkit.session.detour import Detour
 from ftkit.session.gc_clock import GcClock
 from ftkit.session.inject import Injector
@@ -122,7 +123,14 @@ def _recorder(env: RankEnv | None, member: MemberId, last: contextlib.ExitStack)
     """The recorder on the node's status board, or on one of its own when alone."""
     collector = GcClock()
     last.callback(collector.close)
-    gauges = Gauges(blocked_s=blocked_s, cpu_s=time.thread_time, gc_s=collector.seconds)
+    cores = CoreClock()
+    last.callback(cores.close)
+    gauges = Gauges(
+        blocked_s=blocked_s,
+        cpu_s=time.thread_time,
+        gc_s=collector.seconds,
+        starved_s=cores.starved_s,
+    )
     if env is None:
         folder = Path(last.enter_context(tempfile.TemporaryDirectory()))
         board = StatusBoard.create(folder / BOARD, seats=1)
