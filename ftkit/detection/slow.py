@@ -80,6 +80,7 @@ class Slowness:
         self._past = Sums(effect=effect)
         self._pasts: dict[MemberId, _Past] = {}
         self._groups: dict[MemberId, frozenset[MemberId]] = {}
+        self._paired: frozenset[MemberId] = frozenset()
         self.kinds: dict[frozenset[MemberId], frozenset[MemberId]] = {}
         """Groups of two kinds, as of the last step -> the slower ones."""
 
@@ -104,8 +105,9 @@ class Slowness:
             groups.setdefault(keys[member], {})[member] = value
         against_peers: dict[MemberId, float] = {}
         paired = frozenset(m for group in groups.values() if len(group) == 2 for m in group)
+        self._paired = paired if len(paired) >= 2 * PAIRS_MIN else frozenset()
         for group in groups.values():
-            in_pairs = len(group) == 2 and len(paired) >= 2 * PAIRS_MIN
+            in_pairs = self._paired >= group.keys()
             if len(group) >= PEERS_MIN or in_pairs:
                 against_peers |= residuals(group)
             for member in group:
@@ -151,8 +153,10 @@ class Slowness:
     def _outlier(self, member: MemberId) -> Finding | None:
         """The finding, if what speaks against it is more than the spread of its group."""
         steps = max(STEPS_MIN, self._peers.cusum(member).steps)
+        # That the other pairs differ as much, whichever way, says that replicas do.
+        size = abs if member in self._paired else float
         others = [
-            level
+            size(level)
             for m in self._groups[member]
             if m != member and (level := self._peers.level(m, steps)) is not None
         ]
