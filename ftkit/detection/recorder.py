@@ -14,7 +14,7 @@ from typing import Self
 from ftkit.core.clock import Clock
 from ftkit.core.ids import Generation, Step
 from ftkit.detection.meter import Gauges, StepMeter
-from ftkit.detection.row import WARM, Phase, op_bytes, op_code
+from ftkit.detection.row import WARM, Phase, op_code
 from ftkit.detection.status import SeatWriter
 from ftkit.detection.step_record import PLACE_BYTES, ROLE_BYTES, label
 
@@ -41,13 +41,12 @@ class Recorder:
         if heartbeat_interval_s is not None and not heartbeat_interval_s > 0:
             raise ValueError(f"heartbeat_interval_s is {heartbeat_interval_s}, must be positive")
         self._writer = writer
-        self._now = clock.now
+        self._clock = clock
         self._lock = threading.Lock()
         #: (group, seq) of every pending collective, oldest first -> (ticket, t_enter, op code)
         self._pending: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._entered: dict[int, int] = {}
-        #: name of an op -> the code and the bytes that stand for it
-        self._ops: dict[str, tuple[int, bytes]] = {}
+        self._codes: dict[str, int] = {}
         self._stepped = False
         self._meter = StepMeter(gauges or Gauges(), Phase.STARTING, clock.now())
         self._role = self._place = ""
@@ -83,7 +82,7 @@ class Recorder:
         with self._lock:
             if self._closed:
                 return
-            now = self._now()
+            now = self._clock.now()
             self._meter.turn(phase, now)
             self._writer.phase = phase
             self._writer.publish(int(now * 1e9))
@@ -97,7 +96,7 @@ class Recorder:
             if self._stepped and step > writer.step:
                 writer.flags |= WARM
             self._stepped = True
-            now = self._now()
+            now = self._clock.now()
             self._meter.begin(now)
             writer.step = step
             writer.publish(int(now * 1e9))
@@ -117,7 +116,7 @@ class Recorder:
         with self._lock:
             if self._closed:
                 return
-            writer, now = self._writer, self._now()
+            writer, now = self._writer, self._clock.now()
             writer.record_step(
                 self._meter.end(
                     Phase.BETWEEN,
@@ -156,20 +155,13 @@ class Recorder:
             if self._closed:
                 return
             writer, now = self._writer, self._now_ns()
-            known = self._ops.get(op)
-            if known is None:
-                known = self._ops[op] = op_code(op), op_bytes(op)
-            code, name = known
-            ticket = writer.record_enter(group=group, seq=seq, op=name, nbytes=nbytes, t_ns=now)
-            pending = self._pending
-            pending[group, seq] = (ticket, now, code)
-            if self._entered.get(group, -1) < seq:
-                self._entered[group] = seq
-            if len(pending) > 1:
-                self._show()
-            else:
-                writer.group, writer.op_code, writer.t_enter_ns = group, code, now
-                writer.entered, writer.left = self._entered[group], seq - 1
+            code = self._codes.get(op)
+            if code is None:
+                code = self._codes[op] = op_code(op)
+            ticket = writer.record_enter(group=group, seq=seq, op=op, nbytes=nbytes, t_ns=now)
+            self._pending[group, seq] = (ticket, now, code)
+            self._entered[group] = max(seq, self._entered.get(group, -1))
+            self._show()
             writer.publish(now)
 
     def leave(self, seq: int, ok: bool, group: int | None = None) -> None:
@@ -181,9 +173,9 @@ class Recorder:
         with self._lock:
             if self._closed:
                 return
-            if group is None and (group := self._group_of(seq)) is None:
-                return
-            if (entry := self._pending.pop((group, seq), None)) is None:
+            if group is None:
+                group = next((g for g, s in self._pending if s == seq), None)
+            if group is None or (entry := self._pending.pop((group, seq), None)) is None:
                 return
             writer, now = self._writer, self._now_ns()
             writer.record_leave(entry[0], t_ns=now, ok=ok)
@@ -228,12 +220,6 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def _group_of(self, seq: int) -> int | None:
-        for group, pending in self._pending:
-            if pending == seq:
-                return group
-        return None
-
     def _show(self) -> None:
         """Have the row show the oldest pending collective: the one that is waited for."""
         (group, seq), (_, t_enter, code) = next(iter(self._pending.items()))
@@ -246,4 +232,4 @@ class Recorder:
             self._writer.beat(self._now_ns())
 
     def _now_ns(self) -> int:
-        return int(self._now() * 1e9)
+        return int(self._clock.now() * 1e9)

@@ -34,7 +34,7 @@ WORD: Final = 0xFFFFFFFF
 
 #: generation, crc of op, step, phase, flags, group, entered, left, t_progress, t_enter
 COPY: Final = struct.Struct("<IIIBBHqqQQ")
-_IDENTITY: Final = struct.Struct("<Q")
+_STAMP: Final = struct.Struct("<IQ")
 assert COPY.size == COPY_BYTES
 
 #: Flag: this process has finished a step, so that it no longer gets the grace of the first.
@@ -42,12 +42,9 @@ WARM: Final = 1
 
 RECORD_BYTES: Final = 80
 OP_BYTES: Final = 32
-#: seq, t_enter, t_leave, nbytes, member, generation, group, op; the checksum comes last
-_RECORD: Final = struct.Struct(f"<QQqQIII{OP_BYTES}s")
-_CRC: Final = struct.Struct("<I")
-assert _RECORD.size + _CRC.size == RECORD_BYTES
-#: Of a record, what holds t_leave.
-_LEAVE: Final = slice(16, 24)
+#: seq, t_enter, t_leave, nbytes, member, generation, group, crc, op
+RECORD: Final = struct.Struct("<QQqQIIII32s")
+assert RECORD.size == RECORD_BYTES
 
 
 class Phase(StrEnum):
@@ -187,46 +184,41 @@ def op_code(op: str) -> int:
     return zlib.crc32(op_bytes(op))
 
 
-def identity_crc(identity: int) -> int:
-    """Checksum of word 1, for `stamp`."""
-    return zlib.crc32(_IDENTITY.pack(identity))
-
-
 def stamp(version: int, identity: int, copy: bytes) -> int:
-    """Word 0 of a row: `version`, and the checksum over it, word 1 and the copy.
-
-    `identity` is `identity_crc` of word 1. Together with the version it is what the checksum
-    starts from: two that start from different values never agree on the same bytes.
-    """
-    return version | zlib.crc32(copy, version ^ identity) << 32
+    """Word 0 of a row: `version`, and the checksum over it, the identity word and the copy."""
+    return version | zlib.crc32(copy, zlib.crc32(_STAMP.pack(version, identity))) << 32
 
 
 def encode_record(
-    member: int, generation: int, group: int, seq: int, op: bytes, nbytes: int, t_enter_ns: int
+    *, member: int, generation: int, group: int, seq: int, op: str, nbytes: int, t_enter_ns: int
 ) -> bytes:
-    """A pending record, `op` being `op_bytes` of the name.
-
-    The checksum is over t_leave as 0: that is stored later, in one word.
-    """
-    body = _RECORD.pack(seq, t_enter_ns, 0, nbytes, member, generation, group, op)
-    return body + _CRC.pack(zlib.crc32(body))
+    """A pending record. The checksum leaves t_leave out: that is stored later, in one word."""
+    name = op_bytes(op)
+    crc = _record_crc(seq, t_enter_ns, nbytes, member, generation, group, name)
+    return RECORD.pack(seq, t_enter_ns, 0, nbytes, member, generation, group, crc, name)
 
 
 def decode_record(data: bytes) -> OpRecord | None:
     """The record in these 80 bytes, or None for one that was never or not wholly written."""
-    body = bytearray(data[: _RECORD.size])
-    seq, t_enter, t_leave, nbytes, member, generation, group, name = _RECORD.unpack(body)
-    body[_LEAVE] = bytes(8)
-    if not t_enter or _CRC.unpack_from(data, _RECORD.size)[0] != zlib.crc32(body):
+    seq, t_enter, t_leave, nbytes, member, generation, group, crc, name = RECORD.unpack(data)
+    name = name.rstrip(b"\0")
+    if not t_enter or crc != _record_crc(seq, t_enter, nbytes, member, generation, group, name):
         return None
     return OpRecord(
         member=MemberId(member),
         generation=Generation(generation),
         group=group,
         seq=seq,
-        op=name.rstrip(b"\0").decode("ascii", "replace"),
+        op=name.decode("ascii", "replace"),
         nbytes=nbytes,
         t_enter_ns=t_enter,
         t_leave_ns=abs(t_leave),
         ok=t_leave > 0,
     )
+
+
+def _record_crc(
+    seq: int, t_enter: int, nbytes: int, member: int, generation: int, group: int, name: bytes
+) -> int:
+    packed = RECORD.pack(seq, t_enter, 0, nbytes, member, generation, group, 0, name)
+    return zlib.crc32(packed)

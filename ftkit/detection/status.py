@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
-from zlib import crc32
 
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, MemberId, Step
@@ -35,7 +34,6 @@ from ftkit.detection.row import (
     Row,
     decode_record,
     encode_record,
-    identity_crc,
     op_code,
     stamp,
 )
@@ -169,7 +167,7 @@ class StatusBoard:
             identity, heartbeat, allowance = words[first + 1], words[first + 2], words[first + 3]
             start = base + 32 + (head & 1) * COPY_BYTES
             copy = bytes(self._bytes[start : start + COPY_BYTES])
-            if stamp(head & WORD, identity_crc(identity), copy) != head:
+            if stamp(head & WORD, identity, copy) != head:
                 continue
             generation, op, step, phase, flags, group, entered, left, t_progress, t_enter = (
                 COPY.unpack(copy)
@@ -304,49 +302,33 @@ class SeatWriter:
     ) -> None:
         """Use `StatusBoard.attach`."""
         self._bytes, self._words = data, words
-        self._first, self._ring = base // 8, ring
+        self._base, self._first, self._ring = base, base // 8, ring
         self._steps = steps
         self.member = member
         self.generation = 0
         self.step = 0
-        self.phase = Phase.STARTING  # sets its code: a look-up by phase costs as much as a crc
+        self.phase = Phase.STARTING
         self.flags = 0
         self.group = 0
         self.entered = -1
         self.left = -1
         self.op_code = 0
         self.t_enter_ns = 0
-        identity = member | pid << 32
-        self._identity = identity_crc(identity)
+        self._identity = member | pid << 32
         self._version = int(words[self._first]) & WORD
         self._count = 0
-        copies = base + 32
-        self._copies = (
-            slice(copies, copies + COPY_BYTES),
-            slice(copies + COPY_BYTES, copies + 2 * COPY_BYTES),
-        )
 
         version, copy = self._fill(0)
         # Between these stores the row is refused by readers rather than given to the wrong one.
-        words[self._first + 1] = identity
+        words[self._first + 1] = self._identity
         words[self._first + 2] = 0
         words[self._first + 3] = 0
         words[self._first] = stamp(version, self._identity, copy)
 
-    @property
-    def phase(self) -> Phase:
-        """Where the training thread stands."""
-        return PHASES[self._phase]
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        self._phase = PHASE_CODE[phase]
-
     def publish(self, t_progress_ns: int) -> None:
         """Make the fields, as they are now, the row that readers see."""
         version, copy = self._fill(t_progress_ns)
-        # `stamp`, spelt out: this runs twice for each collective.
-        self._words[self._first] = crc32(copy, version ^ self._identity) << 32 | version
+        self._words[self._first] = stamp(version, self._identity, copy)
 
     def beat(self, t_ns: int) -> None:
         """Stamp the heartbeat. The one method that may run beside another."""
@@ -356,16 +338,19 @@ class SeatWriter:
         """Permit a stall until then; 0 withdraws it."""
         self._words[self._first + 3] = until_ns
 
-    def record_enter(self, *, group: int, seq: int, op: bytes, nbytes: int, t_ns: int) -> int:
-        """Put a pending record into the ring; returns the ticket for `record_leave`.
-
-        `op` is `row.op_bytes` of the name.
-        """
+    def record_enter(self, *, group: int, seq: int, op: str, nbytes: int, t_ns: int) -> int:
+        """Put a pending record into the ring; returns the ticket for `record_leave`."""
         ticket = self._count
-        self._count = ticket + 1
+        self._count += 1
         start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
         self._bytes[start : start + RECORD_BYTES] = encode_record(
-            self.member, self.generation, group & WORD, seq, op, nbytes, t_ns
+            member=self.member,
+            generation=self.generation,
+            group=group & WORD,
+            seq=seq,
+            op=op,
+            nbytes=nbytes,
+            t_enter_ns=t_ns,
         )
         return ticket
 
@@ -388,7 +373,7 @@ class SeatWriter:
             self.generation,
             self.op_code,
             self.step,
-            self._phase,
+            PHASE_CODE[self.phase],
             self.flags,
             self.group & 0xFFFF,
             self.entered,
@@ -396,7 +381,8 @@ class SeatWriter:
             t_progress_ns,
             self.t_enter_ns,
         )
-        self._bytes[self._copies[version & 1]] = copy
+        start = self._base + 32 + (version & 1) * COPY_BYTES
+        self._bytes[start : start + COPY_BYTES] = copy
         return version, copy
 
 

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from ftkit.core.ids import Generation, MemberId, Seat, Step
 from ftkit.core.verdict import Fault, Verdict
@@ -39,7 +40,7 @@ class Pace:
     def seen(self, seat: int, work: float, **changes) -> StepSeen:
         """What the member on `seat` says of the step; `work` is for one slot."""
         stage = seat % self.stages
-        values = {
+        values: dict[str, Any] = {
             "member": MemberId(FIRST + seat),
             "seat": Seat(seat),
             "generation": Generation(self.generation),
@@ -58,7 +59,7 @@ class Pace:
         steps: int,
         factor: Callable[[int, int], float] = lambda seat, step: 1.0,
         *,
-        change: Callable[[int, int], dict[str, object]] = lambda seat, step: {},
+        change: Callable[[int, int], dict[str, Any]] = lambda seat, step: {},
         missing: Callable[[int, int], bool] = lambda seat, step: False,
     ) -> Iterator[list[Verdict]]:
         """Play steps; yields what stands after each. `factor` of a seat in a step of this call."""
@@ -69,9 +70,7 @@ class Pace:
                 if missing(seat, n):
                     continue
                 noise = self.rng.lognormvariate(0.0, self.noise)
-                self.detector.ingest(
-                    self.seen(seat, factor(seat, n) * noise, **change(seat, n))  # type: ignore[arg-type]
-                )
+                self.detector.ingest(self.seen(seat, factor(seat, n) * noise, **change(seat, n)))
             yield self.detector.tick(self.now)
 
     def last(self, *args, **kwargs) -> list[Verdict]:

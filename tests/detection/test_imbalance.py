@@ -6,10 +6,6 @@ from ftkit.core.verdict import Fault
 from tests.detection.pace import Pace, slow
 
 
-def of(verdicts, fault: Fault) -> list:
-    return [v for v in verdicts if v.fault is fault]
-
-
 def test_another_one_is_last_each_step() -> None:
     pace = Pace(8)
     verdicts = pace.last(40, lambda seat, step: 1.4 if seat == (5 * step) % 8 else 1.0)
@@ -65,8 +61,8 @@ def test_a_stall_in_every_second_step_is_one_verdict_and_still_no_slow_rank() ->
         {"seconds": {"data": 2.0, "forward": 2.0}} if seat == 2 and step % 4 == 0 else {}
     )
     assert pace.ever(60, change=stall) == {(Fault.DATA_STALL, 2)}
-    (verdict,) = of(pace.last(1, change=stall), Fault.DATA_STALL)
-    assert verdict.evidence["times"] > 10
+    (verdict,) = pace.last(1, change=stall)
+    assert verdict.evidence["times"] == 16
 
 
 def test_a_loader_that_always_takes_long_does_not_stall() -> None:
