@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.collectives import backend
@@ -35,6 +37,8 @@ from ftkit.collectives.slots import assign
 BLOCK_BYTES = 4 << 20
 BLOCK_OPS_MAX = 50
 BLOCK_STEPS = 3
+#: Cases that train; all others are collective operations of so many bytes.
+TRAINING = ("step", "fsdp")
 #: What a fold works on at a time, also in the bound.
 PIECE = 256 << 10
 
@@ -57,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     done = []
     for case in options.cases:
         name, _, number = case.partition(":")
-        if name == "step":
-            sides = step_sides(int(number), gloo)
+        if name in TRAINING:
+            sides = step_sides(int(number), gloo) if name == "step" else fsdp_sides(gloo)
             done.append(time_sides(case, sides, options.blocks, 1, again=id))
         else:
             size = int(number)
@@ -171,19 +175,60 @@ def bound(data: torch.Tensor) -> tuple[Run, torch.Tensor]:
     return run, data
 
 
+def network() -> nn.Sequential:
+    """The network that is trained, of 4.2 M parameters; the same on every rank and side."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(1024, 1024), nn.ReLU())))
+
+
+def update(model: nn.Module) -> None:
+    """The smallest optimizer there is."""
+    with torch.no_grad():
+        for param in model.parameters():
+            assert param.grad is not None, "every parameter is used"
+            param.sub_(param.grad, alpha=1e-3)
+            param.grad = None
+
+
+def several(run: Run) -> Run:
+    """A block of steps."""
+
+    def steps() -> None:
+        for _ in range(BLOCK_STEPS):
+            run()
+
+    return steps
+
+
+def fsdp_sides(gloo: Any) -> Sides:
+    """A step of an FSDP2 model sharded over all ranks, a layer at a time, over either group."""
+    rank = dist.get_rank()
+    batch = torch.randn(4, 1024, generator=torch.Generator().manual_seed(rank))
+
+    def side(group: Any) -> tuple[Run, torch.Tensor]:
+        model, mesh = network(), DeviceMesh.from_group(group, "cpu")
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+        def run() -> None:
+            model(batch).square().mean().backward()
+            update(model)
+
+        return several(run), cast("Any", model[0]).weight.to_local()
+
+    return {"gloo": side(gloo), "ftkit": side(dist.group.WORLD)}
+
+
 def step_sides(slots: int, gloo: Any) -> Sides:
     """A training step: alone, by DDP over gloo and over ftkit, and by canonical reduction.
 
-    `slots` micro-batches of the whole world; each rank adds up those it holds. All train the
-    same network, of 4.2 M parameters, from the same start.
+    `slots` micro-batches of the whole world; each rank adds up those it holds.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     held = assign(slots, world)[rank]
     batches = [torch.randn(4, 1024, generator=torch.Generator().manual_seed(slot)) for slot in held]
-
-    def build() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(1024, 1024), nn.ReLU())))
 
     def last(model: nn.Module) -> torch.Tensor:
         return list(model.parameters())[-2].data
@@ -197,14 +242,7 @@ def step_sides(slots: int, gloo: Any) -> Sides:
 
         return run
 
-    def update(model: nn.Module) -> None:
-        with torch.no_grad():
-            for param in model.parameters():
-                assert param.grad is not None, "every parameter is used"
-                param.sub_(param.grad, alpha=1e-3)
-                param.grad = None
-
-    alone, over_gloo, over_ftkit, canonical = (build() for _ in range(4))
+    alone, over_gloo, over_ftkit, canonical = (network() for _ in range(4))
     ddp = {
         "gloo": DistributedDataParallel(over_gloo, process_group=gloo),
         "ftkit": DistributedDataParallel(over_ftkit),
@@ -226,24 +264,17 @@ def step_sides(slots: int, gloo: Any) -> Sides:
         reducer.end()
         update(canonical)
 
-    def steps(run: Run) -> Run:
-        def several() -> None:
-            for _ in range(BLOCK_STEPS):
-                run()
-
-        return several
-
     return {
-        "alone": (steps(train(alone, nullcontext)), last(alone)),
-        "gloo": (steps(train(ddp["gloo"], ddp["gloo"].no_sync)), last(over_gloo)),
-        "ftkit": (steps(train(ddp["ftkit"], ddp["ftkit"].no_sync)), last(over_ftkit)),
-        "canonical": (steps(canonical_step), last(canonical)),
+        "alone": (several(train(alone, nullcontext)), last(alone)),
+        "gloo": (several(train(ddp["gloo"], ddp["gloo"].no_sync)), last(over_gloo)),
+        "ftkit": (several(train(ddp["ftkit"], ddp["ftkit"].no_sync)), last(over_ftkit)),
+        "canonical": (several(canonical_step), last(canonical)),
     }
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__)
-    made.add_argument("cases", nargs="+", help="all_reduce:BYTES, ..., step:SLOTS")
+    made.add_argument("cases", nargs="+", help="all_reduce:BYTES, ..., step:SLOTS, fsdp")
     made.add_argument("--blocks", type=int, default=5)
     made.add_argument("--transport", choices=["auto", "tcp"], default="auto")
     return made.parse_args(argv)

@@ -7,6 +7,7 @@ ftkit's time over gloo's in the same processes. Beside it stand
     resident    the same all-reduce on a tensor from `ftkit.collectives.resident.resident`
     bound       its adds and copies alone, on the same memory, without any coordination
     exposed     a DDP step minus the same step without DDP
+    FSDP2       a step of sharded training; the goal is 0.9 of gloo's
     canonical   the step with canonical reduction over the step with plain all-reduce; after a
                 loss: 8 slots on 3 ranks
 
@@ -27,6 +28,7 @@ from typing import Any
 
 from benchmarks.children import Children, free_port, gloo_environment, python
 from benchmarks.collective_kills import Kill, kill_one
+from benchmarks.collective_ranks import BLOCK_STEPS, TRAINING
 from benchmarks.figures import Figure, Report, finish, parser, percentile, say
 from benchmarks.hosts import Hosts
 from benchmarks.jobs import scratch
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if "step" in options.only:
                 # As many slots as ranks, or twice four of which one is lost.
                 slots = 8 if world == 3 else world
-                cases += run_ranks(world, [f"step:{slots}"], options.blocks, folder)
+                cases += run_ranks(world, [f"step:{slots}", "fsdp"], options.blocks, folder)
         if "tcp" in options.only:
             if Hosts.available():
                 names = [f"all_reduce:{size}" for size in TCP_SIZES]
@@ -138,6 +140,8 @@ def case_figures(case: Case) -> list[Figure]:
     name, _, number = case["case"].partition(":")
     if name == "step":
         return step_figures(case)
+    if name == "fsdp":
+        return fsdp_figures(case)
     times = dict(_times(case))
     size, world, title = int(number), case["ranks"], _title(case)
     factor = 2 * (world - 1) / world if name == "all_reduce" else (world - 1) / world
@@ -187,7 +191,7 @@ def step_figures(case: Case) -> list[Figure]:
     times, title = dict(_times(case)), _title(case)
     exposed = {side: times[side] - times["alone"] for side in times}
     lost = case["ranks"] == 3
-    told = ", ".join(f"{side} {t / 3 * 1e3:.1f} ms" for side, t in times.items())
+    told = ", ".join(f"{side} {t / BLOCK_STEPS * 1e3:.1f} ms" for side, t in times.items())
     return [
         Figure(
             name=f"{title}: exposed communication, DDP on ftkit / gloo",
@@ -209,6 +213,21 @@ def step_figures(case: Case) -> list[Figure]:
             at_most=1.5 if lost else 1.05,
             against="DDP over ftkit's all-reduce",
         ),
+    ]
+
+
+def fsdp_figures(case: Case) -> list[Figure]:
+    """What a step of sharded training takes; pure."""
+    times = dict(_times(case))
+    told = ", ".join(f"{side} {t / BLOCK_STEPS * 1e3:.1f} ms" for side, t in times.items())
+    return [
+        Figure(
+            name=f"{_title(case)}: step, ftkit / gloo",
+            value=times["ftkit"] / times["gloo"],
+            unit="x",
+            at_most=0.9,
+            against=f"a step: {told}",
+        )
     ]
 
 
@@ -248,11 +267,12 @@ def disagreements(cases: Sequence[Case]) -> list[str]:
     """Cases in which two sides that must agree did not; pure."""
     found = list[str]()
     for case in cases:
-        digests, operation = case["digests"], not case["case"].startswith("step")
+        digests, name = case["digests"], case["case"].partition(":")[0]
+        operation = name not in TRAINING
         for side in ("ftkit", "resident") if operation else ():
             if side in digests and digests[side] != digests["gloo"]:
                 found.append(f"{_title(case)}: {side} and gloo computed different results")
-        if not operation and len(set(digests["canonical"])) != 1:
+        if name == "step" and len(set(digests["canonical"])) != 1:
             found.append(f"{_title(case)}: ranks ended with different parameters")
     return found
 
@@ -281,6 +301,8 @@ def _digests(case: Case) -> list[str]:
 
 def _title(case: Case) -> str:
     name, _, number = case["case"].partition(":")
+    if name == "fsdp":
+        return f"FSDP2, {case['ranks']} ranks"
     what = f"{number} slots" if name == "step" else _size(int(number))
     return f"{name}, {case['ranks']} {'hosts' if case['hosts'] else 'ranks'}, {what}"
 

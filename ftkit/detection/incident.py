@@ -148,6 +148,8 @@ def _take(incident: Incident, event: Event) -> None:
             )
         case "decision":
             told = {k: event.get(k) for k in ("action", "reason", "generation", "step", "members")}
+            if costs := event.get("costs"):
+                told["costs"] = costs.get("reason")
             if told not in incident.decisions:
                 incident.decisions.append(told)
         case "spawn" if incident.committed is None:
@@ -310,9 +312,11 @@ def _decided(decision: Mapping[str, Any]) -> str:
     many = _how_many(decision.get("members"))
     if many is not None:
         text += f" with {many} members"
-    return (
-        f"{text}, because {decision['reason'].rstrip('.')}." if decision["reason"] else f"{text}."
-    )
+    if decision["reason"]:
+        text += f", because {decision['reason'].rstrip('.')}"
+    if decision.get("costs"):
+        text += f" ({decision['costs']})"
+    return f"{text}."
 
 
 def _end(incident: Incident) -> str:

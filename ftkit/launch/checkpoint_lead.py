@@ -24,7 +24,8 @@ class CheckpointLead:
         """
         self._tell = tell
         self._attempts = number * ATTEMPTS_MAX
-        self._written: Step | None = None
+        self.written: Step | None = None
+        """The newest checkpoint that this coordinator saw committed."""
         self._ending: Ending | None = None
         self._tell_next: float | None = None
         self._tell_every = PROGRESS_S
@@ -47,7 +48,7 @@ class CheckpointLead:
         before = self.order, self.over
         due = None
         if end is not None:
-            self._ending = self._ending or Ending(end.stop, self._written)
+            self._ending = self._ending or Ending(end.stop, self.written)
             due = self._ending.due(end, now)
         order, outcome = judge(self.order, reports, last_attempt=self._attempts, due=due)
         if self._ending is not None and end is not None and order is not None:
@@ -66,7 +67,7 @@ class CheckpointLead:
         if outcome.failed:
             self._tell("checkpoint-failed", step=outcome.step, reason=outcome.failed)
         else:
-            self._written = outcome.step
+            self.written = outcome.step
         if self._ending is not None:
             self._ending.take(outcome)
 

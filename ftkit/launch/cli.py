@@ -260,15 +260,76 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
     from ftkit.core.trace import read_run
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
+    from ftkit.launch.goodput import goodput
     from ftkit.launch.storage_story import storage_story
 
     events = read_run(newest_run(run_dir))
-    storage = storage_story(events)
+    storage, time_spent = storage_story(events), goodput(events)
     if as_json:
         told = {"incidents": [i.to_json() for i in incidents(events)]}
-        click.echo(json.dumps(told | {"storage": storage.to_json()}))
+        also = {"storage": storage.to_json(), "goodput": time_spent.to_json()}
+        click.echo(json.dumps(told | also))
     else:
-        click.echo("\n\n".join(t for t in (explain_events(events), storage.paragraph()) if t))
+        told_of = (explain_events(events), time_spent.paragraph(), storage.paragraph())
+        click.echo("\n\n".join(t for t in told_of if t))
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.option("--world", type=click.IntRange(min=1), help="Ranks of the full job.")
+@click.option("--lost", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option("--node-lost", is_flag=True, help="Another node has to be found for them.")
+@click.option("--spares", type=click.IntRange(min=0), default=0, help="Hot spares that are ready.")
+@click.option("--world-min", type=click.IntRange(min=1), default=1, help="Fewer cannot train.")
+@click.option("--no-memory", is_flag=True, help="Memory does not hold the whole state.")
+@click.option("--parity-steps", type=click.IntRange(min=0), help="Steps since what parity has.")
+@click.option("--disk-steps", type=click.IntRange(min=0), help="Steps since the checkpoint.")
+@click.option("--stale-steps", type=click.IntRange(min=0), help="Age of the lost shard's copy.")
+@click.option("--done-steps", type=click.IntRange(min=0), default=0, help="Steps so far.")
+@click.option("--neighbours", is_flag=True, help="The lost are a stage whose neighbours live.")
+@click.option("--remaining-s", type=click.FloatRange(min=0), help="Training still to do.")
+@click.option("--allow-approximate", is_flag=True, help="Ways that change the result, too.")
+@click.option("--step-s", type=click.FloatRange(min=0, min_open=True), help="A step, full world.")
+@click.option("--slots", type=click.IntRange(min=1), help="Of the global batch, kept whole.")
+@click.option("--mtbf-h", type=click.FloatRange(min=0, min_open=True), help="Of one rank.")
+@click.option("--cost", "given", multiple=True, metavar="NAME=VALUE", help="Any other cost.")
+@click.option("--json", "as_json", is_flag=True)
+def plan(
+    run_dir: Path | None,
+    world: int | None,
+    step_s: float | None,
+    slots: int | None,
+    mtbf_h: float | None,
+    given: tuple[str, ...],
+    no_memory: bool,
+    neighbours: bool,
+    as_json: bool,
+    **loss: Any,
+) -> None:
+    """Say what would be done about a loss, and what each way back would cost.
+
+    Costs are those that RUN_DIR measured, where it is given, and those of the options; the rest
+    is assumed, and listed. Prints the intervals of snapshots, parity and checkpoints as well.
+    """
+    from ftkit.launch.plan_command import gather, show
+    from ftkit.recovery.policy import Loss
+
+    if run_dir is not None:
+        run_dir = newest_run(run_dir)
+    costs, rate = gather(
+        run_dir, world=world, step_s=step_s, slots=slots, given=given, mtbf_h=mtbf_h
+    )
+    try:
+        lost = Loss(
+            world=costs.world,
+            in_memory=not no_memory,
+            snapshot_steps=None if no_memory else 0,
+            neighbours_alive=neighbours,
+            **loss,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    show(lost, costs, rate, as_json=as_json)
 
 
 @main.command()
@@ -277,16 +338,21 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"))
 @click.option("--json", "as_json", is_flag=True)
 def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: bool) -> None:
-    """Write a page with the loss and the timeline of a run."""
+    """Write a page with the loss, the timeline and the goodput of a run."""
     from ftkit.core.trace import read_run
     from ftkit.launch.checker import check, expectation_of
+    from ftkit.launch.goodput import goodput
     from ftkit.launch.report import write_report
 
     events = read_run(newest_run(run_dir))
     undisturbed = read_run(reference) if reference else None
     outcome = check(events, undisturbed, expectation_of(events))
     write_report(out, events, undisturbed, outcome)
-    click.echo(json.dumps({"report": str(out)}) if as_json else f"wrote {out}")
+    spent = goodput(events)
+    if as_json:
+        click.echo(json.dumps({"report": str(out)} | spent.to_json()))
+    else:
+        click.echo("\n".join(t for t in (spent.paragraph(), f"wrote {out}") if t))
 
 
 @main.group()

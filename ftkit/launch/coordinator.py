@@ -26,6 +26,7 @@ from ftkit.core.wire import Line, connect
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
+from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
 from ftkit.launch.judge import Judge, rows_from_json
@@ -69,6 +70,7 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
+        self._costs = DecisionCosts(config.seats)
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
@@ -186,6 +188,8 @@ class Coordinator:
             self._send_plan()
         facts = self._facts(now)
         self._checkpoint(now, facts.nodes_lost)
+        self._costs.look(self._plan, facts, now)
+        arena, written = facts.snapshots, self._checkpoints.written
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
             self._disk.forget()
         else:
@@ -194,20 +198,25 @@ class Coordinator:
             if on_disk is None and not (facts.interrupted or refused):
                 return  # what a world is formed from is not known yet
             facts = replace(facts, snapshots=on_disk or frozenset(), refused=refused)
+            written = max(facts.snapshots, default=None)
         plan, decisions = advance(self._plan, facts, self._config.budget)
         if not decisions:
             return
-        halting = plan.mode is Mode.HALTING and self._plan.mode is not Mode.HALTING
-        self._plan = plan
+        before, self._plan = self._plan, plan
+        halting = plan.mode is Mode.HALTING and before.mode is not Mode.HALTING
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
+        decisions = self._costs.explain(
+            before, plan, facts, decisions, now=now, arena=arena, written=written
+        )
         for decision in decisions:
             self.trace.event(
                 "decision", action=decision.action, reason=decision.reason, **decision.fields
             )
             if decision.action in ("resume", "form"):
-                self.trace.event("resume", **decision.fields)
+                fields = {k: v for k, v in decision.fields.items() if k != "costs"}
+                self.trace.event("resume", **fields)
         if halting:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
 

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from ftkit.launch.checker import Outcome
+from ftkit.launch.goodput import goodput
 from ftkit.launch.live import summary_rows
 from ftkit.launch.report_history import Event, read_history
 from ftkit.launch.report_storage import storage_section
@@ -80,6 +81,7 @@ def render(
 {timeline_plot(read_timeline(events, whole=False))}
 <h2>Until every rank is back</h2>
 {timeline_plot(read_timeline(events))}
+{_goodput_section(events)}
 {storage_section(events)}
 <p>Seed {outcome.seed}. Times are of this machine's monotonic clock.</p>
 </body></html>
@@ -99,6 +101,20 @@ def write_report(
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _goodput_section(events: Iterable[Event]) -> str:
+    """A heading, a sentence and the division of time; empty for a run without a step."""
+    spent = goodput(events)
+    if not spent.steps:
+        return ""
+    parts = [("committed", spent.committed_s), *spent.lost_s.items()]
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td><td>{seconds:.3f} s</td>"
+        f"<td>{seconds / spent.wall_s:.1%}</td></tr>"
+        for name, seconds in parts
+    )
+    return f"<h2>Goodput</h2><p>{escape(spent.paragraph())}</p><table>{rows}</table>"
 
 
 def _losses(events: Iterable[Event]) -> dict[int, float]:

@@ -38,16 +38,16 @@ def loss_plot(
     def y(loss: float) -> float:
         return top + (high - loss) / (high - low) * (height - top - bottom)
 
-    parts = [_open(height, "Loss of the disturbed and of the undisturbed run over steps")]
+    parts = [opening(height, "Loss of the disturbed and of the undisturbed run over steps")]
     for tick in ticks:
         parts.append(_line(_LEFT, y(tick), WIDTH - _RIGHT, y(tick), "grid"))
-        parts.append(_text(_LEFT - 8, y(tick) + 4, f"{tick:g}", "end"))
+        parts.append(text(_LEFT - 8, y(tick) + 4, f"{tick:g}", "end"))
     parts += [
-        _text(x(tick), height - bottom + 18, f"{tick:g}", "middle")
+        text(x(tick), height - bottom + 18, f"{tick:g}", "middle")
         for tick in nice_ticks(low_step, high_step, 8)
         if low_step <= tick <= high_step
     ]
-    parts.append(_text(_LEFT + _PLOT_WIDTH / 2, height - 6, "step", "middle"))
+    parts.append(text(_LEFT + _PLOT_WIDTH / 2, height - 6, "step", "middle"))
     for losses, style in ((undisturbed, "undisturbed"), (disturbed, "disturbed")):
         points = " ".join(
             f"{x(s):.1f},{y(v):.1f}" for s, v in sorted(losses.items()) if math.isfinite(v)
@@ -56,7 +56,7 @@ def loss_plot(
     for step, words in faults:
         parts.append(_line(x(step), top, x(step), height - bottom, "fault"))
         side, shift = ("end", -6) if x(step) > WIDTH / 2 else ("start", 6)
-        parts.append(_text(x(step) + shift, top + 12, words, side))
+        parts.append(text(x(step) + shift, top + 12, words, side))
     return "".join([*parts, "</svg>"])
 
 
@@ -73,9 +73,9 @@ def timeline_plot(timeline: Timeline) -> str:
         return _LEFT + (at - timeline.start) / length * _PLOT_WIDTH
 
     tops = {seat: top + row * i for i, seat in enumerate(timeline.seats)}
-    parts = [_open(height, "What each rank was doing around the incident")]
+    parts = [opening(height, "What each rank was doing around the incident")]
     for seat, y in tops.items():
-        parts.append(_text(_LEFT - 8, y + 19, f"rank {seat}", "end"))
+        parts.append(text(_LEFT - 8, y + 19, f"rank {seat}", "end"))
     for span in timeline.spans:
         took = (span.end - span.start) * 1000
         parts.append(
@@ -94,7 +94,7 @@ def timeline_plot(timeline: Timeline) -> str:
         )
         if mark.step not in labelled and len(timeline.commits) <= 40 * len(tops):
             labelled.add(mark.step)
-            parts.append(_text(x(mark.at), top - 4, str(mark.step), "middle", "small"))
+            parts.append(text(x(mark.at), top - 4, str(mark.step), "middle", "small"))
     parts += [
         _line(x(fault.at), top, x(fault.at), height - bottom + 4, "fault")
         for fault in timeline.faults
@@ -102,9 +102,9 @@ def timeline_plot(timeline: Timeline) -> str:
     for tick in nice_ticks(timeline.start - origin, timeline.end - origin, 8):
         if timeline.start <= origin + tick <= timeline.end:
             label = f"{tick:g} s"
-            parts.append(_text(x(origin + tick), height - bottom + 18, label, "middle"))
+            parts.append(text(x(origin + tick), height - bottom + 18, label, "middle"))
     whence = "the fault" if timeline.faults else "the first step shown"
-    parts.append(_text(_LEFT + _PLOT_WIDTH / 2, height - 6, f"time since {whence}", "middle"))
+    parts.append(text(_LEFT + _PLOT_WIDTH / 2, height - 6, f"time since {whence}", "middle"))
     return "".join([*parts, "</svg>"])
 
 
@@ -119,7 +119,8 @@ def nice_ticks(low: float, high: float, about: int) -> list[float]:
     return [float(f"{i * width:.12g}") for i in range(first, last + 1)]
 
 
-def _open(height: int, label: str) -> str:
+def opening(height: int, label: str) -> str:
+    """The start of a picture as wide as all are; `label` is for those who cannot see it."""
     return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label)}">'
 
 
@@ -127,7 +128,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
 
 
-def _text(x: float, y: float, words: str, anchor: str, style: str = "label") -> str:
+def text(x: float, y: float, words: str, anchor: str, style: str = "label") -> str:
+    """Words at a place; `anchor` as in SVG: start, middle, end."""
     return (
         f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">'
         f"{escape(words)}</text>"

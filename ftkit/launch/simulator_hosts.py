@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.detection.observations import ProcessFacts
 from ftkit.detection.row import Row
+from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.judge import Judge
 from ftkit.launch.simulator_checks import TrainingState
 from ftkit.launch.simulator_rank import SimRank
@@ -148,6 +149,7 @@ class SimCoordinator:
     def __init__(self, sim: "Simulation", term: Term) -> None:
         self.sim, self.term = sim, term
         self._judge = Judge(sim.config)
+        self._costs = DecisionCosts(sim.config.seats)
         self._evictions: Mapping[MemberId, str] = {}
         self.alive = True
         self.plan: Plan | None = None
@@ -201,8 +203,12 @@ class SimCoordinator:
         facts = self._facts()
         after = before
         after, decisions = advance(before, facts, self.sim.budget)
+        self._costs.look(before, facts, self.sim.now)
         if after is before:
             return
+        decisions = self._costs.explain(
+            before, after, facts, decisions, now=self.sim.now, arena=facts.snapshots
+        )
         for decision in decisions:
             self.sim.note(decision.action, None, f"{decision.reason} {decision.fields}")
         self.sim.checker.revised(before, after, facts, self.sim.ranks)

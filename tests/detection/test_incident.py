@@ -147,3 +147,20 @@ def test_what_was_rebuilt_is_told() -> None:
     assert "Node 1 rebuilt 900 bytes of step 40 from parity in 0.25 s" in text
     assert "lost or corrupt were shard 2 of stripe 0, node 3: chunk 7." in text
     assert "Node 2 could not rebuild step 40 from parity: too few." in text
+
+
+def test_a_decision_is_told_with_what_it_costs() -> None:
+    events = [
+        {"kind": "halt", "mono": 1.0, "generation": 1, "reason": "member 0 is gone"},
+        {
+            "kind": "decision",
+            "mono": 1.1,
+            "action": "respawn",
+            "reason": "member 0 died",
+            "costs": {"reason": "respawn loses 2 s, wait would lose 6 s", "table": []},
+        },
+    ]
+    assert (
+        "replace the process, because member 0 died (respawn loses 2 s, wait would lose 6 s)."
+        in explain(events)
+    )

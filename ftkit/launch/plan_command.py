@@ -1,0 +1,166 @@
+"""`ftkit plan`: what would be done about a loss, and what every way would cost."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+
+import click
+
+from ftkit.core.errors import UsageError
+from ftkit.core.trace import read_run
+from ftkit.launch.run_costs import run_costs
+from ftkit.recovery.costs import Costs
+from ftkit.recovery.failure_rate import FailureRate
+from ftkit.recovery.growth import Growth, growth
+from ftkit.recovery.intervals import Interval, TierCost, intervals
+from ftkit.recovery.policy import Choice, Loss, choose
+
+#: Costs that `--cost` takes: all but those with an option of their own.
+COSTS = sorted(
+    f.name for f in fields(Costs) if f.name not in ("world", "step_s", "slots", "measured")
+)
+
+
+def gather(
+    run_dir: Path | None,
+    *,
+    world: int | None,
+    step_s: float | None,
+    slots: int | None,
+    given: Iterable[str],
+    mtbf_h: float | None,
+) -> tuple[Costs, FailureRate]:
+    """The costs to plan with: those of a run where one is given, and what the user says.
+
+    Args:
+      run_dir: a run to measure; None for none.
+      world: ranks of the job.
+      step_s: a step's time at the full world.
+      slots: of the global batch.
+      given: NAME=VALUE of `COSTS`.
+      mtbf_h: hours between failures of one rank.
+
+    Raises:
+      UsageError: a cost is unknown, no number, or cannot be.
+    """
+    costs, rate = Costs(world=world or 2), FailureRate()
+    if run_dir is not None:
+        try:
+            costs, rate = run_costs(read_run(run_dir))
+        except ValueError as error:
+            raise UsageError(f"{run_dir}: {error}") from error
+    values: dict[str, object] = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in COSTS:
+            raise UsageError(f"--cost {text}: there is no cost {name!r}; there are {COSTS}")
+        try:
+            values[name] = float(number)
+        except ValueError as error:
+            raise UsageError(f"--cost {text}: {number!r} is no number") from error
+    try:
+        costs = replace(costs, world=world or costs.world, slots=slots)
+        if step_s is not None:
+            values["step_s"] = {**costs.step_s, costs.world: step_s}
+        costs = costs.with_measured(**values)
+        if mtbf_h is not None:
+            rate = FailureRate(prior_mtbf_s=mtbf_h * 3600)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return costs, rate
+
+
+def copying(costs: Costs, rate: FailureRate) -> list[Interval]:
+    """How often each tier should copy, for a job with these costs."""
+    per_s = rate.per_s * costs.world
+    beyond = min(costs.beyond_memory, 1.0)
+    last = min(costs.beyond_parity, beyond)
+    tiers = [
+        TierCost(
+            name="snapshot",
+            block_s=costs.snapshot_block_s,
+            duration_s=0.0,
+            failures_per_s=per_s * (1 - beyond),
+        ),
+        TierCost(
+            name="parity",
+            block_s=costs.parity_block_s,
+            duration_s=costs.parity_round_s,
+            failures_per_s=per_s * (beyond - last),
+        ),
+        TierCost(
+            name="checkpoint",
+            block_s=costs.checkpoint_block_s,
+            duration_s=costs.checkpoint_write_s,
+            failures_per_s=per_s * last,
+        ),
+    ]
+    return intervals(tiers, step_s=costs.step_time(costs.world))
+
+
+def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
+    """Print the choice, whether to grow back afterwards, and the intervals."""
+    choice = choose(loss, costs)
+    back = None
+    if loss.survivors and loss.lost:
+        back = growth(
+            loss.survivors,
+            loss.lost,
+            costs,
+            failures_per_s=rate.per_s,
+            remaining_s=loss.remaining_s,
+        )
+    copies = copying(costs, rate)
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "choice": choice.to_json(),
+                    "growth": back.to_json() if back else None,
+                    "intervals": [_interval_json(i) for i in copies],
+                    "mtbf_s": rate.mtbf_s(costs.world),
+                    "costs": costs.to_json(),
+                }
+            )
+        )
+        return
+    for line in _lines(choice, back, copies, costs, rate):
+        click.echo(line)
+
+
+def _lines(
+    choice: Choice, back: Growth | None, copies: list[Interval], costs: Costs, rate: FailureRate
+) -> Iterable[str]:
+    yield f"{choice.reason[0].upper()}{choice.reason[1:]}."
+    if choice.to_json()["approximate"]:
+        yield "This changes the result of the training."
+    yield ""
+    for price in choice.table:
+        if price.barred:
+            yield f"  {price.option:17} {'-':>10}  {price.barred}"
+        else:
+            terms = ", ".join(f"{k} {v:.3g}" for k, v in price.terms.items() if v)
+            yield f"  {price.option:17} {price.lost_s:>8.3g} s  {terms}"
+    yield ""
+    if back:
+        yield f"Growing back: {'yes' if back.grow else 'no'}; {back.reason}."
+    yield f"One failure in {rate.mtbf_s(costs.world) / 3600:.3g} h is expected of {costs.world} ranks."
+    for each in copies:
+        often = f"every {each.steps} steps" if each.steps else "never"
+        yield f"A {each.name} {often} ({each.waste:.2%} of the time): {each.reason}."
+    assumed = [n for n in COSTS if n not in costs.measured]
+    if "step_s" not in costs.measured:
+        assumed = ["step_s", *assumed]
+    if assumed:
+        yield f"Assumed, not measured: {', '.join(assumed)}."
+
+
+def _interval_json(interval: Interval) -> Mapping[str, object]:
+    return {
+        "tier": interval.name,
+        "steps": interval.steps,
+        "seconds": interval.seconds if interval.steps else None,
+        "waste": interval.waste,
+        "reason": interval.reason,
+    }

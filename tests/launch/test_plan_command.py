@@ -1,0 +1,113 @@
+"""`ftkit plan`: the choice for given costs, and for those of a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ftkit.core import exit_codes
+from ftkit.core.trace import read_run
+from ftkit.launch.cli import main
+from ftkit.launch.run_costs import run_costs
+from tests.launch.histories import event
+from tests.launch.test_goodput import killed
+
+
+def ftkit(*arguments: str, code: int = 0) -> str:
+    done = CliRunner().invoke(main, list(arguments))
+    assert done.exit_code == code, done.output
+    return done.stdout if code == 0 else done.stderr
+
+
+def plan(*arguments: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(ftkit("plan", *arguments, "--json"))
+    return told
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run of three ranks that lost one and got it back."""
+    starts = [event(0.0, "spawn", seat=s, member=s, pid=s) for s in range(3)]
+    more = [
+        event(5.4, "spawn", seat=1, member=3, pid=9),
+        event(7.3, "restore", seat=1, member=3, step=6, seconds=0.5, bytes=1_000_000,
+              source="ftkit-x-0.arena on this node"),
+    ]  # fmt: skip
+    (tmp_path / "events").mkdir()
+    lines = "".join(json.dumps(e) + "\n" for e in [*starts, *killed(), *more])
+    (tmp_path / "events" / "all.jsonl").write_text(lines)
+    return tmp_path
+
+
+def test_the_table_is_that_of_the_policy() -> None:
+    told = plan("--world", "64", "--node-lost", "--step-s", "10", "--slots", "512",
+                "--cost", "replacement_s=300", "--cost", "respawn_s=0", "--disk-steps", "58")  # fmt: skip
+    assert told["choice"]["option"] == "respawn"
+    (row,) = [r for r in told["choice"]["table"] if r["option"] == "respawn"]
+    assert row["terms"]["degraded"] == pytest.approx(300 / 9, abs=1e-3)
+    assert told["growth"]["grow"] is True
+    assert [i["tier"] for i in told["intervals"]] == ["snapshot", "parity", "checkpoint"]
+
+
+def test_costs_are_taken_from_a_run(run_dir: Path) -> None:
+    told = plan(str(run_dir))["costs"]
+    assert told["step_s"] == {"2": pytest.approx(0.75), "3": pytest.approx(0.5)}
+    assert told["detect_s"] == pytest.approx(0.05)
+    assert told["regroup_s"] == pytest.approx(0.15)
+    assert told["respawn_s"] == pytest.approx(8.6 - 5.4)
+    assert told["restart_s"] == pytest.approx(3.5)
+    assert told["memory_bps"] == pytest.approx(2e6)
+    assert "disk_bps" not in told["measured"]
+
+
+def test_what_the_user_says_comes_before_what_was_measured(run_dir: Path) -> None:
+    told = plan(str(run_dir), "--cost", "detect_s=2", "--step-s", "4")["costs"]
+    assert told["detect_s"] == 2
+    assert told["step_s"] == {"2": pytest.approx(0.75), "3": 4.0}
+
+
+def test_failures_of_the_run_are_in_the_rate(run_dir: Path) -> None:
+    costs, rate = run_costs(read_run(run_dir))
+    assert (costs.world, rate.failures) == (3, 1)
+    assert rate.exposure_s == pytest.approx(3 * 9.6)
+
+
+def test_for_people_it_says_what_was_assumed(run_dir: Path) -> None:
+    text = ftkit("plan", str(run_dir))
+    assert text.startswith("Respawn loses")
+    (assumed,) = [line for line in text.splitlines() if line.startswith("Assumed")]
+    assert "disk_bps" in assumed
+    assert "detect_s" not in assumed
+    approximate = ftkit("plan", "--no-memory", "--stale-steps", "3", "--allow-approximate",
+                        "--done-steps", "500")  # fmt: skip
+    assert "This changes the result of the training." in approximate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--cost", "foo=1"), "no cost 'foo'"),
+        (("--cost", "detect_s=soon"), "'soon' is no number"),
+        (("--cost", "detect_s=-1"), "not negative"),
+        (("--world", "2", "--lost", "3"), "3 of 2 ranks cannot be lost"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    assert message in ftkit("plan", *arguments, code=exit_codes.USAGE)
+
+
+def test_a_run_without_ranks_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "events").mkdir()
+    assert "no rank was started" in ftkit("plan", str(tmp_path), code=exit_codes.USAGE)
+
+
+def test_explain_and_report_say_where_the_time_went(run_dir: Path) -> None:
+    assert "Goodput was 52.1%" in ftkit("explain", str(run_dir))
+    told = json.loads(ftkit("explain", str(run_dir), "--json"))
+    assert told["goodput"]["lost_s"]["degraded"] == pytest.approx(1.0)
+    out = run_dir / "r.html"
+    told = json.loads(ftkit("report", str(run_dir), "--out", str(out), "--json"))
+    assert told["goodput"] == pytest.approx(5 / 9.6)
+    assert "<h2>Goodput</h2>" in out.read_text()
