@@ -18,9 +18,9 @@ from ftkit.detection.signals import StepSeen
 #: A stall takes this many times what the member used to take for it,
 _FACTOR: Final = 5.0
 #: and this share of a usual step: below, nobody would notice,
-_SHARE: Final = 0.25
-#: and at least this long: a step of a few milliseconds is stretched by any interrupt.
-_LEAST_S: Final = 0.02
+_SHARE: Final = 0.5
+#: and at least this long: a busy host keeps anybody waiting for some tens of milliseconds.
+_LEAST_S: Final = 0.1
 
 #: Steps that make what is usual.
 _WINDOW: Final = 64

@@ -54,6 +54,12 @@ def main() -> None:
     help="Seconds a rank may keep the others waiting; all other times follow from it.",
 )
 @click.option(
+    "--alarms-per-day",
+    default=1.0,
+    show_default=True,
+    help="False alarms about slow ranks that the whole job may cost; fewer take more evidence.",
+)
+@click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
@@ -87,6 +93,7 @@ def run(
     nodes: int,
     engine: str | None,
     max_stall_s: float,
+    alarms_per_day: float,
     parity: str,
     run_dir: Path | None,
     shm_root: str,
@@ -125,6 +132,7 @@ def run(
         nodes=nodes,
         nproc=nproc,
         max_stall_s=max_stall_s,
+        alarms_per_day=alarms_per_day,
         parity=parity,
         run_dir=str(folder),
         shm_root=shm_root,

@@ -17,7 +17,9 @@ from typing import Any
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import Kind, PlannedFault, Point, to_environ
+from ftkit.core.pace_plan import PacePlan
 from ftkit.core.trace import Trace, read_run
+from ftkit.launch import pace_drills
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
@@ -50,12 +52,20 @@ CATALOGUE: dict[str, str] = {
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
+    **pace_drills.CATALOGUE,
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
 }
 
 #: How many ranks the smallest job has that such a fault can be done to.
-RANKS_MIN: dict[str, int] = {FLAP: 2, JOIN: 2, CHURN: 3, PARTITION: 3, SLOW_LINK: 2}
+RANKS_MIN: dict[str, int] = {
+    FLAP: 2,
+    JOIN: 2,
+    CHURN: 3,
+    PARTITION: 3,
+    SLOW_LINK: 2,
+    **dict.fromkeys(pace_drills.CATALOGUE, pace_drills.RANKS_MIN),
+}
 
 #: What "all" picks from: faults that any shape of job takes, in the order that seeds know.
 ANYWHERE = [*Kind, KILL_COORDINATOR]
@@ -74,7 +84,10 @@ NODE_CATALOGUE: dict[str, str] = {
 }
 
 #: Faults after which every process may still be there.
-_NOBODY_LOST = (KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK)
+_NOBODY_LOST = (
+    *(KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK),
+    *pace_drills.CATALOGUE,
+)
 
 #: How often such a fault has to strike before a drill says anything.
 STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3}
@@ -131,6 +144,13 @@ class Drill:
             return None
         kind = StoreFaultKind(self.fault)
         return StoreFault(kind=kind, node=self.seat, seat=self.seat, byte=self.byte)
+
+    @property
+    def pace(self) -> PacePlan | None:
+        """How the rank loses time, in drills of that."""
+        if self.fault not in pace_drills.CATALOGUE:
+            return None
+        return pace_drills.choose_pace(self.fault, seed=self.seed, seat=self.seat)
 
     def faults(self) -> list[PlannedFault]:
         """What the ranks are told to do to themselves."""
@@ -358,6 +378,10 @@ def run_drill(
         links = LinkStriker(drill, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
+    elif drill.fault in pace_drills.CATALOGUE:
+        pace = pace_drills.PaceStriker(drill.fault, drill.pace, run_dir)
+        ends.callback(pace.close)
+        striker, settings = pace.poll, pace.settings
 
     def poll(engine: Engine) -> None:
         if striker is not None:
@@ -381,6 +405,8 @@ def run_drill(
         from ftkit.launch.link_drills import judge_slow
 
         outcome = judge_slow(outcome, events)
+    elif drill.fault in pace_drills.CATALOGUE:
+        outcome = pace_drills.judge_pace(outcome, events, drill.pace)
     return outcome, events
 
 

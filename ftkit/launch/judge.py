@@ -21,6 +21,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Row
+from ftkit.detection.step_detector import PaceConfig, StepDetector
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
@@ -33,6 +34,10 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 #: Loading state may take this many times what a step may keep others waiting.
 RESTORE_LIMITS = 3
 
+
+#: Of the budget of false alarms, what pace may use. Exits and hangs need none: what they rest on
+#: is no matter of chance.
+SHARE = 0.5
 
 #: A seat, its row, and its process; None when that is gone.
 SeatRow = tuple[Seat, Row, ProcessFacts | None]
@@ -66,7 +71,9 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector])
+        self._panel = Panel(
+            [self._detector, StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))]
+        )
         self._said: set[tuple[MemberId, Fault]] = set()
         self._world: World | None = None
         self._world_at = 0.0

@@ -12,6 +12,7 @@ from pathlib import Path
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import blocked_s
+from ftkit.core import pace_plan
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
@@ -24,6 +25,7 @@ from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.session.control import Control
 from ftkit.session.core_clock import CoreClock
 from ftkit.session.detour import Detour
+from ftkit.session.drag import Drag
 from ftkit.session.gc_clock import GcClock
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
@@ -49,6 +51,7 @@ class Parts:
     membership: Membership
     group: Group
     injector: Injector
+    drag: Drag
     stall_s: float
     _last: contextlib.ExitStack = field(repr=False)
 
@@ -114,6 +117,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         membership=membership,
         group=group,
         injector=Injector(faults, trace, group.light_fuse),
+        drag=Drag(pace_plan.from_environ(environ, member=member), trace),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
     )

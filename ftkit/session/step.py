@@ -184,6 +184,7 @@ class Step:
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
+        self._parts.drag.loading(self._number)
         self._slot = slot
         key = rng_key(self._loop.seed, self._number, slot)
         torch.manual_seed(key)
@@ -195,11 +196,13 @@ class Step:
         self._loop.reducer.start_slot(slot, last=slot == self._held[-1])
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
+        self._parts.drag.began(self._number)
         return batch
 
     def _end_slot(self, slot: Slot) -> None:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
+        self._parts.drag.ended(self._number)
         self._loop.reducer.end_slot()
         if slot == 0:
             self._buffers.keep()
