@@ -40,6 +40,12 @@ _MIXED_SHARE: Final = 2.0
 #: pass for outliers. Such differences last: this is for the job, not for a day.
 _MISTAKEN: Final = 0.01
 
+#: Whether a group is of two kinds is looked at so often, while nobody is suspect.
+_KINDS_EVERY: Final = 8
+
+#: In a group of so many one member moves neither the median nor the spread of the others.
+_CROWD: Final = 64
+
 #: How slowly a member's past follows it while it is no suspect.
 _DRIFT: Final = 1 / 256
 
@@ -81,6 +87,9 @@ class Slowness:
         self._pasts: dict[MemberId, _Past] = {}
         self._groups: dict[MemberId, frozenset[MemberId]] = {}
         self._paired: frozenset[MemberId] = frozenset()
+        self._steps = 0
+        #: For one step: a group and a number of steps -> the levels of its members, all of them.
+        self._levels: dict[tuple[frozenset[MemberId], int], list[float]] = {}
         self.kinds: dict[frozenset[MemberId], frozenset[MemberId]] = {}
         """Groups of two kinds, as of the last step -> the slower ones."""
 
@@ -110,11 +119,14 @@ class Slowness:
             in_pairs = self._paired >= group.keys()
             if len(group) >= PEERS_MIN or in_pairs:
                 against_peers |= residuals(group)
-            for member in group:
-                self._groups[member] = paired if in_pairs else frozenset(group)
+            together = self._paired if in_pairs else frozenset(group)
+            self._groups.update(dict.fromkeys(group, together))
         over = self._peers.push(against_peers, at=at)
         self._peers.settle(steps_between)
-        self._look_for_kinds(groups)
+        self._steps += 1
+        if over or self._steps % _KINDS_EVERY == 0:
+            self._look_for_kinds(groups)
+        self._levels.clear()
         mixed = {m for group in self.kinds for m in group}
         found = [f for m in sorted(over - mixed) if (f := self._outlier(m))]
 
@@ -136,7 +148,7 @@ class Slowness:
         self._past.forget(keep)
         for member in set(self._pasts) - keep:
             del self._pasts[member]
-        self._groups = {m: g & keep for m, g in self._groups.items() if m in keep}
+        self._groups = {m: g for m, g in self._groups.items() if m in keep}
 
     def _look_for_kinds(self, groups: Mapping[object, Mapping[MemberId, float]]) -> None:
         self.kinds = {}
@@ -152,14 +164,9 @@ class Slowness:
 
     def _outlier(self, member: MemberId) -> Finding | None:
         """The finding, if what speaks against it is more than the spread of its group."""
-        steps = max(STEPS_MIN, self._peers.cusum(member).steps)
-        # That the other pairs differ as much, whichever way, says that replicas do.
-        size = abs if member in self._paired else float
-        others = [
-            size(level)
-            for m in self._groups[member]
-            if m != member and (level := self._peers.level(m, steps)) is not None
-        ]
+        # In powers of two, so that what is computed for one serves for others.
+        steps = max(STEPS_MIN, 1 << (self._peers.cusum(member).steps.bit_length() - 1))
+        others = self._others(member, steps)
         mine = self._peers.level(member, steps)
         if mine is None or not others:
             return None
@@ -168,6 +175,22 @@ class Slowness:
         if ahead < max(_EFFECT_SHARE * self._effect, far):
             return None
         return self._finding(member, self._peers, "peers", len(others))
+
+    def _others(self, member: MemberId, steps: int) -> list[float]:
+        """The levels of those that `member` is held against."""
+        group = self._groups[member]
+        known = self._levels.get((group, steps))
+        if known is None or len(group) < _CROWD:
+            # That the other pairs differ as much, whichever way, says that replicas do.
+            size = abs if member in self._paired else float
+            known = [
+                size(level)
+                for m in group
+                if (m != member or len(group) >= _CROWD)
+                and (level := self._peers.level(m, steps)) is not None
+            ]
+            self._levels[group, steps] = known
+        return known
 
     def _changed(
         self, member: MemberId, work: Mapping[MemberId, float], mixed: bool

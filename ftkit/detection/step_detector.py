@@ -31,6 +31,9 @@ WORK: Final = ("forward", "backward")
 #: A finding stands until the evidence has fallen to this share of what it took.
 _HOLDS: Final = 0.5
 
+#: The share of the time for which a member must have had a core for its work to be compared.
+_HEARD: Final = 0.25
+
 #: What starvation must explain of what a member is behind by, for the host to be at fault.
 _EXPLAINS: Final = 0.5
 
@@ -145,7 +148,9 @@ class StepDetector:
 
         own = {m: v for m, one in warm.items() if (v := log_or_none(work_of(one))) is not None}
         wall = {m: v for m in own if (v := log_or_none(work_of(warm[m], starved=True))) is not None}
-        keys = {m: (warm[m].role, warm[m].slots) for m in own}
+        # Who had a core for next to none of the time says nothing about itself.
+        own = {m: v for m, v in own.items() if v >= wall[m] + math.log(_HEARD)}
+        keys = {m: (one.role, one.slots) for m, one in warm.items()}
         between = 2 * len(step) * DAY_S / step_s / self.config.alarms_per_day
         slow = {f.member: f for f in self._own.step(own, keys, at=self._at, steps_between=between)}
         late = {

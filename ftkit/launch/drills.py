@@ -303,6 +303,12 @@ class Job:
             return self
         return replace(self, workload=(*self.workload, "--short-handed-s", str(SHORT_HANDED_S)))
 
+    def for_pace(self) -> "Job":
+        """The job as drills of pace need it: its work does not depend on free cores."""
+        if self.script is not None:
+            return self
+        return replace(self, workload=(*self.workload, "--device-s", str(pace_drills.DEVICE_S)))
+
     @property
     def world_size(self) -> int:
         """Ranks of the whole job."""

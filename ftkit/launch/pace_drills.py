@@ -47,6 +47,8 @@ NAMES: Final[Mapping[str, Fault]] = {
 #: Steps of the job before which nothing is done: what is usual has to be known.
 _FROM_STEP: Final = 30
 _STALL_S: Final = 1.5
+#: What a slot takes at least.
+DEVICE_S: Final = 0.02
 _FACTORS: Final = (1.5, 2.0, 3.0)
 #: How far the estimated factor may be off, where it does not change.
 _FACTOR_OFF: Final = 0.25

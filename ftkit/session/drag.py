@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Callable
 
 from ftkit.core.pace_plan import PaceFault, PacePlan
 from ftkit.core.trace import Trace
@@ -13,8 +14,10 @@ _OBJECTS = 2_000_000
 class Drag:
     """Called by the training thread at the borders of each slot. One per rank."""
 
-    def __init__(self, plan: PacePlan | None, trace: Trace) -> None:
+    def __init__(self, plan: PacePlan | None, trace: Trace, starved_s: Callable[[], float]) -> None:
+        """Do as `plan` says; `starved_s` counts how long the thread was given no core."""
         self._plan = plan
+        self._starved_s = starved_s
         self._trace = trace
         self._told = False
         self._began = 0.0
@@ -34,17 +37,20 @@ class Drag:
             hoard = [[i] for i in range(_OBJECTS)]
             gc.collect()
             hoard.clear()
-        self._began = time.thread_time()
+        self._began = self._own_s()
 
     def ended(self, step: int) -> None:
         """The work for a slot has ended: it is to have taken so many times as long."""
         plan = self._plan
         if plan is None or (factor := plan.factor_at(step)) <= 1.0:
             return
-        # Of the processor's time, or a busy host would multiply what it takes by itself.
-        took = time.thread_time() - self._began
+        took = self._own_s() - self._began
         self._tell(plan, step)
         time.sleep((factor - 1.0) * took)
+
+    def _own_s(self) -> float:
+        """Time that is the thread's own: a busy host is not to be multiplied."""
+        return time.monotonic() - self._starved_s()
 
     def _due(self, plan: PacePlan, step: int) -> bool:
         """Whether what happens once happens now."""

@@ -83,7 +83,9 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
     if env is not None:
         name = f"seat-{seat}-member-{member}.jsonl"
         trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
-    recorder = _recorder(env, member, last)
+    cores = CoreClock()
+    last.callback(cores.close)
+    recorder = _recorder(env, member, cores, last)
     detour = Detour.read(environ, seat)
 
     def abort(generation: Generation, reason: str) -> None:
@@ -117,18 +119,18 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         membership=membership,
         group=group,
         injector=Injector(faults, trace, group.light_fuse),
-        drag=Drag(pace_plan.from_environ(environ, member=member), trace),
+        drag=Drag(pace_plan.from_environ(environ, member=member), trace, cores.starved_s),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
     )
 
 
-def _recorder(env: RankEnv | None, member: MemberId, last: contextlib.ExitStack) -> Recorder:
+def _recorder(
+    env: RankEnv | None, member: MemberId, cores: CoreClock, last: contextlib.ExitStack
+) -> Recorder:
     """The recorder on the node's status board, or on one of its own when alone."""
     collector = GcClock()
     last.callback(collector.close)
-    cores = CoreClock()
-    last.callback(cores.close)
     gauges = Gauges(
         blocked_s=blocked_s,
         cpu_s=time.thread_time,

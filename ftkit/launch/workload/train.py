@@ -39,6 +39,9 @@ class Options:
     short_handed_s: float
     """For drills: slept after each step while a seat is empty, so that a job of few steps lasts
     until a rank that was lost is back. No part of the outcome."""
+    device_s: float
+    """For drills: slept for each slot, as a rank does whose device computes. On a machine with
+    more ranks than cores nothing else is the same work for all. No part of the outcome."""
     threads: int
     """Threads of torch in each rank. Part of the outcome: kernels sum by thread."""
 
@@ -106,6 +109,8 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             for x, y in step.batches():
                 loss = next_byte_loss(model(x), y)
                 loss.backward()  # type: ignore[no-untyped-call]
+                if options.device_s:
+                    time.sleep(options.device_s)
                 step.record(loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -139,6 +144,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--short-handed-s", type=float, default=0.0, help="pause of a step while a seat is empty"
     )
+    parser.add_argument("--device-s", type=float, default=0.0, help="sleep for each slot")
     given = parser.parse_args(argv)
 
     for name in ("steps", "slots", "slot_size", "data_bytes", "threads"):
@@ -167,6 +173,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         data_bytes_max=given.data_bytes,
         threads=given.threads,
         short_handed_s=max(given.short_handed_s, 0.0),
+        device_s=max(given.device_s, 0.0),
     )
 
 
