@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from ftkit.collectives import checks, moves, reductions, sparse
+from ftkit.collectives import arithmetic, checks, moves, reductions, sparse
 from ftkit.collectives.arithmetic import Bytes
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.config import OnLoss
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.homes import Home, restored, source
-from ftkit.collectives.mending import Again, Mender
+from ftkit.collectives.mended_op import Again
+from ftkit.collectives.mending import Mender
 from ftkit.collectives.op import Op, Program, Wait
 from ftkit.core.errors import Refused
 
@@ -40,14 +41,16 @@ class Calls:
         program = reductions.all_reduce(home.data, tensor.dtype, op)
         summed = tensor.dtype if op == "sum" and tensor.dtype.is_floating_point else None
         again = Again(home.data, summed)
-        return home.restored(self._issue("all_reduce", program, home.data.size, limit_s, again))
+        name = arithmetic.signature("all_reduce", op, tensor.dtype)
+        return home.restored(self._issue(name, program, home.data.size, limit_s, again))
 
     def reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
         op = checks.op_of(opts, tensor.dtype)
         root = checks.root_of(opts, self._channel.size)
         home = Home(tensor)
         program = reductions.reduce(home.data, tensor.dtype, op, root)
-        return home.restored(self._issue("reduce", program, home.data.size, limit_s))
+        name = arithmetic.signature("reduce", op, tensor.dtype)
+        return home.restored(self._issue(name, program, home.data.size, limit_s))
 
     def reduce_scatter(
         self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
@@ -201,7 +204,8 @@ class Calls:
         sparse.check(tensor, op)
         mine = tensor.detach().coalesce()
         program = sparse.all_reduce(mine, op)
-        handle = self._issue("all_reduce", program, sparse.nbytes(mine), limit_s)
+        name = arithmetic.signature("all_reduce_sparse", op, tensor.dtype)
+        handle = self._issue(name, program, sparse.nbytes(mine), limit_s)
         return handle.then(lambda total: sparse.replace(tensor, total))
 
     def _scatter_reduced(
@@ -210,7 +214,8 @@ class Calls:
         home = Home(out)
         program = reductions.reduce_scatter(home.data, ins, out.dtype, op)
         nbytes = sum(data.size for data in ins)
-        return home.restored(self._issue("reduce_scatter", program, nbytes, limit_s))
+        name = arithmetic.signature("reduce_scatter", op, out.dtype)
+        return home.restored(self._issue(name, program, nbytes, limit_s))
 
     def _gathered(self, outs: Sequence[Bytes], mine: Bytes, limit_s: float | None) -> Handle[Any]:
         return self._issue("all_gather", moves.all_gather(outs, mine), mine.size, limit_s)

@@ -46,6 +46,8 @@ TellCallback = Callable[[MemberId, bytes], None]
 
 _DOUBT_S = 2.0
 _PARTING_S = 0.5
+#: An operation that takes longer than this says whose bytes it waits for, and how often.
+_TELL_AWAITED_S = 0.25
 #: Receipts come without a message: they have to be looked for.
 _LOOK_AGAIN_S = 0.001
 
@@ -76,10 +78,11 @@ class Engine:
         self._channels: dict[int, Channel] = {}
         self._active: set[Op] = set()
         self._ready: deque[Op] = deque()
-        self.aborted_here = False
-        """Whether the current generation was reported as faulty."""
+        self._abort_told: tuple[Header, bytes] | None = None
+        """What all were told of the end of the current generation, once it ended by a fault."""
         self._doubt: tuple[float, str] | None = None
         self._parting: list[tuple[Handle[None], float]] = []
+        self._awaited_told_s = 0.0
         self._early_aborts: dict[int, tuple[frozenset[MemberId], str]] = {}
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()
@@ -149,7 +152,7 @@ class Engine:
         self.call(lambda: self._abort(generation, frozenset(), reason))
 
     def channel(self, id_: int, fixed: tuple[MemberId, ...] | None) -> Handle[Channel]:
-        """A new channel, or the one with this id if the members are the same."""
+        """A new channel, or the one with this id. ValueError: that one has other members."""
         handle: Handle[Channel] = Handle()
 
         def create() -> None:
@@ -158,6 +161,10 @@ class Engine:
                 channel = Channel(self, id_, fixed)
                 channel.enter(self.world, self.member)
                 self._channels[id_] = channel
+            elif channel.fixed != fixed:
+                handle.fail(
+                    ValueError(f"channel {id_} is one of members {channel.fixed}, not {fixed}")
+                )
             handle.finish(channel)
 
         self.call(create)
@@ -225,6 +232,17 @@ class Engine:
             self._closing = "the group was closed"
         self.call(lambda: None)
         self._thread.join()
+
+    def let_go(self) -> None:
+        """(in a forked child, which has no communication thread) See `forks`."""
+        if self._over:
+            return
+        self._lock, self._wake_lock = threading.Lock(), threading.Lock()
+        self._closing = "this process was forked from the one that is a member"
+        self._awake, self._over = False, True
+        self._commands.clear()
+        os.close(self._wake)
+        self.net.let_go()
 
     @property
     def on_one_host(self) -> bool:
@@ -308,6 +326,8 @@ class Engine:
         if self._parting:
             return _LOOK_AGAIN_S
         deadlines = [op.deadline_s for op in self._active if op.deadline_s is not None]
+        if self._active:
+            deadlines.append(time.monotonic() + _TELL_AWAITED_S)
         if self._doubt is not None:
             deadlines.append(self._doubt[0])
         if not deadlines:
@@ -334,8 +354,17 @@ class Engine:
             if self._doubt is None:
                 self._doubt = (time.monotonic() + _DOUBT_S, str(doubt))
 
+    def _tell_awaited(self, now: float) -> None:
+        """Note whose bytes operations wait for: for when nobody can ask any more."""
+        self._awaited_told_s = now
+        for op in self._active:
+            if now - op.since_s > _TELL_AWAITED_S and op.generator is not None:
+                self.recorder.awaiting(op.recorded, op.seq, self.transfers.awaited_of(op))
+
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if self._active and now - self._awaited_told_s > _TELL_AWAITED_S:
+            self._tell_awaited(now)
         if self._parting:
             self._part(now)
         if self._doubt is not None and self._doubt[0] <= now:
@@ -377,6 +406,13 @@ class Engine:
             return
         old = self.net.links.get(greeted.peer)
         if old is not None:
+            if old.process != greeted.process and not old.said_bye:
+                logger.warning(
+                    "refused a second process that claims to be member %s, which is linked",
+                    greeted.peer,
+                )
+                greeted.close()
+                return
             self.net.drop(old)
             if greeted.peer in self.world.member_ids:
                 self._abort(
@@ -385,6 +421,10 @@ class Engine:
                     f"member {greeted.peer} replaced its connection",
                 )
         self.net.add(greeted)
+        if self._abort_told is not None and greeted.peer in self.world.member_ids:
+            # There was no link to tell it over; who begins this generation now, waits in vain.
+            header, payload = self._abort_told
+            self.net.queue(self.net.links[greeted.peer], header, memoryview(payload))
 
     def _link_lost(self, link: Link, reason: str) -> None:
         if link.peer in self.world.member_ids and not link.said_bye:
@@ -439,7 +479,6 @@ class Engine:
             return
         self._active.add(op)
         if op.flags & P2P:
-            op.generator = op.program(op)
             self._step(op)
             return
         op.channel.queue.append(op)
@@ -451,13 +490,13 @@ class Engine:
             if op.ended:
                 continue
             channel.running = op
-            op.generator = op.program(op)
             self._step(op)
 
     def _step(self, op: Op) -> None:
         while not op.ended:
-            assert op.generator is not None, "only a started operation is stepped"
             try:
+                if op.generator is None:
+                    op.generator = op.program(op)
                 wait = next(op.generator)
             except StopIteration as end:
                 self._finish(op, end.value, None)
@@ -489,7 +528,7 @@ class Engine:
             return
         op.ended = True
         self._active.discard(op)
-        self.recorder.leave(op.seq, error is None)
+        self.recorder.leave(op.recorded, op.seq, error is None)
         if error is None:
             op.handle.finish(value)
         else:
@@ -517,14 +556,14 @@ class Engine:
             if generation > self.world.generation:
                 self._early_aborts.setdefault(generation, (lost, reason))
         self.net.tell_news()
-        if generation != self.world.generation or self.aborted_here or self._closing is not None:
+        if generation != self.world.generation or self._abort_told or self._closing is not None:
             return
-        self.aborted_here = True
         logger.info("generation %s ends: %s", generation, reason)
         payload = json.dumps({"lost": sorted(lost), "reason": reason}).encode()
         header = Header(
             Kind.ABORT, 0, 0, generation, 0, 0, 0, self.member, 0, len(payload), len(payload)
         )
+        self._abort_told = header, payload
         self._end_generation(reason, header, payload)
         try:
             self._on_fault(generation, lost, reason)
@@ -580,7 +619,7 @@ class Engine:
             self.world = world
             self._generation = world.generation
             self._stopped = None
-            self.aborted_here = False
+            self._abort_told = None
             early = self._early_aborts.get(world.generation)
             self._early_aborts = {
                 g: a for g, a in self._early_aborts.items() if g > world.generation

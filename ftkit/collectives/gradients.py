@@ -88,18 +88,21 @@ class GradientReducer:
         *,
         slots: int,
         reduce: Reduce,
+        mean: bool = True,
         bucket_bytes: int | None = None,
     ) -> None:
         """Hook every parameter that requires a gradient.
 
         Args:
           params: in the order of the model, the same on all ranks.
-          slots: slots of the global batch; the sum is divided by it.
+          slots: slots of the global batch.
+          mean: whether the sum is divided by `slots`.
           reduce: starts the canonical reduction of one bucket.
           bucket_bytes: gradients after which a bucket is closed; must be the same on all ranks.
             By default an eighth of all, within bounds.
         """
         self._slots = slots
+        self._scale = 1.0 / slots if mean else 1.0
         self._reduce = reduce
         self._buckets = _cut([p for p in params if p.requires_grad], slots, bucket_bytes)
         self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.params)}
@@ -238,7 +241,7 @@ class GradientReducer:
             bucket = self._buckets[self._launched]
             if bucket.leaf is not None:
                 return
-            bucket.handle = self._reduce(bucket.tree.nodes, bucket.out, 1.0 / self._slots)
+            bucket.handle = self._reduce(bucket.tree.nodes, bucket.out, self._scale)
             self._launched += 1
 
 

@@ -15,8 +15,8 @@ from typing import Self
 import numpy as np
 import torch
 
-from ftkit.collectives import canonical, moves, planning, reductions
-from ftkit.collectives.arithmetic import Bytes, as_bytes, check
+from ftkit.collectives import canonical, forks, moves, planning, reductions
+from ftkit.collectives.arithmetic import Bytes, as_bytes, check, signature
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.cma import ValidWord
 from ftkit.collectives.config import CollectivesConfig
@@ -106,6 +106,7 @@ class Group:
         self._editing = threading.Lock()
         self._listeners: list[Callable[[World], None]] = []
         self.channel: Channel = self._engine.channel(WORLD_CHANNEL, None).wait()
+        forks.watch(self)
 
     # -- membership -----------------------------------------------------------------------
 
@@ -247,6 +248,11 @@ class Group:
         self._mesh.close()
         self._engine.close()
 
+    def let_go(self) -> None:
+        """(in a forked child) It is the parent's: close its descriptors, refuse operations."""
+        self._mesh.let_go()
+        self._engine.let_go()
+
     def __enter__(self) -> Self:
         return self
 
@@ -263,7 +269,9 @@ class Group:
         check(flat.dtype, op)
         data = as_bytes(flat)
         return self.channel.issue(
-            "all_reduce", reductions.all_reduce(data, flat.dtype, op), nbytes=data.size
+            signature("all_reduce", op, flat.dtype),
+            reductions.all_reduce(data, flat.dtype, op),
+            nbytes=data.size,
         )
 
     def reduce_scatter(
@@ -273,7 +281,7 @@ class Group:
         check(out.dtype, op)
         parts = [as_bytes(t) for t in ins]
         return self.channel.issue(
-            "reduce_scatter",
+            signature("reduce_scatter", op, out.dtype),
             reductions.reduce_scatter(as_bytes(out), parts, out.dtype, op),
             nbytes=sum(p.size for p in parts),
         )
@@ -381,7 +389,9 @@ class Group:
         program = canonical.reduce_slots(
             [as_bytes(n.value) for n in nodes], data, out.dtype, slots, scale
         )
-        return self.channel.issue("reduce_slots", program, nbytes=data.size * len(nodes))
+        # Ranks bring different numbers of nodes; the bucket is what they must agree on.
+        name = signature("reduce_slots", str(data.size), out.dtype)
+        return self.channel.issue(name, program, nbytes=data.size * len(nodes))
 
     # -- helpers --------------------------------------------------------------------------
 

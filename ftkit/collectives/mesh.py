@@ -42,6 +42,8 @@ class Greeted:
 
     sock: socket.socket
     peer: MemberId
+    process: str
+    """Names the process at the other end: two of them may claim to be one member."""
     cma: CmaPeer | None
     can_offer: bool
     lanes: tuple[socket.socket, ...] = ()
@@ -79,6 +81,7 @@ class Mesh:
         self._secret = secret
         self._config = config
         self._word = word
+        self._process = secrets.token_hex(8)
         self._on_link = on_link
         self._listener = listen(host)
         name = self._listener.getsockname()
@@ -193,6 +196,17 @@ class Mesh:
         self._listener.close()
         os.close(self._wake)
 
+    def let_go(self) -> None:
+        """(in a forked child) Close all descriptors; the parent goes on with its own."""
+        if self._closed:
+            return
+        self._closed = True
+        self._lock = threading.Lock()
+        self._desk = LaneDesk(self._config.greeting_timeout_s)
+        for sock in (self._listener, *self._greetings):
+            sock.close()
+        os.close(self._wake)
+
     def _accept(self) -> None:
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -269,6 +283,7 @@ class Mesh:
         """
         hello = {
             "member": self.member,
+            "process": self._process,
             "config": self._config.wire,
             "memory": self._word.hello(),
             "link": word,
@@ -299,7 +314,7 @@ class Mesh:
                 f"transport 'cma' was demanded, but members {self.member} and {peer} cannot "
                 "read each other's memory (another host, or ptrace is not permitted)"
             )
-        greeted = Greeted(sock, peer, cma, can_offer)
+        greeted = Greeted(sock, peer, str(theirs.get("process")), cma, can_offer)
         if not server:
             return greeted, None
         word, further = word_of(theirs)

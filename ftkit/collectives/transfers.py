@@ -160,6 +160,8 @@ class Transfers:
     def post(self, key: Key, into: Bytes | None, *, raw: bool) -> Ticket:
         """Await a message. `raw` awaits an offer and does not fetch it."""
         ticket = Ticket()
+        if self._anybody:
+            self._claim(key._replace(seq=key.seq + 1))
         inbound = self._mail.early.pop(key, None)
         if inbound is None:
             if key.peer != self._member:
@@ -172,7 +174,7 @@ class Transfers:
             return ticket
         known = self._links.links.get(MemberId(key.peer))
         if known is not None:
-            known.early_bytes -= inbound.total
+            known.early_bytes -= inbound.early_bytes
         inbound.ticket, inbound.raw = ticket, raw
         if inbound.offer is not None:
             if known is not None:
@@ -254,9 +256,10 @@ class Transfers:
         """The first unclaimed p2p message with the tag of `op`: `ticket.data` is its Key."""
         ticket = Ticket()
         self._anybody.append((op, ticket))
-        found = self._mail.early_matching(lambda key: _for_anybody(op, key))
-        if found is not None:
-            self._claim(found)
+        for key in [key for key in self._mail.early if _may_take(op, key)]:
+            self._claim(key)
+            if ticket.done:
+                return ticket
         for member in op.members:
             link = self._links.links.get(member)
             if link is not None:
@@ -302,8 +305,8 @@ class Transfers:
         """Forget what came early for `generation` and older."""
         for key, inbound in self._mail.purge(generation):
             link = self._links.links.get(MemberId(key.peer))
-            if link is not None and inbound.offer is None:
-                link.early_bytes -= inbound.total
+            if link is not None:
+                link.early_bytes -= inbound.early_bytes
 
     # -- incoming frames (Router) -------------------------------------------------------------
 
@@ -320,8 +323,9 @@ class Transfers:
             if crowded and not link.awaited and not link.force and not self._anybody:
                 return None
             inbound = Inbound()
+            inbound.total = header.total
             self._mail.early[key] = inbound
-            link.early_bytes += header.total
+            link.early_bytes += inbound.early_bytes
             self._claim(key)
         if not inbound.started:
             _checked(lambda: inbound.begin(key, header.total))
@@ -400,17 +404,22 @@ class Transfers:
         pull.ticket.complete()
 
     def _claim(self, key: Key) -> None:
-        """Give an unclaimed p2p message to the first that receives from anybody."""
-        if not key.flags & P2P:
-            return
+        """Give an early p2p message, and those that follow it, to who receives from anybody."""
+        while key.flags & P2P and key in self._mail.early and self._give(key):
+            # A small message overtakes a large one, and waits here for its turn.
+            key = key._replace(seq=key.seq + 1)
+
+    def _give(self, key: Key) -> bool:
         for op, ticket in self._anybody:
-            if _for_anybody(op, key):
+            if not _may_take(op, key):
+                continue
+            rank = op.members.index(MemberId(key.peer))
+            if op.channel.take_from(rank, key.tag, key.seq):
                 self._anybody.remove((op, ticket))
-                rank = op.members.index(MemberId(key.peer))
-                op.channel.took_from(rank, key.tag, key.seq)
                 op.seq, op.handle.source = key.seq, rank
                 ticket.complete()
-                return
+                return True
+        return False
 
     def _to_self(self, key: Key, data: Bytes) -> None:
         inbound = self._mail.posted.pop(key, None)
@@ -458,16 +467,13 @@ def _offer_of(data: Bytes, place: Place | None) -> Offer:
     return Offer(data.ctypes.data, data.size, place.fd, place.serial, place.offset)
 
 
-def _for_anybody(op: Op, key: Key) -> bool:
-    if not (
+def _may_take(op: Op, key: Key) -> bool:
+    """Whether a receive from anybody may take this message, if it is its sender's next."""
+    return bool(
         key.flags & P2P
-        and key.generation == op.generation
-        and key.group == op.channel.id
-        and key.tag == op.tag
+        and (key.generation, key.group, key.tag) == (op.generation, op.channel.id, op.tag)
         and MemberId(key.peer) in op.members
-    ):
-        return False
-    return op.channel.next_from(op.members.index(MemberId(key.peer)), key.tag) == key.seq
+    )
 
 
 def _key_of(header: Header) -> Key:

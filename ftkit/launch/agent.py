@@ -22,11 +22,16 @@ from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
+from ftkit.detection import obituary
+from ftkit.detection.config import DetectionConfig
+from ftkit.detection.exits import out_of_memory
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
+from ftkit.launch.memory_watch import MemoryWatch
+from ftkit.launch.pace import STILL_S, Pace
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
@@ -39,6 +44,10 @@ SPAWN_LATEST_S = 0.5
 
 #: The longest that ranks are held back for the fork server to have imported torch.
 PRELOAD_LATEST_S = 30.0
+
+
+#: For so long after a member was halted what it called before is told: they may have differed.
+HALTED_S = 1.0
 
 
 class Agent:
@@ -106,6 +115,14 @@ class Agent:
         self._coordinator_number = 0
         #: Measured and not reported yet (`detection.signals`, as JSON); the oldest go first.
         self._signals: deque[dict[str, object]] = deque(maxlen=4096)
+        self._pace = Pace(
+            look_s=DetectionConfig(max_stall_s=config.max_stall_s).look_s,
+            tick_s=config.times.tick_s,
+            next_look=self._clock.now(),
+        )
+        self._memory = MemoryWatch(self._clock.now())
+        self._killed: set[MemberId] = set()
+        self._halted_at = float("-inf")
         self._ending_since: float | None = None
         self._missing_since: float | None = None
         self._stopped = False
@@ -128,21 +145,29 @@ class Agent:
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
             ).start()
         self._tiers.start()
-        tick_s = self._config.times.tick_s
-        next_tick = self._clock.now()
+        next_tick = self._pace.next_look = self._clock.now()
         try:
             while not self._stopped:
-                wait = max(0.0, next_tick - self._clock.now())
+                wait = max(0.0, self._pace.next_look - self._clock.now())
                 try:
                     kind, value = self._inbox.get(timeout=wait)
                     self._handle(kind, value)
                 except queue.Empty:
-                    next_tick = self._clock.now() + tick_s
+                    pass
+                now = self._clock.now()
+                if now >= next_tick and not self._stopped:
+                    next_tick = now + self._config.times.tick_s
+                    self._memory.sample(now)
                     self._end_if_due()
                     self._spawn_missing()
+                if self._pace.woke(now) and self._pace.tells(now, self._still_s(now)):
                     self._tell_coordinator()
         finally:
             self.close()
+
+    def _still_s(self, now: float) -> float | None:
+        """For how long nothing here has moved."""
+        return self._arenas.still_s(self._facts.values(), now)
 
     def stop(self) -> None:
         """End at once, killing every rank. From any thread or signal handler."""
@@ -274,6 +299,8 @@ class Agent:
             code=code if code is not None and code >= 0 else None,
             signal=-code if code is not None and code < 0 else None,
         )
+        left = obituary.read(self._arenas.directory, member)
+        last_words = "" if code == 0 else rank.last_words()
         if line := self._lines.pop(member, None):
             line.close()
         # Its last row and steps outlive it; the rows of the dead are not reported again.
@@ -284,7 +311,14 @@ class Agent:
             stage=Stage.FINISHED if code == 0 else Stage.DEAD,
             at_step=Step(rows[0]["row"]["step"]) if rows else facts.at_step,
             exit_code=code,
-            error="" if code == 0 else rank.last_words(),
+            error=last_words or (str(left) if left else ""),
+            out_of_memory=out_of_memory(
+                code=code if code is not None and code >= 0 else None,
+                killed_by=-code if code is not None and code < 0 else None,
+                ours=member in self._killed,
+                kills=self._memory.kills(self._clock.now()),
+                said=str(left) if left else last_words,
+            ),
         )
         self._carry_out()
 
@@ -307,6 +341,8 @@ class Agent:
                     self._set(facts, host=str(message["host"]), port=int(message["port"]))
                 case "standing":
                     step = message["step"]
+                    if message["stage"] == Stage.HALTED:
+                        self._halted_at = self._clock.now()
                     self._set(
                         facts,
                         stage=Stage(message["stage"]),
@@ -376,6 +412,7 @@ class Agent:
             rank = self._ranks.get(member)
             if rank is not None and rank.exit_code is None:
                 self.trace.event("kill", seat=rank.seat, member=member, reason=reason)
+                self._killed.add(member)
                 rank.signal(signal.SIGKILL)
         self._spawn_missing()
         if self._plan.mode is Mode.ENDED and self._ending_since is None:
@@ -435,7 +472,8 @@ class Agent:
             self._tell_coordinator()
             self._stopped = True
         elif self._clock.now() - self._ending_since > self._config.times.grace_s:
-            for rank in self._ranks.values():
+            for member, rank in self._ranks.items():
+                self._killed.add(member)
                 rank.signal(signal.SIGKILL)
 
     def _through(self) -> bool:
@@ -468,7 +506,10 @@ class Agent:
         self._signals.extend(
             self._arenas.steps(f for f in self._facts.values() if f.stage in ALIVE)
         )
-        rows = self._arenas.rows(self._facts.values())
+        now = self._clock.now()
+        still_s = self._still_s(now)
+        stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
+        rows = self._arenas.rows(self._facts.values(), tails=stands)
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
@@ -485,6 +526,7 @@ class Agent:
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json(),
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
+                "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),
             },
         )

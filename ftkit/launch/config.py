@@ -30,7 +30,7 @@ class Times:
 
     The chain, in order::
 
-    tick <= heartbeat <= halt <= stall <= node, and exit grace apart.
+    heartbeat <= tick <= halt <= stall <= node, and exit grace apart.
     """
 
     heartbeat_s: float
@@ -65,11 +65,11 @@ class Times:
             node_s=2 * max_stall_s,
             grace_s=5.0,
         )
-        chain = [times.tick_s, times.heartbeat_s, times.halt_s, times.node_s]
+        chain = [times.heartbeat_s, times.tick_s, times.halt_s, times.node_s]
         if chain != sorted(chain):
             raise UsageError(
-                f"--max-stall {max_stall_s} gives tick {times.tick_s:.3f} <= heartbeat "
-                f"{times.heartbeat_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
+                f"--max-stall {max_stall_s} gives heartbeat {times.heartbeat_s:.3f} <= tick "
+                f"{times.tick_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
                 "which is out of order"
             )
         return times

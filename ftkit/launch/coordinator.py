@@ -147,6 +147,7 @@ class Coordinator:
             rows_from_json(report["rows"]),
             members,
             measured=report.get("signals", ()),
+            late_s=float(report.get("late_s", 0.0)),
             sent=float(report["at"]),
             at=self._clock.now(),
         )
@@ -243,7 +244,7 @@ class Coordinator:
         verdicts = self._judge.verdicts(self._plan, self._members, now)
         for verdict in verdicts.fresh:
             self.trace.event(
-                "verdict",
+                "suspicion" if verdict.suspected else "verdict",
                 fault=verdict.fault.value,
                 member=verdict.member,
                 seat=verdict.seat,
@@ -253,6 +254,15 @@ class Coordinator:
                 confidence=verdict.confidence,
                 peer=verdict.peer,
                 generation=self._plan.world.generation if self._plan.world else 0,
+            )
+        for over in verdicts.over:
+            self.trace.event(
+                "verdict-over",
+                fault=over.verdict.fault.value,
+                member=over.verdict.member,
+                seat=over.verdict.seat,
+                suspected=over.verdict.suspected,
+                lasted_s=round(over.lasted_s, 3),
             )
         lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)

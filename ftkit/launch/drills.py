@@ -16,9 +16,10 @@ from typing import Any
 
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import UsageError
-from ftkit.core.fault_plan import Kind, PlannedFault, Point, to_environ
+from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point, to_environ
 from ftkit.core.pace_plan import PacePlan
 from ftkit.core.trace import Trace, read_run
+from ftkit.core.verdict import Fault
 from ftkit.launch import pace_drills
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
@@ -35,6 +36,9 @@ KILL_COORDINATOR = "kill-coordinator"
 WORKLOAD = "ftkit.launch.workload.train"
 KILL_IN_COLLECTIVE = "kill-in-collective"
 
+#: A rank whose script calls other collectives than its peers'.
+DESYNC = "desync"
+
 #: Faults of members over time, struck from outside.
 FLAP, JOIN, CHURN = "flap", "join", "churn"
 #: Faults of the link between two ranks.
@@ -45,6 +49,18 @@ CATALOGUE: dict[str, str] = {
     Kind.STOP: "SIGSTOP to one rank: it is there and does nothing",
     Kind.RAISE: "an exception in one rank's code",
     Kind.HANG: "one rank's training thread sleeps for ever, its heartbeat goes on",
+    Kind.EXIT: "one rank ends at once with exit code 1, and says nothing",
+    Kind.SEGFAULT: "one rank reads memory that is not its own",
+    Kind.ABORT: "one rank calls abort(), as a failed check in native code does",
+    Kind.OOM: "one rank allocates until its address space is used up",
+    Kind.PAUSE: "SIGSTOP to one rank, and SIGCONT a second later: nobody may lose its place",
+    Kind.GIL_HANG: "one rank's training thread is in native code that keeps the interpreter",
+    Kind.SPIN: "one rank's training thread runs round in a loop that does not end",
+    Kind.DEADLOCK: "one rank's training thread waits for a lock that it holds itself",
+    DESYNC: "one of the next three, as the seed picks",
+    Kind.DESYNC_SKIP: "one rank leaves out a collective that the others call",
+    Kind.DESYNC_SIZE: "one rank calls a collective with fewer elements than the others",
+    Kind.DESYNC_OP: "one rank calls another collective than the others",
     KILL_COORDINATOR: "SIGKILL to the coordinator while the ranks train",
     KILL_IN_COLLECTIVE: "SIGKILL to one rank at a byte of what it moves for an all-reduce",
     FLAP: "SIGKILL to one rank, and to each that replaces it once that has trained a little",
@@ -65,10 +81,27 @@ RANKS_MIN: dict[str, int] = {
     PARTITION: 3,
     SLOW_LINK: 2,
     **dict.fromkeys(pace_drills.CATALOGUE, pace_drills.RANKS_MIN),
+    Kind.PAUSE: 2,
+    **dict.fromkeys(DESYNCS, 3),
 }
 
 #: What "all" picks from: faults that any shape of job takes, in the order that seeds know.
-ANYWHERE = [*Kind, KILL_COORDINATOR]
+ANYWHERE = [Kind.KILL, Kind.STOP, Kind.RAISE, Kind.HANG, KILL_COORDINATOR]
+
+#: What the first verdict on the rank has to be called, where the drill is about that.
+NAMES: dict[str, frozenset[str]] = {
+    Kind.EXIT: frozenset({Fault.EXITED}),
+    Kind.SEGFAULT: frozenset({Fault.EXITED}),
+    Kind.ABORT: frozenset({Fault.EXITED}),
+    Kind.OOM: frozenset({Fault.OOM}),
+    Kind.GIL_HANG: frozenset({Fault.HANG_BUSY}),
+    Kind.SPIN: frozenset({Fault.HANG_BUSY}),
+    Kind.DEADLOCK: frozenset({Fault.HANG_BLOCKED}),
+    **dict.fromkeys(DESYNCS, frozenset({Fault.DESYNC})),
+}
+
+#: Before this step the job has no tempo yet that a hang could be told by.
+NAMED_FROM = 25
 
 LOSE_NODE = "lose-node"
 LOSE_NODES = "lose-nodes"
@@ -87,10 +120,17 @@ NODE_CATALOGUE: dict[str, str] = {
 _NOBODY_LOST = (
     *(KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK),
     *pace_drills.CATALOGUE,
+    *(Kind.PAUSE, *DESYNCS),
 )
 
 #: How often such a fault has to strike before a drill says anything.
 STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3}
+
+#: Faults over time, and of links: no step has them.
+_OF_NO_POINT = (FLAP, JOIN, CHURN, PARTITION, SLOW_LINK, *pace_drills.CATALOGUE)
+
+#: What a training thread does to itself.
+_USERS = frozenset(set(Kind) - {Kind.KILL, Kind.STOP, Kind.HANG})
 
 #: Points at which a bucket is named.
 _OF_BUCKETS = (Point.BACKWARD, Point.ALL_REDUCE, Point.IN_COLLECTIVE)
@@ -193,12 +233,16 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     """
     rng = random.Random(f"{fault} {at} {seed}")
     name = rng.choice(ANYWHERE) if fault == "all" else fault
+    if name == DESYNC:
+        name = rng.choice(sorted(DESYNCS))
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
     point, bucket = _point(at, rng)
-    if name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in RANKS_MIN:
+    if name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in _OF_NO_POINT:
         point = None
+    if name in DESYNCS:
+        point = Point.BACKWARD
     if name == KILL_IN_COLLECTIVE:
         point = Point.IN_COLLECTIVE
     if nproc < RANKS_MIN.get(name, 1):
@@ -211,15 +255,15 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         if at is not None:
             raise UsageError("a fault in recovery hits a second rank: it needs --nproc 3 or more")
         point = Point.FORWARD
-    if name == Kind.RAISE and point is Point.RECOVERY:
-        point = Point.FORWARD  # no user code runs in recovery
+    if name in _USERS and point in (Point.RECOVERY, Point.IN_COLLECTIVE):
+        point = Point.FORWARD  # no user code runs there
     first, second = rng.sample(range(nproc), 2) if nproc > 1 else (0, None)
     return Drill(
         fault=str(name),
         phase=point,
         seat=first,
         second_seat=second if point is Point.RECOVERY or name in (PARTITION, SLOW_LINK) else None,
-        step=rng.randint(3, max(3, steps // 5)),
+        step=rng.randint(3, max(3, steps // 5)) + (NAMED_FROM if name in NAMES else 0),
         bucket=bucket,
         delay_s=rng.uniform(0, 0.004),
         seed=seed,
@@ -432,6 +476,7 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD),
         corrupts=drill.fault == CORRUPT_SHARD,
         strikes=STRIKES.get(drill.fault, 1),
+        names=NAMES.get(drill.fault, frozenset()),
     )
 
 

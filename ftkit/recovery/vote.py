@@ -91,6 +91,8 @@ class Tally:
     """The newcomers' generation that all members enter after this step."""
     loss: float | None = None
     """Mean over the slots, summed in the order of slots; None when nobody recorded any."""
+    total: float | None = None
+    """That sum."""
 
     @property
     def passed(self) -> bool:
@@ -124,9 +126,11 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
     losses = {slot: value for b in ballots for slot, value in b.losses.items()}
     prepared = {b.prepared for b in ballots}
     switch = prepared.pop() if len(prepared) == 1 else Generation(0)
+    total = sum(losses[s] for s in sorted(losses))
     return Tally(
         switch=switch if switch > first.generation else None,
-        loss=sum(losses[s] for s in sorted(losses)) / len(losses) if losses else None,
+        loss=total / len(losses) if losses else None,
+        total=total if losses else None,
     )
 
 

@@ -24,6 +24,7 @@ from ftkit.session.loader import reading_of
 Tell = Callable[..., None]
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Where a step's batches come from."""
 
@@ -45,7 +46,7 @@ class MapStyle(Sized, Protocol):
 
 
 def feed_of(
-    source: MapStyle | Iterable[Any],
+    source: "MapStyle | Iterable[Any] | Feed",
     *,
     slots: int,
     slot_size: int | None,
@@ -55,6 +56,8 @@ def feed_of(
     tell: Tell,
 ) -> "Feed":
     """The feed for `source`; `tell` writes its events. UsageError when it is neither kind."""
+    if isinstance(source, Feed):
+        return source
     if isinstance(source, MapStyle):
         if slot_size is None:
             raise UsageError("a data set needs slot_size=, the samples in one slot")

@@ -34,6 +34,10 @@ class Loop:
     slots: int
     """Slots of the global batch."""
     seed: int
+    until: int
+    """Steps to commit in all."""
+    mean: bool = True
+    """Whether gradients and losses are divided by the number of slots, or summed."""
     reducer: GradientReducer = field(init=False)
     current: "Step | None" = None
     """The step whose `with` is open."""
@@ -49,6 +53,7 @@ class Loop:
             unique.values(),
             slots=self.slots,
             reduce=self._reduce,
+            mean=self.mean,
         )
 
     def check_parameters(self) -> None:

@@ -22,7 +22,7 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
-from ftkit.session.feed import MapStyle, feed_of
+from ftkit.session.feed import Feed, MapStyle, feed_of
 from ftkit.session.loop import Loop
 from ftkit.session.parts import Parts
 from ftkit.session.role import of_mesh
@@ -68,6 +68,11 @@ class Session:
     def seat(self) -> int:
         """This rank's place in the job, whatever the world."""
         return self._parts.seat
+
+    @property
+    def seats(self) -> int:
+        """Places in the job: the ranks it was started with."""
+        return self._parts.env.seats if self._parts.env else 1
 
     @property
     def generation(self) -> int:
@@ -150,7 +155,7 @@ class Session:
 
     def steps(
         self,
-        data: MapStyle | Iterable[Any],
+        data: MapStyle | Iterable[Any] | Feed,
         *,
         slots: int,
         until: int,
@@ -158,6 +163,7 @@ class Session:
         seed: int = 0,
         shuffle: bool = True,
         collate: Callable[[list[Any]], Any] | None = None,
+        mean: bool = True,
     ) -> Iterator[Step]:
         """The step loop: yields the next step to play until `until` are committed.
 
@@ -166,7 +172,7 @@ class Session:
 
         Args:
           data: a data set (`__len__`, `__getitem__`), or a DataLoader, of which a slot is
-            then one batch.
+            then one batch, or a `Feed` that gives any slot's batch.
           slots: slots of the global batch, at least as many as ranks. Fixed for the job:
             the result does not depend on how many ranks share them.
           until: steps to commit in all.
@@ -174,6 +180,9 @@ class Session:
           seed: decides the order of samples and every slot's random numbers.
           shuffle: whether a data set is read in a random order.
           collate: makes a batch of a list of samples; torch's default one if not given.
+          mean: whether gradients are divided by the number of slots. False is for losses that
+            are divided already, by what the whole global batch holds (its tokens, say);
+            `step.loss` is then the sum too.
 
         Raises:
           UsageError: `protect` was not called, or there are more ranks than slots.
@@ -183,11 +192,10 @@ class Session:
             raise UsageError("call session.protect(model=..., optimizer=...) before steps()")
         if self._loop is not None:
             raise UsageError("session.steps() may be called once")
-        seats = self._parts.env.seats if self._parts.env else 1
-        if slots < seats:
+        if slots < self.seats:
             raise UsageError(
-                f"{seats} ranks cannot share {slots} slots: some would have nothing to do; "
-                f"give slots={seats} or more, or start fewer ranks"
+                f"{self.seats} ranks cannot share {slots} slots: some would have nothing to do; "
+                f"give slots={self.seats} or more, or start fewer ranks"
             )
         self._loop = Loop(
             parts=self._parts,
@@ -206,8 +214,20 @@ class Session:
             ),
             slots=slots,
             seed=seed,
+            until=until,
+            mean=mean,
         )
-        return self._play(self._loop, until)
+        return self._play(self._loop)
+
+    def end_steps(self) -> None:
+        """End the loop over `steps` with the present step, as if `until` were reached.
+
+        For early stopping; all ranks must do so at the same step, as with a `break`. After a
+        `break` a rank is at work until it ends; here it is done once the loop is left.
+        """
+        if self._loop is None:
+            raise UsageError("session.end_steps() belongs into the loop over session.steps()")
+        self._loop.until = 0
 
     def verify(self, *, repair: bool = False) -> Verification:
         """Whether all ranks hold the same protected tensors, bit for bit; if not, who differs.
@@ -290,13 +310,13 @@ class Session:
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _play(self, loop: Loop, until: int) -> Iterator[Step]:
+    def _play(self, loop: Loop) -> Iterator[Step]:
         if self._newcomer:
             warm_up()
         self._worlds.begin_stepping(loop.modules, loop.snapshots)
         while True:
             self._worlds.settle()
-            if self.step >= until:
+            if self.step >= loop.until:
                 break
             step = Step(loop, StepNumber(self.step + 1))
             yield step

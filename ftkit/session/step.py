@@ -13,6 +13,7 @@ A fault of the job inside the body is swallowed here, the user's own exceptions 
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ import numpy
 import torch
 
 from ftkit.collectives.gradients import Waitable
+from ftkit.collectives.handle import finished
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign
 from ftkit.core.errors import (
@@ -29,7 +31,7 @@ from ftkit.core.errors import (
     StepRolledBack,
     UsageError,
 )
-from ftkit.core.fault_plan import Point
+from ftkit.core.fault_plan import Kind, Point
 from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
@@ -69,8 +71,8 @@ class Step:
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
         self.loss: float | None = None
-        """Mean of the recorded losses over all slots of all ranks, once committed. None when
-        nothing was recorded, or the step was rolled forward after a fault: its ballots, which
+        """Mean of the recorded losses over all slots of all ranks, once committed; their sum in a
+        loop that sums. None when nothing was recorded, or the step was rolled forward after a fault: its ballots, which
         carry the losses, are lost."""
 
     @property
@@ -153,10 +155,21 @@ class Step:
                 # Whatever ended it: what comes next begins where this step began.
                 self._buffers.rewind()
 
-    def before_optimizer(self) -> None:
-        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+    def agree(self) -> None:
+        """Vote now, rather than with the first optimizer's step: on return the step counts.
+
+        For loops that are not written around `with step:` (a framework's): what comes before
+        may be played again, what comes after is not.
+
+        Raises:
+          JobFault: it does not count; leave it to `with step:`.
+        """
         if not self.committed:
             self._vote()
+
+    def before_optimizer(self) -> None:
+        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+        self.agree()
         self._parts.recorder.phase(Phase.CAPTURE)
         self._loop.snapshots.gate()
         self._parts.recorder.phase(Phase.OPTIMIZER)
@@ -170,10 +183,25 @@ class Step:
         self._check()
         nbytes = out.numel() * out.element_size()
         inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
+        if slip := self._parts.injector.slip(self._number, bucket=self._bucket, last=last):
+            self._bucket += 1
+            return self._slip(slip, nodes, out, scale)
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
         return handle
+
+    def _slip(
+        self, kind: Kind, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float
+    ) -> Waitable:
+        """(drills) Do something else than the others where they reduce a bucket."""
+        group, half = self._parts.group, max(1, out.numel() // 2)
+        if kind is Kind.DESYNC_SKIP:
+            return finished(None)
+        if kind is Kind.DESYNC_OP:
+            return group.all_reduce(out.clone())
+        fewer = [replace(node, value=node.value[:half]) for node in nodes]
+        return group.reduce_slots(fewer, out[:half], slots=self._loop.slots, scale=scale)
 
     @property
     def _rank(self) -> int:
@@ -257,7 +285,7 @@ class Step:
         if result is not None:
             if not result.passed:
                 self._refused(result)
-            self.loss = result.loss
+            self.loss = result.loss if self._loop.mean else result.total
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
