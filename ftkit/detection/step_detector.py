@@ -16,6 +16,7 @@ from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.aligned import Aligned, StepOf
 from ftkit.detection.cusum import median
 from ftkit.detection.imbalance import Imbalance, Unevenness
+from ftkit.detection.ledger import Ledger
 from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.peers import log_or_none
 from ftkit.detection.signals import StepSeen
@@ -96,6 +97,8 @@ class StepDetector:
         self._wall = Slowness(effect=config.effect)
         self._imbalance = Imbalance(effect=config.effect)
         self._stalls = Stalls()
+        self.ledger = Ledger()
+        """Every step that was judged, for whoever takes it from there."""
         self._recent: dict[MemberId, _Recent] = {}
         self._standing: dict[MemberId, _Standing] = {}
         self._uneven: list[Unevenness] = []
@@ -136,6 +139,7 @@ class StepDetector:
 
     def _judge(self, step: StepOf) -> None:
         self.steps += 1
+        self.ledger.add(step)
         self._at = max(one.at for one in step.values())
         warm = {m: one for m, one in step.items() if self._warm(m, one)}
         if not warm:

@@ -37,6 +37,9 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 RESTORE_LIMITS = 3
 
 
+#: What was measured of the steps goes to the event stream so often.
+STEPS_EVERY_S = 5.0
+
 #: Of the budget of false alarms, what pace may use. Exits and hangs need none: what they rest on
 #: is no matter of chance.
 SHARE = 0.5
@@ -90,9 +93,9 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel(
-            [self._detector, StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))]
-        )
+        self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
+        self._panel = Panel([self._detector, self._pace])
+        self._steps_told_at = 0.0
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._world: World | None = None
         self._world_at = 0.0
@@ -172,6 +175,15 @@ class Judge:
                         out_of_memory=member.out_of_memory,
                     )
                 )
+
+    def steps(self, now: float, *, rest: bool = False) -> list[dict[str, object]]:
+        """Fields of the "steps" events that are due (`detection.ledger`); with `rest`, of all."""
+        due = rest or now - self._steps_told_at > STEPS_EVERY_S
+        if due:
+            self._steps_told_at = now
+        if rest:
+            self._pace.flush()
+        return self._pace.ledger.take(rest=due)
 
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
