@@ -79,10 +79,11 @@ class Imbalance:
         found: list[Unevenness] = []
         for role, group in groups.items():
             members = frozenset(group)
-            upper = next((k for g, k in kinds.items() if k <= members and g & members), None)
-            if upper is not None:
+            upper = next((k & members for g, k in kinds.items() if g >= members), frozenset())
+            lower = members - upper
+            if upper and lower:
                 slower = median([group[m] for m in upper])
-                faster = median([s for m, s in group.items() if m not in upper])
+                faster = median([group[m] for m in lower])
                 found.append(_uneven("kinds", role, members, slower / faster, 1.0))
             elif (one := self._rotating(role, group, usual[role])) is not None:
                 found.append(one)

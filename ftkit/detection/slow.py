@@ -88,6 +88,8 @@ class Slowness:
         self._groups: dict[MemberId, frozenset[MemberId]] = {}
         self._paired: frozenset[MemberId] = frozenset()
         self._steps = 0
+        #: Each member -> what it did when it was last seen, and when that was.
+        self._seen: dict[MemberId, tuple[object, int]] = {}
         #: For one step: a group and a number of steps -> the levels of its members, all of them.
         self._levels: dict[tuple[frozenset[MemberId], int], list[float]] = {}
         self.kinds: dict[frozenset[MemberId], frozenset[MemberId]] = {}
@@ -121,18 +123,17 @@ class Slowness:
                 against_peers |= residuals(group)
             together = self._paired if in_pairs else frozenset(group)
             self._groups.update(dict.fromkeys(group, together))
-        over = self._peers.push(against_peers, at=at)
-        self._peers.settle(steps_between)
+        over = self._peers.push(against_peers, at=at, steps_between=steps_between)
         self._steps += 1
+        self._seen.update({m: (keys[m], self._steps) for m in work})
         if over or self._steps % _KINDS_EVERY == 0:
-            self._look_for_kinds(groups)
+            self._look_for_kinds()
         self._levels.clear()
         mixed = {m for group in self.kinds for m in group}
         found = [f for m in sorted(over - mixed) if (f := self._outlier(m))]
 
         against_past = self._against_past(work, keys)
-        over = self._past.push(against_past, at=at)
-        self._past.settle(steps_between)
+        over = self._past.push(against_past, at=at, steps_between=steps_between)
         alone = {m for m in work if m not in against_peers} | mixed
         found += [f for m in sorted(over & alone) if (f := self._changed(m, work, m in mixed))]
         self._follow(work)
@@ -146,18 +147,24 @@ class Slowness:
         """Drop all but these members."""
         self._peers.forget(keep)
         self._past.forget(keep)
-        for member in set(self._pasts) - keep:
-            del self._pasts[member]
+        self._pasts = {m: past for m, past in self._pasts.items() if m in keep}
+        self._seen = {m: seen for m, seen in self._seen.items() if m in keep}
         self._groups = {m: g for m, g in self._groups.items() if m in keep}
 
-    def _look_for_kinds(self, groups: Mapping[object, Mapping[MemberId, float]]) -> None:
+    def _look_for_kinds(self) -> None:
+        """Of the groups as they have been lately: who is missing in one step is still of a kind."""
+        groups: dict[object, list[MemberId]] = {}
+        for member, (key, step) in self._seen.items():
+            if step > self._steps - LEVEL_STEPS:
+                groups.setdefault(key, []).append(member)
         self.kinds = {}
         for group in groups.values():
             if len(group) < PEERS_MIN:
                 continue
             levels = {m: self._peers.usual(m, LEVEL_STEPS) for m in group}
-            # In a noisy job a gap between two levels is noise up to some of these.
-            noise = self._peers.threshold.sigma if self._peers.threshold else 0.0
+            # In a noisy job a gap between two levels is noise up to some of these. Each member's
+            # own, for what the two kinds differ by is no noise.
+            noise = median([self._peers.noise(m, LEVEL_STEPS) for m in group])
             upper = split(levels, least=max(self._effect, 4 * noise / math.sqrt(LEVEL_STEPS)))
             if upper is not None:
                 self.kinds[frozenset(group)] = upper

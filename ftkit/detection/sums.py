@@ -33,8 +33,13 @@ class Sums:
         self.threshold: Threshold | None = None
         """None until there are residuals to calibrate it on."""
 
-    def push(self, residuals: dict[MemberId, float], *, at: float) -> set[MemberId]:
-        """Add one step's residuals. Returns the members whose sum is over the threshold."""
+    def push(
+        self, residuals: dict[MemberId, float], *, at: float, steps_between: float
+    ) -> set[MemberId]:
+        """Add one step's residuals. Returns the members whose sum is over the threshold.
+
+        `steps_between` are the rank-steps for each false alarm that is allowed.
+        """
         over: set[MemberId] = set()
         for member, residual in residuals.items():
             self._recent.setdefault(member, deque(maxlen=_KEPT)).append((residual, at))
@@ -44,9 +49,11 @@ class Sums:
             if cusum.push(residual, self.threshold, at=at):
                 over.add(member)
         self._pushed += bool(residuals)
-        return over
+        self._settle(steps_between)
+        # Under the threshold as it is now: what has come in since may have raised it.
+        return {m for m in over if self.share(m) >= 1 - 1e-9}
 
-    def settle(self, steps_between: float) -> None:
+    def _settle(self, steps_between: float) -> None:
         """Calibrate, when enough has come in since the last time."""
         if self._pushed < self._next:
             return
@@ -83,6 +90,10 @@ class Sums:
         """The median of its last residuals; 0 when it has none."""
         series = [residual for residual, _ in self._recent.get(member, ())]
         return median(series[-steps:]) if series else 0.0
+
+    def noise(self, member: MemberId, steps: int) -> float:
+        """The spread of its last residuals about their own median."""
+        return spread([residual for residual, _ in self._recent.get(member, ())][-steps:])
 
     def cusum(self, member: MemberId) -> Cusum:
         """The sum of a member that has pushed."""
