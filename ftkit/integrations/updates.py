@@ -56,6 +56,9 @@ class Given:
     def digest(self, step: StepNumber) -> int:
         return self._digest
 
+    def samples(self, step: StepNumber, slot: Slot) -> list[int]:
+        return [slot]  # which samples a batch holds, the framework alone knows
+
     def committed(self, step: StepNumber) -> None:
         self._batches = ()
 

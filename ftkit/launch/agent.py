@@ -28,16 +28,22 @@ from ftkit.detection.exits import out_of_memory
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
+from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.pace import STILL_S, Pace
+from ftkit.launch.prober import ROLE as PAIR_TEST
+from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
+
+#: What a machine is called across jobs, where its host name is not the right name: in a pod.
+NAME_VARIABLE = "FTKIT_NODE_NAME"
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
@@ -48,6 +54,10 @@ PRELOAD_LATEST_S = 30.0
 
 #: For so long after a member was halted what it called before is told: they may have differed.
 HALTED_S = 1.0
+
+
+#: Of each seat so many collectives are kept of an incident.
+RECORDS_KEPT = 32
 
 
 class Agent:
@@ -81,6 +91,7 @@ class Agent:
         self._node = node
         self._secret = bytes.fromhex(secret)
         self._host = host
+        self._name = node_name(config, node, host, inherited)
         self._inherited = inherited
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -92,6 +103,12 @@ class Agent:
             self._listener.close()
             raise
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
+        self._examiner = Examiner(
+            node,
+            Path(config.run_dir),
+            self._arenas.directory,
+            lambda number: self.trace.event("bundle", incident=number),
+        )
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
         self._tiers = Tiers(
@@ -102,6 +119,9 @@ class Agent:
             self.trace,
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
+        )
+        self._prober = Prober(
+            self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
@@ -188,7 +208,9 @@ class Agent:
             listener.close()
         if self._forks is not None:
             self._forks.close()
+        self._prober.close()
         self._tiers.close()
+        self._examiner.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -205,7 +227,10 @@ class Agent:
             case "coordinator":
                 self._coordinator_connected(*value)
             case "plan":
-                self._take_plan(*value)
+                self._hear(*value)
+            case "signal":
+                self._signals.append(value)
+                self._tell_coordinator()
             case "forks":
                 self._spawn_missing()
             case "tiers":
@@ -236,6 +261,9 @@ class Agent:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind != "rank" and hello.get("role") == PAIR_TEST:
+            self._prober.serve(sock, hello)
+            return
         line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
@@ -357,6 +385,7 @@ class Agent:
                         voted=bool(message["voted"]),
                         cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
+                        sharded=bool(message["sharded"]),
                     )
                     self._spawn_missing()
                 case "arena":
@@ -384,9 +413,42 @@ class Agent:
         self._coordinator, self._coordinator_number = line, number
         self._tell_coordinator()
 
-    def _take_plan(self, number: int, message: dict[str, Any]) -> None:
+    def _hear(self, number: int, message: dict[str, Any]) -> None:
+        """A coordinator said something."""
         if number < self._coordinator_number:
             return
+        match message.get("type"):
+            case "look":
+                self._look_closely(message)
+            case "pairs":
+                self._prober.take(message.get("tests"))
+            case _:
+                self._take_plan(message)
+
+    def _look_closely(self, message: dict[str, Any]) -> None:
+        """Something was found: keep what can be seen of it here, before it changes."""
+        try:
+            number, wanted = int(message["incident"]), {int(m) for m in message["members"]}
+        except (KeyError, TypeError, ValueError) as error:
+            logger.error("the coordinator asked for no look: %s", error)
+            return
+        # Of a seat whose process was replaced, the newest and those that are asked for.
+        newest = {f.seat: f.member for f in self._facts.values()}
+        patients = [
+            Patient(
+                seat=f.seat,
+                member=f.member,
+                pid=f.pid,
+                alive=f.stage in ALIVE,
+                closely=f.member in wanted,
+            )
+            for f in self._facts.values()
+            if f.member in wanted or newest[f.seat] == f.member
+        ]
+        records = self._arenas.records(self._facts.values(), RECORDS_KEPT)
+        self._examiner.examine(number, patients, records)
+
+    def _take_plan(self, message: dict[str, Any]) -> None:
         try:
             plan = Plan.from_json(message["plan"])
         except (ProtocolError, KeyError) as error:
@@ -517,6 +579,7 @@ class Agent:
                 "type": "facts",
                 "node": self._node,
                 "boot": self._boot,
+                "name": self._name,
                 "members": [
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
@@ -548,3 +611,10 @@ class Agent:
             line.send(message)
         except WireError as error:
             logger.debug("a peer hung up: %s", error)
+
+
+def node_name(config: JobConfig, node: NodeId, host: str, environ: Mapping[str, str]) -> str:
+    """What this machine is called in every job, whatever its number is in this one."""
+    name = environ.get(NAME_VARIABLE) or socket.gethostname()
+    # Several nodes on one machine are there for trying things out: each is one of its own.
+    return f"{name}/{node}" if config.nodes > 1 and host.startswith("127.") else name

@@ -114,6 +114,8 @@ class JobConfig:
     """What to keep of them (`persist.keep.policies`)."""
     checkpoint_fresh: bool = False
     """Begin at step 0 whatever is there."""
+    history: str = ""
+    """Where what becomes of nodes and jobs is remembered: a file or a URL; empty: nowhere."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 

@@ -34,6 +34,9 @@ class Feed(Protocol):
     def digest(self, step: Step) -> int:
         """64 bits over what every rank read alike at `step`; 0 where each reads its own."""
 
+    def samples(self, step: Step, slot: Slot) -> list[int]:
+        """What a slot holds, for people: places in the data set, or the number of a loader's batch."""
+
     def committed(self, step: Step) -> None:
         """`step` will not be asked for again."""
 
@@ -93,6 +96,9 @@ class DatasetFeed:
     def digest(self, step: Step) -> int:
         return 0
 
+    def samples(self, step: Step, slot: Slot) -> list[int]:
+        return self._cursor.samples(step, slot)
+
     def committed(self, step: Step) -> None:
         return
 
@@ -120,6 +126,9 @@ class LoaderFeed:
     def digest(self, step: Step) -> int:
         self._read_to(step)
         return self._digests[step]
+
+    def samples(self, step: Step, slot: Slot) -> list[int]:
+        return [(step - 1) * self._slots + slot]
 
     def committed(self, step: Step) -> None:
         for slot in range(self._slots):
