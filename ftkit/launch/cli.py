@@ -12,6 +12,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch.ckpt_command import ckpt
+from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -51,6 +52,12 @@ def main() -> None:
     default=30.0,
     show_default=True,
     help="Seconds a rank may keep the others waiting; all other times follow from it.",
+)
+@click.option(
+    "--alarms-per-day",
+    default=1.0,
+    show_default=True,
+    help="False alarms about slow ranks that the whole job may cost; fewer take more evidence.",
 )
 @click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
@@ -93,6 +100,7 @@ def run(
     nodes: int,
     engine: str | None,
     max_stall_s: float,
+    alarms_per_day: float,
     parity: str,
     run_dir: Path | None,
     shm_root: str,
@@ -134,6 +142,7 @@ def run(
         nodes=nodes,
         nproc=nproc,
         max_stall_s=max_stall_s,
+        alarms_per_day=alarms_per_day,
         parity=parity,
         run_dir=str(folder),
         shm_root=shm_root,
@@ -465,6 +474,7 @@ def doctor_offenders(history: str, titan: Path | None, as_json: bool) -> None:
 
 
 main.add_command(ckpt)
+main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:
