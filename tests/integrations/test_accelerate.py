@@ -65,6 +65,7 @@ def test_accelerate_that_was_set_up_before_is_refused() -> None:
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(300)
 def test_the_first_rank_is_killed_and_comes_back_with_the_same_bits(tmp_path: Path) -> None:
     truth = job.main(STEPS, 6)
     done = run(

@@ -173,6 +173,7 @@ def test_plain_arguments_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(300)
 def test_the_first_rank_is_killed_and_comes_back_with_the_same_bits_and_log(
     tmp_path: Path,
 ) -> None:

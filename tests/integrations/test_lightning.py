@@ -122,6 +122,7 @@ def test_the_state_of_callbacks_comes_back_with_its_types() -> None:
 
 
 @pytest.mark.multiproc
+@pytest.mark.timeout(300)
 def test_the_first_rank_is_killed_and_comes_back_with_the_same_bits(tmp_path: Path) -> None:
     script = Path(job.__file__)
     truth = job.main(EPOCHS, 6, tmp_path / "A")
