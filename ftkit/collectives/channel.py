@@ -105,16 +105,16 @@ class Channel:
         It has when none was planned since the generation began, when the edge it sends over
         has become slow, and when that was first measured after the plan. Any thread.
         """
-        if not self._choices:
-            return False
-        if not self._planned:
-            return True
-        link = self._engine.net.links.get(self._members[self._after])
-        if link is None or self.hosts[self._after] == self.hosts[self._rank]:
-            return False
-        if self._planned_rate is None:
-            return bool(link.windows)
-        return dropped(self._planned_rate, link.windows)
+        with self._lock:  # an edit changes all of it
+            if not self._choices:
+                return False
+            if not self._planned:
+                return True
+            link = self._engine.net.links.get(self._members[self._after])
+            if link is None or self.hosts[self._after] == self.hosts[self._rank]:
+                return False
+            planned = self._planned_rate
+        return bool(link.windows) if planned is None else dropped(planned, link.windows)
 
     @property
     def _after(self) -> int:
