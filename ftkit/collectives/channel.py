@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ftkit.collectives.frames import P2P
 from ftkit.collectives.handle import Handle, failed
@@ -23,6 +23,13 @@ from ftkit.core.world import World
 
 if TYPE_CHECKING:
     from ftkit.collectives.engine import Engine
+
+
+class HasChannel(Protocol):
+    """A Group or an FtkitProcessGroup: whose members take part."""
+
+    @property
+    def channel(self) -> "Channel": ...
 
 
 class Channel:
