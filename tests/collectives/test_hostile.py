@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 
 from ftkit.collectives.calls import Calls
 from ftkit.collectives.group import Group
-from ftkit.core.errors import GenerationAborted, Unreachable
+from ftkit.collectives.process_group import FtkitProcessGroup
+from ftkit.core.errors import GenerationAborted, Refused, Unreachable
 from ftkit.core.ids import MemberId
 from ftkit.core.world import World
 
@@ -74,8 +76,8 @@ def missing(group: Group, peer: int) -> None:
 def test_a_message_may_have_any_tag_that_is_allowed(tag):
     with together(2) as (one, other):
         got = torch.zeros(3)
-        received = Calls(other.channel).recv(got, 0, tag, 5.0)
-        Calls(one.channel).send(torch.ones(3), 1, tag, 5.0).wait(5)
+        received = Calls(other.channel).recv(got, 0, tag, 5.0)()
+        Calls(one.channel).send(torch.ones(3), 1, tag, 5.0)().wait(5)
         received.wait(5)
         assert got.eq(1).all()
 
@@ -146,10 +148,10 @@ def test_receives_from_anybody_take_a_senders_messages_in_order_whatever_overtak
     with together(2, segment_bytes=64 << 10) as (one, other):
         large, small = torch.zeros(3_000_000), torch.zeros(3)
         calls = Calls(other.channel)
-        received = [calls.recv(large, None, 5, 20.0), calls.recv(small, None, 5, 20.0)]
+        received = [calls.recv(large, None, 5, 20.0)(), calls.recv(small, None, 5, 20.0)()]
         one._engine.call(partial(time.sleep, 0.1))  # both are queued when it wakes
         for value in (torch.ones(3_000_000), torch.full((3,), 2.0)):
-            Calls(one.channel).send(value, 1, 5, 20.0)
+            Calls(one.channel).send(value, 1, 5, 20.0)()
         for handle in received:
             handle.wait(10)
         assert large.eq(1).all()
@@ -168,3 +170,16 @@ def test_a_rank_far_ahead_with_many_small_messages_is_held_back_too():
             value = torch.zeros(1)
             behind.broadcast(value, 0).wait(10)
             assert value.item() == i
+
+
+def test_of_several_tensors_in_one_call_none_is_reduced_when_one_is_refused():
+    with together(1) as (group,):
+        pg = FtkitProcessGroup(
+            group, group.channel, timeout=timedelta(seconds=5), on_shutdown=group.close
+        )
+        shared = torch.ones(1).expand(3)
+        with pytest.raises(Refused, match="share their memory"):
+            pg.allreduce_coalesced([torch.ones(3), shared])
+        assert group.channel._seq == 0
+        pg.allreduce_coalesced([torch.ones(3), torch.ones(2)]).wait()
+        assert group.channel._seq == 2
