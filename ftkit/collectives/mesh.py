@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _GREETINGS_MAX = 64
 #: What one of several connections may hold that it cannot send yet.
 _LANE_UNSENT_BYTES = 128 << 10
+#: A host that vanished without a word says nothing for ever; one that is there answers the
+#: kernel's question whatever its processes do. Seconds of silence, and between questions; questions.
+_SILENCE_S, _ASK_AGAIN_S, _QUESTIONS = 10, 5, 4
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 
 
@@ -335,6 +338,11 @@ def _member_of(hello: Mapping[str, Any]) -> MemberId:
 
 def _tune(sock: socket.socket, *, lanes: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Not TCP_USER_TIMEOUT: it would also cut a peer that is alive and does not read for a while.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _ASK_AGAIN_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _QUESTIONS)
     if lanes > 1:
         # A slow lane must not take more than it can send soon, while others stand idle.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _LANE_UNSENT_BYTES)

@@ -124,6 +124,16 @@ def test_a_member_that_comes_back_after_a_broken_connection_is_let_in():
         assert works(groups)
 
 
+def test_links_ask_a_silent_peer_whether_it_is_there():
+    with together(2, connections=2) as groups:
+        for group in groups:
+            for lane in next(iter(group._engine.net.links.values())).lanes:
+                options = (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+                idle, again, times = (lane.sock.getsockopt(socket.IPPROTO_TCP, o) for o in options)
+                assert lane.sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert idle + again * times <= 30
+
+
 def begin_and_meet(group: Group, whole: World) -> None:
     group.edit(whole, timeout_s=10)
     group.barrier().wait(5)
