@@ -23,7 +23,7 @@ from typing import Any
 
 from ftkit.collectives.cma import CmaPeer, ValidWord
 from ftkit.collectives.config import CollectivesConfig, Transport
-from ftkit.collectives.lanes import LaneDesk, LaneKey, word_of
+from ftkit.collectives.lanes import LaneDesk, LaneKey, name_of
 from ftkit.core.errors import AuthenticationError, WireError
 from ftkit.core.ids import MemberId
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
@@ -118,13 +118,13 @@ class Mesh:
           WireError: nobody answers there, the greeting failed, or somebody else lives there.
         """
         opened = connect or partial(self._straight, address)
-        word = secrets.token_hex(8)
-        greeted = self._dial(peer, address, opened, word, timeout_s, further=False)
+        name = secrets.token_hex(8)
+        greeted = self._dial(peer, address, opened, name, timeout_s, further=False)
         lanes: list[socket.socket] = []
         with contextlib.ExitStack() as undo:
             undo.callback(greeted.sock.close)
             for _ in range(self._further(greeted)):
-                lane = self._dial(peer, address, opened, word, timeout_s, further=True).sock
+                lane = self._dial(peer, address, opened, name, timeout_s, further=True).sock
                 undo.callback(lane.close)
                 lanes.append(lane)
             undo.pop_all()
@@ -147,7 +147,7 @@ class Mesh:
         peer: MemberId,
         address: tuple[str, int],
         connect: Callable[[float], socket.socket],
-        word: str,
+        name: str,
         timeout_s: float,
         *,
         further: bool,
@@ -162,7 +162,7 @@ class Mesh:
                 sock,
                 server=False,
                 timeout_s=min(timeout_s, self._config.greeting_timeout_s),
-                word=word,
+                name=name,
                 further=further,
             )
         except OSError as error:
@@ -277,7 +277,7 @@ class Mesh:
         *,
         server: bool,
         timeout_s: float,
-        word: str = "",
+        name: str = "",
         further: bool = False,
     ) -> tuple[Greeted, LaneKey | None]:
         """The peer; and, on the accepting side, the link that this is a further lane of.
@@ -289,7 +289,7 @@ class Mesh:
             "process": self._process,
             "config": self._config.wire,
             "memory": self._word.hello(),
-            "link": word,
+            "link": name,
             "lane": further,
         }
         theirs = authenticate(sock, self._secret, server=server, hello=hello, timeout_s=timeout_s)
@@ -320,8 +320,8 @@ class Mesh:
         greeted = Greeted(sock, peer, str(theirs.get("process")), cma, can_offer)
         if not server:
             return greeted, None
-        word, further = word_of(theirs)
-        key = LaneKey(peer, word)
+        name, further = name_of(theirs)
+        key = LaneKey(peer, name)
         if further:
             return greeted, key
         if count := self._further(greeted):
