@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ftkit.collectives import checks, moves, reductions, sparse
+from ftkit.collectives import arithmetic, checks, moves, reductions, sparse
 from ftkit.collectives.arithmetic import Bytes
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.config import OnLoss
@@ -49,14 +49,16 @@ class Calls:
         program = reductions.all_reduce(home.data, tensor.dtype, op)
         summed = tensor.dtype if op == "sum" and tensor.dtype.is_floating_point else None
         again = Again(home.data, summed)
-        return self._start([home], "all_reduce", program, home.data.size, limit_s, again)
+        name = arithmetic.signature("all_reduce", op, tensor.dtype)
+        return self._start([home], name, program, home.data.size, limit_s, again)
 
     def reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Issue:
         op = checks.op_of(opts, tensor.dtype)
         root = checks.root_of(opts, self._channel.size)
         home = Home(tensor)
         program = reductions.reduce(home.data, tensor.dtype, op, root)
-        return self._start([home], "reduce", program, home.data.size, limit_s)
+        name = arithmetic.signature("reduce", op, tensor.dtype)
+        return self._start([home], name, program, home.data.size, limit_s)
 
     def reduce_scatter(
         self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
@@ -208,7 +210,8 @@ class Calls:
         sparse.check(tensor, op)
         mine = tensor.detach().coalesce()
         program = sparse.all_reduce(mine, op)
-        issue = self._start([], "all_reduce", program, sparse.nbytes(mine), limit_s)
+        name = arithmetic.signature("all_reduce_sparse", op, tensor.dtype)
+        issue = self._start([], name, program, sparse.nbytes(mine), limit_s)
         return lambda: issue().then(lambda total: sparse.replace(tensor, total))
 
     def _scatter_reduced(
@@ -217,7 +220,8 @@ class Calls:
         home = Home(out)
         program = reductions.reduce_scatter(home.data, ins, out.dtype, op)
         nbytes = sum(data.size for data in ins)
-        return self._start([home], "reduce_scatter", program, nbytes, limit_s)
+        name = arithmetic.signature("reduce_scatter", op, out.dtype)
+        return self._start([home], name, program, nbytes, limit_s)
 
     def _gathered(
         self, homes: Sequence[Home], outs: Sequence[Bytes], mine: Bytes, limit_s: float | None

@@ -9,6 +9,7 @@ beside them. A channel also has a *ring*, the order in which bulk goes round bet
 import math
 import threading
 import time
+import zlib
 from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -143,7 +144,7 @@ class Channel:
             refusal = self._refusal()
             if refusal is not None:
                 return failed(refusal)
-            op = self._op(name, program, self._seq, 0, 0, deadline_s)
+            op = self._op(name, program, self._seq, 0, 0, deadline_s, self.id)
             self._seq += 1
             # Queued under the lock: the order of numbers is the order of execution.
             self._engine.recorder.enter(self.id, op.seq, name, nbytes)
@@ -173,8 +174,11 @@ class Channel:
             if peer >= 0:
                 seq = self._p2p.get((direction, peer, tag), 0)
                 self._p2p[direction, peer, tag] = seq + 1
-            op = self._op(direction, program, seq, P2P, tag, deadline_s)
-            self._engine.recorder.enter(self.id, seq, direction, nbytes)
+            other = self._members[peer] if peer >= 0 else "any"
+            # Sends and receives are counted apart from collectives, and for each peer and tag.
+            recorded = zlib.crc32(f"{self.id} {direction} {peer} {tag}".encode())
+            op = self._op(direction, program, seq, P2P, tag, deadline_s, recorded)
+            self._engine.recorder.enter(recorded, seq, f"{direction} {other}", nbytes)
             self._engine.submit(op)
         return op.handle
 
@@ -203,6 +207,7 @@ class Channel:
         flags: int,
         tag: int,
         deadline_s: float | None,
+        recorded: int,
     ) -> Op:
         return Op(
             self._engine,
@@ -216,4 +221,5 @@ class Channel:
             flags=flags,
             tag=tag,
             deadline_s=deadline_s,
+            recorded=recorded,
         )

@@ -46,6 +46,8 @@ TellCallback = Callable[[MemberId, bytes], None]
 
 _DOUBT_S = 2.0
 _PARTING_S = 0.5
+#: An operation that takes longer than this says whose bytes it waits for, and how often.
+_TELL_AWAITED_S = 0.25
 #: Receipts come without a message: they have to be looked for.
 _LOOK_AGAIN_S = 0.001
 
@@ -78,6 +80,7 @@ class Engine:
         """What all were told of the end of the current generation, once it ended by a fault."""
         self._doubt: tuple[float, str] | None = None
         self._parting: list[tuple[Handle[None], float]] = []
+        self._awaited_told_s = 0.0
         self._early_aborts: dict[int, tuple[frozenset[MemberId], str]] = {}
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()
@@ -290,6 +293,8 @@ class Engine:
         if self._parting:
             return _LOOK_AGAIN_S
         first_s = self.runner.deadline_s()
+        if self.runner.active:
+            first_s = min(first_s, time.monotonic() + _TELL_AWAITED_S)
         if self._doubt is not None:
             first_s = min(first_s, self._doubt[0])
         if first_s == math.inf:
@@ -308,8 +313,16 @@ class Engine:
             if self._doubt is None:
                 self._doubt = (time.monotonic() + _DOUBT_S, str(doubt))
 
+    def _tell_awaited(self, now: float) -> None:
+        """Note whose bytes operations wait for: for when nobody can ask any more."""
+        self._awaited_told_s = now
+        for op in self.runner.waiting_since(now - _TELL_AWAITED_S):
+            self.recorder.awaiting(op.recorded, op.seq, self.transfers.awaited_of(op))
+
     def _check_deadlines(self) -> None:
         now = time.monotonic()
+        if self.runner.active and now - self._awaited_told_s > _TELL_AWAITED_S:
+            self._tell_awaited(now)
         if self._parting:
             self._part(now)
         if self._doubt is not None and self._doubt[0] <= now:

@@ -5,6 +5,7 @@ thread, asks for transfers with `send`, `recv` and `offered`, and yields a ticke
 tickets, or None ("let others run, then go on"). What it returns becomes the handle's value.
 """
 
+import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -41,7 +42,9 @@ class Op:
         "name",
         "program",
         "rank",
+        "recorded",
         "seq",
+        "since_s",
         "tag",
         "waiting",
     )
@@ -60,6 +63,7 @@ class Op:
         flags: int,
         tag: int,
         deadline_s: float | None,
+        recorded: int,
     ) -> None:
         self.engine = engine
         self.channel = channel
@@ -72,6 +76,9 @@ class Op:
         self.flags = flags
         self.tag = tag
         self.deadline_s = deadline_s
+        self.recorded = recorded
+        """The group that the recorder knows it by: with `seq` it is one operation's alone."""
+        self.since_s = time.monotonic()
         self.handle: Handle[Any] = Handle()
         self.generator: Generator[Wait, None, Any] | None = None
         self.waiting = 0

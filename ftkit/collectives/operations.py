@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ftkit.collectives import canonical, moves, planning, reductions
-from ftkit.collectives.arithmetic import Bytes, as_bytes, check
+from ftkit.collectives.arithmetic import Bytes, as_bytes, check, signature
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.frames import CONTROL_BYTES_MAX
 from ftkit.collectives.handle import Handle
@@ -36,7 +36,9 @@ class Operations:
         check(flat.dtype, op)
         data = as_bytes(flat)
         return self.channel.issue(
-            "all_reduce", reductions.all_reduce(data, flat.dtype, op), nbytes=data.size
+            signature("all_reduce", op, flat.dtype),
+            reductions.all_reduce(data, flat.dtype, op),
+            nbytes=data.size,
         )
 
     def reduce_scatter(
@@ -46,7 +48,7 @@ class Operations:
         check(out.dtype, op)
         parts = [as_bytes(t) for t in ins]
         return self.channel.issue(
-            "reduce_scatter",
+            signature("reduce_scatter", op, out.dtype),
             reductions.reduce_scatter(as_bytes(out), parts, out.dtype, op),
             nbytes=sum(p.size for p in parts),
         )
@@ -144,4 +146,6 @@ class Operations:
         program = canonical.reduce_slots(
             [as_bytes(n.value) for n in nodes], data, out.dtype, slots, scale
         )
-        return self.channel.issue("reduce_slots", program, nbytes=data.size * len(nodes))
+        # Ranks bring different numbers of nodes; the bucket is what they must agree on.
+        name = signature("reduce_slots", str(data.size), out.dtype)
+        return self.channel.issue(name, program, nbytes=data.size * len(nodes))

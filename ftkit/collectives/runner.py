@@ -71,6 +71,10 @@ class Runner:
             (op.deadline_s for op in self.active if op.deadline_s is not None), default=math.inf
         )
 
+    def waiting_since(self, before_s: float) -> list[Op]:
+        """What runs, and was issued before that."""
+        return [op for op in self.active if op.since_s < before_s and op.generator is not None]
+
     def overdue(self, now_s: float) -> Op | None:
         """An operation that is past its deadline."""
         for op in self.active:
@@ -143,7 +147,7 @@ class Runner:
             return
         op.ended = True
         self.active.discard(op)
-        self._recorder.leave(op.seq, error is None)
+        self._recorder.leave(op.recorded, op.seq, error is None)
         if error is None:
             op.handle.finish(value)
         else:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Final
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, Seat, Step
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +50,53 @@ class StepSeen:
     """Coordinates in the job's mesh, such as "dp=0 pp=1 tp=0"; "" where there is none."""
 
 
-Signal = StepSeen
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Members of a world have found something out among themselves, by vote or by comparing.
 
-_KINDS: Final[Mapping[str, type[Signal]]] = {kind.KIND: kind for kind in (StepSeen,)}
+    One of them tells it: the first that it does not speak against.
+    """
+
+    KIND: ClassVar[str] = "found"
+
+    fault: str
+    """A `Fault`, as text."""
+    member: MemberId
+    seat: Seat
+    """Whom it speaks of."""
+    step: Step
+    at: float
+    reason: str
+    evidence: Mapping[str, object] = field(default_factory=dict)
+    confidence: float = 1.0
+    peer: Seat | None = None
+    """The other one, where only one of two can be meant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeScored:
+    """What the history of jobs says of a node of this one (`offenders`)."""
+
+    KIND: ClassVar[str] = "node-scored"
+
+    node: NodeId
+    name: str
+    """Of the machine, whatever its number is in this job."""
+    at: float
+    faults: int
+    recent: float
+    rate_per_day: float
+    fleet_per_day: float
+    factor: float
+    certainty: float
+    offender: bool
+
+
+Signal = StepSeen | Found | NodeScored
+
+_KINDS: Final[Mapping[str, type[Signal]]] = {
+    kind.KIND: kind for kind in (StepSeen, Found, NodeScored)
+}
 
 
 def to_json(signal: Signal) -> dict[str, object]:

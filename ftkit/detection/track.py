@@ -72,6 +72,14 @@ class Track:
         return self.row.t_enter_ns != 0
 
     @property
+    def waits_for(self) -> MemberId | None:
+        """The one member that a pending send or receive waits for; None: it is no such."""
+        direction, _, peer = self.row.op.partition(" ")
+        if not self.in_collective or direction not in ("send", "recv") or not peer.isdigit():
+            return None
+        return MemberId(int(peer))
+
+    @property
     def pending(self) -> tuple[int, int]:
         """Group and seq of the collective waited in; only with `in_collective`."""
         return self.row.group, self.row.left + 1
@@ -108,11 +116,13 @@ class Track:
 def behind(one: Track, waiter: Track) -> bool:
     """Whether `waiter`, which waits, waits for `one` among others.
 
-    In the same group seqs are compared. Across groups only a member that waits in no collective
+    A send or receive waits for its peer alone. In the same group seqs are compared. Across groups only a member that waits in no collective
     can be the one that is waited for. A wait that no collective tells of (REDUCE, VOTE) is for
     members in an earlier step or earlier in the step.
     """
     if waiter.in_collective:
+        if (peer := waiter.waits_for) is not None:
+            return one.member == peer and one.waits_for != waiter.member
         group, seq = waiter.pending
         if one.row.group == group:
             return one.row.entered < seq

@@ -15,7 +15,10 @@ The rules, for a job of V slots and S steps:
 * R8 when all ranks were lost at once, the job went on from the newest step that parity had
   published, or a newer one; steps after that may be played again;
 * R9 bits that were flipped on purpose were noticed;
-* R7 all final parameters are equal, and equal to the undisturbed run's.
+* R10 where the drill is about the name of its fault, the first that was said of each target was
+  of that class;
+* R7 all final parameters are equal, and equal to the undisturbed run's unless the fault is to
+  alter them.
 
 The vote an attempt is counted by is written before the voting, so a rank that was killed
 between vote and commit has its slots counted. A commit that only a dead rank saw is no loss:
@@ -67,6 +70,10 @@ class Expectation:
     """Whether the fault takes all ranks at once, so that only memory and parity are left."""
     corrupts: bool = False
     """Whether the fault flips bits of what is left."""
+    alters: bool = False
+    """Whether the fault changes what is computed: then the ranks only have to agree."""
+    names: frozenset[str] = frozenset()
+    """Classes of which one must be the first that is said of each target; none: any will do."""
     strikes: int = 1
     """How often it has to strike; where the job ends before, nothing can be said."""
 
@@ -182,6 +189,7 @@ def check(
     doubled += len(applied_twice) * expectation.slots * expectation.slot_size
     exits = _check_exits(history, targets, found)
     _check_noticed(history, expectation, found)
+    _check_names(history, targets, expectation, found)
     incidents = read_incidents(history, evicts=expectation.evicts, loses_all=expectation.loses_all)
     _check_incidents(history, incidents, expectation, found)
     params_equal = _check_params(history, reference, expectation, found)
@@ -208,6 +216,11 @@ def check(
             "incidents": [asdict(i) for i in incidents],
             "published": _published_before(history),
             "noticed": list(history.noticed),
+            "suspected_wrongly": [
+                {"class": a.fault, "seat": a.seat, "reason": a.reason}
+                for a in history.suspicions
+                if a.member not in targets and a.fault in EVICT
+            ],
             "params": sorted({f.params for f in history.finals}),
             "reference_params": sorted({f.params for f in reference.finals}) if reference else [],
             "first_loss_difference": _first_loss_difference(history, reference),
@@ -357,6 +370,23 @@ def _check_exits(history: History, targets: frozenset[int], found: _Findings) ->
     return len(survivors)
 
 
+def _check_names(
+    history: History, targets: frozenset[int], expected: Expectation, found: _Findings
+) -> None:
+    """R10."""
+    if not expected.names:
+        return
+    for target in sorted(targets):
+        first = next((a for a in history.named if a.member == target), None)
+        if first is None:
+            found.problems.append(f"nothing was ever said of member {target}, the target")
+        elif first.fault not in expected.names:
+            found.problems.append(
+                f"member {target} was first called {first.fault}, not "
+                f"{' or '.join(sorted(expected.names))}: {first.reason}"
+            )
+
+
 def _check_incidents(
     history: History, incidents: list[Incident], expected: Expectation, found: _Findings
 ) -> None:
@@ -394,10 +424,10 @@ def _check_params(
             else "no undisturbed run to compare with"
         )
         return None
-    if ours and ours != theirs:
+    if ours and ours != theirs and not expected.alters:
         found.problems.append("the final parameters are not the undisturbed run's")
         return False
-    return None if silent else True
+    return None if silent else ours == theirs
 
 
 def _slowest(values: list[float | None]) -> float | None:
@@ -407,7 +437,7 @@ def _slowest(values: list[float | None]) -> float | None:
 
 def _first_verdict(history: History) -> dict[str, object] | None:
     start = history.injections[0].mono if history.injections else 0.0
-    for a in history.accusations:
+    for a in history.named:
         if a.mono >= start:
             return {"class": a.fault, "culprit": a.seat, "reason": a.reason}
     return None

@@ -77,6 +77,7 @@ def main() -> None:
     is_flag=True,
     help="Begin at step 0. Checkpoints that are there go when the first new one is complete.",
 )
+@click.option("--history", default="", help="File or URL that remembers nodes' faults across jobs.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -95,6 +96,7 @@ def run(
     checkpoint_every: int,
     checkpoint_keep: str,
     fresh: bool,
+    history: str,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -106,6 +108,7 @@ def run(
     something was asked that cannot work, 130 or 143 after SIGINT or SIGTERM.
     """
     from ftkit.launch.config import JobConfig, default_engine, new_job_id
+    from ftkit.launch.history import check_history
     from ftkit.launch.job import python_command, run_job
     from ftkit.launch.last_words import LastWords
 
@@ -133,6 +136,7 @@ def run(
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
         checkpoint_fresh=fresh,
+        history=absolute(history),
         quiet=quiet,
     )
     if checkpoint_dir:
@@ -145,6 +149,7 @@ def run(
                 "--checkpoint-keep: a job's checkpoints carry no metric to choose the best by; use "
                 "last:N and every:N"
             )
+    check_history(config.history)
     _ = config.times  # an inconsistent set of times is refused before anything starts
     last = LastWords(
         folder, config.checkpoint_dir, lambda words: click.echo(f"ftkit: {words}", err=True)
@@ -257,19 +262,30 @@ def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
 def explain(run_dir: Path | None, as_json: bool) -> None:
     """Say in a paragraph what happened in a run, and why."""
     from ftkit.core.trace import read_run
+    from ftkit.detection.bundle import paragraph
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
     from ftkit.launch.goodput import goodput
+    from ftkit.launch.incidents import read_bundles
     from ftkit.launch.storage_story import storage_story
 
-    events = read_run(newest_run(run_dir))
+    run_dir = newest_run(run_dir)
+    events, bundles = read_run(run_dir), read_bundles(run_dir)
     storage, time_spent = storage_story(events), goodput(events)
     if as_json:
-        told = {"incidents": [i.to_json() for i in incidents(events)]}
+        told = {
+            "incidents": [i.to_json() for i in incidents(events)],
+            "bundles": [{**incident, "nodes": nodes} for incident, nodes in bundles],
+        }
         also = {"storage": storage.to_json(), "goodput": time_spent.to_json()}
         click.echo(json.dumps(told | also))
     else:
-        told_of = (explain_events(events), time_spent.paragraph(), storage.paragraph())
+        told_of = (
+            explain_events(events),
+            *(paragraph(incident, nodes) for incident, nodes in bundles),
+            time_spent.paragraph(),
+            storage.paragraph(),
+        )
         click.echo("\n\n".join(t for t in told_of if t))
 
 
@@ -386,6 +402,21 @@ def doctor_network(
     else:
         show(found)
     sys.exit(1 if found.unreachable else 0)
+
+
+@doctor.command("offenders")
+@click.option("--history", default="", help="The file or URL given to `ftkit run --history`.")
+@click.option("--titan", type=click.Path(path_type=Path), help="Replay a history of Titan's GPUs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def doctor_offenders(history: str, titan: Path | None, as_json: bool) -> None:
+    """Say which nodes fail far more often than the others, and what to leave out.
+
+    With --history, also how often failed jobs were started again and whether it helped. Exits
+    with 1 when there is a node to leave out. With --titan, what the rule would have avoided.
+    """
+    from ftkit.launch.offenders_command import offenders
+
+    sys.exit(offenders(history, titan, as_json=as_json))
 
 
 main.add_command(ckpt)

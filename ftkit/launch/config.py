@@ -29,7 +29,7 @@ class Times:
 
     The chain, in order::
 
-    tick <= heartbeat <= halt <= stall <= node, and exit grace apart.
+    heartbeat <= tick <= halt <= stall <= node, and exit grace apart.
     """
 
     heartbeat_s: float
@@ -64,11 +64,11 @@ class Times:
             node_s=2 * max_stall_s,
             grace_s=5.0,
         )
-        chain = [times.tick_s, times.heartbeat_s, times.halt_s, times.node_s]
+        chain = [times.heartbeat_s, times.tick_s, times.halt_s, times.node_s]
         if chain != sorted(chain):
             raise UsageError(
-                f"--max-stall {max_stall_s} gives tick {times.tick_s:.3f} <= heartbeat "
-                f"{times.heartbeat_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
+                f"--max-stall {max_stall_s} gives heartbeat {times.heartbeat_s:.3f} <= tick "
+                f"{times.tick_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
                 "which is out of order"
             )
         return times
@@ -111,6 +111,8 @@ class JobConfig:
     """What to keep of them (`persist.keep.policies`)."""
     checkpoint_fresh: bool = False
     """Begin at step 0 whatever is there."""
+    history: str = ""
+    """Where what becomes of nodes and jobs is remembered: a file or a URL; empty: nowhere."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 

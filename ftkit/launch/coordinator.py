@@ -29,6 +29,8 @@ from ftkit.launch.config import JobConfig
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
+from ftkit.launch.incidents import Incidents
+from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
@@ -70,10 +72,18 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
+        self._incidents = Incidents(Path(config.run_dir))
         self._costs = DecisionCosts(config.seats)
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
+        self._history = None
+        if config.history:
+            self._history = JobHistory(
+                config,
+                scored=lambda score: self._inbox.put(("scored", None, score)),
+                tell=self.trace.event,
+            )
         self._checkpoints = CheckpointLead(number, self.trace.event)
         self._disk = Disk(
             config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
@@ -108,6 +118,9 @@ class Coordinator:
                     return self._plan.stop
         finally:
             self._disk.close()
+            if self._history is not None:
+                self._history.close()
+            self._incidents.close()
             for line in self._lines.values():
                 line.close()
             self.trace.close()
@@ -129,6 +142,8 @@ class Coordinator:
                 if self._lines.get(node) is value:
                     self._lines.pop(node).close()
                     self._silent_since[node] = self._clock.now()
+            case "scored":
+                self._judge.take(value)
             case "interrupt":
                 self._interrupted = value
 
@@ -147,6 +162,7 @@ class Coordinator:
             rows_from_json(report["rows"]),
             members,
             measured=report.get("signals", ()),
+            late_s=float(report.get("late_s", 0.0)),
             sent=float(report["at"]),
             at=self._clock.now(),
         )
@@ -214,6 +230,7 @@ class Coordinator:
             self.trace.event(
                 "decision", action=decision.action, reason=decision.reason, **decision.fields
             )
+            self._incidents.decided(decision.action, decision.reason, now)
             if decision.action in ("resume", "form"):
                 fields = {k: v for k, v in decision.fields.items() if k != "costs"}
                 self.trace.event("resume", **fields)
@@ -236,6 +253,10 @@ class Coordinator:
             reason = "the job begins"
         self.trace.event("decision", action="lead", reason=reason, term=plan.term)
         self._judge.take_plan(plan, at=now)
+        if self._history is not None:
+            self._history.begin(
+                {n: str(r.get("name") or f"node-{n}") for n, r in self._reports.items()}
+            )
         return plan
 
     def _facts(self, now: float) -> JobFacts:
@@ -243,7 +264,7 @@ class Coordinator:
         verdicts = self._judge.verdicts(self._plan, self._members, now)
         for verdict in verdicts.fresh:
             self.trace.event(
-                "verdict",
+                "suspicion" if verdict.suspected else "verdict",
                 fault=verdict.fault.value,
                 member=verdict.member,
                 seat=verdict.seat,
@@ -253,6 +274,24 @@ class Coordinator:
                 confidence=verdict.confidence,
                 peer=verdict.peer,
                 generation=self._plan.world.generation if self._plan.world else 0,
+            )
+            if self._history is not None and not verdict.suspected:
+                facts = self._members.get(verdict.member)
+                self._history.verdict(verdict, None if facts is None else facts.node)
+        if verdicts.fresh:
+            summary = {"mode": self._plan.mode.value, "step": self._plan.step}
+            look = self._incidents.take(verdicts.fresh, self._plan.world, summary, now)
+            if look is not None:
+                self._tell_all(look)
+                self.trace.event("incident", number=look["incident"], looked_at=look["members"])
+        for over in verdicts.over:
+            self.trace.event(
+                "verdict-over",
+                fault=over.verdict.fault.value,
+                member=over.verdict.member,
+                seat=over.verdict.seat,
+                suspected=over.verdict.suspected,
+                lasted_s=round(over.lasted_s, 3),
             )
         lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)
@@ -339,6 +378,14 @@ class Coordinator:
             except WireError:
                 logger.debug("node %s hung up; it gets the plan when it is back", node)
 
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        """Send to every agent that can be reached."""
+        for node, line in list(self._lines.items()):
+            try:
+                line.send(message)
+            except WireError:
+                logger.debug("node %s hung up", node)
+
     def _is_over(self, now: float) -> bool:
         """Whether the plan has ended and every agent that can be reached is through."""
         assert self._plan is not None, "there is a plan"
@@ -354,6 +401,10 @@ class Coordinator:
         outcome = "completed" if stop.code == 0 else "failed"
         self.trace.event("end", outcome=outcome, code=stop.code, reason=stop.reason)
         write_result(Path(self._config.run_dir), stop)
+        if self._history is not None:
+            begun = min((m.entry_step for m in self._members.values() if m.entry_step), default=0)
+            last = max((m.step for m in self._members.values() if m.step), default=0)
+            self._history.end(code=stop.code, trained=last > begun)
         return True
 
 

@@ -3,25 +3,30 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import MemberId, NodeId, Seat
-from ftkit.core.verdict import Fault, Verdict
+from ftkit.core.verdict import Verdict
 from ftkit.core.world import World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.known_offenders import KnownOffenders
+from ftkit.detection.levels import Levels, Over
 from ftkit.detection.observations import (
     Exited,
+    Observation,
     ObserverLate,
     ProcessFacts,
     RowSeen,
     WorldChanged,
 )
 from ftkit.detection.panel import Panel
-from ftkit.detection.row import Row
+from ftkit.detection.row import Awaited, OpRecord, Row
+from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
+from ftkit.launch.pace import LATE_S
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
 
@@ -34,8 +39,15 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 RESTORE_LIMITS = 3
 
 
-#: A seat, its row, and its process; None when that is gone.
-SeatRow = tuple[Seat, Row, ProcessFacts | None]
+class SeatRow(NamedTuple):
+    """What an agent tells of one seat."""
+
+    seat: Seat
+    row: Row
+    facts: ProcessFacts | None
+    """None: its process is gone."""
+    ops: Sequence[OpRecord] = ()
+    awaited: Awaited | None = None
 
 
 @dataclass(slots=True)
@@ -44,6 +56,8 @@ class Findings:
 
     fresh: list[Verdict] = field(default_factory=list)
     """Verdicts not said before: for the event stream."""
+    over: list[Over] = field(default_factory=list)
+    """Verdicts that hold no longer."""
     evictions: dict[MemberId, str] = field(default_factory=dict)
     """Members to remove, with the reason: levels, said again while they hold."""
 
@@ -53,8 +67,15 @@ def rows_from_json(value: Iterable[Mapping[str, Any]]) -> list[SeatRow]:
     rows: list[SeatRow] = []
     for item in value:
         try:
-            facts = ProcessFacts.from_json(item["facts"]) if item["facts"] else None
-            rows.append((Seat(int(item["seat"])), Row.from_json(item["row"]), facts))
+            rows.append(
+                SeatRow(
+                    seat=Seat(int(item["seat"])),
+                    row=Row.from_json(item["row"]),
+                    facts=ProcessFacts.from_json(item["facts"]) if item["facts"] else None,
+                    ops=[OpRecord.from_json(r) for r in item.get("ops", ())],
+                    awaited=Awaited.from_json(item["awaited"]) if item.get("awaited") else None,
+                )
+            )
         except (ProtocolError, KeyError):
             continue
     return rows
@@ -66,16 +87,20 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector])
-        self._said: set[tuple[MemberId, Fault]] = set()
+        self._panel = Panel([self._detector, Told(), KnownOffenders()])
+        self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._world: World | None = None
         self._world_at = 0.0
         self._halting_since: float | None = None
 
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
-        if late_by_s > self._times.tick_s:
+        if late_by_s > LATE_S:
             self._panel.ingest(ObserverLate(by_s=late_by_s))
+
+    def take(self, observation: Observation) -> None:
+        """Something else was seen, at a time on this clock."""
+        self._panel.ingest(observation)
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
@@ -94,6 +119,7 @@ class Judge:
         members: Sequence[MemberFacts],
         *,
         measured: Iterable[object] = (),
+        late_s: float = 0.0,
         sent: float,
         at: float,
     ) -> None:
@@ -104,22 +130,33 @@ class Judge:
           rows: seats' rows with what the kernel says of their processes.
           members: the members it knows.
           measured: signals as JSON (`detection.signals`); what is none is passed over.
+          late_s: by how much its looks at the rows were late since the report before.
           sent: when it reported, on its clock, which is that of the rows.
           at: when that arrived here, on ours.
         """
         # Rows carry the agent's clock; on one host the difference is the message's way here.
         offset_ns = int((at - sent) * 1e9) if node else 0
+        if late_s > LATE_S:
+            self._panel.ingest(ObserverLate(by_s=late_s))
         for value in measured:
             try:
                 self._panel.ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
             except ProtocolError as error:
                 logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}
-        for seat, row, facts in rows:
-            if seat in seats:
-                row = row.shifted(offset_ns)
+        for told in rows:
+            if told.seat in seats:
+                row = told.row.shifted(offset_ns)
                 self._panel.ingest(
-                    RowSeen(member=row.member, seat=seat, row=row, facts=facts, at=at)
+                    RowSeen(
+                        member=row.member,
+                        seat=told.seat,
+                        row=row,
+                        facts=told.facts,
+                        at=at,
+                        ops=told.ops,
+                        awaited=told.awaited,
+                    )
                 )
         for member in members:
             code = member.exit_code
@@ -131,6 +168,7 @@ class Judge:
                         code=code if code is not None and code >= 0 else None,
                         signal=-code if code is not None and code < 0 else None,
                         at=at,
+                        out_of_memory=member.out_of_memory,
                     )
                 )
 
@@ -139,11 +177,9 @@ class Judge:
         findings = Findings()
         if plan.mode is Mode.ENDED:
             return findings
-        for verdict in self._panel.tick(now):
-            key = (verdict.member, verdict.fault)
-            if key not in self._said:
-                self._said.add(key)
-                findings.fresh.append(verdict)
+        said = self._panel.tick(now)
+        findings.fresh, findings.over = self._levels.take(said, now)
+        for verdict in said:
             if verdict.evicts:
                 findings.evictions[verdict.member] = verdict.reason
         if self._halting_since is not None and now - self._halting_since > self._times.halt_s:

@@ -73,6 +73,8 @@ class MemberFacts:
     """DEAD: the exit code, or minus the signal number."""
     error: str = ""
     """DEAD: the last lines it wrote, when they are known."""
+    out_of_memory: str = ""
+    """DEAD: why it is taken to have run out of memory; empty when nothing says so."""
 
     def to_json(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.__slots__} | {"cut": sorted(self.cut)}
@@ -100,6 +102,7 @@ class MemberFacts:
                 pid=int(value["pid"]),
                 exit_code=None if code is None else int(code),
                 error=str(value["error"]),
+                out_of_memory=str(value["out_of_memory"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a member's facts: {value!r}") from error

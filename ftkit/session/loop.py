@@ -11,8 +11,11 @@ from ftkit.collectives.slot_tree import SlotNode
 from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
 from ftkit.core.ids import Slot
 from ftkit.core.ids import Step as StepNumber
+from ftkit.session.corrupt import Corrupter
 from ftkit.session.feed import Feed, digest_of
+from ftkit.session.numbers import Numbers, OnNaN, names_of
 from ftkit.session.parts import Parts
+from ftkit.session.replicas import OnDiverged, Replicas
 from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
@@ -34,6 +37,10 @@ class Loop:
     slots: int
     """Slots of the global batch."""
     seed: int
+    until: int
+    """Steps to commit in all."""
+    mean: bool = True
+    """Whether gradients and losses are divided by the number of slots, or summed."""
     reducer: GradientReducer = field(init=False)
     current: "Step | None" = None
     """The step whose `with` is open."""
@@ -41,6 +48,12 @@ class Loop:
     """Digests of the batches this rank has read for the step under way, in any attempt."""
     refusals: int = 0
     """Votes in a row that did not pass."""
+    verify_every: int | None = None
+    on_diverged: OnDiverged = OnDiverged.REPAIR
+    on_nan: OnNaN = OnNaN.REPORT
+    corrupter: Corrupter = field(init=False)
+    replicas: Replicas = field(init=False)
+    numbers: Numbers = field(init=False)
 
     def __post_init__(self) -> None:
         # Modules may share parameters; each is reduced once.
@@ -49,6 +62,19 @@ class Loop:
             unique.values(),
             slots=self.slots,
             reduce=self._reduce,
+            mean=self.mean,
+        )
+        self.corrupter = Corrupter(self.parts.corruptions, self.parts.trace)
+        self.replicas = Replicas(
+            self.parts, self.snapshots, every=self.verify_every, on_diverged=self.on_diverged
+        )
+        self.numbers = Numbers(
+            self.parts,
+            self.reducer,
+            self.feed,
+            self.corrupter,
+            names=names_of(self.modules),
+            on_nan=self.on_nan,
         )
 
     def check_parameters(self) -> None:

@@ -12,11 +12,14 @@ from pathlib import Path
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import blocked_s
+from ftkit.core import corruption_plan
 from ftkit.core.clock import MonotonicClock
+from ftkit.core.corruption_plan import PlannedCorruption
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.trace import Trace
+from ftkit.detection import stacks
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
@@ -48,6 +51,7 @@ class Parts:
     membership: Membership
     group: Group
     injector: Injector
+    corruptions: list[PlannedCorruption]
     stall_s: float
     _last: contextlib.ExitStack = field(repr=False)
 
@@ -80,6 +84,8 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         name = f"seat-{seat}-member-{member}.jsonl"
         trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
     recorder = _recorder(env, member, last)
+    if env is not None:
+        last.enter_context(stacks.answering(Path(env.shm_dir), member))
     detour = Detour.read(environ, seat)
 
     def abort(generation: Generation, reason: str) -> None:
@@ -113,6 +119,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         membership=membership,
         group=group,
         injector=Injector(faults, trace, group.light_fuse),
+        corruptions=corruption_plan.from_environ(environ, member=member),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
     )

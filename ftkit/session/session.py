@@ -22,9 +22,11 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
-from ftkit.session.feed import MapStyle, feed_of
+from ftkit.session.feed import Feed, MapStyle, feed_of
 from ftkit.session.loop import Loop
+from ftkit.session.numbers import OnNaN
 from ftkit.session.parts import Parts
+from ftkit.session.replicas import OnDiverged
 from ftkit.session.role import of_mesh
 from ftkit.session.schedulers import Schedulers
 from ftkit.session.snapshots import Snapshots
@@ -68,6 +70,11 @@ class Session:
     def seat(self) -> int:
         """This rank's place in the job, whatever the world."""
         return self._parts.seat
+
+    @property
+    def seats(self) -> int:
+        """Places in the job: the ranks it was started with."""
+        return self._parts.env.seats if self._parts.env else 1
 
     @property
     def generation(self) -> int:
@@ -150,7 +157,7 @@ class Session:
 
     def steps(
         self,
-        data: MapStyle | Iterable[Any],
+        data: MapStyle | Iterable[Any] | Feed,
         *,
         slots: int,
         until: int,
@@ -158,6 +165,10 @@ class Session:
         seed: int = 0,
         shuffle: bool = True,
         collate: Callable[[list[Any]], Any] | None = None,
+        verify_every: int | None = None,
+        on_diverged: OnDiverged | str = OnDiverged.REPAIR,
+        on_nan: OnNaN | str = OnNaN.REPORT,
+        mean: bool = True,
     ) -> Iterator[Step]:
         """The step loop: yields the next step to play until `until` are committed.
 
@@ -166,7 +177,7 @@ class Session:
 
         Args:
           data: a data set (`__len__`, `__getitem__`), or a DataLoader, of which a slot is
-            then one batch.
+            then one batch, or a `Feed` that gives any slot's batch.
           slots: slots of the global batch, at least as many as ranks. Fixed for the job:
             the result does not depend on how many ranks share them.
           until: steps to commit in all.
@@ -174,20 +185,35 @@ class Session:
           seed: decides the order of samples and every slot's random numbers.
           shuffle: whether a data set is read in a random order.
           collate: makes a batch of a list of samples; torch's default one if not given.
+          verify_every: steps between two comparisons of what all ranks hold, bit for bit; 0 for
+            never. By default as often as costs no more than half a per cent of the time.
+          on_diverged: what becomes of a rank that holds other bits than most: "repair" (it
+            fetches them), "evict" (it is replaced) or "report". The step is played again.
+          on_nan: what follows when gradients are NaN or infinite, twice from the same samples:
+            "report", "skip" (the step counts, the optimizer sees no gradients) or "raise".
+          mean: whether gradients are divided by the number of slots. False is for losses that
+            are divided already, by what the whole global batch holds (its tokens, say);
+            `step.loss` is then the sum too.
 
         Raises:
-          UsageError: `protect` was not called, or there are more ranks than slots.
+          UsageError: `protect` was not called, there are more ranks than slots, or an option is
+            none of those above.
           JobStopped: the job was ended.
         """
         if self._snapshots is None:
             raise UsageError("call session.protect(model=..., optimizer=...) before steps()")
         if self._loop is not None:
             raise UsageError("session.steps() may be called once")
-        seats = self._parts.env.seats if self._parts.env else 1
-        if slots < seats:
+        try:
+            diverged, nan = OnDiverged(on_diverged), OnNaN(on_nan)
+        except ValueError as error:
+            raise UsageError(f"{error}: see steps()") from error
+        if verify_every is not None and verify_every < 0:
+            raise UsageError(f"verify_every is {verify_every}: give steps, or 0 for never")
+        if slots < self.seats:
             raise UsageError(
-                f"{seats} ranks cannot share {slots} slots: some would have nothing to do; "
-                f"give slots={seats} or more, or start fewer ranks"
+                f"{self.seats} ranks cannot share {slots} slots: some would have nothing to do; "
+                f"give slots={self.seats} or more, or start fewer ranks"
             )
         self._loop = Loop(
             parts=self._parts,
@@ -206,8 +232,23 @@ class Session:
             ),
             slots=slots,
             seed=seed,
+            verify_every=verify_every,
+            on_diverged=diverged,
+            on_nan=nan,
+            until=until,
+            mean=mean,
         )
-        return self._play(self._loop, until)
+        return self._play(self._loop)
+
+    def end_steps(self) -> None:
+        """End the loop over `steps` with the present step, as if `until` were reached.
+
+        For early stopping; all ranks must do so at the same step, as with a `break`. After a
+        `break` a rank is at work until it ends; here it is done once the loop is left.
+        """
+        if self._loop is None:
+            raise UsageError("session.end_steps() belongs into the loop over session.steps()")
+        self._loop.until = 0
 
     def verify(self, *, repair: bool = False) -> Verification:
         """Whether all ranks hold the same protected tensors, bit for bit; if not, who differs.
@@ -290,13 +331,13 @@ class Session:
                 digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def _play(self, loop: Loop, until: int) -> Iterator[Step]:
+    def _play(self, loop: Loop) -> Iterator[Step]:
         if self._newcomer:
             warm_up()
         self._worlds.begin_stepping(loop.modules, loop.snapshots)
         while True:
             self._worlds.settle()
-            if self.step >= until:
+            if self.step >= loop.until:
                 break
             step = Step(loop, StepNumber(self.step + 1))
             yield step

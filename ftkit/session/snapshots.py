@@ -149,10 +149,17 @@ class Snapshots:
         except CapacityError as error:
             logger.warning("a snapshot is lost, training goes on: %s", error)
 
-    def replicated(self) -> dict[str, torch.Tensor]:
-        """The live tensors that every rank holds whole, by name."""
+    def replicated(self, *, steady: bool = False) -> dict[str, torch.Tensor]:
+        """The live tensors that every rank holds whole, by name.
+
+        `steady` leaves out what may change outside the optimizer's step, such as buffers.
+        """
         live = self._state.picture().live
-        return {item.name: item.tensor for item in live if item.global_shape == item.tensor.shape}
+        return {
+            item.name: item.tensor
+            for item in live
+            if item.global_shape == item.tensor.shape and not (steady and item.early)
+        }
 
     def look_ahead(self, world: World) -> None:
         """Do early what a newcomer to `world` needs, so that the others wait less for it."""

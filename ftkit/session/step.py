@@ -13,6 +13,7 @@ A fault of the job inside the body is swallowed here, the user's own exceptions 
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ import numpy
 import torch
 
 from ftkit.collectives.gradients import Waitable
+from ftkit.collectives.handle import finished
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign
 from ftkit.core.errors import (
@@ -29,7 +31,7 @@ from ftkit.core.errors import (
     StepRolledBack,
     UsageError,
 )
-from ftkit.core.fault_plan import Point
+from ftkit.core.fault_plan import Kind, Point
 from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
@@ -61,6 +63,8 @@ class Step:
         self._bucket = 0
         self._digest: int | None = None
         """Of the reduced gradients, once they are."""
+        self._result: Tally | None = None
+        """Of the vote; None before it, and where it was cut in half."""
         self._newcomers: World | None = None
         """The world to switch to before the next step."""
         self.entered = False
@@ -69,9 +73,11 @@ class Step:
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
         self.loss: float | None = None
-        """Mean of the recorded losses over all slots of all ranks, once committed. None when
-        nothing was recorded, or the step was rolled forward after a fault: its ballots, which
+        """Mean of the recorded losses over all slots of all ranks, once committed; their sum in a
+        loop that sums. None when nothing was recorded, or the step was rolled forward after a fault: its ballots, which
         carry the losses, are lost."""
+        self.skipped = False
+        """Whether it counts and its gradients were dropped, being not finite (`on_nan="skip"`)."""
 
     @property
     def index(self) -> int:
@@ -92,6 +98,9 @@ class Step:
         self._loop.current = self
         self._parts.recorder.step(self._number)
         self._loop.reducer.begin()
+        self._loop.numbers.begin(self._number, self._generation)
+        if self._loop.corrupter.armed:
+            self._loop.corrupter.state(self._number, self._loop.snapshots.replicated(steady=True))
         self._buffers = StepBuffers(self._loop.modules)
         return self
 
@@ -122,7 +131,7 @@ class Step:
         if self._slot is None:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
-        self._losses[self._slot] = float(value)
+        self._losses[self._slot] = self._loop.corrupter.loss(float(value))
 
     def __exit__(
         self,
@@ -153,10 +162,21 @@ class Step:
                 # Whatever ended it: what comes next begins where this step began.
                 self._buffers.rewind()
 
-    def before_optimizer(self) -> None:
-        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+    def agree(self) -> None:
+        """Vote now, rather than with the first optimizer's step: on return the step counts.
+
+        For loops that are not written around `with step:` (a framework's): what comes before
+        may be played again, what comes after is not.
+
+        Raises:
+          JobFault: it does not count; leave it to `with step:`.
+        """
         if not self.committed:
             self._vote()
+
+    def before_optimizer(self) -> None:
+        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+        self.agree()
         self._parts.recorder.phase(Phase.CAPTURE)
         self._loop.snapshots.gate()
         self._parts.recorder.phase(Phase.OPTIMIZER)
@@ -170,10 +190,25 @@ class Step:
         self._check()
         nbytes = out.numel() * out.element_size()
         inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
+        if slip := self._parts.injector.slip(self._number, bucket=self._bucket, last=last):
+            self._bucket += 1
+            return self._slip(slip, nodes, out, scale)
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
         return handle
+
+    def _slip(
+        self, kind: Kind, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float
+    ) -> Waitable:
+        """(drills) Do something else than the others where they reduce a bucket."""
+        group, half = self._parts.group, max(1, out.numel() // 2)
+        if kind is Kind.DESYNC_SKIP:
+            return finished(None)
+        if kind is Kind.DESYNC_OP:
+            return group.all_reduce(out.clone())
+        fewer = [replace(node, value=node.value[:half]) for node in nodes]
+        return group.reduce_slots(fewer, out[:half], slots=self._loop.slots, scale=scale)
 
     @property
     def _rank(self) -> int:
@@ -193,6 +228,7 @@ class Step:
         batch = self._loop.feed.batch(self._number, slot)
         self._loop.note_batch(self._number, slot, batch)
         self._loop.reducer.start_slot(slot, last=slot == self._held[-1])
+        self._loop.corrupter.slot(self._number, slot)
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
         return batch
@@ -213,6 +249,7 @@ class Step:
         self._buffers.share(lambda buffer: broadcast_from_first(self._parts.group, buffer))
         self._digest = digest
         self._slot = None
+        self._loop.numbers.weigh(len(self._held))
         self._parts.recorder.phase(Phase.FORWARD)
 
     def _vote(self) -> None:
@@ -237,6 +274,10 @@ class Step:
             data_digest=self._loop.feed.digest(number),
             layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
+            state=self._loop.replicas.digest(number),
+            norm=self._loop.numbers.norm,
+            bad_bucket=self._loop.numbers.bad_bucket,
+            again=self._loop.numbers.final,
             losses=self._losses,
         )
         data = derive(*(self._loop.read[number, slot] for slot in self._held))
@@ -254,7 +295,9 @@ class Step:
         if result is not None:
             if not result.passed:
                 self._refused(result)
-            self.loss = result.loss
+            self._loop.numbers.counted(result)
+            self._result = result
+            self.loss = result.loss if self._loop.mean else result.total
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
@@ -264,6 +307,7 @@ class Step:
             parts.trace.event("forward", step=number, generation=self._generation)
         self._loop.refusals = 0
         self.committed = True
+        self.skipped = self._loop.numbers.drop()
 
     def _refused(self, result: Tally) -> None:
         """A vote that did not pass is the job's fault; too many in a row are the script's."""
@@ -283,12 +327,20 @@ class Step:
         self._loop.refusals += 1
         if self._loop.refusals >= VOTES_MAX:
             raise UsageError(f"{result.reason}, {self._loop.refusals} times in a row")
+        if result.refusal is Refusal.REPLICAS:
+            self._loop.replicas.settle(result, self._number)
+        elif result.refusal is Refusal.NUMBERS:
+            self._loop.numbers.doubted(result, self._number, self._generation)
+        elif result.refusal is Refusal.GRADIENTS:
+            self._loop.numbers.differ(result)
         raise StepRolledBack(result.reason)
 
     def _commit(self) -> None:
         """The step counts and the optimizers have stepped."""
         parts = self._parts
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
+        self._loop.numbers.committed(self._result, self._number)
+        self._loop.replicas.committed()
         self._loop.feed.committed(self._number)
         self._loop.read.clear()
         if parts.membership.active:  # else it is captured on entering the next world
@@ -297,7 +349,9 @@ class Step:
         parts.injector.at(Point.CAPTURE, self._number)
         losses = self._losses.values()
         parts.recorder.finish(
-            slots=len(self._held), loss=sum(losses) / len(losses) if losses else None
+            slots=len(self._held),
+            loss=sum(losses) / len(losses) if losses else None,
+            grad_norm=self._loop.numbers.norm,
         )
 
     def let_in(self) -> None:

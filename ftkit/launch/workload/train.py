@@ -39,6 +39,9 @@ class Options:
     short_handed_s: float
     """For drills: slept after each step while a seat is empty, so that a job of few steps lasts
     until a rank that was lost is back. No part of the outcome."""
+    verify_every: int | None
+    """Steps between two comparisons of the ranks' state; None for what ftkit chooses."""
+    on_nan: str
     threads: int
     """Threads of torch in each rank. Part of the outcome: kernels sum by thread."""
 
@@ -101,6 +104,8 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
         slot_size=options.slot_size,
         until=options.steps,
         seed=options.seed,
+        verify_every=options.verify_every,
+        on_nan=options.on_nan,
     ):
         with step:
             for x, y in step.batches():
@@ -136,6 +141,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--data", type=Path, help="text file or folder; else Python's library")
     parser.add_argument("--data-bytes", type=int, default=4 << 20, help="most bytes of text read")
     parser.add_argument("--threads", type=int, default=1, help="torch threads in each rank")
+    parser.add_argument("--verify-every", type=int, help="steps between looks at replicas")
+    parser.add_argument("--on-nan", choices=("report", "skip", "raise"), default="report")
     parser.add_argument(
         "--short-handed-s", type=float, default=0.0, help="pause of a step while a seat is empty"
     )
@@ -166,6 +173,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         data=given.data,
         data_bytes_max=given.data_bytes,
         threads=given.threads,
+        verify_every=given.verify_every,
+        on_nan=given.on_nan,
         short_handed_s=max(given.short_handed_s, 0.0),
     )
 
