@@ -92,6 +92,7 @@ class Runner:
             self._finish(op, None, GenerationAborted(reason))
 
     def start(self, op: Op) -> None:
+        """Run `op` when its turn comes; in a generation that is over it fails at once."""
         reason = self._stopped(op.generation)
         if reason is not None:
             self._finish(op, None, GenerationAborted(reason))

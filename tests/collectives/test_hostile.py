@@ -2,6 +2,7 @@
 
 # mypy: allow-untyped-calls
 
+import signal
 import socket
 import threading
 import time
@@ -21,7 +22,8 @@ from ftkit.core.errors import GenerationAborted, Refused, Unreachable
 from ftkit.core.ids import MemberId
 from ftkit.core.world import World
 
-from .worlds import in_one_process, make_group, world
+from .crew import Crew
+from .worlds import in_one_process, join, make_group, world
 
 
 @contextmanager
@@ -193,3 +195,44 @@ def test_of_several_tensors_in_one_call_none_is_reduced_when_one_is_refused():
         assert group.channel._seq == 0
         pg.allreduce_coalesced([torch.ones(3), torch.ones(2)]).wait()
         assert group.channel._seq == 2
+
+
+def sleeps_through_an_edit(rank, size, talk):
+    group, faults, addresses = join(rank, talk, "auto")
+    if rank == 2:
+        talk.say("here")
+        with pytest.raises(GenerationAborted):
+            group.all_reduce(torch.ones(300_000)).wait(20)  # it wakes in the middle of this
+        with pytest.raises(Unreachable):
+            group.edit(world(3, addresses), timeout_s=0.5)
+        group.close()
+        return "refused"
+    talk.hear()  # rank 2 is stopped
+    handle = group.all_reduce(torch.ones(300_000))
+    group.abort(group.world.generation, "member 2 is stopped")
+    with pytest.raises(GenerationAborted):
+        handle.wait(10)
+    del addresses[2]
+    group.edit(world(2, addresses), timeout_s=10)
+    talk.say("in 2")
+    talk.hear()  # it has woken up, and tried
+    data = torch.ones(300_000)
+    group.all_reduce(data).wait(10)
+    group.close()
+    return data.eq(2).all().item(), len(faults)
+
+
+@pytest.mark.multiproc
+def test_a_member_that_wakes_up_after_the_world_moved_on_is_refused():
+    with Crew(sleeps_through_an_edit, 3) as crew:
+        crew.swap()
+        assert crew.hear(2) == "here"
+        crew.kill(2, signal.SIGSTOP)
+        for rank in (0, 1):
+            crew.say(rank, "go")
+        assert [crew.hear(rank) for rank in (0, 1)] == ["in 2"] * 2
+        crew.kill(2, signal.SIGCONT)
+        assert crew.results([2]) == ["refused"]
+        for rank in (0, 1):
+            crew.say(rank, "go")
+        assert crew.results([0, 1]) == [(True, 1)] * 2
