@@ -33,6 +33,8 @@ from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.pace import STILL_S, Pace
+from ftkit.launch.prober import ROLE as PAIR_TEST
+from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
@@ -117,6 +119,9 @@ class Agent:
             self.trace,
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
+        )
+        self._prober = Prober(
+            self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
@@ -203,6 +208,7 @@ class Agent:
             listener.close()
         if self._forks is not None:
             self._forks.close()
+        self._prober.close()
         self._tiers.close()
         self._examiner.close()
         self._arenas.remove()
@@ -222,6 +228,9 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._hear(*value)
+            case "signal":
+                self._signals.append(value)
+                self._tell_coordinator()
             case "forks":
                 self._spawn_missing()
             case "tiers":
@@ -252,6 +261,9 @@ class Agent:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind != "rank" and hello.get("role") == PAIR_TEST:
+            self._prober.serve(sock, hello)
+            return
         line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
@@ -373,6 +385,7 @@ class Agent:
                         voted=bool(message["voted"]),
                         cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
+                        sharded=bool(message["sharded"]),
                     )
                     self._spawn_missing()
                 case "arena":
@@ -404,10 +417,13 @@ class Agent:
         """A coordinator said something."""
         if number < self._coordinator_number:
             return
-        if message.get("type") == "look":
-            self._look_closely(message)
-        else:
-            self._take_plan(message)
+        match message.get("type"):
+            case "look":
+                self._look_closely(message)
+            case "pairs":
+                self._prober.take(message.get("tests"))
+            case _:
+                self._take_plan(message)
 
     def _look_closely(self, message: dict[str, Any]) -> None:
         """Something was found: keep what can be seen of it here, before it changes."""

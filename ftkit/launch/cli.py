@@ -206,6 +206,15 @@ def drill_options(*, steps: int) -> Callable[[Any], Any]:
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--parity", default="", help="k+m, as for `ftkit run`."),
+            click.option(
+                "--sharded",
+                type=int,
+                is_flag=False,
+                flag_value=1,
+                default=0,
+                metavar="[RANKS]",
+                help="Cut the bundled job's model over all ranks (FSDP2), or over RANKS (HSDP).",
+            ),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
@@ -370,9 +379,37 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
         click.echo("\n".join(t for t in (spent.paragraph(), f"wrote {out}") if t))
 
 
-@main.group()
-def doctor() -> None:
-    """Look whether this machine, or these, can carry a job."""
+@main.group(invoke_without_command=True)
+@click.option("--history", type=click.Path(path_type=Path), help="Results as JSON lines: compared.")
+@click.option("--disk", type=click.Path(path_type=Path), default=Path(), help="On the disk to try.")
+@click.option("--shm-root", type=click.Path(path_type=Path), default=Path("/dev/shm"))
+@click.option("--torch/--no-torch", default=True, show_default=True, help="Try torch and GPUs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+def doctor(
+    context: click.Context,
+    history: Path | None,
+    disk: Path,
+    shm_root: Path,
+    torch: bool,
+    as_json: bool,
+) -> None:
+    """Look whether this machine, or these, can carry a job.
+
+    Without a command this node is checked: processors, memory, disk, network, clock, torch, GPUs.
+    Exits with 1 when something failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from ftkit.launch.preflight import check_node, compared
+    from ftkit.launch.preflight_view import show
+
+    found = compared(check_node(disk, shm_root, torch=torch), history)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show(found)
+    sys.exit(1 if found.failed else 0)
 
 
 @doctor.command("network")

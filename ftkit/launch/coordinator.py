@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,7 @@ class Coordinator:
             return
         before, self._plan = self._plan, plan
         halting = plan.mode is Mode.HALTING and before.mode is not Mode.HALTING
+        forming = plan.mode is Mode.FORMING and before.mode is not Mode.FORMING
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
@@ -236,6 +237,8 @@ class Coordinator:
                 self.trace.event("resume", **fields)
         if halting:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
+        if forming:
+            self._lead(now)  # with what is known of snapshots now that nobody writes any
 
     def _take_over(self, now: float) -> Plan | None:
         """The plan to begin with, once every agent has spoken or is taken for lost."""
@@ -293,6 +296,7 @@ class Coordinator:
                 suspected=over.verdict.suspected,
                 lasted_s=round(over.lasted_s, 3),
             )
+        self._ask_for_tests()
         lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)
         newest = Inventory(copies=copies).newest_complete()
@@ -305,6 +309,31 @@ class Coordinator:
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
         )
+
+    def _ask_for_tests(self) -> None:
+        """Have agents test the paths that are suspect, and record what came of it."""
+        inquiry, by_node = self._judge.inquiry, dict[NodeId, list[dict[str, object]]]()
+        assert self._plan is not None, "seats are the plan's"
+        for probed in inquiry.ended():
+            self.trace.event("probed", **asdict(probed))
+        if not (orders := inquiry.orders()):
+            return
+        node_of = {s.seat: s.node for s in self._plan.seats}
+        for order in orders:
+            host, port = self._agents[node_of[order.b]]
+            test = {"number": order.number, "a": order.a, "b": order.b}
+            by_node.setdefault(node_of[order.a], []).append(
+                test | {"host": host, "port": port, "limit_s": order.limit_s}
+            )
+        for node, tests in by_node.items():
+            if (line := self._lines.get(node)) is not None:
+                self._send(node, line, {"type": "pairs", "tests": tests})
+
+    def _send(self, node: NodeId, line: Line, message: Mapping[str, object]) -> None:
+        try:
+            line.send(message)
+        except WireError:
+            logger.debug("node %s hung up; it gets the plan when it is back", node)
 
     def _checkpoint(self, now: float, lost: frozenset[NodeId]) -> None:
         """Move the writing of a checkpoint on; the plan knows of it only when it has ended."""
@@ -373,10 +402,7 @@ class Coordinator:
         for node, line in list(self._lines.items()):
             if only is not None and node != only:
                 continue
-            try:
-                line.send(message)
-            except WireError:
-                logger.debug("node %s hung up; it gets the plan when it is back", node)
+            self._send(node, line, message)
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         """Send to every agent that can be reached."""

@@ -19,6 +19,7 @@ from ftkit.launch.drills import (
     FLAP,
     JOIN,
     NODE_FAULTS,
+    SHRINK_GROW,
     Drill,
     Job,
     choose,
@@ -54,7 +55,7 @@ def run_drills(
         job = job.for_nodes(fault)
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
-        job = job.for_members() if fault in (FLAP, JOIN, CHURN) else job
+        job = job.for_members() if fault in (FLAP, JOIN, CHURN, SHRINK_GROW) else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)

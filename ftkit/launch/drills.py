@@ -30,6 +30,7 @@ from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.job import python_command, run_job
 from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
+from ftkit.recovery.protocol import SHARDS_BACK
 
 KILL_COORDINATOR = "kill-coordinator"
 
@@ -42,8 +43,11 @@ DESYNC = "desync"
 
 #: Faults of members over time, struck from outside.
 FLAP, JOIN, CHURN = "flap", "join", "churn"
+#: Two ranks lost soon after one another, so that the world shrinks twice before it grows back.
+SHRINK_GROW = "shrink-grow"
 #: Faults of the link between two ranks.
-PARTITION, SLOW_LINK = "partition", "slow-link"
+PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
+LINK_FAULTS = (PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE)
 
 CATALOGUE: dict[str, str] = {
     Kind.KILL: "SIGKILL to one rank",
@@ -67,8 +71,11 @@ CATALOGUE: dict[str, str] = {
     FLAP: "SIGKILL to one rank, and to each that replaces it once that has trained a little",
     JOIN: "a rank comes in while the others train: nobody may be held up or taken back",
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
+    SHRINK_GROW: "SIGKILL to one rank and, some steps later, to another: the world shrinks, shrinks, grows",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
+    SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
+    BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     **number_drills.CATALOGUE,
@@ -79,8 +86,11 @@ RANKS_MIN: dict[str, int] = {
     FLAP: 2,
     JOIN: 2,
     CHURN: 3,
+    SHRINK_GROW: 3,
     PARTITION: 3,
-    SLOW_LINK: 2,
+    SLOW_LINK: 3,
+    SLOW_NIC: 3,
+    BLACKHOLE: 3,
     Kind.PAUSE: 2,
     **dict.fromkeys(DESYNCS, 3),
 }
@@ -118,16 +128,22 @@ NODE_CATALOGUE: dict[str, str] = {
 
 #: Faults after which every process may still be there.
 _NOBODY_LOST = (
-    *(KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK),
+    *(KILL_COORDINATOR, StoreFaultKind.FULL, *LINK_FAULTS),
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
-STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3}
+STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3, SHRINK_GROW: 2}
+
+#: Steps between the two losses of "shrink-grow": fewer than anybody needs to come back.
+SHRINK_STEPS = 1
+
+#: Faults of two seats.
+_OF_TWO = (*LINK_FAULTS, SHRINK_GROW)
 
 #: Faults over time, and of links: no step has them.
-_OF_NO_POINT = (FLAP, JOIN, CHURN, PARTITION, SLOW_LINK)
+_OF_NO_POINT = (FLAP, JOIN, CHURN, *LINK_FAULTS)
 
 #: What a training thread does to itself.
 _USERS = frozenset(set(Kind) - {Kind.KILL, Kind.STOP, Kind.HANG})
@@ -191,6 +207,12 @@ class Drill:
 
     def faults(self) -> list[PlannedFault]:
         """What the ranks are told to do to themselves."""
+        if self.fault == SHRINK_GROW:
+            assert self.second_seat is not None, "two ranks are hit"
+            assert self.phase is not None, "the seed picks one"
+            first = self._fault(Kind.KILL, self.phase, self.seat)
+            second = self._fault(Kind.KILL, self.phase, self.second_seat)
+            return [first, replace(second, step=self.step + SHRINK_STEPS)]
         if self.phase is None:
             return []
         kind = Kind.KILL if self.fault == KILL_IN_COLLECTIVE else Kind(self.fault)
@@ -248,7 +270,10 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
             corruption=wrong,
         )
     point, bucket = _point(at, rng)
-    if name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in _OF_NO_POINT:
+    if name == SHRINK_GROW:
+        if point is Point.RECOVERY:
+            point = Point.FORWARD  # that of the one would be the other's
+    elif name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in _OF_NO_POINT:
         point = None
     if name in DESYNCS:
         point = Point.BACKWARD
@@ -271,7 +296,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         fault=str(name),
         phase=point,
         seat=first,
-        second_seat=second if point is Point.RECOVERY or name in (PARTITION, SLOW_LINK) else None,
+        second_seat=second if point is Point.RECOVERY or name in _OF_TWO else None,
         step=rng.randint(3, max(3, steps // 5)) + (NAMED_FROM if name in NAMES else 0),
         bucket=bucket,
         delay_s=rng.uniform(0, 0.004),
@@ -339,6 +364,8 @@ class Job:
     max_stall_s: float = 30.0
     parity: str = ""
     """k+m, as for `ftkit run`."""
+    sharded: int = 0
+    """Ranks over which the bundled job cuts a copy of its model: 0 for none, 1 for all."""
     workload: tuple[str, ...] = ()
     """Further arguments of the bundled job."""
 
@@ -366,7 +393,14 @@ class Job:
         if self.script is not None:
             return python_command(self.script, self.workload)
         data = ("--data", str(self.data)) if self.data else ()
-        sizes = [("--steps", self.steps), ("--slots", self.slots), ("--slot-size", self.slot_size)]
+        sizes: list[tuple[str, float]] = [
+            ("--steps", self.steps),
+            ("--slots", self.slots),
+            ("--slot-size", self.slot_size),
+        ]
+        if self.sharded:
+            # With what depends on ranks elsewhere: random draws, and a norm over all parameters.
+            sizes += [("--sharded", self.sharded), ("--dropout", 0.1), ("--clip", 1.0)]
         words = [str(word) for pair in sizes for word in pair]
         return python_command("-m", (WORKLOAD, *words, *data, *self.workload))
 
@@ -429,10 +463,10 @@ def run_drill(
         from ftkit.launch.member_drills import MemberStriker
 
         striker = MemberStriker(drill, job, run_dir).poll
-    elif drill.fault in (PARTITION, SLOW_LINK):
+    elif drill.fault in LINK_FAULTS:
         from ftkit.launch.link_drills import LinkStriker
 
-        links = LinkStriker(drill, run_dir)
+        links = LinkStriker(drill, job, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
 
@@ -454,10 +488,14 @@ def run_drill(
         from ftkit.launch.member_drills import judge_join
 
         outcome = judge_join(outcome, events)
-    elif drill.fault == SLOW_LINK:
-        from ftkit.launch.link_drills import judge_slow
+    elif drill.fault == SHRINK_GROW:
+        from ftkit.launch.member_drills import judge_shrink_grow
 
-        outcome = judge_slow(outcome, events)
+        outcome = judge_shrink_grow(outcome, events, job.world_size)
+    elif drill.fault in LINK_FAULTS:
+        from ftkit.launch.link_drills import judge_link
+
+        outcome = judge_link(outcome, drill, job.world_size, events)
     elif drill.corruption is not None:
         outcome = number_drills.judge(outcome, events, drill.corruption)
     return outcome, events
@@ -480,6 +518,7 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=STRIKES.get(drill.fault, 1),
+        steps_back=SHARDS_BACK if job.sharded else 0,
         names=NAMES.get(drill.fault, frozenset()),
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from ftkit.core import detour
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.verdict import Verdict
@@ -12,6 +13,7 @@ from ftkit.core.world import World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.inquiry import Inquiry
 from ftkit.detection.known_offenders import KnownOffenders
 from ftkit.detection.levels import Levels, Over
 from ftkit.detection.observations import (
@@ -88,6 +90,8 @@ class Judge:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
         self._panel = Panel([self._detector, Told(), KnownOffenders()])
+        # A drill's relay stands between seats of one node, too.
+        self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._world: World | None = None
         self._world_at = 0.0
@@ -96,17 +100,17 @@ class Judge:
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > LATE_S:
-            self._panel.ingest(ObserverLate(by_s=late_by_s))
+            self._ingest(ObserverLate(by_s=late_by_s))
 
     def take(self, observation: Observation) -> None:
         """Something else was seen, at a time on this clock."""
-        self._panel.ingest(observation)
+        self._ingest(observation)
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
-            self._panel.ingest(WorldChanged(world=plan.world, at=at))
+            self._ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
         elif self._halting_since is None:
@@ -137,17 +141,17 @@ class Judge:
         # Rows carry the agent's clock; on one host the difference is the message's way here.
         offset_ns = int((at - sent) * 1e9) if node else 0
         if late_s > LATE_S:
-            self._panel.ingest(ObserverLate(by_s=late_s))
+            self._ingest(ObserverLate(by_s=late_s))
         for value in measured:
             try:
-                self._panel.ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
+                self._ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
             except ProtocolError as error:
                 logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}
         for told in rows:
             if told.seat in seats:
                 row = told.row.shifted(offset_ns)
-                self._panel.ingest(
+                self._ingest(
                     RowSeen(
                         member=row.member,
                         seat=told.seat,
@@ -161,7 +165,7 @@ class Judge:
         for member in members:
             code = member.exit_code
             if member.stage is Stage.DEAD:
-                self._panel.ingest(
+                self._ingest(
                     Exited(
                         member=member.member,
                         seat=member.seat,
@@ -172,12 +176,16 @@ class Judge:
                     )
                 )
 
+    def _ingest(self, observation: Observation) -> None:
+        self._panel.ingest(observation)
+        self.inquiry.ingest(observation)
+
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
         if plan.mode is Mode.ENDED:
             return findings
-        said = self._panel.tick(now)
+        said = self.inquiry.tick(now, self._panel.tick(now))
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:
             if verdict.evicts:

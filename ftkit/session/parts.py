@@ -15,6 +15,7 @@ from ftkit.collectives.handle import blocked_s
 from ftkit.core import corruption_plan
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.corruption_plan import PlannedCorruption
+from ftkit.core.detour import Detour
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.rank_env import RankEnv
@@ -25,10 +26,10 @@ from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.session.control import Control
-from ftkit.session.detour import Detour
 from ftkit.session.gc_clock import GcClock
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
+from ftkit.session.path_report import PathReport
 
 #: Longest time in seconds that one Python thread keeps the interpreter from another.
 SWITCH_S = 0.0005
@@ -51,6 +52,7 @@ class Parts:
     membership: Membership
     group: Group
     injector: Injector
+    paths: PathReport
     corruptions: list[PlannedCorruption]
     stall_s: float
     _last: contextlib.ExitStack = field(repr=False)
@@ -119,6 +121,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         membership=membership,
         group=group,
         injector=Injector(faults, trace, group.light_fuse),
+        paths=PathReport(group, member, seat, control.report if control else _say_nothing),
         corruptions=corruption_plan.from_environ(environ, member=member),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
