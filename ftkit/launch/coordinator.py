@@ -113,7 +113,9 @@ class Coordinator:
                     next_tick = now + tick_s
                     self._dial_missing()
                 self._lead(now)
+                self._tell_steps(now)
                 if self._plan is not None and self._is_over(now):
+                    self._tell_steps(now, rest=True)
                     assert self._plan.stop is not None, "an ended plan says why"
                     return self._plan.stop
         finally:
@@ -142,6 +144,7 @@ class Coordinator:
                 if self._lines.get(node) is value:
                     self._lines.pop(node).close()
                     self._silent_since[node] = self._clock.now()
+                    self._judge.node_gone(node, self._clock.now())
             case "scored":
                 self._judge.take(value)
             case "interrupt":
@@ -153,6 +156,9 @@ class Coordinator:
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
+        before = self._reports.get(node)
+        if before is not None and before["boot"] == report["boot"]:
+            self._judge.node_back(node)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
         for member in members:
@@ -239,6 +245,10 @@ class Coordinator:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
         if forming:
             self._lead(now)  # with what is known of snapshots now that nobody writes any
+
+    def _tell_steps(self, now: float, *, rest: bool = False) -> None:
+        for fields in self._judge.steps(now, rest=rest):
+            self.trace.event("steps", **fields)
 
     def _take_over(self, now: float) -> Plan | None:
         """The plan to begin with, once every agent has spoken or is taken for lost."""
