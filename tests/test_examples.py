@@ -14,9 +14,12 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from ftkit.core.fault_plan import Kind, Point
+from tests.drills.jobs import fault, run
 from tests.launch.session_of_one import SessionOfOne
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SHARDED, ELASTIC = EXAMPLES / "fsdp_plain.py", EXAMPLES / "fsdp_elastic.py"
 PLAIN, MINIMAL = EXAMPLES / "ddp_plain.py", EXAMPLES / "ddp_minimal.py"
 
 
@@ -38,22 +41,35 @@ def test_a_plain_script_needs_at_most_eight_changed_lines() -> None:
     assert 0 < changed_lines(plain, minimal) <= 8
 
 
-def test_the_readme_shows_the_diff_as_it_is() -> None:
-    plain, minimal = (p.read_text().splitlines() for p in (PLAIN, MINIMAL))
+def test_a_framework_s_script_needs_at_most_two() -> None:
+    plain, ours = ((EXAMPLES / f"hf_{n}.py").read_text().splitlines() for n in ("plain", "trainer"))
+    assert 0 < changed_lines(plain, ours) <= 2
+
+
+@pytest.mark.parametrize(
+    ("page", "plain", "ours"),
+    [
+        ("README.md", "ddp_plain", "ddp_minimal"),
+        ("docs/frameworks.md", "hf_plain", "hf_trainer"),
+    ],
+)
+def test_the_documents_show_the_diff_as_it_is(page: str, plain: str, ours: str) -> None:
+    before, after = ((EXAMPLES / f"{n}.py").read_text().splitlines() for n in (plain, ours))
     changes = [
-        line for line in difflib.unified_diff(plain, minimal, lineterm="", n=0)
+        line for line in difflib.unified_diff(before, after, lineterm="", n=0)
         if line[0] in "+-" and line[:3] not in ("+++", "---")
     ]  # fmt: skip
-    readme = (EXAMPLES.parent / "README.md").read_text()
-    shown = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)
-    assert shown, "README.md has no diff"
-    assert [line for line in shown[1].splitlines() if line[:1] in ("+", "-")] == changes
+    shown = re.findall(r"```diff\n(.*?)```", (EXAMPLES.parent / page).read_text(), re.DOTALL)
+    assert changes in [
+        [line for line in block.splitlines() if line[:1] in ("+", "-")] for block in shown
+    ]
 
 
 @pytest.mark.multiproc
-def test_the_plain_script_runs_as_it_is() -> None:
+@pytest.mark.parametrize("script", [PLAIN, SHARDED])
+def test_the_plain_script_runs_as_it_is(script: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(PLAIN)],
+        [sys.executable, str(script)],
         env=os.environ
         | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         | {"OMP_NUM_THREADS": "1"},  # as torchrun sets it
@@ -82,3 +98,12 @@ def test_the_script_with_ftkit_learns_the_same(
         dist.destroy_process_group()
     assert accuracy(caplog.text) > 0.9
     assert set(session.protected) == {"model", "optimizer"}
+
+
+@pytest.mark.multiproc
+def test_the_sharded_script_with_ftkit_learns_the_same_through_a_loss(tmp_path: Path) -> None:
+    faults = [fault(Kind.KILL, Point.FORWARD, 1, 20)]
+    done = run(tmp_path / "run", ELASTIC, nproc=2, faults=faults)
+    assert done.stop.code == 0, f"{done.stop}\n{done.log}"
+    assert accuracy(done.log) > 0.9
+    assert len({e["generation"] for e in done.of("build")}) > 1

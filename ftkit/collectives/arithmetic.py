@@ -8,6 +8,7 @@ round each single operation to the nearest, so neither blocks nor library change
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -59,6 +60,12 @@ _TORCH_OP: dict[str, Callable[..., object]] = {
     "max": torch.maximum,
 }
 OPS = tuple(_UFUNC)
+
+
+@lru_cache(maxsize=1024)
+def signature(name: str, op: str, dtype: torch.dtype) -> str:
+    """What the recorder calls a reduction: all that ranks must agree on but the size."""
+    return f"{name} {op} {str(dtype).removeprefix('torch.')}"
 
 
 def check(dtype: torch.dtype, op: str) -> None:

@@ -9,8 +9,9 @@ beside them. A channel also has a *ring*, the order in which bulk goes round bet
 import math
 import threading
 import time
+import zlib
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ftkit.collectives.frames import P2P
 from ftkit.collectives.handle import Handle, failed
@@ -25,13 +26,21 @@ if TYPE_CHECKING:
     from ftkit.collectives.engine import Engine
 
 
+class HasChannel(Protocol):
+    """A Group or an FtkitProcessGroup: whose members take part."""
+
+    @property
+    def channel(self) -> "Channel": ...
+
+
 class Channel:
     """See the module. `issue` may be called from any thread."""
 
     def __init__(self, engine: "Engine", id_: int, fixed: tuple[MemberId, ...] | None) -> None:
         self.id = id_
+        self.fixed = fixed
+        """The members it was made of; None for the world's."""
         self._engine = engine
-        self._fixed = fixed
         self._lock = threading.Lock()
         self._generation = Generation(0)
         self._members: tuple[MemberId, ...] = ()
@@ -54,7 +63,7 @@ class Channel:
         """Begin a generation: membership as of `world`, every count from 0."""
         with self._lock:
             self._generation = world.generation
-            order = self._fixed or tuple(m.member for m in world.members)
+            order = self.fixed or tuple(m.member for m in world.members)
             self._missing = frozenset(order) - world.member_ids
             self._members = order
             self._rank = order.index(me)
@@ -104,16 +113,16 @@ class Channel:
         It has when none was planned since the generation began, when the edge it sends over
         has become slow, and when that was first measured after the plan. Any thread.
         """
-        if not self._choices:
-            return False
-        if not self._planned:
-            return True
-        link = self._engine.net.links.get(self._members[self._after])
-        if link is None or self.hosts[self._after] == self.hosts[self._rank]:
-            return False
-        if self._planned_rate is None:
-            return bool(link.windows)
-        return dropped(self._planned_rate, link.windows)
+        with self._lock:  # an edit changes all of it
+            if not self._choices:
+                return False
+            if not self._planned:
+                return True
+            link = self._engine.net.links.get(self._members[self._after])
+            if link is None or self.hosts[self._after] == self.hosts[self._rank]:
+                return False
+            planned = self._planned_rate
+        return bool(link.windows) if planned is None else dropped(planned, link.windows)
 
     @property
     def _after(self) -> int:
@@ -135,7 +144,7 @@ class Channel:
             refusal = self._refusal()
             if refusal is not None:
                 return failed(refusal)
-            op = self._op(name, program, self._seq, 0, 0, deadline_s)
+            op = self._op(name, program, self._seq, 0, 0, deadline_s, self.id)
             self._seq += 1
             # Queued under the lock: the order of numbers is the order of execution.
             self._engine.recorder.enter(self.id, op.seq, name, nbytes)
@@ -165,20 +174,21 @@ class Channel:
             if peer >= 0:
                 seq = self._p2p.get((direction, peer, tag), 0)
                 self._p2p[direction, peer, tag] = seq + 1
-            op = self._op(direction, program, seq, P2P, tag, deadline_s)
-            self._engine.recorder.enter(self.id, seq, direction, nbytes)
+            other = self._members[peer] if peer >= 0 else "any"
+            # Sends and receives are counted apart from collectives, and for each peer and tag.
+            recorded = zlib.crc32(f"{self.id} {direction} {peer} {tag}".encode())
+            op = self._op(direction, program, seq, P2P, tag, deadline_s, recorded)
+            self._engine.recorder.enter(recorded, seq, f"{direction} {other}", nbytes)
             self._engine.submit(op)
         return op.handle
 
-    def next_from(self, peer: int, tag: int) -> int:
-        """The number of the next receive from rank `peer`."""
+    def take_from(self, peer: int, tag: int, seq: int) -> bool:
+        """Count a receive from rank `peer`, if message `seq` is the next: True if so."""
         with self._lock:
-            return self._p2p.get(("recv", peer, tag), 0)
-
-    def took_from(self, peer: int, tag: int, seq: int) -> None:
-        """A receive from anybody took message `seq` of rank `peer`."""
-        with self._lock:
+            if self._p2p.get(("recv", peer, tag), 0) != seq:
+                return False
             self._p2p["recv", peer, tag] = seq + 1
+            return True
 
     def _refusal(self) -> GenerationAborted | None:
         reason = self._engine.stopped(self._generation)
@@ -197,6 +207,7 @@ class Channel:
         flags: int,
         tag: int,
         deadline_s: float | None,
+        recorded: int,
     ) -> Op:
         return Op(
             self._engine,
@@ -210,4 +221,5 @@ class Channel:
             flags=flags,
             tag=tag,
             deadline_s=deadline_s,
+            recorded=recorded,
         )

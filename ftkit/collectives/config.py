@@ -50,8 +50,8 @@ class CollectivesConfig:
     staging_bytes_max: int = 64 << 20
     """Resident memory for copies of private tensors that peers of this host read."""
     early_bytes_max: int = 8 << 20
-    """Per link: what may arrive before its operation is posted. Beyond it we stop reading
-    the link until a receive is posted on it, so memory stays bounded and nothing locks."""
+    """Per link: what may arrive before its operation is posted, each message counted with half a
+    KiB more than it holds. Beyond it we stop reading the link until a receive is posted on it, so memory stays bounded and nothing locks."""
     connections: int = 1
     """TCP connections to each member. More than one is for networks that cap a single one; a
     pair that reads each other's memory has one all the same."""

@@ -34,7 +34,7 @@ MESSAGE_BYTES_MAX = 1 << 40
 #: flag: the message belongs to send/recv, not to a collective.
 P2P = 1
 
-_BODY = struct.Struct("!HBBIIQiIIQQI")
+_BODY = struct.Struct("!HBBIIQIIIQQI")
 _CRC = struct.Struct("!I")
 HEADER_BYTES = _BODY.size + _CRC.size
 _OFFER = struct.Struct("!QQiQQQQ?")

@@ -7,9 +7,14 @@ communication overlaps with the rest of backward. Buckets depend on the paramete
 a newcomer cuts them like everybody else; DDP's own buckets, rebuilt after its first step,
 would not fit. Each leaf ends in one flag a parameter, 1.0 where the slot produced a
 gradient: a parameter that no slot of any rank used gets `.grad = None`, as in plain torch.
+
+What this rank adds is weighed before it is summed with anybody else's: afterwards a NaN is
+everybody's. The norm is taken, not `isfinite`: NaN and infinity go through it, and on one core
+it reads 28 GB/s where `isfinite().all()` reads 1.
 """
 
-from collections.abc import Callable, Iterable, KeysView, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,8 +46,12 @@ class Waitable(Protocol):
 #: Starts the canonical reduction of one bucket: (nodes, out, scale) -> handle.
 Reduce = Callable[[Sequence[SlotNode], torch.Tensor, float], Waitable]
 
+#: Told of the gradients of one slot in one bucket, complete and not yet summed: (slot, bucket,
+#: gradients). They may be changed.
+LookAt = Callable[[int, int, torch.Tensor], None]
 
-@dataclass(slots=True)
+
+@dataclass(slots=True, eq=False)
 class _Bucket:
     params: list[torch.Tensor]
     offsets: list[int]
@@ -57,6 +66,13 @@ class _Bucket:
     missing: int = 0
     handle: Waitable | None = None
     fired: list[bool] = field(default_factory=list)
+    norms: list[torch.Tensor] = field(default_factory=list)
+    """Of what this rank adds, node by node; each a tensor of one element where it was made."""
+
+    def weigh(self) -> None:
+        """Take the norms of what is about to be reduced."""
+        end = self.length - len(self.params)
+        self.norms = [norm_of(node.value[:end]) for node in self.tree.nodes]
 
     def new_buffer(self) -> torch.Tensor:
         """A flat buffer of `length` elements, zeroed."""
@@ -88,18 +104,21 @@ class GradientReducer:
         *,
         slots: int,
         reduce: Reduce,
+        mean: bool = True,
         bucket_bytes: int | None = None,
     ) -> None:
         """Hook every parameter that requires a gradient.
 
         Args:
           params: in the order of the model, the same on all ranks.
-          slots: slots of the global batch; the sum is divided by it.
+          slots: slots of the global batch.
+          mean: whether the sum is divided by `slots`.
           reduce: starts the canonical reduction of one bucket.
           bucket_bytes: gradients after which a bucket is closed; must be the same on all ranks.
             By default an eighth of all, within bounds.
         """
         self._slots = slots
+        self._scale = 1.0 / slots if mean else 1.0
         self._reduce = reduce
         self._buckets = _cut([p for p in params if p.requires_grad], slots, bucket_bytes)
         self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.params)}
@@ -112,6 +131,17 @@ class GradientReducer:
         self._last = False
         self._launched = 0
         self._reduced = False
+        self.look_at: LookAt | None = None
+        """Told of each slot's gradients, bucket by bucket, on the thread of backward."""
+
+    @property
+    def norms(self) -> list[float]:
+        """Of what this rank adds to each bucket in this step, once all are under way.
+
+        Not finite where a gradient is not, or is beyond 1e19. Waits for a GPU that still
+        computes.
+        """
+        return [math.hypot(*(t.item() for t in bucket.norms)) for bucket in self._buckets]
 
     @property
     def ids(self) -> KeysView[int]:
@@ -133,7 +163,7 @@ class GradientReducer:
                 # The attempt was left without a fault of the job: its reduction still runs.
                 bucket.tree = SlotTree(self._slots)
                 bucket.renew_out()
-            bucket.leaf, bucket.handle = None, None
+            bucket.leaf, bucket.handle, bucket.norms = None, None, []
             for param in bucket.params:
                 param.grad = None
 
@@ -188,6 +218,27 @@ class GradientReducer:
         """The step is over; what backward does until the next one is not ours."""
         self._reduced = False
 
+    def parts_of(
+        self, bucket: int, values: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Each parameter of a bucket, and its part of the bucket's gradients."""
+        one = self._buckets[bucket]
+        for param, start in zip(one.params, one.offsets, strict=True):
+            yield param, values[start : start + param.numel()]
+
+    def drop_if_not_finite(self) -> bool:
+        """Take `.grad` away from all parameters if the reduced gradients are not all finite.
+
+        The answer is the same on all ranks. Reads the gradients once.
+        """
+        sums = (norm_of(b.out[: -len(b.params)]).item() for b in self._buckets)
+        if all(math.isfinite(value) for value in sums):
+            return False
+        for bucket in self._buckets:
+            for param in bucket.params:
+                param.grad = None
+        return True
+
     def close(self) -> None:
         """Take the hooks off."""
         for hook in self._hooks:
@@ -230,6 +281,9 @@ class GradientReducer:
                 start = bucket.offsets[i]
                 leaf[start : start + bucket.params[i].numel()].zero_()
         leaf[-len(bucket.params) :] = torch.tensor(bucket.fired, dtype=leaf.dtype)
+        if self.look_at is not None:
+            gradients = leaf[: -len(bucket.params)]
+            self.look_at(self._slot, self._buckets.index(bucket), gradients)
         bucket.tree.push(self._slot, leaf)
 
     def _launch(self) -> None:
@@ -238,8 +292,16 @@ class GradientReducer:
             bucket = self._buckets[self._launched]
             if bucket.leaf is not None:
                 return
-            bucket.handle = self._reduce(bucket.tree.nodes, bucket.out, 1.0 / self._slots)
+            bucket.weigh()
+            bucket.handle = self._reduce(bucket.tree.nodes, bucket.out, self._scale)
             self._launched += 1
+
+
+def norm_of(values: torch.Tensor) -> torch.Tensor:
+    """The 2-norm, in float32 at least: a tensor of one element, which nobody has waited for."""
+    dtype = torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else None
+    norm: torch.Tensor = torch.linalg.vector_norm(values.detach(), dtype=dtype)
+    return norm
 
 
 def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int | None) -> list[_Bucket]:

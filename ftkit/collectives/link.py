@@ -93,6 +93,7 @@ class Link:
         sock: socket.socket,
         peer: MemberId,
         *,
+        process: str = "",
         cma: CmaPeer | None,
         can_offer: bool,
         segment_bytes: int,
@@ -104,6 +105,7 @@ class Link:
         Args:
           sock: authenticated; switched to non-blocking here.
           peer: who is at the other end; frames that claim another source are refused.
+          process: the process that it was when the link came up.
           cma: reads the peer's memory, where that works.
           can_offer: whether the peer can read ours.
           segment_bytes: size of a frame's payload.
@@ -114,6 +116,7 @@ class Link:
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
+        self.process = process
         self.cma = cma
         self.can_offer = can_offer
         self.root = root or self

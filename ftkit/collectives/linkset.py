@@ -96,6 +96,7 @@ class LinkSet:
             lane = Link(
                 sock,
                 greeted.peer,
+                process=greeted.process,
                 cma=greeted.cma,
                 can_offer=greeted.can_offer,
                 segment_bytes=self._segment,
@@ -220,6 +221,14 @@ class LinkSet:
         self.dirty.add(link)
         if not urgent and len(link.lanes) > 1:
             self.dirty.update(lane for lane in link.lanes if lane.fd in self._by_fd)
+
+    def let_go(self) -> None:
+        """(in a forked child) Close all descriptors; the parent goes on with its own."""
+        for lane in self._by_fd.values():
+            lane.close()
+        self._by_fd.clear()
+        self.links.clear()
+        self._epoll.close()
 
     def close(self) -> None:
         """Drop every link."""

@@ -5,13 +5,17 @@ a few bytes for an offer, the payload otherwise. Messages of a later generation 
 we get there, those of an earlier one are never kept.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from ftkit.collectives.arithmetic import Bytes, copy
 from ftkit.collectives.frames import Offer
+from ftkit.collectives.keys import Key
 from ftkit.collectives.link import Ticket
-from ftkit.collectives.op import Key, empty
+from ftkit.collectives.op import empty
 from ftkit.core.errors import ProtocolError
+
+#: What it takes to keep a message, beside its payload.
+_KEPT_BYTES = 512
 
 
 class Inbound:
@@ -44,6 +48,11 @@ class Inbound:
         self.started, self.total = True, total
 
     @property
+    def early_bytes(self) -> int:
+        """What it counts for while it waits to be posted; an offer does not count."""
+        return self.total + _KEPT_BYTES if self.offer is None else 0
+
+    @property
     def complete(self) -> bool:
         return self.started and self.got == self.total
 
@@ -74,10 +83,6 @@ class Mailbox:
     def find(self, key: Key) -> Inbound | None:
         """The message of this name, if anything of it is known."""
         return self.posted.get(key) or self.early.get(key)
-
-    def early_matching(self, accept: Callable[[Key], bool]) -> Key | None:
-        """The first early message that `accept` accepts, in order of arrival."""
-        return next((key for key in self.early if accept(key)), None)
 
     def purge(self, generation: int) -> Iterator[tuple[Key, Inbound]]:
         """Forget everything of `generation` and older; yields the early ones dropped."""

@@ -5,12 +5,12 @@ who is left (`survivors`), edit the group to that world, and run what was pendin
 a copy of its input. Two things make that sound, and are what it costs:
 
 - a copy of the input of every operation that overwrites it, made when it is issued;
-- a second, empty round after each operation: it is *committed* at a rank when everybody has
-  said that it holds the result. So no caller sees a result that another rank still lacks.
+- a second, empty round after each operation, which commits it (`mended_op`). So no caller
+  sees a result that another rank still lacks.
 
 After a loss an operation either is committed somewhere, and then its result is held
 everywhere and it is completed; or nowhere, and then it runs again everywhere. Only
-all_reduce, broadcast and barrier can run again: the results of the others have a place for
+all_reduce, broadcast and barrier come to a result then: those of the others have a place for
 each rank of the old world, and they end with GenerationAborted, as do messages and the
 groups that have lost a member. A generation that ended without a loss (a timeout, an abort)
 is not mended either.
@@ -20,19 +20,14 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Generator
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
-
-from ftkit.collectives.arithmetic import Bytes, copy, scale
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.config import OnLoss
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import Handle, failed
-from ftkit.collectives.op import Op, Program, Wait
+from ftkit.collectives.mended_op import Again, MendedOp
+from ftkit.collectives.op import Program
 from ftkit.collectives.survivors import Statement, agreed, committed_anywhere, may_go_on
 from ftkit.core.errors import FtkitError, GenerationAborted, ProtocolError, WireError
 from ftkit.core.ids import Generation, MemberId
@@ -40,56 +35,12 @@ from ftkit.core.world import World
 
 logger = logging.getLogger(__name__)
 
-_COMMIT = 0xFFFF
 _LOOK_S = 0.02
 _EDIT_S = 0.2
 #: For the news of a loss to come after the end of the generation.
 _GRACE_S = 1.0
 #: Deaths are seen at once; who has not spoken by then is stopped, and nothing tells us so.
 _AGREE_S = 20.0
-_EMPTY: Bytes = np.empty(0, dtype=np.uint8)
-
-
-@dataclass(slots=True)
-class Again:
-    """How an operation can be run a second time."""
-
-    data: Bytes
-    """What it overwrites, and starts from."""
-    summed: torch.dtype | None = None
-    """Set for sums of floats, which LEAVE_OUT scales."""
-    root: MemberId | None = None
-    """Without whom there is nothing to run."""
-
-
-@dataclass(slots=True)
-class _Task:
-    name: str
-    program: Program
-    nbytes: int
-    limit_s: float | None
-    mode: OnLoss
-    again: Again | None
-    size: int
-    """Ranks of the channel when it was issued."""
-    kept: Bytes | None
-    handle: Handle[Any] = field(default_factory=Handle)
-    value: Any = None
-    held: bool = False
-    """Whether we have the result; it may not be committed."""
-
-    def committing(self, op: Op) -> Generator[Wait, None, Any]:
-        """The program: run, then learn that everybody has run."""
-        value = yield from self.program(op)
-        again = self.again
-        scaled = self.mode is OnLoss.LEAVE_OUT and op.size != self.size
-        if scaled and again is not None and again.summed is not None:
-            scale(again.summed, again.data, self.size / op.size)
-        self.value, self.held = value, True
-        others = op.others()
-        sent = [op.send(rank, _EMPTY, tag=_COMMIT) for rank in others]
-        yield [*sent, *(op.recv(rank, None, tag=_COMMIT) for rank in others)]
-        return value
 
 
 class Mender:
@@ -97,8 +48,9 @@ class Mender:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._pending: dict[Channel, deque[_Task]] = defaultdict(deque)
+        self._pending: dict[Channel, deque[MendedOp]] = defaultdict(deque)
         self._committed: dict[int, int] = defaultdict(int)
+        self._understood: dict[Channel, Generation] = {}
         self._lost: frozenset[MemberId] = frozenset()
         self._said: Statement | None = None
         self._heard: dict[MemberId, Statement] = {}
@@ -113,6 +65,7 @@ class Mender:
         """Begin: `group` stands in its first world, before anything is issued."""
         self._group = group
         self._first = group.world
+        self._understood[group.channel] = self._first.generation
         with self._changed:
             self._thread = threading.Thread(target=self._run, name="ftkit-mender", daemon=True)
             if group.aborted:
@@ -139,15 +92,23 @@ class Mender:
         again: Again | None,
     ) -> Handle[Any]:
         """As `Channel.issue`; what is issued while we mend, waits."""
-        kept = again.data.copy() if again is not None and again.data.size else None
-        task = _Task(name, program, nbytes, limit_s, mode, again, channel.size, kept)
+        op = MendedOp(
+            channel=channel,
+            name=name,
+            program=program,
+            nbytes=nbytes,
+            limit_s=limit_s,
+            mode=mode,
+            again=again,
+            understood=self._understood,
+        )
         with self._changed:
             if self._hopeless is not None:
                 return failed(GenerationAborted(self._hopeless))
-            self._pending[channel].append(task)
+            self._pending[channel].append(op)
             if not self._mending:
-                self._launch(channel, task)
-        return task.handle
+                self._launch(op)
+        return op.handle
 
     def take_fault(self, generation: Generation, lost: frozenset[MemberId], reason: str) -> None:
         """A generation ended (`on_fault`). Does not block."""
@@ -189,36 +150,34 @@ class Mender:
                 self._group.abort(world.generation, reason)
                 return
 
-    # -- the life of a task -------------------------------------------------------------------
+    # -- the life of an operation -------------------------------------------------------------------
 
-    def _launch(self, channel: Channel, task: _Task) -> None:
+    def _launch(self, op: MendedOp) -> None:
         """With the lock held."""
-        task.held = False
-        inner = channel.issue(
-            task.name, task.committing, nbytes=task.nbytes, timeout_s=task.limit_s
-        )
-        inner.add_done_callback(lambda handle: self._ended(channel, task, handle))
+        op.launch().add_done_callback(lambda handle: self._ended(op, handle))
 
-    def _ended(self, channel: Channel, task: _Task, handle: Handle[Any]) -> None:
+    def _ended(self, op: MendedOp, handle: Handle[Any]) -> None:
         """On the communication thread; on ours, when it was refused."""
         with self._changed:
-            if isinstance(handle.error, GenerationAborted) and not self._is_stranded(channel):
+            if isinstance(handle.error, GenerationAborted) and not self._is_stranded(op.channel):
                 return  # the mender's now
-            self._close_task(channel, task)
+            self._close(op)
         if handle.error is None:
-            task.handle.finish(task.value)
+            op.complete()
         else:
-            task.handle.fail(handle.error)
+            op.handle.fail(handle.error)
 
     def _is_stranded(self, channel: Channel) -> bool:
         """Whether nothing will ever be run again on `channel`."""
         members = frozenset(channel.members)
         return self._hopeless is not None or not members <= self._group.world.member_ids
 
-    def _close_task(self, channel: Channel, task: _Task) -> None:
-        if task in self._pending[channel]:
-            self._pending[channel].remove(task)
-            self._committed[channel.id] += 1
+    def _close(self, op: MendedOp) -> None:
+        """With the lock held: it is the mender's no longer."""
+        pending = self._pending[op.channel]
+        if op in pending:
+            pending.remove(op)
+            self._committed[op.channel.id] += 1
 
     # -- the mender's thread --------------------------------------------------------------------
 
@@ -325,40 +284,29 @@ class Mender:
         """With the lock held: complete what is held by all, run the rest again, in order."""
         assert self._said is not None, "we spoke before we agreed"
         statements = [self._said, *(s for m, s in self._heard.items() if m in living)]
-        for channel, tasks in list(self._pending.items()):
+        for channel, pending in list(self._pending.items()):
             held_by_all = committed_anywhere(channel.id, statements)
-            for task in list(tasks):
-                if task.held and self._committed[channel.id] < held_by_all:
-                    self._close_task(channel, task)
-                    task.handle.finish(task.value)
-                    continue
-                refusal = self._refusal(channel, task)
-                if refusal is not None:
-                    self._close_task(channel, task)
-                    task.handle.fail(GenerationAborted(refusal))
-                    continue
-                if task.kept is not None and task.again is not None:
-                    copy(task.again.data, task.kept)
-                self._launch(channel, task)
-
-    def _refusal(self, channel: Channel, task: _Task) -> str | None:
-        if self._is_stranded(channel):
-            return f"members of this group are lost: {sorted(self._lost)}"
-        if task.again is None:
-            return f"a member was lost in {task.name}, whose result has a place for every rank"
-        if task.again.root is not None and task.again.root in self._lost:
-            return f"the root of {task.name}, member {task.again.root}, is lost"
-        return None
+            for op in list(pending):
+                if op.held and self._committed[channel.id] < held_by_all:
+                    self._close(op)
+                    op.complete()
+                elif self._is_stranded(channel):
+                    self._close(op)
+                    lost = sorted(self._lost)
+                    op.handle.fail(GenerationAborted(f"members of this group are lost: {lost}"))
+                else:
+                    op.restore()
+                    self._launch(op)
 
     def _give_up(self, reason: str) -> None:
         """Fail all that is pending; the group stays as it is."""
         with self._changed:
             self._hopeless = self._hopeless or reason
-            tasks = [task for queue in self._pending.values() for task in queue]
+            ops = [op for pending in self._pending.values() for op in pending]
             self._pending.clear()
             self._changed.notify_all()
-        for task in tasks:
-            task.handle.fail(GenerationAborted(reason))
+        for op in ops:
+            op.handle.fail(GenerationAborted(reason))
 
     def _living(self) -> frozenset[MemberId]:
         return self._first.member_ids - self._lost

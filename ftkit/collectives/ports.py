@@ -1,6 +1,7 @@
 """What the data plane needs from outside."""
 
 import socket
+from collections.abc import Sequence
 from typing import Protocol
 
 from ftkit.core.world import Member
@@ -10,10 +11,17 @@ class OpRecorder(Protocol):
     """Told of every operation. Called on the hot path: must be cheap and never raise."""
 
     def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
-        """Operation `seq` of `group` was issued; `nbytes` is this rank's payload."""
+        """Operation `seq` of `group` was issued; `nbytes` is this rank's payload.
 
-    def leave(self, seq: int, ok: bool) -> None:
-        """Operation `seq` completed (`ok`) or failed. Comes from the communication thread."""
+        `op` names all that ranks must agree on: what it does, and to which type. That of a send
+        or a receive names the peer: "recv 7" waits for member 7.
+        """
+
+    def leave(self, group: int, seq: int, ok: bool) -> None:
+        """Operation `seq` of `group` completed (`ok`) or failed. From the communication thread."""
+
+    def awaiting(self, group: int, seq: int, members: Sequence[int]) -> None:
+        """Operation `seq` of `group` has waited for bytes of these members for some time."""
 
 
 class Detour(Protocol):
@@ -29,5 +37,8 @@ class NullRecorder:
     def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
         pass
 
-    def leave(self, seq: int, ok: bool) -> None:
+    def leave(self, group: int, seq: int, ok: bool) -> None:
+        pass
+
+    def awaiting(self, group: int, seq: int, members: Sequence[int]) -> None:
         pass

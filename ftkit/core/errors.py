@@ -13,7 +13,8 @@ arguments are `ValueError` where they come in. What remains::
     │   ├── RootInUse            another job writes checkpoints there
     │   ├── Refused              a collective's arguments do not fit it; nothing was sent
     │   ├── StateChanged         state appeared, moved or changed shape after `protect`
-    │   └── NotDeterministic     the data differed between two readings of the same step
+    │   ├── NotDeterministic     the data differed between two readings of the same step
+    │   └── NotFinite            gradients are NaN or infinite, and were so again
     ├── CapacityError            not enough memory, shared memory or disk; says how much
     ├── StoreError               a store of checkpoints failed or was too slow
     ├── IntegrityError           bytes are not what was written; treated as lost
@@ -72,6 +73,10 @@ class StateChanged(UsageError):
 
 class NotDeterministic(UsageError):
     """The same step read different data twice."""
+
+
+class NotFinite(UsageError):
+    """A step's gradients are not finite, twice from the same samples; the message says whose."""
 
 
 class CapacityError(FtkitError):

@@ -25,6 +25,32 @@ class Kind(StrEnum):
     """An exception in the user's code."""
     HANG = "hang"
     """The training thread sleeps for ever; the other threads, the heartbeat's too, live."""
+    EXIT = "exit"
+    """The process ends at once with exit code 1, as from native code: nothing is said."""
+    SEGFAULT = "segfault"
+    """It reads memory that is not its own."""
+    ABORT = "abort"
+    """It calls abort(), as a failed check in native code does."""
+    OOM = "oom"
+    """It allocates until its address space is used up (RLIMIT_AS)."""
+    PAUSE = "pause"
+    """SIGSTOP, and SIGCONT `lasts_s` later: nobody may lose its place for a second of it."""
+    GIL_HANG = "gil-hang"
+    """The training thread is in native code that never gives the interpreter back."""
+    SPIN = "spin"
+    """The training thread runs round in a loop of Python that does not end."""
+    DEADLOCK = "deadlock"
+    """The training thread waits for a lock that it holds itself."""
+    DESYNC_SKIP = "desync-skip"
+    """It leaves a collective out that the others call."""
+    DESYNC_SIZE = "desync-size"
+    """It calls a collective with fewer elements than the others."""
+    DESYNC_OP = "desync-op"
+    """It calls another collective than the others."""
+
+
+#: A rank that calls other collectives than its peers: strikes where a bucket is reduced.
+DESYNCS = frozenset({Kind.DESYNC_SKIP, Kind.DESYNC_SIZE, Kind.DESYNC_OP})
 
 
 class Point(StrEnum):
@@ -67,6 +93,8 @@ class PlannedFault:
     """For points that last: how far into it."""
     byte: int = 0
     """For `IN_COLLECTIVE`: which byte, modulo those of the bucket."""
+    lasts_s: float = 1.0
+    """For `PAUSE`: how long."""
 
 
 def to_environ(faults: list[PlannedFault]) -> dict[str, str]:

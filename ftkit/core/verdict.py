@@ -91,8 +91,11 @@ class Verdict:
     """How sure, above 0 and at most 1. What the kernel says is 1; what is inferred is less."""
     peer: Seat | None = None
     """The other end, where the fault lies between two: bytes from `seat` to `peer` are late."""
+    suspected: bool = False
+    """Named and not yet convicted: others wait longer than is usual for this job, and not yet for
+    as long as they may have to. Looked into, and nobody is removed for it."""
 
     @property
     def evicts(self) -> bool:
         """Whether the member must go for the others to continue."""
-        return self.fault in EVICT
+        return self.fault in EVICT and not self.suspected

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 #: virtual machine, 1 healthy run in 5 was called hung.
 MAX_STALL_FLOOR_S = 1.0
 
+#: A hang is named after this at the earliest. With a fifth of a second to look, to tell and to
+#: judge, it is named within a second. Naming removes nobody, so a host that was merely busy for
+#: so long costs an entry in the events.
+NAMED_FLOOR_S = 0.8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectionConfig:
@@ -33,6 +38,10 @@ class DetectionConfig:
     heartbeat thread alone uses under 0.01; a spinning process on a host with ten others
     that spin still gets 0.1."""
 
+    named_factor: float = 5.0
+    """A hang is named when the job stands still for this many times the 99.9th percentile of
+    what is usual for the phase (`tempo`), and `NAMED_FLOOR_S` at least."""
+
     def __post_init__(self) -> None:
         if not (math.isfinite(self.max_stall_s) and self.max_stall_s >= MAX_STALL_FLOOR_S):
             raise ValueError(
@@ -58,6 +67,10 @@ class DetectionConfig:
             )
         if not 0.0 < self.busy_share <= 1.0:
             raise ValueError(f"busy_share is {self.busy_share}, must be in (0, 1]")
+        if not self.named_factor >= 1.0:
+            raise ValueError(
+                f"named_factor is {self.named_factor}, must be at least 1: what is usual is no hang"
+            )
 
     @property
     def tick_s(self) -> float:
@@ -65,9 +78,22 @@ class DetectionConfig:
         return min(0.5, self.max_stall_s / 20)
 
     @property
+    def look_s(self) -> float:
+        """Seconds between two looks of an agent at its own rows: 0.1 at most.
+
+        It reports at this pace only while nothing on its node moves.
+        """
+        return min(0.1, self.tick_s)
+
+    @property
     def heartbeat_interval_s(self) -> float:
-        """Seconds between two stamps of a rank's heartbeat thread: 10 in a stall, 1 at most."""
-        return min(1.0, self.max_stall_s / 10)
+        """Seconds between two stamps of a rank's heartbeat thread: 20 in a stall, 0.2 at most."""
+        return min(0.2, self.max_stall_s / 20)
+
+    @property
+    def heartbeat_missed_s(self) -> float:
+        """A heartbeat older than this stands still. On two busy cores one came 0.26 s late."""
+        return max(NAMED_FLOOR_S, 3 * self.heartbeat_interval_s)
 
     @property
     def node_silent_s(self) -> float:

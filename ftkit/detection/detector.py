@@ -8,13 +8,15 @@ or STALL.
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ftkit.core.ids import MemberId, NodeId
+from ftkit.core.ids import MemberId, NodeId, Step
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import Member, World
-from ftkit.detection import rules, wording
+from ftkit.detection import desync, rules, wording
 from ftkit.detection.config import DetectionConfig
+from ftkit.detection.desync import disagreements
 from ftkit.detection.observations import (
     Exited,
     NodeSilent,
@@ -23,11 +25,30 @@ from ftkit.detection.observations import (
     RowSeen,
     WorldChanged,
 )
-from ftkit.detection.row import Phase
+from ftkit.detection.row import OpRecord, Phase
 from ftkit.detection.rules import View
-from ftkit.detection.track import Track
+from ftkit.detection.tempo import Tempo
+from ftkit.detection.track import EXEMPT, Track
 
 logger = logging.getLogger(__name__)
+
+
+#: Records are told by agents only now and then; older ones speak of what is over.
+_TAILS_S = 2.0
+
+#: Steps are counted to know how often something occurs: a leap in their number is no history.
+_STEPS_A_LOOK = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class _Still:
+    """The job as it stood still when it was last looked at."""
+
+    moved: float
+    """When anybody in it last moved."""
+    lasted_s: float
+    phases: frozenset[Phase]
+    """Of those that the others wait for; of all, where all wait."""
 
 
 class Detector:
@@ -49,6 +70,10 @@ class Detector:
         self._last_tick: float | None = None
         self._accused_at = float("-inf")
         self._blind: dict[MemberId, float] = {}
+        self._tails: dict[MemberId, tuple[float, Sequence[OpRecord]]] = {}
+        self._tempo = Tempo()
+        self._still: _Still | None = None
+        self._newest_step: Step | None = None
 
     @property
     def limit_s(self) -> float:
@@ -78,6 +103,7 @@ class Detector:
                     self._world, self._world_since = world, at
                     self._members = {m.member: m for m in world.members}
                     self._tracks.clear()
+                    self._still = None
             case ObserverLate(by_s=by_s):
                 self._late_reported_s = max(self._late_reported_s, by_s)
             case _:
@@ -104,11 +130,71 @@ class Detector:
             seen=seen,
             limit_s=self.limit_s,
             stretch_s=self._stretch,
+            usual_s=self._tempo.usual_s,
         )
         verdicts = gone | rules.judge(view)
         if verdicts:
             self._accused_at = now
+            self._still = None
+        else:
+            self._watch_tempo(view)
+            verdicts = rules.suspicions(view)
+        if desynced := self._desynced(now):
+            # Who waits, waits because of it.
+            verdicts = {
+                m: v
+                for m, v in verdicts.items()
+                if not v.suspected and v.fault not in (Fault.HANG_COMM, Fault.STALL)
+            } | desynced
         return sorted(verdicts.values(), key=lambda v: v.seat)
+
+    def _desynced(self, now: float) -> dict[MemberId, Verdict]:
+        """DESYNC, by what members recorded: also in the generation before, which it ended."""
+        self._tails = {
+            m: told
+            for m, told in self._tails.items()
+            if now - told[0] <= _TAILS_S and m in self._members
+        }
+        verdicts: dict[MemberId, Verdict] = {}
+        for found in disagreements({m: records for m, (_, records) in self._tails.items()}):
+            for member in found.slips:
+                seat = self._members[member].seat
+                track = self._tracks.get(member)
+                verdicts[member] = Verdict(
+                    fault=Fault.DESYNC,
+                    member=member,
+                    seat=seat,
+                    reason=desync.reason(found, member, seat),
+                    since_s=found.at_ns / 1e9,
+                    evidence=(wording.evidence(track) if track else {})
+                    | desync.evidence(found, member),
+                    confidence=1.0 if found.majority else 1 / found.members,
+                )
+        return verdicts
+
+    def _watch_tempo(self, view: View) -> None:
+        """Learn how long the job stands still before it goes on by itself."""
+        before, self._still = self._still, None
+        if view.gone or not view.complete:
+            return
+        newest = max((one.row.step for one in view.seen), default=Step(0))
+        if self._newest_step is not None:
+            self._tempo.advance(min(max(0, newest - self._newest_step), _STEPS_A_LOOK))
+        self._newest_step = newest
+        moved = max(one.progress_at for one in view.seen)
+        if any(one.row.phase in EXEMPT for one in view.seen):
+            return  # what ended the gap was a repair
+        if before is not None and moved > before.moved:
+            for phase in before.phases:
+                self._tempo.note(phase, before.lasted_s)
+        excused = any(one.stopped or one.idle_from > one.progress_at for one in view.seen)
+        if not excused:
+            waited_for = [one for one in view.seen if one.waits_since is None] or view.seen
+            self._still = _Still(
+                moved=moved,
+                lasted_s=min(one.at for one in view.seen) - moved - self._stretch(moved),
+                phases=frozenset(one.row.phase for one in waited_for),
+            )
 
     def _see(self, seen: RowSeen) -> None:
         member = self._members.get(seen.member)
@@ -117,6 +203,8 @@ class Detector:
         if seen.at > self._silent.get(member.node, float("inf")):
             del self._silent[member.node]
         assert self._world is not None
+        if seen.ops:
+            self._tails[seen.member] = (seen.at, seen.ops)
         if seen.row.generation != self._world.generation or seen.row.member != seen.member:
             return
         track = self._tracks.get(seen.member)
@@ -150,6 +238,9 @@ class Detector:
         # Both most likely speak of one pause of this host, so the longer one counts.
         late_s = max(late_s, self._late_reported_s)
         if late_s > 0:
+            # Moments of lateness close to each other count as one, so that 512 of them last.
+            if self._late and now - self._late[-1][0] < self._config.tick_s:
+                late_s += self._late.pop()[1]
             self._late.append((now, late_s))
         self._last_tick, self._late_reported_s = now, 0.0
 
@@ -190,12 +281,16 @@ class Detector:
             exited = self._exits.get(m.member)
             if exited is not None and self._is_fault(exited):
                 gone[m.member] = Verdict(
-                    fault=Fault.EXITED,
+                    fault=Fault.OOM if exited.out_of_memory else Fault.EXITED,
                     member=m.member,
                     seat=m.seat,
                     reason=wording.exit_reason(exited),
                     since_s=exited.at,
-                    evidence={"code": exited.code, "signal": exited.signal}
+                    evidence={
+                        "code": exited.code,
+                        "signal": exited.signal,
+                        "out_of_memory": exited.out_of_memory,
+                    }
                     | self._last_words(m.member),
                 )
             elif m.node in lost:

@@ -4,13 +4,13 @@ Every time is in seconds on the detector's own monotonic clock. Rows that come f
 host are put on it first (`Row.shifted`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.world import World
-from ftkit.detection.row import Row
+from ftkit.detection.row import Awaited, OpRecord, Row
 from ftkit.detection.signals import Signal
 
 
@@ -63,6 +63,10 @@ class RowSeen:
     facts: ProcessFacts | None
     """None: the process was gone."""
     at: float
+    ops: Sequence[OpRecord] = ()
+    """Its newest collectives, where the agent told them: while nothing moves, or it was halted."""
+    awaited: Awaited | None = None
+    """Whose bytes it waits for, where its data plane told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,8 @@ class Exited:
     code: int | None
     signal: int | None
     at: float
+    out_of_memory: str = ""
+    """Why it is taken to have run out of memory; empty when nothing says so."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,15 +8,20 @@ the interpreter, or a process which is not scheduled, shows as a heartbeat that 
 
 import math
 import threading
+import time
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from ftkit.core.clock import Clock
+from ftkit.core.clock import Clock, MonotonicClock
 from ftkit.core.ids import Generation, Step
 from ftkit.detection.meter import Gauges, StepMeter
-from ftkit.detection.row import WARM, Phase, op_code
+from ftkit.detection.row import WARM, Phase, op_bytes, op_code
 from ftkit.detection.status import SeatWriter
 from ftkit.detection.step_record import PLACE_BYTES, ROLE_BYTES, label
+
+#: Names of ops that are kept.
+_OPS_MAX = 1024
 
 
 class Recorder:
@@ -42,11 +47,18 @@ class Recorder:
             raise ValueError(f"heartbeat_interval_s is {heartbeat_interval_s}, must be positive")
         self._writer = writer
         self._clock = clock
+        # The clock of a rank is asked twice a collective.
+        self._now_ns: Callable[[], int] = (
+            time.monotonic_ns
+            if isinstance(clock, MonotonicClock)
+            else lambda: int(clock.now() * 1e9)
+        )
         self._lock = threading.Lock()
         #: (group, seq) of every pending collective, oldest first -> (ticket, t_enter, op code)
         self._pending: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._entered: dict[int, int] = {}
-        self._codes: dict[str, int] = {}
+        #: op -> (its name as it is stored, its code)
+        self._ops: dict[str, tuple[bytes, int]] = {}
         self._stepped = False
         self._meter = StepMeter(gauges or Gauges(), Phase.STARTING, clock.now())
         self._role = self._place = ""
@@ -139,7 +151,7 @@ class Recorder:
 
         Args:
           role: members of one role do the same work. Printable ASCII, at most 16 characters.
-          place: coordinates, such as "dp=0 pp=1 tp=0"; at most 36 characters.
+          place: coordinates, such as "dp=0 pp=1 tp=0"; at most 40 characters.
 
         Raises:
           ValueError: one of them is something else, or longer.
@@ -155,27 +167,27 @@ class Recorder:
             if self._closed:
                 return
             writer, now = self._writer, self._now_ns()
-            code = self._codes.get(op)
-            if code is None:
-                code = self._codes[op] = op_code(op)
-            ticket = writer.record_enter(group=group, seq=seq, op=op, nbytes=nbytes, t_ns=now)
+            name, code = self._ops.get(op) or self._learn(op)
+            ticket = writer.record_enter(group=group, seq=seq, op=name, nbytes=nbytes, t_ns=now)
             self._pending[group, seq] = (ticket, now, code)
-            self._entered[group] = max(seq, self._entered.get(group, -1))
-            self._show()
+            if seq > self._entered.get(group, -1):
+                self._entered[group] = seq
+            if len(self._pending) == 1:
+                writer.group, writer.op_code, writer.t_enter_ns = group, code, now
+                writer.entered, writer.left = self._entered[group], seq - 1
+            else:
+                self._show()
             writer.publish(now)
 
-    def leave(self, seq: int, ok: bool, group: int | None = None) -> None:
-        """Collective `seq` is over, with success or not.
+    def leave(self, group: int, seq: int, ok: bool) -> None:
+        """Collective `seq` of `group` is over, with success or not.
 
         One that is not pending is passed over: it belongs to a generation that is gone.
-        Without `group`, the oldest pending collective with that seq is meant.
         """
         with self._lock:
             if self._closed:
                 return
-            if group is None:
-                group = next((g for g, s in self._pending if s == seq), None)
-            if group is None or (entry := self._pending.pop((group, seq), None)) is None:
+            if (entry := self._pending.pop((group, seq), None)) is None:
                 return
             writer, now = self._writer, self._now_ns()
             writer.record_leave(entry[0], t_ns=now, ok=ok)
@@ -185,6 +197,12 @@ class Recorder:
                 writer.group, writer.op_code, writer.t_enter_ns = group, entry[2], 0
                 writer.entered = writer.left = self._entered[group]
             writer.publish(now)
+
+    def awaiting(self, group: int, seq: int, members: Sequence[int]) -> None:
+        """Collective `seq` of `group` waits for bytes of these members, for some time now."""
+        with self._lock:
+            if not self._closed and (group, seq) in self._pending:
+                self._writer.await_(group, seq, members, t_ns=self._now_ns())
 
     def allow(self, seconds: float) -> None:
         """Permit this member to stand still for `seconds` from now; 0 withdraws it."""
@@ -227,9 +245,13 @@ class Recorder:
         writer.group, writer.op_code, writer.t_enter_ns = group, code, t_enter
         writer.entered, writer.left = self._entered[group], seq - 1
 
+    def _learn(self, op: str) -> tuple[bytes, int]:
+        """Note how `op` is stored. A script makes up few names, and one that does not is bounded."""
+        if len(self._ops) >= _OPS_MAX:
+            self._ops.clear()
+        known = self._ops[op] = (op_bytes(op), op_code(op))
+        return known
+
     def _beat(self, interval_s: float) -> None:
         while not self._stop.wait(interval_s):
             self._writer.beat(self._now_ns())
-
-    def _now_ns(self) -> int:
-        return int(self._clock.now() * 1e9)

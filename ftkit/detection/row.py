@@ -20,7 +20,7 @@ copy (its parity) and whose checksum covers version, word 1 and that copy. So:
 
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Final
@@ -34,17 +34,33 @@ WORD: Final = 0xFFFFFFFF
 
 #: generation, crc of op, step, phase, flags, group, entered, left, t_progress, t_enter
 COPY: Final = struct.Struct("<IIIBBHqqQQ")
+#: version and word 1, and then the copy: what the checksum of a row covers.
+STAMPED: Final = struct.Struct("<IQIIIBBHqqQQ")
 _STAMP: Final = struct.Struct("<IQ")
 assert COPY.size == COPY_BYTES
+assert STAMPED.size == _STAMP.size + COPY_BYTES
 
 #: Flag: this process has finished a step, so that it no longer gets the grace of the first.
 WARM: Final = 1
+#: Flag: this process has no session; its row is written by what wraps torch's own process group.
+PLAIN: Final = 2
 
-RECORD_BYTES: Final = 80
-OP_BYTES: Final = 32
-#: seq, t_enter, t_leave, nbytes, member, generation, group, crc, op
-RECORD: Final = struct.Struct("<QQqQIIII32s")
-assert RECORD.size == RECORD_BYTES
+#: A record is two words, t_leave and the checksum over the rest, and then the rest.
+RECORD_BYTES: Final = 96
+RECORD_HEAD_BYTES: Final = 16
+OP_BYTES: Final = 40
+#: seq, t_enter, nbytes, member, generation, group, and 4 bytes left free, op
+RECORD: Final = struct.Struct("<QQQIIIxxxx40s")
+assert RECORD_HEAD_BYTES + RECORD.size == RECORD_BYTES
+
+_RECORD_HEAD: Final = struct.Struct("<qQ")
+
+#: Of the members whose bytes an operation waits for, so many are told.
+AWAITED_MAX: Final = 8
+AWAITED_BYTES: Final = 64
+#: crc, group, seq, since, how many, and so many members
+AWAITED: Final = struct.Struct("<IIQQI8I4x")
+assert AWAITED.size == AWAITED_BYTES
 
 
 class Phase(StrEnum):
@@ -104,6 +120,8 @@ class Row:
     """A stall is permitted until then; 0: never declared."""
     warm: bool
     """Whether this process has finished a step."""
+    plain: bool = False
+    """Whether this process has no session: it joins no world, and cannot be replaced alone."""
 
     def shifted(self, offset_ns: int) -> "Row":
         """This row on a clock that is `offset_ns` ahead: for rows that come from another host.
@@ -149,6 +167,7 @@ class Row:
                 t_heartbeat_ns=int(value["t_heartbeat_ns"]),
                 allowance_ns=int(value["allowance_ns"]),
                 warm=bool(value["warm"]),
+                plain=bool(value["plain"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"not a row: {value!r}") from error
@@ -173,9 +192,58 @@ class OpRecord:
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, value: object) -> "OpRecord":
+        """Read what `to_json` wrote. Raises ProtocolError on anything else."""
+        if not isinstance(value, Mapping):
+            raise ProtocolError(f"not a record of a collective: {value!r}")
+        try:
+            return cls(
+                member=MemberId(int(value["member"])),
+                generation=Generation(int(value["generation"])),
+                group=int(value["group"]),
+                seq=int(value["seq"]),
+                op=str(value["op"]),
+                nbytes=int(value["nbytes"]),
+                t_enter_ns=int(value["t_enter_ns"]),
+                t_leave_ns=int(value["t_leave_ns"]),
+                ok=bool(value["ok"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not a record of a collective: {value!r}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Awaited:
+    """Whose bytes a pending collective waits for, as the data plane saw it."""
+
+    group: int
+    seq: int
+    at_ns: int
+    """When it was looked at, in monotonic ns."""
+    members: tuple[MemberId, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: object) -> "Awaited":
+        """Read what `to_json` wrote. Raises ProtocolError on anything else."""
+        if not isinstance(value, Mapping):
+            raise ProtocolError(f"not what a collective awaits: {value!r}")
+        try:
+            return cls(
+                group=int(value["group"]),
+                seq=int(value["seq"]),
+                at_ns=int(value["at_ns"]),
+                members=tuple(MemberId(int(m)) for m in value["members"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"not what a collective awaits: {value!r}") from error
+
 
 def op_bytes(op: str) -> bytes:
-    """The name of an op as it is stored: ASCII, cut at 32 bytes."""
+    """The name of an op as it is stored: ASCII, cut at 40 bytes."""
     return op.encode("ascii", "replace")[:OP_BYTES]
 
 
@@ -189,27 +257,19 @@ def stamp(version: int, identity: int, copy: bytes) -> int:
     return version | zlib.crc32(copy, zlib.crc32(_STAMP.pack(version, identity))) << 32
 
 
-def encode_record(
-    *, member: int, generation: int, group: int, seq: int, op: str, nbytes: int, t_enter_ns: int
-) -> bytes:
-    """A pending record. The checksum leaves t_leave out: that is stored later, in one word."""
-    name = op_bytes(op)
-    crc = _record_crc(seq, t_enter_ns, nbytes, member, generation, group, name)
-    return RECORD.pack(seq, t_enter_ns, 0, nbytes, member, generation, group, crc, name)
-
-
 def decode_record(data: bytes) -> OpRecord | None:
-    """The record in these 80 bytes, or None for one that was never or not wholly written."""
-    seq, t_enter, t_leave, nbytes, member, generation, group, crc, name = RECORD.unpack(data)
-    name = name.rstrip(b"\0")
-    if not t_enter or crc != _record_crc(seq, t_enter, nbytes, member, generation, group, name):
+    """The record in these 96 bytes, or None for one that was never or not wholly written."""
+    rest = data[RECORD_HEAD_BYTES:]
+    seq, t_enter, nbytes, member, generation, group, name = RECORD.unpack(rest)
+    t_leave, crc = _RECORD_HEAD.unpack_from(data)
+    if not t_enter or crc != zlib.crc32(rest):
         return None
     return OpRecord(
         member=MemberId(member),
         generation=Generation(generation),
         group=group,
         seq=seq,
-        op=name.decode("ascii", "replace"),
+        op=name.rstrip(b"\0").decode("ascii", "replace"),
         nbytes=nbytes,
         t_enter_ns=t_enter,
         t_leave_ns=abs(t_leave),
@@ -217,8 +277,18 @@ def decode_record(data: bytes) -> OpRecord | None:
     )
 
 
-def _record_crc(
-    seq: int, t_enter: int, nbytes: int, member: int, generation: int, group: int, name: bytes
-) -> int:
-    packed = RECORD.pack(seq, t_enter, 0, nbytes, member, generation, group, 0, name)
-    return zlib.crc32(packed)
+def encode_awaited(group: int, seq: int, at_ns: int, members: Sequence[int]) -> bytes:
+    """The bytes of an `Awaited`; of more members than there is room for, the first."""
+    told = [*members[:AWAITED_MAX]]
+    padded = told + [0] * (AWAITED_MAX - len(told))
+    rest = AWAITED.pack(0, group & WORD, seq, at_ns, len(told), *padded)[4:]
+    return zlib.crc32(rest).to_bytes(4, "little") + rest
+
+
+def decode_awaited(data: bytes) -> Awaited | None:
+    """The inverse; None for what was never or not wholly written."""
+    crc, group, seq, at_ns, count, *members = AWAITED.unpack(data)
+    if not at_ns or crc != zlib.crc32(data[4:]):
+        return None
+    told = tuple(MemberId(m) for m in members[:count])
+    return Awaited(group=group, seq=seq, at_ns=at_ns, members=told)

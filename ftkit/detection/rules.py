@@ -16,6 +16,10 @@ HANG_COMM             everybody waits and runs, and nobody leaves
 STALL                 nothing moves for `stall_factor` limits, and no rule above speaks
 ====================  ======================================================================
 
+They are applied twice: with the limit after which a member is removed (`judge`), and with the
+shorter one after which it is named (`suspicions`), which also asks that nothing in the whole job
+has moved for so long.
+
 The limit is max(`max_stall_s`, `step_factor` x the slowest step seen), more in SETUP and in
 the first step. It is counted from when the member last moved, the first waiter came, and its
 allowance ended, whichever is last, up to when their rows were read; and it is stretched by
@@ -29,12 +33,15 @@ from dataclasses import dataclass, replace
 
 from ftkit.core.ids import MemberId
 from ftkit.core.verdict import Fault, Verdict
-from ftkit.detection import wording
-from ftkit.detection.config import DetectionConfig
+from ftkit.detection import awaits, wording
+from ftkit.detection.config import NAMED_FLOOR_S, DetectionConfig
 from ftkit.detection.row import Phase
 from ftkit.detection.track import EXEMPT, Track, behind
 
 Verdicts = dict[MemberId, Verdict]
+
+#: How sure one is of a member that is only named: all there is, is that it takes unusually long.
+SUSPECTED = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,17 +59,33 @@ class View:
     """The limit of a warm member."""
     stretch_s: Callable[[float], float]
     """By how much this observer was late since then."""
+    usual_s: Callable[[Phase], float | None] = lambda phase: None
+    """How long the job usually stands still in a phase; None: nobody knows yet."""
+    naming: bool = False
+    """Whether the limit is that after which a member is named, not removed."""
 
     def limit(self, one: Track) -> float:
         """How long this member may keep others waiting."""
-        if one.row.warm and one.row.phase is not Phase.SETUP:
+        if not one.row.warm or one.row.phase is Phase.SETUP:
+            return max(self.limit_s, self.config.setup_stall_s)
+        usual_s = self.usual_s(one.row.phase)
+        if not self.naming or usual_s is None:
             return self.limit_s
-        return max(self.limit_s, self.config.setup_stall_s)
+        return min(self.limit_s, max(NAMED_FLOOR_S, self.config.named_factor * usual_s))
 
     def cannot_run(self, one: Track) -> bool:
         """Whether this member is stopped, or so still that not even its heartbeat comes."""
         age_s = one.heartbeat_age_s
-        return one.stopped or (age_s is not None and age_s > self.limit(one))
+        missed_s = max(self.limit(one), self.config.heartbeat_missed_s)
+        return one.stopped or (age_s is not None and age_s > missed_s)
+
+    def frozen(self) -> bool:
+        """Whether the whole job stands still, each member for longer than it may."""
+        if self.gone or not self.complete:
+            return False
+        moved = max(one.progress_at for one in self.seen)
+        still_s = min(one.at for one in self.seen) - moved
+        return still_s > min(self.limit(one) for one in self.seen) + self.stretch_s(moved)
 
     @property
     def complete(self) -> bool:
@@ -79,7 +102,9 @@ class View:
         if not members:
             return False
         since = max(one.idle_from for one in members)
-        limit_s = max(factor * self.limit_s, *(self.limit(one) for one in members))
+        limit_s = max(self.limit(one) for one in members)
+        if not self.naming:
+            limit_s = max(limit_s, factor * self.limit_s)
         return min(one.at for one in members) - since > limit_s + self.stretch_s(since)
 
 
@@ -92,6 +117,26 @@ def judge(view: View) -> Verdicts:
     if not verdicts and not view.gone:
         verdicts = comm_hang(view) or stall(view)
     return verdicts
+
+
+def suspicions(view: View) -> Verdicts:
+    """Whom to name before anybody has to go: the same rules with the shorter limit."""
+    named = replace(view, naming=True)
+    if not named.frozen():
+        return {}
+    hung = hangs(named) or stuck_together(named)
+    if len(named.seen) > 1 and len(hung) == len(named.seen):
+        hung = {}
+    found = desyncs(named) | hung or comm_hang(named)
+    return {
+        member: replace(
+            verdict,
+            suspected=True,
+            confidence=SUSPECTED,
+            reason=wording.suspicion(verdict, removed_s=view.limit_s),
+        )
+        for member, verdict in found.items()
+    }
 
 
 def hangs(view: View) -> Verdicts:
@@ -159,11 +204,19 @@ def comm_hang(view: View) -> Verdicts:
         return {}
     since = max(max(_waits_since(w), w.idle_from) for w in view.seen)
     stalled_s = min(w.at for w in view.seen) - since
-    reason = wording.comm_reason(view.seen, stalled_s=stalled_s, limit_s=view.limit_s)
-    return {
-        one.member: _verdict(view, Fault.HANG_COMM, one, reason, view.seen, since=since)
-        for one in view.seen
+    waits = awaits.awaited(view.seen)
+    silent = awaits.roots(waits)
+    limit_s = max(view.limit(one) for one in view.seen)
+    reason = wording.comm_reason(view.seen, silent, stalled_s=stalled_s, limit_s=limit_s)
+    told: dict[str, object] = {
+        "awaits": {str(seat): list(senders) for seat, senders in waits.items()},
+        "silent_paths": [list(path) for path in silent],
     }
+    verdicts: Verdicts = {}
+    for one in view.seen:
+        verdict = _verdict(view, Fault.HANG_COMM, one, reason, view.seen, since=since)
+        verdicts[one.member] = replace(verdict, evidence={**verdict.evidence, **told})
+    return verdicts
 
 
 def stall(view: View) -> Verdicts:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Final
 
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import Generation, MemberId, Seat, Step
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,8 @@ class StepSeen:
     """Processor time of the training thread; None: not measured."""
     gc_s: float = 0.0
     """Of `seconds`, what Python's garbage collector took."""
+    starved_s: float = 0.0
+    """Of `seconds` of FORWARD, for how long the thread could have run and was given no core."""
     slots: int = 0
     """Slots of the global batch that it computed: work is compared by slot."""
     loss: float | None = None
@@ -50,9 +52,103 @@ class StepSeen:
     """Coordinates in the job's mesh, such as "dp=0 pp=1 tp=0"; "" where there is none."""
 
 
-Signal = StepSeen
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathsSeen:
+    """How fast a member's large messages have lately gone to each seat that got any."""
 
-_KINDS: Final[Mapping[str, type[Signal]]] = {kind.KIND: kind for kind in (StepSeen,)}
+    KIND: ClassVar[str] = "paths"
+
+    member: MemberId
+    seat: Seat
+    generation: Generation
+    step: Step
+    at: float
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Seat of the receiver, as text -> bytes a second while some were under way; the time in
+    which the receiver did not read is left out."""
+
+    def __post_init__(self) -> None:
+        # Of what a peer says nothing is taken on trust.
+        rates = {str(int(seat)): float(rate) for seat, rate in self.rates.items()}
+        object.__setattr__(self, "rates", rates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSeen:
+    """What a pair test found out about one direction between two seats."""
+
+    KIND: ClassVar[str] = "pair"
+
+    order: int
+    """The number of the order that asked for it (`inquiry.PairOrder`)."""
+    sender: Seat
+    receiver: Seat
+    at: float
+    nbytes: int = 0
+    """Of one transfer; 0 when none came through."""
+    seconds: tuple[float, ...] = ()
+    """Of each repeat, as the receiver saw it. None: the path carries nothing."""
+    error: str = ""
+    """Why there are fewer than were asked for."""
+    starved: int = 0
+    """Repeats that do not count because an agent was not scheduled."""
+
+    def __post_init__(self) -> None:
+        # From JSON it is a list, and of what a peer says nothing is taken on trust.
+        seconds = tuple(float(s) for s in self.seconds)
+        if not all(0 < s < float("inf") for s in seconds) or (seconds and self.nbytes < 1):
+            raise ValueError(f"{self.nbytes} bytes in {seconds} s is no transfer")
+        object.__setattr__(self, "seconds", seconds)
+        object.__setattr__(self, "starved", int(self.starved))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Members of a world have found something out among themselves, by vote or by comparing.
+
+    One of them tells it: the first that it does not speak against.
+    """
+
+    KIND: ClassVar[str] = "found"
+
+    fault: str
+    """A `Fault`, as text."""
+    member: MemberId
+    seat: Seat
+    """Whom it speaks of."""
+    step: Step
+    at: float
+    reason: str
+    evidence: Mapping[str, object] = field(default_factory=dict)
+    confidence: float = 1.0
+    peer: Seat | None = None
+    """The other one, where only one of two can be meant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeScored:
+    """What the history of jobs says of a node of this one (`offenders`)."""
+
+    KIND: ClassVar[str] = "node-scored"
+
+    node: NodeId
+    name: str
+    """Of the machine, whatever its number is in this job."""
+    at: float
+    faults: int
+    recent: float
+    rate_per_day: float
+    fleet_per_day: float
+    factor: float
+    certainty: float
+    offender: bool
+
+
+Signal = StepSeen | PathsSeen | PairSeen | Found | NodeScored
+
+_KINDS: Final[Mapping[str, type[Signal]]] = {
+    kind.KIND: kind for kind in (StepSeen, PathsSeen, PairSeen, Found, NodeScored)
+}
 
 
 def to_json(signal: Signal) -> dict[str, object]:
@@ -76,5 +172,5 @@ def from_json(value: object, *, offset_s: float = 0.0) -> Signal:
     try:
         signal = _KINDS[value["kind"]](**fields)
         return replace(signal, at=float(signal.at) + offset_s)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a signal: {value!r}") from error

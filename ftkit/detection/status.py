@@ -5,8 +5,9 @@ rank never waits for a reader, nor a reader for a rank that is hung, stopped or 
 rings stay as they were left (`row` holds the layout and why no torn row can be taken for a
 whole one). ::
 
-    header 128 B | a row of 128 B | a ring of 256 x 80 B | a ring of 128 x 168 B
-                   for each seat    of collectives        of finished steps (`step_record`)
+    header 128 B | a row of 128 B | a ring of 256 x 96 B | a ring of 128 x 176 B     | 64 B
+                   for each seat    of collectives        of finished steps         of what
+                                                          (`step_record`)           is awaited
 """
 
 import errno
@@ -14,26 +15,35 @@ import mmap
 import os
 import struct
 import sys
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.detection.row import (
+    AWAITED_BYTES,
     COPY,
     COPY_BYTES,
     PHASE_CODE,
     PHASES,
+    PLAIN,
+    RECORD,
     RECORD_BYTES,
+    RECORD_HEAD_BYTES,
     ROW_BYTES,
+    STAMPED,
     WARM,
     WORD,
+    Awaited,
     OpRecord,
     Phase,
     Row,
+    decode_awaited,
     decode_record,
-    encode_record,
+    encode_awaited,
     op_code,
     stamp,
 )
@@ -60,6 +70,15 @@ _STEPS_BYTES: Final = STEPS_KEPT * STEP_BYTES
 _READ_TRIES: Final = 100
 
 
+class _Place(NamedTuple):
+    """Where on the board the parts of one seat begin, in bytes."""
+
+    row: int
+    ring: int
+    steps: int
+    awaited: int
+
+
 class StatusBoard:
     """The rows and rings of one node. Reading is free of locks and safe in any thread."""
 
@@ -78,7 +97,7 @@ class StatusBoard:
 
         Args:
           path: must not exist; its directory must. Best on tmpfs, for instance /dev/shm.
-          seats: how many local seats, 1 to 4096: 42.2 kB each.
+          seats: how many local seats, 1 to 4096: 46.2 kB each.
 
         Raises:
           FileExistsError: `path` exists; `open` it, or remove it.
@@ -145,8 +164,7 @@ class StatusBoard:
         return SeatWriter(
             self._bytes,
             self._words,
-            *self._place(seat),
-            self._steps(seat),
+            self._place(seat),
             member,
             pid or os.getpid(),
         )
@@ -158,7 +176,7 @@ class StatusBoard:
           IntegrityError: no whole row in 100 tries: bytes flipped, two writers at one seat, or
             a writer that died between the two last stores of `attach`.
         """
-        base, ring = self._place(seat)
+        base, ring = self._place(seat)[:2]
         words, first = self._words, base // 8
         for _ in range(_READ_TRIES):
             head = words[first]
@@ -187,6 +205,7 @@ class StatusBoard:
                 t_heartbeat_ns=heartbeat,
                 allowance_ns=allowance,
                 warm=bool(flags & WARM),
+                plain=bool(flags & PLAIN),
             )
         raise IntegrityError(
             f"no whole row of seat {seat} in {_READ_TRIES} reads of {self.path}: its bytes were "
@@ -198,7 +217,7 @@ class StatusBoard:
 
         Records that are being written, or whose bytes flipped, are left out.
         """
-        _, ring = self._place(seat)
+        ring = self._place(seat).ring
         data = bytes(self._bytes[ring : ring + _RING_BYTES])
         found = (
             decode_record(data[i : i + RECORD_BYTES]) for i in range(0, len(data), RECORD_BYTES)
@@ -216,7 +235,7 @@ class StatusBoard:
           member: whose; what members before it left is passed over.
           after: the highest number already read; -1 for none.
         """
-        start = self._steps(seat)
+        start = self._place(seat).steps
         found: list[StepRecord] = []
         for number in range(after + 1, after + 1 + STEPS_KEPT):
             record = self._step_at(start, number % STEPS_KEPT)
@@ -235,6 +254,11 @@ class StatusBoard:
             key=lambda r: r.number,
         )
         return found
+
+    def awaited(self, seat: int) -> Awaited | None:
+        """Whose bytes local `seat` waited for when its data plane last looked; None: unknown."""
+        start = self._place(seat).awaited
+        return decode_awaited(bytes(self._bytes[start : start + AWAITED_BYTES]))
 
     def close(self) -> None:
         """Unmap. Writers made by `attach` must not be used any more. May be called twice."""
@@ -257,15 +281,18 @@ class StatusBoard:
     ) -> None:
         self.close()
 
-    def _place(self, seat: int) -> tuple[int, int]:
+    def _place(self, seat: int) -> "_Place":
         if not 0 <= seat < self.seats:
             raise ValueError(f"seat {seat} is not on this board of {self.seats} seats")
-        return (1 + seat) * ROW_BYTES, (1 + self.seats) * ROW_BYTES + seat * _RING_BYTES
-
-    def _steps(self, seat: int) -> int:
-        """Where the ring of steps of `seat` begins."""
-        self._place(seat)
-        return (1 + self.seats) * ROW_BYTES + self.seats * _RING_BYTES + seat * _STEPS_BYTES
+        rings = (1 + self.seats) * ROW_BYTES
+        steps = rings + self.seats * _RING_BYTES
+        awaited = steps + self.seats * _STEPS_BYTES
+        return _Place(
+            row=(1 + seat) * ROW_BYTES,
+            ring=rings + seat * _RING_BYTES,
+            steps=steps + seat * _STEPS_BYTES,
+            awaited=awaited + seat * AWAITED_BYTES,
+        )
 
     def _step_at(self, start: int, place: int) -> StepRecord | None:
         at = start + place * STEP_BYTES
@@ -294,20 +321,18 @@ class SeatWriter:
         self,
         data: memoryview,
         words: memoryview,
-        base: int,
-        ring: int,
-        steps: int,
+        place: _Place,
         member: MemberId,
         pid: int,
     ) -> None:
         """Use `StatusBoard.attach`."""
         self._bytes, self._words = data, words
-        self._base, self._first, self._ring = base, base // 8, ring
-        self._steps = steps
+        self._base, self._first, self._ring = place.row, place.row // 8, place.ring
+        self._steps, self._awaited = place.steps, place.awaited
         self.member = member
         self.generation = 0
         self.step = 0
-        self.phase = Phase.STARTING
+        self._phase_code = PHASE_CODE[Phase.STARTING]
         self.flags = 0
         self.group = 0
         self.entered = -1
@@ -318,17 +343,25 @@ class SeatWriter:
         self._version = int(words[self._first]) & WORD
         self._count = 0
 
-        version, copy = self._fill(0)
+        head = self._fill(0)
         # Between these stores the row is refused by readers rather than given to the wrong one.
         words[self._first + 1] = self._identity
         words[self._first + 2] = 0
         words[self._first + 3] = 0
-        words[self._first] = stamp(version, self._identity, copy)
+        words[self._first] = head
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the row; it changes a few times a step, and is packed far more often."""
+        return PHASES[self._phase_code]
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase_code = PHASE_CODE[phase]
 
     def publish(self, t_progress_ns: int) -> None:
         """Make the fields, as they are now, the row that readers see."""
-        version, copy = self._fill(t_progress_ns)
-        self._words[self._first] = stamp(version, self._identity, copy)
+        self._words[self._first] = self._fill(t_progress_ns)
 
     def beat(self, t_ns: int) -> None:
         """Stamp the heartbeat. The one method that may run beside another."""
@@ -338,20 +371,17 @@ class SeatWriter:
         """Permit a stall until then; 0 withdraws it."""
         self._words[self._first + 3] = until_ns
 
-    def record_enter(self, *, group: int, seq: int, op: str, nbytes: int, t_ns: int) -> int:
+    def record_enter(self, *, group: int, seq: int, op: bytes, nbytes: int, t_ns: int) -> int:
         """Put a pending record into the ring; returns the ticket for `record_leave`."""
         ticket = self._count
         self._count += 1
         start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
-        self._bytes[start : start + RECORD_BYTES] = encode_record(
-            member=self.member,
-            generation=self.generation,
-            group=group & WORD,
-            seq=seq,
-            op=op,
-            nbytes=nbytes,
-            t_enter_ns=t_ns,
-        )
+        rest = RECORD.pack(seq, t_ns, nbytes, self.member, self.generation, group & WORD, op)
+        words, first = self._words, start // 8
+        words[first + 1] = 0  # until the checksum is there, it is no record
+        self._bytes[start + RECORD_HEAD_BYTES : start + RECORD_BYTES] = rest
+        words[first] = 0
+        words[first + 1] = zlib.crc32(rest)
         return ticket
 
     def record_leave(self, ticket: int, *, t_ns: int, ok: bool) -> None:
@@ -359,21 +389,30 @@ class SeatWriter:
         if self._count - ticket <= RING_RECORDS:
             start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
             # One aligned word: the sign carries the outcome.
-            self._words[start // 8 + 2] = (t_ns if ok else -t_ns) & 0xFFFFFFFFFFFFFFFF
+            self._words[start // 8] = t_ns if ok else -t_ns & 0xFFFFFFFFFFFFFFFF
 
     def record_step(self, record: StepRecord) -> None:
         """Put a finished step into the ring of steps, over the oldest."""
         start = self._steps + record.number % STEPS_KEPT * STEP_BYTES
         self._bytes[start : start + STEP_BYTES] = encode_step(record)
 
-    def _fill(self, t_progress_ns: int) -> tuple[int, bytes]:
+    def await_(self, group: int, seq: int, members: Sequence[int], *, t_ns: int) -> None:
+        """Say whose bytes a pending collective waits for."""
+        start = self._awaited
+        told = encode_awaited(group, seq, t_ns, members)
+        self._bytes[start : start + AWAITED_BYTES] = told
+
+    def _fill(self, t_progress_ns: int) -> int:
+        """Fill the copy that is not published. Returns the word that publishes it."""
         version = (self._version + 1) & WORD or 2  # 0 says "never attached"
         self._version = version
-        copy = COPY.pack(
+        stamped = STAMPED.pack(
+            version,
+            self._identity,
             self.generation,
             self.op_code,
             self.step,
-            PHASE_CODE[self.phase],
+            self._phase_code,
             self.flags,
             self.group & 0xFFFF,
             self.entered,
@@ -382,12 +421,12 @@ class SeatWriter:
             self.t_enter_ns,
         )
         start = self._base + 32 + (version & 1) * COPY_BYTES
-        self._bytes[start : start + COPY_BYTES] = copy
-        return version, copy
+        self._bytes[start : start + COPY_BYTES] = stamped[-COPY_BYTES:]
+        return version | zlib.crc32(stamped) << 32
 
 
 def _size(seats: int) -> int:
-    return ROW_BYTES + (ROW_BYTES + _RING_BYTES + _STEPS_BYTES) * seats
+    return ROW_BYTES + (ROW_BYTES + _RING_BYTES + _STEPS_BYTES + AWAITED_BYTES) * seats
 
 
 def _little_endian() -> None:

@@ -10,7 +10,7 @@ from typing import Final
 
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.detection.observations import ProcessFacts, RowSeen
-from ftkit.detection.row import Phase, Row
+from ftkit.detection.row import Awaited, Phase, Row
 
 #: The order of a step. A member in REDUCE or VOTE waits for those that are before it.
 _STEP_ORDER: Final = {Phase.DATA: 0, Phase.FORWARD: 1, Phase.REDUCE: 2, Phase.VOTE: 3}
@@ -32,6 +32,8 @@ class Track:
     step_since: float | None = None
     """When the current step was first seen; None: we came in the middle of it."""
     steps_seen: int = 0
+    awaited: Awaited | None = None
+    """Whose bytes it waits for, as last told."""
     cpu: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))
 
     def see(self, seen: RowSeen) -> float | None:
@@ -45,6 +47,7 @@ class Track:
         elif seen.row.step < self.row.step:
             self.step_since = None  # rolled back: what follows is no ordinary step
         self.row, self.facts, self.at = seen.row, seen.facts, seen.at
+        self.awaited = seen.awaited
         if seen.facts is not None:
             self.cpu.append((seen.at, seen.facts.cpu_ticks))
         return duration
@@ -70,6 +73,14 @@ class Track:
     @property
     def in_collective(self) -> bool:
         return self.row.t_enter_ns != 0
+
+    @property
+    def waits_for(self) -> MemberId | None:
+        """The one member that a pending send or receive waits for; None: it is no such."""
+        direction, _, peer = self.row.op.partition(" ")
+        if not self.in_collective or direction not in ("send", "recv") or not peer.isdigit():
+            return None
+        return MemberId(int(peer))
 
     @property
     def pending(self) -> tuple[int, int]:
@@ -108,11 +119,13 @@ class Track:
 def behind(one: Track, waiter: Track) -> bool:
     """Whether `waiter`, which waits, waits for `one` among others.
 
-    In the same group seqs are compared. Across groups only a member that waits in no collective
+    A send or receive waits for its peer alone. In the same group seqs are compared. Across groups only a member that waits in no collective
     can be the one that is waited for. A wait that no collective tells of (REDUCE, VOTE) is for
     members in an earlier step or earlier in the step.
     """
     if waiter.in_collective:
+        if (peer := waiter.waits_for) is not None:
+            return one.member == peer and one.waits_for != waiter.member
         group, seq = waiter.pending
         if one.row.group == group:
             return one.row.entered < seq

@@ -1,9 +1,11 @@
 """The sentence and the evidence of a verdict: who waited, for what, and where the member stood."""
 
+import signal
 from collections.abc import Sequence
 from typing import Final
 
-from ftkit.core.verdict import Fault
+from ftkit.core.ids import Seat
+from ftkit.core.verdict import EVICT, Fault, Verdict
 from ftkit.detection.observations import Exited
 from ftkit.detection.track import Track
 
@@ -14,6 +16,17 @@ _DOING: Final = {
     Fault.STOPPED: "is stopped",
     Fault.HANG_BUSY: "is busy without progress",
     Fault.HANG_BLOCKED: "is blocked",
+}
+
+
+_SIGNALS: Final = {
+    "SIGSEGV": "it touched memory that is not its own",
+    "SIGBUS": "memory behind a mapping is gone, as when shared memory or a disk is full",
+    "SIGABRT": "it gave up: a failed check in native code, often with a message above",
+    "SIGFPE": "an impossible operation, such as a division by zero in native code",
+    "SIGILL": "an instruction that this processor does not have",
+    "SIGKILL": "somebody killed it, and it is not known that memory was short",
+    "SIGTERM": "somebody asked it to end",
 }
 
 
@@ -36,13 +49,27 @@ def hang_reason(
     )
 
 
-def comm_reason(members: Sequence[Track], *, stalled_s: float, limit_s: float) -> str:
-    """Why communication is at fault."""
+def suspicion(verdict: Verdict, *, removed_s: float) -> str:
+    """The reason of a verdict that is only a suspicion yet."""
+    if verdict.fault not in EVICT:
+        return verdict.reason
+    return f"{verdict.reason}; suspected, and convicted after {removed_s:.1f} s"
+
+
+def comm_reason(
+    members: Sequence[Track],
+    silent: Sequence[tuple[Seat, Seat]],
+    *,
+    stalled_s: float,
+    limit_s: float,
+) -> str:
+    """Why communication is at fault, and between whom, as far as that is known."""
+    paths = ", ".join(f"from seat {a} to seat {b}" for a, b in silent[:3])
     places = sorted({_for_what(m) for m in members})
     return (
         f"all {len(members)} members wait {' or '.join(places[:3])} and nobody left it for "
         f"{stalled_s:.1f} s of at most {limit_s:.1f} s, though all of them run: the communication "
-        "between them hangs"
+        "between them hangs" + (f"; no bytes come {paths}" if paths else "")
     )
 
 
@@ -71,13 +98,25 @@ def stall_reason(one: Track, *, idle_s: float, limit_s: float) -> str:
 
 def exit_reason(exited: Exited) -> str:
     """How a member ended."""
-    if exited.signal is not None:
-        how = f"was killed by signal {exited.signal}"
+    if exited.out_of_memory:
+        how = f"ran out of memory: {exited.out_of_memory}"
+    elif exited.signal is not None:
+        how = f"was killed by signal {exited.signal}{signal_meaning(exited.signal)}"
     elif exited.code is not None:
         how = f"exited with code {exited.code}"
     else:
         how = "is gone, and nobody can know how it ended"
     return f"seat {exited.seat} (member {exited.member}) {how}"
+
+
+def signal_meaning(number: int) -> str:
+    """The signal's name and what it usually means, in parentheses; "" for one without a name."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return ""
+    meaning = _SIGNALS.get(name)
+    return f" ({name}: {meaning})" if meaning else f" ({name})"
 
 
 def evidence(one: Track) -> dict[str, object]:
@@ -138,6 +177,9 @@ def _for_what(waiter: Track) -> str:
 
 def _pending(one: Track) -> str:
     group, seq = one.pending
+    direction, _, peer = one.row.op.partition(" ")
+    if direction in ("send", "recv"):
+        return f"{direction} {'to' if direction == 'send' else 'from'} member {peer}"
     return f"{one.row.op or 'a collective'} {seq} of group {group}"
 
 

@@ -22,11 +22,19 @@ from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
+from ftkit.detection import obituary
+from ftkit.detection.config import DetectionConfig
+from ftkit.detection.exits import out_of_memory
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
+from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
+from ftkit.launch.memory_watch import MemoryWatch
+from ftkit.launch.pace import STILL_S, Pace
+from ftkit.launch.prober import ROLE as PAIR_TEST
+from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
@@ -34,11 +42,22 @@ from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
 
+#: What a machine is called across jobs, where its host name is not the right name: in a pod.
+NAME_VARIABLE = "FTKIT_NODE_NAME"
+
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
 
 #: The longest that ranks are held back for the fork server to have imported torch.
 PRELOAD_LATEST_S = 30.0
+
+
+#: For so long after a member was halted what it called before is told: they may have differed.
+HALTED_S = 1.0
+
+
+#: Of each seat so many collectives are kept of an incident.
+RECORDS_KEPT = 32
 
 
 class Agent:
@@ -72,6 +91,7 @@ class Agent:
         self._node = node
         self._secret = bytes.fromhex(secret)
         self._host = host
+        self._name = node_name(config, node, host, inherited)
         self._inherited = inherited
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
@@ -83,6 +103,12 @@ class Agent:
             self._listener.close()
             raise
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
+        self._examiner = Examiner(
+            node,
+            Path(config.run_dir),
+            self._arenas.directory,
+            lambda number: self.trace.event("bundle", incident=number),
+        )
         self._socket_path = str(self._arenas.directory / "agent.sock")
         self._rank_listener = listen_unix(self._socket_path)
         self._tiers = Tiers(
@@ -93,6 +119,9 @@ class Agent:
             self.trace,
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
+        )
+        self._prober = Prober(
+            self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
@@ -106,6 +135,14 @@ class Agent:
         self._coordinator_number = 0
         #: Measured and not reported yet (`detection.signals`, as JSON); the oldest go first.
         self._signals: deque[dict[str, object]] = deque(maxlen=4096)
+        self._pace = Pace(
+            look_s=DetectionConfig(max_stall_s=config.max_stall_s).look_s,
+            tick_s=config.times.tick_s,
+            next_look=self._clock.now(),
+        )
+        self._memory = MemoryWatch(self._clock.now())
+        self._killed: set[MemberId] = set()
+        self._halted_at = float("-inf")
         self._ending_since: float | None = None
         self._missing_since: float | None = None
         self._stopped = False
@@ -128,21 +165,29 @@ class Agent:
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
             ).start()
         self._tiers.start()
-        tick_s = self._config.times.tick_s
-        next_tick = self._clock.now()
+        next_tick = self._pace.next_look = self._clock.now()
         try:
             while not self._stopped:
-                wait = max(0.0, next_tick - self._clock.now())
+                wait = max(0.0, self._pace.next_look - self._clock.now())
                 try:
                     kind, value = self._inbox.get(timeout=wait)
                     self._handle(kind, value)
                 except queue.Empty:
-                    next_tick = self._clock.now() + tick_s
+                    pass
+                now = self._clock.now()
+                if now >= next_tick and not self._stopped:
+                    next_tick = now + self._config.times.tick_s
+                    self._memory.sample(now)
                     self._end_if_due()
                     self._spawn_missing()
+                if self._pace.woke(now) and self._pace.tells(now, self._still_s(now)):
                     self._tell_coordinator()
         finally:
             self.close()
+
+    def _still_s(self, now: float) -> float | None:
+        """For how long nothing here has moved."""
+        return self._arenas.still_s(self._facts.values(), now)
 
     def stop(self) -> None:
         """End at once, killing every rank. From any thread or signal handler."""
@@ -163,7 +208,9 @@ class Agent:
             listener.close()
         if self._forks is not None:
             self._forks.close()
+        self._prober.close()
         self._tiers.close()
+        self._examiner.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -180,7 +227,10 @@ class Agent:
             case "coordinator":
                 self._coordinator_connected(*value)
             case "plan":
-                self._take_plan(*value)
+                self._hear(*value)
+            case "signal":
+                self._signals.append(value)
+                self._tell_coordinator()
             case "forks":
                 self._spawn_missing()
             case "tiers":
@@ -211,6 +261,9 @@ class Agent:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind != "rank" and hello.get("role") == PAIR_TEST:
+            self._prober.serve(sock, hello)
+            return
         line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
@@ -274,6 +327,8 @@ class Agent:
             code=code if code is not None and code >= 0 else None,
             signal=-code if code is not None and code < 0 else None,
         )
+        left = obituary.read(self._arenas.directory, member)
+        last_words = "" if code == 0 else rank.last_words()
         if line := self._lines.pop(member, None):
             line.close()
         # Its last row and steps outlive it; the rows of the dead are not reported again.
@@ -284,7 +339,14 @@ class Agent:
             stage=Stage.FINISHED if code == 0 else Stage.DEAD,
             at_step=Step(rows[0]["row"]["step"]) if rows else facts.at_step,
             exit_code=code,
-            error="" if code == 0 else rank.last_words(),
+            error=last_words or (str(left) if left else ""),
+            out_of_memory=out_of_memory(
+                code=code if code is not None and code >= 0 else None,
+                killed_by=-code if code is not None and code < 0 else None,
+                ours=member in self._killed,
+                kills=self._memory.kills(self._clock.now()),
+                said=str(left) if left else last_words,
+            ),
         )
         self._carry_out()
 
@@ -307,6 +369,8 @@ class Agent:
                     self._set(facts, host=str(message["host"]), port=int(message["port"]))
                 case "standing":
                     step = message["step"]
+                    if message["stage"] == Stage.HALTED:
+                        self._halted_at = self._clock.now()
                     self._set(
                         facts,
                         stage=Stage(message["stage"]),
@@ -321,6 +385,7 @@ class Agent:
                         voted=bool(message["voted"]),
                         cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
+                        sharded=bool(message["sharded"]),
                     )
                     self._spawn_missing()
                 case "arena":
@@ -348,9 +413,42 @@ class Agent:
         self._coordinator, self._coordinator_number = line, number
         self._tell_coordinator()
 
-    def _take_plan(self, number: int, message: dict[str, Any]) -> None:
+    def _hear(self, number: int, message: dict[str, Any]) -> None:
+        """A coordinator said something."""
         if number < self._coordinator_number:
             return
+        match message.get("type"):
+            case "look":
+                self._look_closely(message)
+            case "pairs":
+                self._prober.take(message.get("tests"))
+            case _:
+                self._take_plan(message)
+
+    def _look_closely(self, message: dict[str, Any]) -> None:
+        """Something was found: keep what can be seen of it here, before it changes."""
+        try:
+            number, wanted = int(message["incident"]), {int(m) for m in message["members"]}
+        except (KeyError, TypeError, ValueError) as error:
+            logger.error("the coordinator asked for no look: %s", error)
+            return
+        # Of a seat whose process was replaced, the newest and those that are asked for.
+        newest = {f.seat: f.member for f in self._facts.values()}
+        patients = [
+            Patient(
+                seat=f.seat,
+                member=f.member,
+                pid=f.pid,
+                alive=f.stage in ALIVE,
+                closely=f.member in wanted,
+            )
+            for f in self._facts.values()
+            if f.member in wanted or newest[f.seat] == f.member
+        ]
+        records = self._arenas.records(self._facts.values(), RECORDS_KEPT)
+        self._examiner.examine(number, patients, records)
+
+    def _take_plan(self, message: dict[str, Any]) -> None:
         try:
             plan = Plan.from_json(message["plan"])
         except (ProtocolError, KeyError) as error:
@@ -376,6 +474,7 @@ class Agent:
             rank = self._ranks.get(member)
             if rank is not None and rank.exit_code is None:
                 self.trace.event("kill", seat=rank.seat, member=member, reason=reason)
+                self._killed.add(member)
                 rank.signal(signal.SIGKILL)
         self._spawn_missing()
         if self._plan.mode is Mode.ENDED and self._ending_since is None:
@@ -435,7 +534,8 @@ class Agent:
             self._tell_coordinator()
             self._stopped = True
         elif self._clock.now() - self._ending_since > self._config.times.grace_s:
-            for rank in self._ranks.values():
+            for member, rank in self._ranks.items():
+                self._killed.add(member)
                 rank.signal(signal.SIGKILL)
 
     def _through(self) -> bool:
@@ -468,7 +568,10 @@ class Agent:
         self._signals.extend(
             self._arenas.steps(f for f in self._facts.values() if f.stage in ALIVE)
         )
-        rows = self._arenas.rows(self._facts.values())
+        now = self._clock.now()
+        still_s = self._still_s(now)
+        stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
+        rows = self._arenas.rows(self._facts.values(), tails=stands)
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
@@ -476,6 +579,7 @@ class Agent:
                 "type": "facts",
                 "node": self._node,
                 "boot": self._boot,
+                "name": self._name,
                 "members": [
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
@@ -485,6 +589,7 @@ class Agent:
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json(),
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
+                "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),
             },
         )
@@ -506,3 +611,10 @@ class Agent:
             line.send(message)
         except WireError as error:
             logger.debug("a peer hung up: %s", error)
+
+
+def node_name(config: JobConfig, node: NodeId, host: str, environ: Mapping[str, str]) -> str:
+    """What this machine is called in every job, whatever its number is in this one."""
+    name = environ.get(NAME_VARIABLE) or socket.gethostname()
+    # Several nodes on one machine are there for trying things out: each is one of its own.
+    return f"{name}/{node}" if config.nodes > 1 and host.startswith("127.") else name

@@ -19,10 +19,14 @@ from ftkit.core.ids import JobId, MemberId, NodeId, Seat
 from ftkit.detection.process import process_facts
 from ftkit.detection.signals import to_json
 from ftkit.detection.status import BOARD, StatusBoard
+from ftkit.detection.track import EXEMPT
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import ALIVE, MemberFacts
 
 OWNER = "owner.pid"
+
+#: Of each member so many collectives are told while nothing moves.
+TAIL = 32
 
 #: Slabs that parity pins: the step that counts, and the one its successor is made of. With them
 #: gone there are still the three that a capture needs.
@@ -86,8 +90,29 @@ class Arenas:
         """Every sealed part of a snapshot on this node (`Copy.to_json`)."""
         return [c.to_json() for c in local_copies(self._job, self.directory, self._node)]
 
-    def rows(self, members: Iterable[MemberFacts]) -> list[dict[str, Any]]:
-        """The status rows of the members that run, with what /proc says of them."""
+    def still_s(self, members: Iterable[MemberFacts], now: float) -> float | None:
+        """For how long no member that runs has moved; None where that means nothing.
+
+        It does not while one is on its way in or out: then others wait for the world.
+        """
+        moved: float | None = None
+        for member in members:
+            if member.stage not in ALIVE:
+                continue
+            try:
+                row = self._board.read(member.seat - self._first)
+            except FtkitError:
+                return None
+            if row is None or row.member != member.member or row.phase in EXEMPT:
+                return None
+            moved = max(moved or 0.0, row.t_progress_ns / 1e9)
+        return None if moved is None else now - moved
+
+    def rows(self, members: Iterable[MemberFacts], *, tails: bool = False) -> list[dict[str, Any]]:
+        """The status rows of the members that run, with what /proc says of them.
+
+        With `tails`, their newest collectives too.
+        """
         found: list[dict[str, Any]] = []
         for member in members:
             if member.stage not in ALIVE:
@@ -99,10 +124,26 @@ class Arenas:
             if row is None or row.member != member.member:
                 continue
             facts = process_facts(member.pid)
-            found.append(
-                {"seat": member.seat, "row": row.to_json(), "facts": facts and facts.to_json()}
-            )
+            told: dict[str, Any] = {
+                "seat": member.seat,
+                "row": row.to_json(),
+                "facts": facts and facts.to_json(),
+            }
+            if tails:
+                local = member.seat - self._first
+                records = self._board.records(local)[-TAIL:]
+                told["ops"] = [r.to_json() for r in records if r.member == member.member]
+                awaited = self._board.awaited(local)
+                told["awaited"] = awaited and awaited.to_json()
+            found.append(told)
         return found
+
+    def records(self, members: Iterable[MemberFacts], count: int) -> dict[int, list[Any]]:
+        """The newest collectives at the seats of these members, JSON-safe, by seat."""
+        return {
+            m.seat: [r.to_json() for r in self._board.records(m.seat - self._first)[-count:]]
+            for m in members
+        }
 
     def steps(self, members: Iterable[MemberFacts]) -> list[dict[str, object]]:
         """The steps these members have finished since the last call, as signals.

@@ -7,7 +7,9 @@ The rules, for a job of V slots and S steps:
 
 * R1 every step 1..S was committed, and the job ended by itself;
 * R2 in each attempt that was committed, the slots voted are 0..V-1, each exactly once;
-* R3 no member applied a step twice, and no commit that outlived its member was undone;
+* R3 no member applied a step twice, and no commit that outlived its member was undone; a job of
+  shards may go back by a few steps, to the newest of which memory has all shards, if it commits
+  them again;
 * R4 the same slots of the same step held the same samples as in the undisturbed run;
 * R5 no member but the drill's targets left with an error, and no other was accused;
 * R6 after each fault every survivor committed again (in a newer generation when the fault
@@ -15,7 +17,10 @@ The rules, for a job of V slots and S steps:
 * R8 when all ranks were lost at once, the job went on from the newest step that parity had
   published, or a newer one; steps after that may be played again;
 * R9 bits that were flipped on purpose were noticed;
-* R7 all final parameters are equal, and equal to the undisturbed run's.
+* R10 where the drill is about the name of its fault, the first that was said of each target was
+  of that class;
+* R7 all final parameters are equal, and equal to the undisturbed run's unless the fault is to
+  alter them.
 
 The vote an attempt is counted by is written before the voting, so a rank that was killed
 between vote and commit has its slots counted. A commit that only a dead rank saw is no loss:
@@ -67,8 +72,14 @@ class Expectation:
     """Whether the fault takes all ranks at once, so that only memory and parity are left."""
     corrupts: bool = False
     """Whether the fault flips bits of what is left."""
+    alters: bool = False
+    """Whether the fault changes what is computed: then the ranks only have to agree."""
+    names: frozenset[str] = frozenset()
+    """Classes of which one must be the first that is said of each target; none: any will do."""
     strikes: int = 1
     """How often it has to strike; where the job ends before, nothing can be said."""
+    steps_back: int = 0
+    """By how many steps a fault may take the job back: 0 where every rank holds all of the state."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "steps", "slots", "slot_size"):
@@ -89,6 +100,8 @@ class Outcome:
     repair_s: float | None
     """Fault to the moment when every survivor had committed its next step (R6)."""
     steps_lost: int
+    steps_replayed: int = 0
+    """Committed steps that were undone and committed again."""
     samples_lost: int
     samples_doubled: int
     survivor_exits: int
@@ -109,6 +122,7 @@ class Outcome:
             "detect_s": self.detect_s,
             "repair_s": self.repair_s,
             "steps_lost": self.steps_lost,
+            "steps_replayed": self.steps_replayed,
             "samples_lost": self.samples_lost,
             "samples_doubled": self.samples_doubled,
             "survivor_exits": self.survivor_exits,
@@ -182,9 +196,12 @@ def check(
     doubled += len(applied_twice) * expectation.slots * expectation.slot_size
     exits = _check_exits(history, targets, found)
     _check_noticed(history, expectation, found)
+    _check_names(history, targets, expectation, found)
     incidents = read_incidents(history, evicts=expectation.evicts, loses_all=expectation.loses_all)
     _check_incidents(history, incidents, expectation, found)
     params_equal = _check_params(history, reference, expectation, found)
+
+    again = undone & _committed_again(history) if expectation.steps_back else set[int]()
 
     answer = Answer.FAIL if found.problems else Answer.UNKNOWN if found.missing else Answer.PASS
     return Outcome(
@@ -194,7 +211,8 @@ def check(
         seed=expectation.seed,
         detect_s=_slowest([i.detect_s for i in incidents]),
         repair_s=_slowest([i.repair_s for i in incidents]),
-        steps_lost=len(undone),
+        steps_lost=len(undone) - len(again),
+        steps_replayed=len(again),
         samples_lost=lost,
         samples_doubled=doubled,
         survivor_exits=exits,
@@ -208,6 +226,11 @@ def check(
             "incidents": [asdict(i) for i in incidents],
             "published": _published_before(history),
             "noticed": list(history.noticed),
+            "suspected_wrongly": [
+                {"class": a.fault, "seat": a.seat, "reason": a.reason}
+                for a in history.suspicions
+                if a.member not in targets and a.fault in EVICT
+            ],
             "params": sorted({f.params for f in history.finals}),
             "reference_params": sorted({f.params for f in reference.finals}) if reference else [],
             "first_loss_difference": _first_loss_difference(history, reference),
@@ -298,6 +321,11 @@ def _check_undone(
             )
             if taken_back:
                 undone.update(range(commit.step, last.step + 1))
+                if expected.steps_back and last.step - commit.step >= expected.steps_back:
+                    found.problems.append(
+                        f"member {commit.member} (seat {commit.seat}) was taken back from step "
+                        f"{last.step} to {commit.step}, by more than {expected.steps_back} steps"
+                    )
             else:
                 twice.append(commit.step)
                 found.problems.append(
@@ -318,10 +346,21 @@ def _check_undone(
             # Committed by all who voted and then again by others: a restart from further back.
             if attempts[generation] >= voters[step, generation]:
                 undone.add(step)
+    if expected.steps_back and not expected.loses_all:
+        return undone, twice
     kept = _published_before(history) if expected.loses_all else max(undone, default=0)
     if early := sorted(step for step in undone if step <= kept):
         found.problems.append(f"steps {early} were committed and then undone")
     return undone, twice
+
+
+def _committed_again(history: History) -> set[int]:
+    """The steps that were committed in two generations or more."""
+    return {
+        step
+        for step, commits in commits_by_step(history).items()
+        if len({c.generation for c in commits}) > 1
+    }
 
 
 def _published_before(history: History) -> int:
@@ -355,6 +394,23 @@ def _check_exits(history: History, targets: frozenset[int], found: _Findings) ->
             f"member {a.member} (seat {a.seat}), not a target, was judged {a.fault}: {a.reason}"
         )
     return len(survivors)
+
+
+def _check_names(
+    history: History, targets: frozenset[int], expected: Expectation, found: _Findings
+) -> None:
+    """R10."""
+    if not expected.names:
+        return
+    for target in sorted(targets):
+        first = next((a for a in history.named if a.member == target), None)
+        if first is None:
+            found.problems.append(f"nothing was ever said of member {target}, the target")
+        elif first.fault not in expected.names:
+            found.problems.append(
+                f"member {target} was first called {first.fault}, not "
+                f"{' or '.join(sorted(expected.names))}: {first.reason}"
+            )
 
 
 def _check_incidents(
@@ -394,10 +450,10 @@ def _check_params(
             else "no undisturbed run to compare with"
         )
         return None
-    if ours and ours != theirs:
+    if ours and ours != theirs and not expected.alters:
         found.problems.append("the final parameters are not the undisturbed run's")
         return False
-    return None if silent else True
+    return None if silent else ours == theirs
 
 
 def _slowest(values: list[float | None]) -> float | None:
@@ -407,7 +463,7 @@ def _slowest(values: list[float | None]) -> float | None:
 
 def _first_verdict(history: History) -> dict[str, object] | None:
     start = history.injections[0].mono if history.injections else 0.0
-    for a in history.accusations:
+    for a in history.named:
         if a.mono >= start:
             return {"class": a.fault, "culprit": a.seat, "reason": a.reason}
     return None

@@ -12,6 +12,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch.ckpt_command import ckpt
+from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -53,6 +54,12 @@ def main() -> None:
     help="Seconds a rank may keep the others waiting; all other times follow from it.",
 )
 @click.option(
+    "--alarms-per-day",
+    default=1.0,
+    show_default=True,
+    help="False alarms about slow ranks that the whole job may cost; fewer take more evidence.",
+)
+@click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
@@ -63,6 +70,12 @@ def main() -> None:
     default=True,
     show_default=True,
     help="Import torch once a node, and fork its ranks from there.",
+)
+@click.option(
+    "--record/--no-record",
+    default=True,
+    show_default=True,
+    help="Record a script's gloo collectives, so that a rank that hangs is named.",
 )
 @click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
 @click.option("--checkpoint-every", default=0, help="Steps between two; 0: the last alone.")
@@ -77,6 +90,7 @@ def main() -> None:
     is_flag=True,
     help="Begin at step 0. Checkpoints that are there go when the first new one is complete.",
 )
+@click.option("--history", default="", help="File or URL that remembers nodes' faults across jobs.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -86,15 +100,18 @@ def run(
     nodes: int,
     engine: str | None,
     max_stall_s: float,
+    alarms_per_day: float,
     parity: str,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
     preload: bool,
+    record: bool,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: str,
     fresh: bool,
+    history: str,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -106,6 +123,7 @@ def run(
     something was asked that cannot work, 130 or 143 after SIGINT or SIGTERM.
     """
     from ftkit.launch.config import JobConfig, default_engine, new_job_id
+    from ftkit.launch.history import check_history
     from ftkit.launch.job import python_command, run_job
     from ftkit.launch.last_words import LastWords
 
@@ -124,15 +142,18 @@ def run(
         nodes=nodes,
         nproc=nproc,
         max_stall_s=max_stall_s,
+        alarms_per_day=alarms_per_day,
         parity=parity,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
         preload=preload,
+        record=record,
         checkpoint_dir=absolute(checkpoint_dir),
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
         checkpoint_fresh=fresh,
+        history=absolute(history),
         quiet=quiet,
     )
     if checkpoint_dir:
@@ -145,6 +166,7 @@ def run(
                 "--checkpoint-keep: a job's checkpoints carry no metric to choose the best by; use "
                 "last:N and every:N"
             )
+    check_history(config.history)
     _ = config.times  # an inconsistent set of times is refused before anything starts
     last = LastWords(
         folder, config.checkpoint_dir, lambda words: click.echo(f"ftkit: {words}", err=True)
@@ -201,6 +223,15 @@ def drill_options(*, steps: int) -> Callable[[Any], Any]:
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--parity", default="", help="k+m, as for `ftkit run`."),
+            click.option(
+                "--sharded",
+                type=int,
+                is_flag=False,
+                flag_value=1,
+                default=0,
+                metavar="[RANKS]",
+                help="Cut the bundled job's model over all ranks (FSDP2), or over RANKS (HSDP).",
+            ),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
@@ -257,19 +288,30 @@ def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
 def explain(run_dir: Path | None, as_json: bool) -> None:
     """Say in a paragraph what happened in a run, and why."""
     from ftkit.core.trace import read_run
+    from ftkit.detection.bundle import paragraph
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
     from ftkit.launch.goodput import goodput
+    from ftkit.launch.incidents import read_bundles
     from ftkit.launch.storage_story import storage_story
 
-    events = read_run(newest_run(run_dir))
+    run_dir = newest_run(run_dir)
+    events, bundles = read_run(run_dir), read_bundles(run_dir)
     storage, time_spent = storage_story(events), goodput(events)
     if as_json:
-        told = {"incidents": [i.to_json() for i in incidents(events)]}
+        told = {
+            "incidents": [i.to_json() for i in incidents(events)],
+            "bundles": [{**incident, "nodes": nodes} for incident, nodes in bundles],
+        }
         also = {"storage": storage.to_json(), "goodput": time_spent.to_json()}
         click.echo(json.dumps(told | also))
     else:
-        told_of = (explain_events(events), time_spent.paragraph(), storage.paragraph())
+        told_of = (
+            explain_events(events),
+            *(paragraph(incident, nodes) for incident, nodes in bundles),
+            time_spent.paragraph(),
+            storage.paragraph(),
+        )
         click.echo("\n\n".join(t for t in told_of if t))
 
 
@@ -354,9 +396,37 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
         click.echo("\n".join(t for t in (spent.paragraph(), f"wrote {out}") if t))
 
 
-@main.group()
-def doctor() -> None:
-    """Look whether this machine, or these, can carry a job."""
+@main.group(invoke_without_command=True)
+@click.option("--history", type=click.Path(path_type=Path), help="Results as JSON lines: compared.")
+@click.option("--disk", type=click.Path(path_type=Path), default=Path(), help="On the disk to try.")
+@click.option("--shm-root", type=click.Path(path_type=Path), default=Path("/dev/shm"))
+@click.option("--torch/--no-torch", default=True, show_default=True, help="Try torch and GPUs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+def doctor(
+    context: click.Context,
+    history: Path | None,
+    disk: Path,
+    shm_root: Path,
+    torch: bool,
+    as_json: bool,
+) -> None:
+    """Look whether this machine, or these, can carry a job.
+
+    Without a command this node is checked: processors, memory, disk, network, clock, torch, GPUs.
+    Exits with 1 when something failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from ftkit.launch.preflight import check_node, compared
+    from ftkit.launch.preflight_view import show
+
+    found = compared(check_node(disk, shm_root, torch=torch), history)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show(found)
+    sys.exit(1 if found.failed else 0)
 
 
 @doctor.command("network")
@@ -388,7 +458,23 @@ def doctor_network(
     sys.exit(1 if found.unreachable else 0)
 
 
+@doctor.command("offenders")
+@click.option("--history", default="", help="The file or URL given to `ftkit run --history`.")
+@click.option("--titan", type=click.Path(path_type=Path), help="Replay a history of Titan's GPUs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def doctor_offenders(history: str, titan: Path | None, as_json: bool) -> None:
+    """Say which nodes fail far more often than the others, and what to leave out.
+
+    With --history, also how often failed jobs were started again and whether it helped. Exits
+    with 1 when there is a node to leave out. With --titan, what the rule would have avoided.
+    """
+    from ftkit.launch.offenders_command import offenders
+
+    sys.exit(offenders(history, titan, as_json=as_json))
+
+
 main.add_command(ckpt)
+main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:

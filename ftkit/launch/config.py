@@ -6,6 +6,7 @@ process environment is read here, and by `core.rank_env` inside a rank.
 """
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -29,7 +30,7 @@ class Times:
 
     The chain, in order::
 
-    tick <= heartbeat <= halt <= stall <= node, and exit grace apart.
+    heartbeat <= tick <= halt <= stall <= node, and exit grace apart.
     """
 
     heartbeat_s: float
@@ -64,11 +65,11 @@ class Times:
             node_s=2 * max_stall_s,
             grace_s=5.0,
         )
-        chain = [times.tick_s, times.heartbeat_s, times.halt_s, times.node_s]
+        chain = [times.heartbeat_s, times.tick_s, times.halt_s, times.node_s]
         if chain != sorted(chain):
             raise UsageError(
-                f"--max-stall {max_stall_s} gives tick {times.tick_s:.3f} <= heartbeat "
-                f"{times.heartbeat_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
+                f"--max-stall {max_stall_s} gives heartbeat {times.heartbeat_s:.3f} <= tick "
+                f"{times.tick_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
                 "which is out of order"
             )
         return times
@@ -87,6 +88,8 @@ class JobConfig:
     parity: str = ""
     """k+m: any m nodes of a group of k + m may vanish together; empty for none."""
     max_stall_s: float = 30.0
+    alarms_per_day: float = 1.0
+    """False alarms about slow ranks and the like that the whole job may cost, at any size."""
     run_dir: str = ""
     cwd: str = ""
     """Where ranks start; empty for the directory of whoever starts them."""
@@ -98,6 +101,8 @@ class JobConfig:
     """Variables added to every rank's environment."""
     preload: bool = True
     """Import torch once a node, and fork ranks from there, where the command is a Python script."""
+    record: bool = True
+    """Record the collectives of scripts that know nothing of ftkit, where ranks are forked."""
     same_place_max: int = 3
     restarts_max: int = 100
     master_port: int = 0
@@ -111,6 +116,8 @@ class JobConfig:
     """What to keep of them (`persist.keep.policies`)."""
     checkpoint_fresh: bool = False
     """Begin at step 0 whatever is there."""
+    history: str = ""
+    """Where what becomes of nodes and jobs is remembered: a file or a URL; empty: nowhere."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 
@@ -119,6 +126,11 @@ class JobConfig:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
         if not self.command:
             raise UsageError("there is no command to run")
+        if not (math.isfinite(self.alarms_per_day) and self.alarms_per_day > 0):
+            raise UsageError(
+                f"--alarms-per-day is {self.alarms_per_day}, must be above 0: without any there can "
+                "be no detection"
+            )
         if self.checkpoint_every < 0:
             raise UsageError(
                 f"--checkpoint-every is {self.checkpoint_every}, not a number of steps"

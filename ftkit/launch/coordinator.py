@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from ftkit.launch.config import JobConfig
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
+from ftkit.launch.incidents import Incidents
+from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
@@ -70,10 +72,18 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
+        self._incidents = Incidents(Path(config.run_dir))
         self._costs = DecisionCosts(config.seats)
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
+        self._history = None
+        if config.history:
+            self._history = JobHistory(
+                config,
+                scored=lambda score: self._inbox.put(("scored", None, score)),
+                tell=self.trace.event,
+            )
         self._checkpoints = CheckpointLead(number, self.trace.event)
         self._disk = Disk(
             config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
@@ -103,11 +113,16 @@ class Coordinator:
                     next_tick = now + tick_s
                     self._dial_missing()
                 self._lead(now)
+                self._tell_steps(now)
                 if self._plan is not None and self._is_over(now):
+                    self._tell_steps(now, rest=True)
                     assert self._plan.stop is not None, "an ended plan says why"
                     return self._plan.stop
         finally:
             self._disk.close()
+            if self._history is not None:
+                self._history.close()
+            self._incidents.close()
             for line in self._lines.values():
                 line.close()
             self.trace.close()
@@ -129,6 +144,9 @@ class Coordinator:
                 if self._lines.get(node) is value:
                     self._lines.pop(node).close()
                     self._silent_since[node] = self._clock.now()
+                    self._judge.node_gone(node, self._clock.now())
+            case "scored":
+                self._judge.take(value)
             case "interrupt":
                 self._interrupted = value
 
@@ -138,6 +156,9 @@ class Coordinator:
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
+        before = self._reports.get(node)
+        if before is not None and before["boot"] == report["boot"]:
+            self._judge.node_back(node)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
         for member in members:
@@ -147,6 +168,7 @@ class Coordinator:
             rows_from_json(report["rows"]),
             members,
             measured=report.get("signals", ()),
+            late_s=float(report.get("late_s", 0.0)),
             sent=float(report["at"]),
             at=self._clock.now(),
         )
@@ -204,6 +226,7 @@ class Coordinator:
             return
         before, self._plan = self._plan, plan
         halting = plan.mode is Mode.HALTING and before.mode is not Mode.HALTING
+        forming = plan.mode is Mode.FORMING and before.mode is not Mode.FORMING
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
@@ -214,11 +237,18 @@ class Coordinator:
             self.trace.event(
                 "decision", action=decision.action, reason=decision.reason, **decision.fields
             )
+            self._incidents.decided(decision.action, decision.reason, now)
             if decision.action in ("resume", "form"):
                 fields = {k: v for k, v in decision.fields.items() if k != "costs"}
                 self.trace.event("resume", **fields)
         if halting:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
+        if forming:
+            self._lead(now)  # with what is known of snapshots now that nobody writes any
+
+    def _tell_steps(self, now: float, *, rest: bool = False) -> None:
+        for fields in self._judge.steps(now, rest=rest):
+            self.trace.event("steps", **fields)
 
     def _take_over(self, now: float) -> Plan | None:
         """The plan to begin with, once every agent has spoken or is taken for lost."""
@@ -236,6 +266,10 @@ class Coordinator:
             reason = "the job begins"
         self.trace.event("decision", action="lead", reason=reason, term=plan.term)
         self._judge.take_plan(plan, at=now)
+        if self._history is not None:
+            self._history.begin(
+                {n: str(r.get("name") or f"node-{n}") for n, r in self._reports.items()}
+            )
         return plan
 
     def _facts(self, now: float) -> JobFacts:
@@ -243,7 +277,7 @@ class Coordinator:
         verdicts = self._judge.verdicts(self._plan, self._members, now)
         for verdict in verdicts.fresh:
             self.trace.event(
-                "verdict",
+                "suspicion" if verdict.suspected else "verdict",
                 fault=verdict.fault.value,
                 member=verdict.member,
                 seat=verdict.seat,
@@ -254,6 +288,25 @@ class Coordinator:
                 peer=verdict.peer,
                 generation=self._plan.world.generation if self._plan.world else 0,
             )
+            if self._history is not None and not verdict.suspected:
+                facts = self._members.get(verdict.member)
+                self._history.verdict(verdict, None if facts is None else facts.node)
+        if verdicts.fresh:
+            summary = {"mode": self._plan.mode.value, "step": self._plan.step}
+            look = self._incidents.take(verdicts.fresh, self._plan.world, summary, now)
+            if look is not None:
+                self._tell_all(look)
+                self.trace.event("incident", number=look["incident"], looked_at=look["members"])
+        for over in verdicts.over:
+            self.trace.event(
+                "verdict-over",
+                fault=over.verdict.fault.value,
+                member=over.verdict.member,
+                seat=over.verdict.seat,
+                suspected=over.verdict.suspected,
+                lasted_s=round(over.lasted_s, 3),
+            )
+        self._ask_for_tests()
         lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)
         newest = Inventory(copies=copies).newest_complete()
@@ -266,6 +319,31 @@ class Coordinator:
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
         )
+
+    def _ask_for_tests(self) -> None:
+        """Have agents test the paths that are suspect, and record what came of it."""
+        inquiry, by_node = self._judge.inquiry, dict[NodeId, list[dict[str, object]]]()
+        assert self._plan is not None, "seats are the plan's"
+        for probed in inquiry.ended():
+            self.trace.event("probed", **asdict(probed))
+        if not (orders := inquiry.orders()):
+            return
+        node_of = {s.seat: s.node for s in self._plan.seats}
+        for order in orders:
+            host, port = self._agents[node_of[order.b]]
+            test = {"number": order.number, "a": order.a, "b": order.b}
+            by_node.setdefault(node_of[order.a], []).append(
+                test | {"host": host, "port": port, "limit_s": order.limit_s}
+            )
+        for node, tests in by_node.items():
+            if (line := self._lines.get(node)) is not None:
+                self._send(node, line, {"type": "pairs", "tests": tests})
+
+    def _send(self, node: NodeId, line: Line, message: Mapping[str, object]) -> None:
+        try:
+            line.send(message)
+        except WireError:
+            logger.debug("node %s hung up; it gets the plan when it is back", node)
 
     def _checkpoint(self, now: float, lost: frozenset[NodeId]) -> None:
         """Move the writing of a checkpoint on; the plan knows of it only when it has ended."""
@@ -334,10 +412,15 @@ class Coordinator:
         for node, line in list(self._lines.items()):
             if only is not None and node != only:
                 continue
+            self._send(node, line, message)
+
+    def _tell_all(self, message: dict[str, Any]) -> None:
+        """Send to every agent that can be reached."""
+        for node, line in list(self._lines.items()):
             try:
                 line.send(message)
             except WireError:
-                logger.debug("node %s hung up; it gets the plan when it is back", node)
+                logger.debug("node %s hung up", node)
 
     def _is_over(self, now: float) -> bool:
         """Whether the plan has ended and every agent that can be reached is through."""
@@ -354,6 +437,10 @@ class Coordinator:
         outcome = "completed" if stop.code == 0 else "failed"
         self.trace.event("end", outcome=outcome, code=stop.code, reason=stop.reason)
         write_result(Path(self._config.run_dir), stop)
+        if self._history is not None:
+            begun = min((m.entry_step for m in self._members.values() if m.entry_step), default=0)
+            last = max((m.step for m in self._members.values() if m.step), default=0)
+            self._history.end(code=stop.code, trained=last > begun)
         return True
 
 

@@ -71,7 +71,7 @@ class Exit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accusation:
-    """A verdict, when it was said."""
+    """A verdict or a suspicion, when it was said."""
 
     mono: float
     fault: str
@@ -108,6 +108,8 @@ class History:
     injections: tuple[Injection, ...]
     exits: tuple[Exit, ...]
     accusations: tuple[Accusation, ...]
+    suspicions: tuple[Accusation, ...]
+    """Who was named without having to go for it."""
     finals: tuple[Final, ...]
     rewinds: tuple[Rewind, ...]
     halts: tuple[float, ...]
@@ -121,6 +123,11 @@ class History:
     end_outcome: str | None
     unreadable: tuple[str, ...]
     """One line for each event that lacks what its kind must have."""
+
+    @property
+    def named(self) -> tuple[Accusation, ...]:
+        """Everything that was said of anybody, in order of time."""
+        return tuple(sorted((*self.accusations, *self.suspicions), key=lambda a: a.mono))
 
     @property
     def seat_of(self) -> dict[int, int]:
@@ -160,6 +167,7 @@ class _Reader:
     injections: list[Injection] = field(default_factory=list)
     exits: list[Exit] = field(default_factory=list)
     accusations: list[Accusation] = field(default_factory=list)
+    suspicions: list[Accusation] = field(default_factory=list)
     finals: list[Final] = field(default_factory=list)
     rewinds: list[Rewind] = field(default_factory=list)
     halts: list[float] = field(default_factory=list)
@@ -226,8 +234,8 @@ class _Reader:
                         signal=signal or 0,
                     )
                 )
-            case "verdict":
-                self.accusations.append(
+            case "verdict" | "suspicion":
+                (self.accusations if kind == "verdict" else self.suspicions).append(
                     Accusation(
                         mono=mono,
                         fault=str(event["fault"]),
@@ -276,6 +284,7 @@ class _Reader:
             injections=tuple(self.injections),
             exits=tuple(self.exits),
             accusations=tuple(self.accusations),
+            suspicions=tuple(self.suspicions),
             finals=tuple(self.finals),
             rewinds=tuple(self.rewinds),
             halts=tuple(self.halts),

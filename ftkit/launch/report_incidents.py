@@ -117,7 +117,7 @@ def _follow(
 
 
 def _detected(history: History, injection: Injection, victim: int | None) -> float | None:
-    said = [a.mono for a in history.accusations if a.member == victim]
+    said = [a.mono for a in history.named if a.member == victim]
     seen = [at for at in (*said, *history.halts) if at >= injection.mono]
     return round(min(seen) - injection.mono, 6) if seen else None
 

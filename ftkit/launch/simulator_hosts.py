@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
-from ftkit.detection.observations import ProcessFacts
-from ftkit.detection.row import Row
 from ftkit.launch.decision_costs import DecisionCosts
-from ftkit.launch.judge import Judge
+from ftkit.launch.judge import Judge, SeatRow
 from ftkit.launch.simulator_checks import TrainingState
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
@@ -128,7 +126,7 @@ class SimAgent:
             snapshots=frozenset(s.step for arena in self.arenas.values() for s in arena),
             plan=self.plan,
             boot=self.boot,
-            rows=[(rank.seat, *rank.row()) for rank in self.ranks.values() if rank.alive],
+            rows=[SeatRow(rank.seat, *rank.row()) for rank in self.ranks.values() if rank.alive],
         )
 
 
@@ -140,7 +138,7 @@ class Report:
     snapshots: frozenset[Step]
     plan: Plan | None
     boot: Boot
-    rows: Sequence[tuple[Seat, Row, ProcessFacts]]
+    rows: Sequence[SeatRow]
 
 
 class SimCoordinator:
@@ -259,6 +257,8 @@ class SimCoordinator:
         """Who has to go, as the real judge and detector see it."""
         findings = self._judge.verdicts(plan, self._members(), self.sim.now)
         for verdict in findings.fresh:
+            if verdict.suspected:
+                continue  # nothing follows from it
             self.sim.note("verdict", None, f"{verdict.fault}: {verdict.reason}")
             self.sim.verdicts[verdict.fault] += 1
         return findings.evictions

@@ -66,6 +66,9 @@ class MemberFacts:
     """Members of the world it stands still after, or could not enter, that it had no link to."""
     stepping: bool = False
     """It has entered its step loop, so its work can be played again."""
+    sharded: bool = False
+    """Its state is one of several shards. Once it stands still it gives up what it holds, is READY,
+    and loads what the next world begins with."""
     host: str = ""
     port: int = 0
     pid: int = 0
@@ -73,6 +76,8 @@ class MemberFacts:
     """DEAD: the exit code, or minus the signal number."""
     error: str = ""
     """DEAD: the last lines it wrote, when they are known."""
+    out_of_memory: str = ""
+    """DEAD: why it is taken to have run out of memory; empty when nothing says so."""
 
     def to_json(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.__slots__} | {"cut": sorted(self.cut)}
@@ -95,11 +100,13 @@ class MemberFacts:
                 voted=bool(value["voted"]),
                 cut=frozenset(MemberId(int(m)) for m in value["cut"]),
                 stepping=bool(value["stepping"]),
+                sharded=bool(value["sharded"]),
                 host=str(value["host"]),
                 port=int(value["port"]),
                 pid=int(value["pid"]),
                 exit_code=None if code is None else int(code),
                 error=str(value["error"]),
+                out_of_memory=str(value["out_of_memory"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a member's facts: {value!r}") from error

@@ -24,6 +24,7 @@ from ftkit.session.loader import reading_of
 Tell = Callable[..., None]
 
 
+@runtime_checkable
 class Feed(Protocol):
     """Where a step's batches come from."""
 
@@ -32,6 +33,9 @@ class Feed(Protocol):
 
     def digest(self, step: Step) -> int:
         """64 bits over what every rank read alike at `step`; 0 where each reads its own."""
+
+    def samples(self, step: Step, slot: Slot) -> list[int]:
+        """What a slot holds, for people: places in the data set, or the number of a loader's batch."""
 
     def committed(self, step: Step) -> None:
         """`step` will not be asked for again."""
@@ -45,7 +49,7 @@ class MapStyle(Sized, Protocol):
 
 
 def feed_of(
-    source: MapStyle | Iterable[Any],
+    source: "MapStyle | Iterable[Any] | Feed",
     *,
     slots: int,
     slot_size: int | None,
@@ -55,6 +59,8 @@ def feed_of(
     tell: Tell,
 ) -> "Feed":
     """The feed for `source`; `tell` writes its events. UsageError when it is neither kind."""
+    if isinstance(source, Feed):
+        return source
     if isinstance(source, MapStyle):
         if slot_size is None:
             raise UsageError("a data set needs slot_size=, the samples in one slot")
@@ -90,6 +96,9 @@ class DatasetFeed:
     def digest(self, step: Step) -> int:
         return 0
 
+    def samples(self, step: Step, slot: Slot) -> list[int]:
+        return self._cursor.samples(step, slot)
+
     def committed(self, step: Step) -> None:
         return
 
@@ -117,6 +126,9 @@ class LoaderFeed:
     def digest(self, step: Step) -> int:
         self._read_to(step)
         return self._digests[step]
+
+    def samples(self, step: Step, slot: Slot) -> list[int]:
+        return [(step - 1) * self._slots + slot]
 
     def committed(self, step: Step) -> None:
         for slot in range(self._slots):

@@ -1,12 +1,18 @@
 """Inject: a rank does to itself what its drill has planned. Nothing at all without one."""
 
+import ctypes
+import mmap
 import os
+import re
+import resource
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
 
-from ftkit.core.fault_plan import Kind, PlannedFault, Point
+from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point
 from ftkit.core.trace import Trace
 
 
@@ -46,10 +52,22 @@ class Injector:
             return
         for fault in self._faults:
             there = last or bucket >= fault.bucket
+            if fault.kind in DESYNCS:
+                continue  # asked for by `slip`
             if fault.point is point and step >= fault.step and there:
                 self._faults.remove(fault)
                 self._strike(fault, step, nbytes)
                 return
+
+    def slip(self, step: int, *, bucket: int, last: bool) -> Kind | None:
+        """How this rank is to differ from the others in the reduction of `bucket`; None: not."""
+        for fault in self._faults:
+            there = last or bucket >= fault.bucket
+            if fault.kind in DESYNCS and step >= fault.step and there:
+                self._faults.remove(fault)
+                self._note(fault, step)
+                return fault.kind
+        return None
 
     def _strike(self, fault: PlannedFault, step: int, nbytes: int) -> None:
         by_signal = fault.kind in (Kind.KILL, Kind.STOP)
@@ -64,10 +82,7 @@ class Injector:
             self._signal(fault, step)
         else:
             self._note(fault, step)
-            if fault.kind is Kind.RAISE:
-                raise DrillError(f"a drill raised this {fault.point} of step {step}")
-            while True:
-                time.sleep(3600)  # the fault itself: a training thread that never comes back
+            _DEEDS[fault.kind](fault, step)
 
     def _signal_later(self, fault: PlannedFault, step: int) -> None:
         time.sleep(fault.delay_s)  # into the middle of what the training thread does now
@@ -79,3 +94,76 @@ class Injector:
 
     def _note(self, fault: PlannedFault, step: int) -> None:
         self._trace.event("drill", fault=fault.kind.value, phase=fault.point.value, step=step)
+
+
+def _raise(fault: PlannedFault, step: int) -> None:
+    raise DrillError(f"a drill raised this {fault.point} of step {step}")
+
+
+def _sleep(fault: PlannedFault, step: int) -> None:
+    while True:
+        time.sleep(3600)  # the fault itself: a training thread that never comes back
+
+
+def _exit(fault: PlannedFault, step: int) -> None:
+    os._exit(1)
+
+
+def _segfault(fault: PlannedFault, step: int) -> None:
+    ctypes.string_at(8)
+
+
+def _abort(fault: PlannedFault, step: int) -> None:
+    os.abort()
+
+
+def _run_out_of_memory(fault: PlannedFault, step: int) -> None:
+    """Allocate to the limit. It is lifted then, so that the error alone ends the process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * mmap.PAGESIZE
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (256 << 20), hard))
+    hoard = []
+    try:
+        while True:
+            hoard.append(bytearray(16 << 20))
+    finally:
+        hoard.clear()
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _pause(fault: PlannedFault, step: int) -> None:
+    # Somebody else has to wake it.
+    subprocess.Popen(["/bin/sh", "-c", f"sleep {fault.lasts_s}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _hold_the_interpreter(fault: PlannedFault, step: int) -> None:
+    # Backtracks through 2 ** 60 ways to match, and never lets another thread run.
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def _spin(fault: PlannedFault, step: int) -> None:
+    while True:
+        pass
+
+
+def _deadlock(fault: PlannedFault, step: int) -> None:
+    lock = threading.Lock()
+    with lock:
+        lock.acquire()
+
+
+#: What a training thread does to itself.
+_DEEDS: Final[Mapping[Kind, Callable[[PlannedFault, int], None]]] = {
+    Kind.RAISE: _raise,
+    Kind.HANG: _sleep,
+    Kind.EXIT: _exit,
+    Kind.SEGFAULT: _segfault,
+    Kind.ABORT: _abort,
+    Kind.OOM: _run_out_of_memory,
+    Kind.PAUSE: _pause,
+    Kind.GIL_HANG: _hold_the_interpreter,
+    Kind.SPIN: _spin,
+    Kind.DEADLOCK: _deadlock,
+}

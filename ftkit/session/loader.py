@@ -8,11 +8,11 @@ samples and its collation draw, whether or not the batches before it were loaded
 loader has to be read.
 """
 
-import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy
 import torch
@@ -22,16 +22,51 @@ from ftkit.core.errors import UsageError
 from ftkit.recovery.data_cursor import derive
 
 
-class Reading(Protocol):
-    """The endless row of a loader's batches. One thread's object."""
+class Reading(ABC):
+    """A loader's batches. One thread's object.
+
+    Either epoch by epoch (`begin`, then `take` and `leave_out` until its end), or as one
+    endless row (`next` and `skip`).
+    """
 
     loads_what_it_skips: bool
 
+    def __init__(self) -> None:
+        self._epoch = -1
+        self._found = True
+        """Whether the present epoch had a batch."""
+
+    @abstractmethod
+    def begin(self, epoch: int) -> None:
+        """Stand before the first batch of `epoch`, whatever was read before."""
+
+    @abstractmethod
+    def take(self) -> Any:
+        """The next batch of the epoch; `END` when there is none."""
+
+    @abstractmethod
+    def leave_out(self) -> bool:
+        """Pass over the next batch of the epoch; False when there is none."""
+
     def next(self) -> Any:
-        """The next batch. UsageError when the loader gives none at all."""
+        """The next batch of any epoch. UsageError when the loader gives none at all."""
+        while self._epoch < 0 or (batch := self.take()) is END:
+            self._following()
+        self._found = True
+        return batch
 
     def skip(self) -> None:
-        """Leave the next batch out."""
+        """Leave the next batch of any epoch out."""
+        while not self.leave_out():
+            self._following()
+        self._found = True
+
+    def _following(self) -> None:
+        if not self._found:
+            raise UsageError("the loader is empty: there is nothing to train on")
+        self._found = False
+        self._epoch += 1
+        self.begin(self._epoch)
 
 
 def reading_of(loader: Iterable[Any], seed: int) -> Reading:
@@ -53,46 +88,41 @@ def _has_order(loader: Iterable[Any]) -> TypeGuard[DataLoader[Any]]:
     )
 
 
-class PlainReading:
+class PlainReading(Reading):
     """Any iterable that can be iterated again."""
 
     loads_what_it_skips = True
 
     def __init__(self, loader: Iterable[Any], seed: int) -> None:
-        self._batches = self._read(loader, seed)
+        super().__init__()
+        self._loader = loader
+        self._seed = seed
+        self._randomness = Randomness(seed)
+        self._batches: Iterator[Any] = iter(())
 
-    def next(self) -> Any:
-        return next(self._batches)
+    def begin(self, epoch: int) -> None:
+        self._randomness = Randomness(derive(self._seed, "epoch", epoch))
+        with self._randomness:
+            self._batches = iter(self._loader)
 
-    def skip(self) -> None:
-        next(self._batches)
+    def take(self) -> Any:
+        # A sampler may draw its order as late as with the first batch, and a data set may draw
+        # with each: all of it from the reader's own generators.
+        with self._randomness:
+            return next(self._batches, END)
 
-    def _read(self, loader: Iterable[Any], seed: int) -> Iterator[Any]:
-        for epoch in itertools.count():
-            randomness = Randomness(derive(seed, "epoch", epoch))
-            with randomness:
-                batches = iter(loader)
-            count = 0
-            while True:
-                # A sampler may draw its order as late as with the first batch, and a data set
-                # may draw with each: all of it from the reader's own generators.
-                with randomness:
-                    batch = next(batches, _END)
-                if batch is _END:
-                    break
-                count += 1
-                yield batch
-            if not count:
-                raise _empty()
+    def leave_out(self) -> bool:
+        return self.take() is not END
 
 
-class OrderedReading:
+class OrderedReading(Reading):
     """A DataLoader over a map-style data set: its order first, then its samples."""
 
     loads_what_it_skips = False
 
     def __init__(self, loader: DataLoader[Any], seed: int) -> None:
         """Read what `loader` would, with a loader like it; the given one is not iterated."""
+        super().__init__()
         self._seed = seed
         self._order = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
         self._places = _Places()
@@ -109,38 +139,27 @@ class OrderedReading:
             prefetch_factor=loader.prefetch_factor if workers else None,
             persistent_workers=loader.persistent_workers,
         )
-        self._epoch = -1
         #: For what the loader draws of its own: seeds for workers, which nothing depends on.
         self._randomness = Randomness(seed)
         self._batches: Iterator[Any] | None = None
         """Of the present epoch, once one of them was loaded."""
-        self._begin_epoch()
 
-    def next(self) -> Any:
-        while True:
-            if self._batches is None:
-                with self._randomness:
-                    self._batches = iter(self._loader)
+    def begin(self, epoch: int) -> None:
+        self._batches = None
+        self._places.begin(self._order, derive(self._seed, "epoch", epoch))
+
+    def take(self) -> Any:
+        if self._batches is None:
             with self._randomness:
-                batch = next(self._batches, _END)
-            if batch is not _END:
-                return batch
-            self._begin_epoch()
+                self._batches = iter(self._loader)
+        with self._randomness:
+            return next(self._batches, END)
 
-    def skip(self) -> None:
+    def leave_out(self) -> bool:
         if self._batches is not None:
             # Loaded ahead already, perhaps.
-            self.next()
-            return
-        while next(self._places.row, None) is None:
-            self._begin_epoch()
-
-    def _begin_epoch(self) -> None:
-        if self._epoch >= 0 and not self._places.given:
-            raise _empty()
-        self._epoch += 1
-        self._batches = None
-        self._places.begin(self._order, derive(self._seed, "epoch", self._epoch))
+            return self.take() is not END
+        return next(self._places.row, None) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +189,8 @@ class _Places:
             left = iter(order)
         while True:
             with randomness:
-                indices = next(left, _END)
-            if indices is _END:
+                indices = next(left, END)
+            if indices is END:
                 return
             yield _Place(indices, derive(key, self.given))
             self.given += 1
@@ -200,11 +219,8 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _empty() -> UsageError:
-    return UsageError("the loader is empty: there is nothing to train on")
-
-
-_END = object()
+#: What `Reading.take` gives after the last batch of an epoch.
+END = object()
 
 
 class Randomness:

@@ -5,6 +5,8 @@ import os
 import sys
 import threading
 import traceback
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 import torch.distributed as dist
@@ -12,7 +14,9 @@ import torch.distributed as dist
 from ftkit.collectives import backend
 from ftkit.core import exit_codes
 from ftkit.core.errors import CapacityError, JobStopped, UsageError
+from ftkit.core.ids import MemberId
 from ftkit.core.rank_env import RankEnv
+from ftkit.detection import obituary
 from ftkit.session.parts import assemble
 from ftkit.session.session import Session
 
@@ -47,7 +51,7 @@ def _start() -> Session:
         )
     parts = assemble(env, os.environ)
     session = Session(parts)
-    sys.excepthook = _say_whose_fault
+    sys.excepthook = partial(_say_whose_fault, env)
     session.join()
     backend.register()
     backend.bind(parts.group)
@@ -62,12 +66,17 @@ def _start() -> Session:
 
 
 def _say_whose_fault(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    env: RankEnv | None,
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
 ) -> None:
     """(sys.excepthook) Tell the agent by the exit code what a retry could not mend."""
     # torch.distributed puts a hook around ours that collects what goes to `sys.stderr`, to
     # print it afterwards: there is no afterwards here.
     stderr = sys.__stderr__
+    if env is not None:
+        obituary.leave(Path(env.shm_dir), MemberId(env.member), error)
     if isinstance(error, JobStopped):
         print(f"ftkit: this rank leaves: {error}", file=stderr)
         code = exit_codes.STOPPED

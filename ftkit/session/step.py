@@ -13,15 +13,17 @@ A fault of the job inside the body is swallowed here, the user's own exceptions 
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy
 import torch
+import torch.distributed as dist
 
 from ftkit.collectives.gradients import Waitable
+from ftkit.collectives.handle import finished
 from ftkit.collectives.slot_tree import SlotNode
-from ftkit.collectives.slots import assign
 from ftkit.core.errors import (
     GenerationAborted,
     JobFault,
@@ -29,14 +31,16 @@ from ftkit.core.errors import (
     StepRolledBack,
     UsageError,
 )
-from ftkit.core.fault_plan import Point
+from ftkit.core.fault_plan import Kind, Point
 from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
 from ftkit.recovery.data_cursor import derive, rng_key
+from ftkit.recovery.protocol import SHARDS_BACK
 from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
+from ftkit.session.clip import clip
 from ftkit.session.loop import Loop
 from ftkit.session.membership import Fate
 from ftkit.session.worlds import broadcast_from_first
@@ -54,13 +58,16 @@ class Step:
         self._parts = loop.parts
         self._number = number
         self._generation: Generation = self._parts.group.world.generation
-        self._held = [Slot(s) for s in assign(loop.slots, loop.parts.group.size)[self._rank]]
+        self._plays = loop.slots_of(loop.parts.group.size, self._rank)
+        self._held = [slot for slot in self._plays if slot < loop.slots]
         self._buffers: StepBuffers | None = None
         self._slot: Slot | None = None
         self._losses: dict[Slot, float] = {}
         self._bucket = 0
         self._digest: int | None = None
         """Of the reduced gradients, once they are."""
+        self._result: Tally | None = None
+        """Of the vote; None before it, and where it was cut in half."""
         self._newcomers: World | None = None
         """The world to switch to before the next step."""
         self.entered = False
@@ -69,9 +76,11 @@ class Step:
         self.committed = False
         """Whether the step counts. False after it was rolled back; it comes round again."""
         self.loss: float | None = None
-        """Mean of the recorded losses over all slots of all ranks, once committed. None when
-        nothing was recorded, or the step was rolled forward after a fault: its ballots, which
+        """Mean of the recorded losses over all slots of all ranks, once committed; their sum in a
+        loop that sums. None when nothing was recorded, or the step was rolled forward after a fault: its ballots, which
         carry the losses, are lost."""
+        self.skipped = False
+        """Whether it counts and its gradients were dropped, being not finite (`on_nan="skip"`)."""
 
     @property
     def index(self) -> int:
@@ -92,6 +101,9 @@ class Step:
         self._loop.current = self
         self._parts.recorder.step(self._number)
         self._loop.reducer.begin()
+        self._loop.numbers.begin(self._number, self._generation)
+        if self._loop.corrupter.armed:
+            self._loop.corrupter.state(self._number, self._loop.snapshots.replicated(steady=True))
         self._buffers = StepBuffers(self._loop.modules)
         return self
 
@@ -101,7 +113,8 @@ class Step:
         Run forward and `backward` on each, with the mean loss over its samples. When the
         loop ends, the gradients of all slots of all ranks are summed and divided by the
         number of slots; every rank then holds the same `.grad`, ready for clipping and the
-        optimizer.
+        optimizer. Of a sharded model all ranks play equally many: one that has no slot left is
+        given its first batch once more, and what comes of it does not count.
 
         Raises:
           UsageError: called outside `with step:`, or twice.
@@ -109,10 +122,28 @@ class Step:
         """
         if self._loop.current is not self or self._slot is not None or self._digest is not None:
             raise UsageError("use step.batches() inside `with step:`, once in a step")
-        for slot in self._held:
+        for slot in self._plays:
             yield self._begin_slot(slot)
             self._end_slot(slot)
         self._reduce()
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale the gradients so that their norm over all parameters is at most `max_norm`.
+
+        As `torch.nn.utils.clip_grad_norm_`, with the same bits however the model is cut. Called by
+        all ranks alike, after the loop over the batches.
+
+        Returns:
+          The norm before.
+
+        Raises:
+          UsageError: called before the gradients are there.
+          JobFault: the job failed; leave it to `with step:`.
+        """
+        if self._digest is None:
+            raise UsageError("clip after the loop over step.batches(), inside `with step:`")
+        self._check()
+        return clip(self._loop.modules, max_norm, self._parts.group)
 
     def record(self, loss: torch.Tensor | float) -> None:
         """Note the loss of the current slot, for `step.loss`.
@@ -122,7 +153,8 @@ class Step:
         if self._slot is None:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
-        self._losses[self._slot] = float(value)
+        if self._slot < self._loop.slots:
+            self._losses[self._slot] = self._loop.corrupter.loss(float(value))
 
     def __exit__(
         self,
@@ -153,10 +185,21 @@ class Step:
                 # Whatever ended it: what comes next begins where this step began.
                 self._buffers.rewind()
 
-    def before_optimizer(self) -> None:
-        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+    def agree(self) -> None:
+        """Vote now, rather than with the first optimizer's step: on return the step counts.
+
+        For loops that are not written around `with step:` (a framework's): what comes before
+        may be played again, what comes after is not.
+
+        Raises:
+          JobFault: it does not count; leave it to `with step:`.
+        """
         if not self.committed:
             self._vote()
+
+    def before_optimizer(self) -> None:
+        """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
+        self.agree()
         self._parts.recorder.phase(Phase.CAPTURE)
         self._loop.snapshots.gate()
         self._parts.recorder.phase(Phase.OPTIMIZER)
@@ -170,10 +213,38 @@ class Step:
         self._check()
         nbytes = out.numel() * out.element_size()
         inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
+        if slip := self._parts.injector.slip(self._number, bucket=self._bucket, last=last):
+            self._bucket += 1
+            return self._slip(slip, nodes, out, scale)
         handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
         return handle
+
+    def _slip(
+        self, kind: Kind, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float
+    ) -> Waitable:
+        """(drills) Do something else than the others where they reduce a bucket."""
+        group, half = self._parts.group, max(1, out.numel() // 2)
+        if kind is Kind.DESYNC_SKIP:
+            return finished(None)
+        if kind is Kind.DESYNC_OP:
+            return group.all_reduce(out.clone())
+        fewer = [replace(node, value=node.value[:half]) for node in nodes]
+        return group.reduce_slots(fewer, out[:half], slots=self._loop.slots, scale=scale)
+
+    def exchange_rows(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
+        """(sharded reducer) Give each rank the gradients of what it owns. Blocks."""
+        inject = self._parts.injector.at
+        inject(Point.BACKWARD, self._number, bucket=self._bucket, last=last)
+        self._check()
+        nbytes = out.numel() * out.element_size()
+        inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
+        work = dist.all_to_all_single(out, rows, async_op=True)
+        assert work is not None, "every rank is in the world"
+        inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
+        self._bucket += 1
+        work.wait()
 
     @property
     def _rank(self) -> int:
@@ -184,22 +255,28 @@ class Step:
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
+        self._parts.drag.loading(self._number)
         self._slot = slot
-        key = rng_key(self._loop.seed, self._number, slot)
+        # Without a slot it plays along with what it has read already.
+        drawn = slot if slot < self._loop.slots else self._held[0]
+        key = rng_key(self._loop.seed, self._number, drawn)
         torch.manual_seed(key)
         random.seed(key)
         numpy.random.seed(key & 0xFFFFFFFF)
         self._buffers.rewind()
-        batch = self._loop.feed.batch(self._number, slot)
-        self._loop.note_batch(self._number, slot, batch)
-        self._loop.reducer.start_slot(slot, last=slot == self._held[-1])
+        batch = self._loop.feed.batch(self._number, drawn)
+        self._loop.note_batch(self._number, drawn, batch)
+        self._loop.reducer.start_slot(slot, last=slot == self._plays[-1])
+        self._loop.corrupter.slot(self._number, drawn)
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
+        self._parts.drag.began(self._number)
         return batch
 
     def _end_slot(self, slot: Slot) -> None:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
+        self._parts.drag.ended(self._number)
         self._loop.reducer.end_slot()
         if slot == 0:
             self._buffers.keep()
@@ -213,6 +290,7 @@ class Step:
         self._buffers.share(lambda buffer: broadcast_from_first(self._parts.group, buffer))
         self._digest = digest
         self._slot = None
+        self._loop.numbers.weigh(len(self._held))
         self._parts.recorder.phase(Phase.FORWARD)
 
     def _vote(self) -> None:
@@ -235,8 +313,13 @@ class Step:
             step=number,
             digest=self._digest,
             data_digest=self._loop.feed.digest(number),
+            shape=self._loop.snapshots.shape,
             layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
+            state=self._loop.replicas.digest(number),
+            norm=self._loop.numbers.norm,
+            bad_bucket=self._loop.numbers.bad_bucket,
+            again=self._loop.numbers.final,
             losses=self._losses,
         )
         data = derive(*(self._loop.read[number, slot] for slot in self._held))
@@ -248,13 +331,17 @@ class Step:
         try:
             cast = parts.group.exchange(ballot.pack())
             parts.injector.at(Point.VOTE, number)
-            result = tally([Ballot.unpack(b) for b in cast.wait()])
+            ballots = [Ballot.unpack(b) for b in cast.wait()]
+            result = tally(ballots)
+            self._loop.snapshots.agree(b.layout for b in ballots)
         except GenerationAborted:
             pass  # cut in half: what became of it is decided below, with the others
         if result is not None:
             if not result.passed:
                 self._refused(result)
-            self.loss = result.loss
+            self._loop.numbers.counted(result)
+            self._result = result
+            self.loss = result.loss if self._loop.mean else result.total
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
@@ -264,6 +351,7 @@ class Step:
             parts.trace.event("forward", step=number, generation=self._generation)
         self._loop.refusals = 0
         self.committed = True
+        self.skipped = self._loop.numbers.drop()
 
     def _refused(self, result: Tally) -> None:
         """A vote that did not pass is the job's fault; too many in a row are the script's."""
@@ -271,8 +359,8 @@ class Step:
         self._parts.trace.event("refused", step=self._number, reason=result.reason)
         if result.refusal is Refusal.STATE:
             raise UsageError(
-                f"{result.reason}. Sharded state can be saved and loaded (ftkit.checkpoint), and not "
-                "yet be repaired in place: protect the same model and optimizers on all ranks"
+                f"{result.reason}. Protect the same model and optimizers on all ranks; a sharded "
+                "model is protected by what builds it: session.protect(build=build)"
             )
         if result.refusal is Refusal.DATA:
             raise NotDeterministic(
@@ -283,21 +371,34 @@ class Step:
         self._loop.refusals += 1
         if self._loop.refusals >= VOTES_MAX:
             raise UsageError(f"{result.reason}, {self._loop.refusals} times in a row")
+        if result.refusal is Refusal.REPLICAS:
+            self._loop.replicas.settle(result, self._number)
+        elif result.refusal is Refusal.NUMBERS:
+            self._loop.numbers.doubted(result, self._number, self._generation)
+        elif result.refusal is Refusal.GRADIENTS:
+            self._loop.numbers.differ(result)
         raise StepRolledBack(result.reason)
 
     def _commit(self) -> None:
         """The step counts and the optimizers have stepped."""
         parts = self._parts
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
-        self._loop.feed.committed(self._number)
+        self._loop.numbers.committed(self._result, self._number)
+        self._loop.replicas.committed()
+        # A sharded job may go back by so many steps.
+        kept = SHARDS_BACK if self._loop.sharded else 0
+        self._loop.feed.committed(StepNumber(self._number - kept))
         self._loop.read.clear()
         if parts.membership.active:  # else it is captured on entering the next world
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
+        parts.paths.poll(self._number)
         losses = self._losses.values()
         parts.recorder.finish(
-            slots=len(self._held), loss=sum(losses) / len(losses) if losses else None
+            slots=len(self._held),
+            loss=sum(losses) / len(losses) if losses else None,
+            grad_norm=self._loop.numbers.norm,
         )
 
     def let_in(self) -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from ftkit.collectives.shared_state import SharedState, StateReport
 from ftkit.core.errors import GenerationAborted, IntegrityError, StateRefused
 from ftkit.core.ids import Seat
+from ftkit.core.verdict import Fault
+from ftkit.session.findings import Findings
 from ftkit.session.parts import Parts
 from ftkit.session.snapshots import Snapshots
 
@@ -45,8 +47,24 @@ class Verification:
         return not (self.damaged or self.undecided or self.refusal or self.unknown)
 
 
-def verify(parts: Parts, snapshots: Snapshots, *, step: int, repair: bool) -> Verification:
+def verify(
+    parts: Parts,
+    snapshots: Snapshots,
+    *,
+    step: int,
+    repair: bool,
+    steady: bool = False,
+    must: bool = True,
+) -> Verification:
     """Compare, and with `repair` fetch what is damaged from those who have it. Blocks.
+
+    Args:
+      parts: of this rank.
+      snapshots: knows the protected tensors.
+      step: the step whose state they hold.
+      repair: whether to.
+      steady: leave out what may change outside the optimizer's step.
+      must: whether a repair that was asked for and cannot be done is an error.
 
     Raises:
       IntegrityError: this rank's repair was cut short or failed. Its state is a mixture, so it
@@ -55,7 +73,7 @@ def verify(parts: Parts, snapshots: Snapshots, *, step: int, repair: bool) -> Ve
         changed.
     """
     snapshots.gate()  # a capture may still read what a repair would write
-    shared = SharedState(parts.group, snapshots.replicated())
+    shared = SharedState(parts.group, snapshots.replicated(steady=steady))
     world = parts.group.world
     try:
         report = shared.compare(revision=step)
@@ -67,11 +85,13 @@ def verify(parts: Parts, snapshots: Snapshots, *, step: int, repair: bool) -> Ve
         parts.trace.event(
             "diverged", step=step, generation=world.generation, damaged=one.seat, tensor=one.tensor
         )
+    _tell(parts, report, step)
     repaired = False
     if repair and not report.equal:
-        if report.refusal:
+        if not report.refusal:
+            repaired = _repaired(shared, report, step, parts)
+        elif must:
             raise StateRefused(report.refusal)
-        repaired = _repaired(shared, report, step, parts)
     return Verification(
         step=step,
         damaged=damaged,
@@ -79,6 +99,26 @@ def verify(parts: Parts, snapshots: Snapshots, *, step: int, repair: bool) -> Ve
         repaired=repaired,
         refusal=report.refusal,
     )
+
+
+def _tell(parts: Parts, report: StateReport, step: int) -> None:
+    """Tell the coordinator whose tensors are wrong."""
+    by_rank: dict[int, list[str]] = {}
+    for one in report.differences:
+        by_rank.setdefault(one.rank, []).append(one.tensor)
+    findings = Findings(parts)
+    if not findings.tells(by_rank):
+        return
+    for rank, tensors in by_rank.items():
+        more = f" and {len(tensors) - 1} more tensors" if len(tensors) > 1 else ""
+        findings.tell(
+            Fault.SDC,
+            rank,
+            step,
+            f"rank {rank} holds other bits of {tensors[0]}{more} than the other "
+            f"{parts.group.size - len(by_rank)} ranks after step {step}",
+            evidence={"kind": "replica", "tensors": tensors[:16], "count": len(tensors)},
+        )
 
 
 def _repaired(shared: SharedState, report: StateReport, step: int, parts: Parts) -> bool:

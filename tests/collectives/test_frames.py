@@ -42,7 +42,7 @@ def headers(draw: st.DrawFn) -> Header:
         draw(U32),
         draw(U32),
         draw(st.integers(0, 2**64 - 1)),
-        draw(st.integers(-(2**31), 2**31 - 1)),
+        draw(U32),
         draw(U32),
         draw(U32),
         offset,

@@ -116,7 +116,7 @@ for step in (1, 2, 3):
     recorder.phase(Phase.REDUCE)
     recorder.enter(0, step, "all_reduce", 4096)
     if step < 3:
-        recorder.leave(step, True)
+        recorder.leave(0, step, True)
 if how == "busy":
     re.match(r"(a?){40}a{40}", "a" * 40)  # holds the interpreter for hours
 time.sleep(60)

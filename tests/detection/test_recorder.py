@@ -61,7 +61,7 @@ def test_a_collective_is_pending_from_enter_to_leave(board, clock, recorder) -> 
     row = board.read(0)
     assert (row.entered, row.left, row.op, row.t_enter_ns) == (1, 0, "all_reduce", s(10))
     clock.advance(2)
-    recorder.leave(1, True)
+    recorder.leave(0, 1, True)
     row = board.read(0)
     assert (row.entered, row.left, row.t_enter_ns, row.t_progress_ns) == (1, 1, 0, s(12))
     (record,) = board.records(0)
@@ -80,9 +80,9 @@ def test_the_row_shows_the_oldest_pending(board, clock, recorder) -> None:
         clock.advance(1)
     row = board.read(0)
     assert (row.entered, row.left, row.t_enter_ns) == (3, 0, s(10))
-    recorder.leave(2, True)  # out of order: 1 is still waited for
+    recorder.leave(0, 2, True)  # out of order: 1 is still waited for
     assert board.read(0).left == 0
-    recorder.leave(1, True)
+    recorder.leave(0, 1, True)
     row = board.read(0)
     assert (row.entered, row.left, row.t_enter_ns) == (3, 2, s(12))
 
@@ -92,10 +92,10 @@ def test_groups_are_kept_apart(board, recorder) -> None:
     recorder.enter(2, 5, "reduce_scatter", 1)
     row = board.read(0)
     assert (row.group, row.entered, row.op) == (1, 5, "all_gather")
-    recorder.leave(5, True, group=1)
+    recorder.leave(1, 5, True)
     row = board.read(0)
     assert (row.group, row.entered, row.left, row.op) == (2, 5, 4, "reduce_scatter")
-    recorder.leave(5, True)
+    recorder.leave(2, 5, True)
     assert board.read(0).t_enter_ns == 0
 
 
@@ -112,7 +112,7 @@ def test_a_new_generation_ends_what_was_pending(board, recorder) -> None:
     assert (row.entered, row.left, row.t_enter_ns, row.op) == (-1, -1, 0, "")
     assert [(r.ok, r.t_leave_ns) for r in board.records(0)] == [(False, s(10))]
     recorder.enter(0, 1, "all_reduce", 1)
-    recorder.leave(7, False)  # a late answer from the generation before
+    recorder.leave(0, 7, False)  # a late answer from the generation before
     assert board.read(0).t_enter_ns == s(10)
 
 
@@ -147,7 +147,7 @@ def test_a_late_report_after_close_changes_nothing_and_does_not_raise(tmp_path) 
     recorder.enter(0, 1, "all_reduce", 1)
     recorder.close()
     before = board.read(0)
-    recorder.leave(1, False)
+    recorder.leave(0, 1, False)
     assert board.read(0) == before
     board.close()
     recorder.adopt(Generation(2))
@@ -163,7 +163,7 @@ def test_many_threads_leave_one_whole_row(board) -> None:
     def work(group: int) -> None:
         for seq in range(1, 301):
             recorder.enter(group, seq, "all_reduce", 1)
-            recorder.leave(seq, True, group=group)
+            recorder.leave(group, seq, True)
 
     threads = [threading.Thread(target=work, args=(group,)) for group in range(4)]
     for thread in threads:

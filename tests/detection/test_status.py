@@ -70,7 +70,7 @@ def test_a_new_member_takes_the_seat_whole(board) -> None:
     old = board.attach(0, MemberId(1))
     fill(old, 5)
     old.beat(9)
-    old.record_enter(group=0, seq=1, op="broadcast", nbytes=4, t_ns=8)
+    old.record_enter(group=0, seq=1, op=b"broadcast", nbytes=4, t_ns=8)
     board.attach(0, MemberId(2))
     found = board.read(0)
     assert (found.member, found.step, found.t_heartbeat_ns) == (2, 0, 0)
@@ -131,7 +131,7 @@ def test_no_room_is_said_at_creation_and_leaves_nothing(tmp_path, monkeypatch) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CapacityError, match="126464 bytes"):
+    with pytest.raises(CapacityError, match="142016 bytes"):
         StatusBoard.create(tmp_path / "board", seats=3)
     assert not (tmp_path / "board").exists()
 
@@ -150,7 +150,7 @@ def test_a_seat_that_is_not_there(board) -> None:
 def test_the_ring_keeps_the_last_256(board) -> None:
     writer = board.attach(0, MemberId(1))
     tickets = [
-        writer.record_enter(group=1, seq=n, op="all_gather_into_tensor", nbytes=n, t_ns=100 + n)
+        writer.record_enter(group=1, seq=n, op=b"all_gather_into_tensor", nbytes=n, t_ns=100 + n)
         for n in range(RING_RECORDS + 44)
     ]
     writer.record_leave(tickets[0], t_ns=1, ok=True)  # was pushed out: must not touch another's
@@ -176,9 +176,9 @@ def test_the_ring_keeps_the_last_256(board) -> None:
 def test_a_torn_record_is_left_out(board) -> None:
     writer = board.attach(0, MemberId(1))
     for n in range(3):
-        writer.record_enter(group=0, seq=n, op="barrier", nbytes=0, t_ns=n + 1)
-    start = board._place(0)[1] + 80
-    board._bytes[start + 3] ^= 1
+        writer.record_enter(group=0, seq=n, op=b"barrier", nbytes=0, t_ns=n + 1)
+    start = board._place(0)[1] + 96
+    board._bytes[start + 16] ^= 1
     assert [r.seq for r in board.records(0)] == [0, 2]
 
 

@@ -158,7 +158,7 @@ def test_a_torn_record_is_no_record(tmp_path, byte) -> None:
         writer = board.attach(0, MEMBER)
         for number in range(4):
             writer.record_step(record(number))
-        board._bytes[board._steps(0) + 2 * STEP_BYTES + byte] ^= 4
+        board._bytes[board._place(0).steps + 2 * STEP_BYTES + byte] ^= 4
         assert [r.number for r in board.steps(0, member=MEMBER)] == [0, 1, 3]
 
 

@@ -6,6 +6,7 @@ still to come they are slow too: the disk is then hit while there are steps left
 """
 
 import hashlib
+import json
 import os
 import sys
 import time
@@ -61,6 +62,8 @@ def disk_fault_to_come() -> bool:
 def main(steps: int, flaky: str = "", width: int = 64) -> None:
     """Train; with `flaky` ranks raise an exception of their own now and then, and catch it.
 
+    The variable TRAINING_OPTIONS has further options of the step loop, as JSON.
+
     The state has about 150 bytes for each unit of `width`.
     """
     torch.set_num_threads(1)
@@ -71,7 +74,8 @@ def main(steps: int, flaky: str = "", width: int = 64) -> None:
     session.protect(model=model, optimizer=optimizer, scheduler=scheduler)
     seats = int(os.environ.get("WORLD_SIZE", "1"))
     raised: set[int] = set()
-    for step in session.steps(Curve(), slots=SLOTS, slot_size=SLOT_SIZE, until=steps):
+    options: Any = json.loads(os.environ.get("TRAINING_OPTIONS", "{}"))
+    for step in session.steps(Curve(), slots=SLOTS, slot_size=SLOT_SIZE, until=steps, **options):
         try:
             with step:
                 for x, y in step.batches():

@@ -16,7 +16,7 @@ from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.detection.recorder import Recorder
-from ftkit.detection.signals import from_json
+from ftkit.detection.signals import StepSeen, from_json
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.launch.arenas import OWNER, Arenas, sweep
 from ftkit.launch.config import JobConfig
@@ -107,6 +107,7 @@ def test_steps_are_read_once_and_the_last_ones_after_a_death(tmp_path: Path) -> 
         read.append(arenas.steps([replace(facts, stage=Stage.DEAD)]))
     assert [[s["step"] for s in some] for some in read] == [[1], [2], [3]]
     seen = from_json(read[0][0])
+    assert isinstance(seen, StepSeen)
     assert (seen.member, seen.seat, seen.slots) == (9, 3, 2)
     assert arenas.steps([facts]) == []
     arenas.remove()

@@ -14,7 +14,7 @@ from ftkit.launch.config import JobConfig, Times, default_engine, new_job_id, ne
 @given(st.floats(min_value=1.0, max_value=1e6))
 def test_the_chain_of_times_is_in_order(max_stall_s: float) -> None:
     times = Times.derive(max_stall_s)
-    assert 0 < times.tick_s <= times.heartbeat_s <= times.halt_s <= times.stall_s <= times.node_s
+    assert 0 < times.heartbeat_s <= times.tick_s <= times.halt_s <= times.stall_s <= times.node_s
     assert times.stall_s == max_stall_s
 
 

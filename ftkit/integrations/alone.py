@@ -1,0 +1,41 @@
+"""Alone: to a framework each rank is a process of its own; what is shared is ftkit's business.
+
+A framework that reads the launcher's variables would make a process group, wrap the model and
+deal out the data by rank: all of it fixed for the life of the process, where a world changes.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+
+from ftkit.session import Session
+
+#: What frameworks look at to find that they are one of several.
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Hide the launcher's variables from what reads them meanwhile. One thread."""
+    hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def local_index(session: Session) -> int:
+    """This rank's place among the members of the present world on its node; 0 leads there."""
+    nodes = [member.node for member in session.world.members]
+    mine = nodes[session.rank]
+    return nodes[: session.rank].count(mine)
+
+
+def require(extra: str, *modules: str) -> None:
+    """Raise ImportError, which says what to install, where a framework is missing."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ImportError(
+            f"ftkit.integrations.{extra} needs {' and '.join(missing)}: "
+            f"pip install 'ftkit[{extra}]'"
+        )

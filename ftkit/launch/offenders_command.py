@@ -1,0 +1,83 @@
+"""What `ftkit doctor offenders` does: nodes to leave out, and the retries of failed jobs."""
+
+import json
+import time
+from pathlib import Path
+
+import click
+
+from ftkit.core.errors import UsageError
+from ftkit.detection.offender_replay import replay
+from ftkit.detection.offenders import OffenderConfig
+from ftkit.detection.retries import RetryStats, retry_stats
+from ftkit.launch.history import History, attempts, fleet
+from ftkit.launch.titan import read_titan
+
+#: Nodes shown on a terminal.
+SHOWN = 20
+
+
+def offenders(history: str, titan: Path | None, *, as_json: bool) -> int:
+    """Print the advice. Returns the exit code: 1 when there is a node to leave out.
+
+    Raises:
+      UsageError: neither or both were given, or a file is not what it should be.
+      StoreError: the history cannot be read.
+    """
+    if bool(history) == (titan is not None):
+        raise UsageError("give --history, or --titan")
+    return _titan(titan, as_json) if titan is not None else _history(history, as_json)
+
+
+def _history(where: str, as_json: bool) -> int:
+    records = History(where, job="").read()
+    if not records:
+        raise UsageError(f"{where} holds no history; `ftkit run --history` makes one")
+    scores = fleet(records, OffenderConfig()).scores(time.time())
+    retries = retry_stats(attempts(records))
+    out = [s.node for s in scores if s.offender]
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "leave_out": out,
+                    "nodes": [s.to_json() for s in scores],
+                    "retries": retries.to_json(),
+                }
+            )
+        )
+        return 1 if out else 0
+    for s in scores[:SHOWN]:
+        advice = "LEAVE OUT" if s.offender else ""
+        click.echo(
+            f"{s.node:24} {s.faults:4} faults, {s.recent:6.2f} recent, P(10x) {s.certainty:.3f}  "
+            f"{advice}".rstrip()
+        )
+    click.echo(f"leave out: {', '.join(out) or 'nobody'}")
+    click.echo(_told(retries))
+    return 1 if out else 0
+
+
+def _told(retries: RetryStats) -> str:
+    if retries.interval_s is None or retries.chain_success is None:
+        return "no failed job was started again"
+    first, middle, last = (f"{s / 60:.1f}" for s in retries.interval_s)
+    return (
+        f"retries: {retries.chains} chains, {retries.attempts} attempts, {middle} min apart "
+        f"(quartiles {first} to {last}); {retries.chain_success:.0%} of chains and "
+        f"{retries.attempt_success or 0:.0%} of attempts trained again"
+    )
+
+
+def _titan(path: Path, as_json: bool) -> int:
+    faults, slots = read_titan(path)
+    done = replay(faults, slots, OffenderConfig())
+    if as_json:
+        click.echo(json.dumps(done.to_json()))
+        return 0
+    click.echo(
+        f"{done.faults} faults of {done.nodes} slots: {done.avoided} avoided "
+        f"({done.avoided_share:.2%}) with {len(done.left_out)} slots left out "
+        f"({done.left_out_share:.3%}; {done.node_time_share:.3%} of all slots' time)"
+    )
+    return 0

@@ -1,0 +1,52 @@
+"""Pace: when an agent looks at its rows, and when it tells. Pure.
+
+While training goes on it tells at every tick. While nothing on its node moves it tells more
+often, the more often the shorter that has lasted: a job that stood still for half a second is
+looked at each tenth of a second, one that did for a minute each half.
+"""
+
+from dataclasses import dataclass
+
+#: Nothing is reported early before nothing has moved for so long.
+STILL_S = 0.4
+#: While nothing moves, a report comes after this part of the time that it has not.
+_PART = 8
+#: A look that comes this late says that the host is busy.
+LATE_S = 0.02
+
+
+@dataclass(slots=True)
+class Pace:
+    """One agent's. `now` is always the same clock."""
+
+    look_s: float
+    tick_s: float
+    next_look: float
+    told: float = float("-inf")
+    late_s: float = 0.0
+    """By how much looks were late since the last report, together."""
+
+    def woke(self, now: float) -> bool:
+        """Whether it is time to look. Notes how late it is, and when the next look is due."""
+        if now < self.next_look:
+            return False
+        late_s = now - self.next_look
+        if late_s > LATE_S:
+            self.late_s += late_s
+        self.next_look = now + self.look_s
+        return True
+
+    def tells(self, now: float, still_s: float | None) -> bool:
+        """Whether it is time to report, after nothing has moved for `still_s` (None: unknown)."""
+        since = now - self.told
+        # A look comes a little early or late: half of one is near enough.
+        if since >= self.tick_s - self.look_s / 2:
+            return True
+        if still_s is None or still_s < STILL_S:
+            return False
+        return since >= min(max(self.look_s, still_s / _PART), self.tick_s) - self.look_s / 2
+
+    def reported(self, now: float) -> float:
+        """A report goes out. Returns how late looks were since the last one."""
+        late_s, self.told, self.late_s = self.late_s, now, 0.0
+        return late_s

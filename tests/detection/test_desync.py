@@ -1,0 +1,126 @@
+"""Members whose records differ: which of them, at which collective, and what it did instead."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ftkit.core.ids import Generation, MemberId
+from ftkit.core.verdict import Fault
+from ftkit.detection.desync import Slip, disagreements, evidence, reason
+from ftkit.detection.observations import RowSeen
+from ftkit.detection.row import OpRecord
+from tests.detection.scene import Scene, facts, row
+
+STEP = ["all_reduce sum float32", "broadcast", "all_gather", "exchange"]
+
+
+def records(
+    member: int, ops: list[str], *, nbytes: dict[int, int] | None = None, generation: int = 1
+) -> list[OpRecord]:
+    return [
+        OpRecord(
+            member=MemberId(member),
+            generation=Generation(generation),
+            group=0,
+            seq=seq,
+            op=op,
+            nbytes=(nbytes or {}).get(seq, 100),
+            t_enter_ns=1000 + seq,
+            t_leave_ns=0,
+            ok=False,
+        )
+        for seq, op in enumerate(ops)
+    ]
+
+
+def of(*ops: list[str], **more: dict[int, int]) -> dict[MemberId, list[OpRecord]]:
+    return {
+        MemberId(m): records(m, list(called), nbytes=more.get(f"m{m}"))
+        for m, called in enumerate(ops)
+    }
+
+
+def test_who_calls_the_same_agrees_however_far_each_has_come() -> None:
+    assert disagreements(of(STEP * 3, STEP * 2, [*STEP * 2, STEP[0]])) == []
+
+
+@pytest.mark.parametrize(
+    ("called", "slip"),
+    [
+        ([*STEP, STEP[0], STEP[2]], Slip.SKIPPED),
+        ([*STEP, STEP[0], STEP[0]], Slip.REPEATED),
+        ([*STEP, STEP[0], STEP[2], STEP[1]], Slip.SWAPPED),
+        ([*STEP, "all_reduce max float32"], Slip.REDUCTION),
+        ([*STEP, "all_reduce sum float64"], Slip.DTYPE),
+        ([*STEP, "barrier"], Slip.OTHER),
+    ],
+)
+def test_the_one_that_differs_is_named_with_what_it_did(called, slip) -> None:
+    (found,) = disagreements(of([*STEP, *STEP[:2]], called, [*STEP, *STEP[:2]], [*STEP, *STEP[:2]]))
+    assert found.majority
+    assert set(found.slips) == {1}
+    assert found.slips[MemberId(1)][0] is slip
+    assert found.seq in (4, 5)
+    said = reason(found, MemberId(1), 1)
+    assert "seat 1 (member 1)" in said
+    assert f"collective {found.seq} of group 0" in said
+    assert json.loads(json.dumps(evidence(found, MemberId(1))))["kind"] == slip
+
+
+def test_another_size_is_told_and_where_ranks_may_differ_it_is_not() -> None:
+    same = [STEP[0], "all_to_all", "exchange"]
+    (found,) = disagreements(of(same, same, same, m2={0: 50}))
+    assert found.slips[MemberId(2)][0] is Slip.SIZE
+    assert "of 50 bytes" in reason(found, MemberId(2), 2)
+    assert disagreements(of(same, same, same, m2={1: 50, 2: 7})) == []
+    sized = ["reduce_slots 512 float32"], ["reduce_slots 512 float32"], ["reduce_slots 256 float32"]
+    (found,) = disagreements(of(*map(list, sized)))
+    assert found.slips[MemberId(2)][0] is Slip.SIZE
+
+
+def test_of_two_both_are_named_and_nobody_is_blamed() -> None:
+    (found,) = disagreements(of(STEP, [STEP[0], STEP[2]]))
+    assert not found.majority
+    assert set(found.slips) == {0, 1}
+    assert "nobody can say" in reason(found, MemberId(0), 0)
+
+
+def test_only_the_first_difference_counts() -> None:
+    (found,) = disagreements(of(STEP * 2, STEP * 2, [STEP[0], *STEP[2:], *STEP]))
+    assert found.seq == 1
+
+
+def test_groups_generations_and_pairs_are_kept_apart() -> None:
+    a, b = of(STEP, STEP[::-1]).values()
+    apart = {
+        MemberId(0): a,
+        MemberId(1): [replace(r, group=7) for r in b],
+        MemberId(2): [replace(r, generation=Generation(2)) for r in b],
+    }
+    assert disagreements(apart) == []
+    assert disagreements(of(["send 1"], ["recv 0"], ["recv 1"])) == []
+
+
+def test_the_detector_says_it_while_all_wait_and_of_nobody_else() -> None:
+    scene = Scene(3)
+    scene.wait(0, 1, 2)
+    told = {0: STEP, 1: [STEP[0], STEP[2]], 2: STEP}
+    for seat, ops in told.items():
+        now = scene.clock.now()
+        scene.detector.ingest(
+            RowSeen(
+                member=MemberId(100 + seat),
+                seat=scene.world.members[seat].seat,
+                row=row(100 + seat, moved=now, pending_since=now, entered=51),
+                facts=facts(),
+                at=now,
+                ops=records(100 + seat, ops),
+            )
+        )
+    (verdict,) = scene.tick()
+    assert (verdict.seat, verdict.fault, verdict.evicts) == (1, Fault.DESYNC, False)
+    assert verdict.evidence["ours"] == {"op": "all_gather", "nbytes": 100}
+    assert verdict.evidence["theirs"] == {"op": "broadcast", "nbytes": 100}
+    # Nobody tells records any more: what they showed is over.
+    assert scene.until(3.0) == []

@@ -1,0 +1,99 @@
+"""A rank's stacks come without its help, and nobody is harmed by being asked."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ftkit.core.ids import MemberId
+from ftkit.detection import stacks
+
+RANK = """
+import sys, re, time, threading
+from pathlib import Path
+from ftkit.core.ids import MemberId
+from ftkit.detection import stacks
+
+def blocked():
+    lock = threading.Lock()
+    lock.acquire()
+    print("there", flush=True)
+    lock.acquire()
+
+def busy():
+    print("there", flush=True)
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+with stacks.answering(Path(sys.argv[2]), MemberId(7)):
+    globals()[sys.argv[1]]()
+"""
+
+
+@pytest.fixture
+def rank(tmp_path: Path, request: pytest.FixtureRequest):
+    script = tmp_path / "rank.py"
+    script.write_text(RANK)
+    process = subprocess.Popen(
+        [sys.executable, str(script), request.param, str(tmp_path)], stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize(("rank", "frame"), [("blocked",) * 2, ("busy",) * 2], indirect=["rank"])
+def test_who_is_blocked_or_keeps_the_interpreter_shows_where(rank, frame, tmp_path: Path) -> None:
+    file = stacks.path(tmp_path, MemberId(7))
+    frames = stacks.innermost(stacks.ask(rank.pid, file, limit_s=10.0))
+    assert any(f.startswith(f"{frame} at ") for f in frames), frames
+    assert stacks.users(frames).startswith(frame)
+    # Asked again, it answers again, and only the new answer is given.
+    again = stacks.ask(rank.pid, file, limit_s=10.0)
+    assert again.count("Current thread") <= 1
+    assert any(f.startswith(f"{frame} at ") for f in stacks.innermost(again)), again
+    assert rank.poll() is None
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("rank", ["blocked"], indirect=True)
+def test_a_stopped_one_is_left_alone(rank, tmp_path: Path) -> None:
+    os.kill(rank.pid, signal.SIGSTOP)
+    while Path(f"/proc/{rank.pid}/stat").read_text().split()[2] != "T":
+        time.sleep(0.01)
+    assert stacks.ask(rank.pid, stacks.path(tmp_path, MemberId(7))) == ""
+    os.kill(rank.pid, signal.SIGCONT)
+    assert rank.poll() is None
+
+
+@pytest.mark.multiproc
+def test_who_does_not_answer_is_not_asked(tmp_path: Path) -> None:
+    with subprocess.Popen(["/bin/sleep", "60"]) as other:
+        assert not stacks.answers(other.pid)
+        assert stacks.ask(other.pid, tmp_path / "none") == ""
+        assert other.poll() is None
+        other.kill()
+    assert not stacks.answers(other.pid)
+
+
+def test_the_innermost_frames_are_those_of_the_interrupted_thread() -> None:
+    text = """Thread 0x01 (most recent call first):
+  File "/x/threading.py", line 3 in wait
+Current thread 0x02 (most recent call first):
+  File "/usr/lib/python3.11/queue.py", line 9 in get
+  File "/home/me/train.py", line 12 in forward
+"""
+    assert stacks.innermost(text) == [
+        "get at /usr/lib/python3.11/queue.py:9",
+        "forward at /home/me/train.py:12",
+    ]
+    assert stacks.users(stacks.innermost(text)) == "forward at /home/me/train.py:12"
+    assert stacks.innermost("garbage") == []
+    assert stacks.users([]) == ""

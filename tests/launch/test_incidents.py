@@ -1,0 +1,149 @@
+"""What is kept of an incident: begun at once, written whole, and never waited for."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+from ftkit.core.ids import MemberId, NodeId, Seat
+from ftkit.core.verdict import Fault, Verdict
+from ftkit.detection.bundle import paragraph
+from ftkit.launch.examiner import Examiner, Patient, pressure
+from ftkit.launch.incidents import TOGETHER_S, Incidents, read_bundles
+from tests.detection.scene import world
+
+
+def verdict(seat: int, fault: Fault = Fault.HANG_BLOCKED, *, suspected: bool = True) -> Verdict:
+    return Verdict(
+        fault=fault,
+        member=MemberId(100 + seat),
+        seat=Seat(seat),
+        reason=f"seat {seat} is blocked",
+        since_s=1.0,
+        suspected=suspected,
+        evidence={"waiters": [{"member": 102, "seat": 2, "op": "all_reduce", "waited_s": 1.0}]},
+    )
+
+
+def test_it_is_begun_when_something_is_found_and_told_to_agents_once(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path)
+    look = incidents.take([verdict(1)], world(4), {"step": 7}, 10.0)
+    assert look == {"type": "look", "incident": 1, "members": [101, 102]}
+    assert incidents.take([verdict(1, suspected=False)], world(4), {}, 12.0) is None
+    incidents.decided("evict", "it had to go", 12.1)
+    incidents.decided("join", "much later", 13.0 + TOGETHER_S)
+    incidents.close()
+    ((told, nodes),) = read_bundles(tmp_path)
+    assert nodes == []
+    assert [v["suspected"] for v in told["verdicts"]] == [True, False]
+    assert told["waits"] == [
+        {"for": 1, "member": 102, "seat": 2, "op": "all_reduce", "waited_s": 1.0}
+    ]
+    assert [d["action"] for d in told["decisions"]] == ["evict"]
+    assert (
+        (tmp_path / "incidents/1/incident.txt").read_text().startswith("Incident 1: hang-blocked")
+    )
+
+
+def test_what_is_found_later_is_another_and_the_next_coordinator_counts_on(tmp_path: Path) -> None:
+    first = Incidents(tmp_path)
+    first.take([verdict(1)], None, {}, 0.0)
+    assert first.take([verdict(2)], None, {}, TOGETHER_S - 1) is not None
+    look = first.take([verdict(1)], None, {}, 3 * TOGETHER_S)
+    assert look is not None
+    assert look["incident"] == 2
+    first.close()
+    after = Incidents(tmp_path).take([verdict(1)], None, {}, 0.0)
+    assert after is not None
+    assert after["incident"] == 3
+
+
+def test_what_says_nothing_of_processes_is_not_looked_at(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path)
+    assert incidents.take([verdict(1, Fault.SLOW)], None, {}, 0.0) is None
+    assert read_bundles(tmp_path) == []
+
+
+def test_a_disk_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "incidents").write_text("in the way")
+    incidents = Incidents(tmp_path)
+    assert incidents.take([verdict(1)], None, {}, 0.0) is not None
+    incidents.close()
+
+
+def examined(tmp_path: Path, *looks: list[Patient]) -> dict[str, object]:
+    done: list[int] = []
+    examiner = Examiner(NodeId(3), tmp_path, tmp_path, done.append)
+    for number, patients in enumerate(looks):
+        examiner.examine(1, patients, {0: [{"op": "all_reduce", "seq": number}]})
+    deadline = time.monotonic() + 20
+    while len(done) < len(looks) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    examiner.close()
+    found: dict[str, object] = json.loads((tmp_path / "incidents/1/node-3.json").read_text())
+    return found
+
+
+def patient(*, alive: bool, pid: int) -> Patient:
+    return Patient(seat=Seat(0), member=MemberId(1), pid=pid, alive=alive, closely=True)
+
+
+def test_an_agent_keeps_processes_collectives_and_pressure(tmp_path: Path) -> None:
+    # This process answers to no signal: it is not asked for its stacks.
+    found = examined(tmp_path, [patient(alive=True, pid=os.getpid())])
+    assert found["node"] == 3
+    assert found["stacks"] == {}
+    assert found["processes"]["0"]["state"] in ("R", "S")  # type: ignore[index]
+    assert found["collectives"]["0"][0]["op"] == "all_reduce"  # type: ignore[index]
+    assert found["pressure"] == pressure() or set(found["pressure"]) <= {"cpu", "io", "memory"}  # type: ignore[call-overload]
+
+
+def test_the_dead_leave_their_collectives(tmp_path: Path) -> None:
+    found = examined(tmp_path, [patient(alive=False, pid=1)])
+    assert found["processes"] == {"0": None}
+    assert found["collectives"] == {"0": [{"op": "all_reduce", "seq": 0}]}
+
+
+def test_a_second_look_keeps_the_stacks_of_the_first(tmp_path: Path) -> None:
+    folder = tmp_path / "incidents/1"
+    folder.mkdir(parents=True)
+    (folder / "node-3.json").write_text(json.dumps({"stacks": {"5": {"text": "x"}}}))
+    found = examined(tmp_path, [patient(alive=False, pid=1)])
+    assert found["stacks"] == {"5": {"text": "x"}}
+
+
+def test_a_damaged_bundle_is_told_without_what_is_damaged(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path)
+    incidents.take([verdict(1)], None, {}, 0.0)
+    incidents.close()
+    folder = tmp_path / "incidents/1"
+    (folder / "node-0.json").write_text('{"stacks": ')
+    (folder / "node-1.json").write_text("[]")
+    ((told, nodes),) = read_bundles(tmp_path)
+    assert nodes == []
+    assert "seat 1 is blocked" in paragraph(told, nodes).lower()
+
+
+def test_the_paragraph_says_where_they_stand_and_what_was_decided() -> None:
+    dump = 'Current thread 0x1 (most recent call first):\n  File "/me/train.py", line 4 in f\n'
+    incident = {
+        "number": 4,
+        "verdicts": [
+            {"seat": 1, "fault": "stopped", "suspected": True, "reason": "it is stopped"},
+            {"seat": 1, "fault": "exited", "reason": "killed"},
+        ],
+        "decisions": [{"action": "evict", "reason": "r"}, {"action": "halt", "reason": "r"}],
+    }
+    node = {
+        "node": 0,
+        "stacks": {"2": {"text": dump}},
+        "processes": {"1": {"state": "T"}},
+        "pressure": {"io": 55.0, "cpu": 1.0},
+    }
+    text = paragraph(incident, [node])
+    assert text.startswith("Incident 4: suspected stopped. It is stopped.")
+    assert "Seat 2, which waits, stands in f at /me/train.py:4, called by" in text
+    assert "The process of seat 1 is stopped" in text
+    assert "something waited for io for 55 %" in text
+    assert "cpu" not in text
+    assert text.endswith("Decided: evict, halt.")
