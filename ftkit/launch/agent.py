@@ -133,6 +133,9 @@ class Agent:
         self._lines: dict[MemberId, Line] = {}
         self._coordinator: Line | None = None
         self._coordinator_number = 0
+        self._plan_asked = True
+        """Whether the coordinator has told no plan yet: it takes over with the newest copy. A plan
+        grows with the job, and every agent would send all of it with every report."""
         #: Measured and not reported yet (`detection.signals`, as JSON); the oldest go first.
         self._signals: deque[dict[str, object]] = deque(maxlen=4096)
         self._pace = Pace(
@@ -410,6 +413,7 @@ class Agent:
         if self._coordinator is not None:
             self._coordinator.close()
         self._coordinator, self._coordinator_number = line, number
+        self._plan_asked = True
         self._tell_coordinator()
 
     def _hear(self, number: int, message: dict[str, Any]) -> None:
@@ -453,6 +457,7 @@ class Agent:
         except (ProtocolError, KeyError) as error:
             logger.error("the coordinator sent no plan: %s", error)
             return
+        self._plan_asked = False
         stores = dict(message.get("stores", {}))
         moved, self._stores = stores != self._stores, stores
         is_new = plan.order > self._plan.order
@@ -586,7 +591,7 @@ class Agent:
                 **self._tiers.facts(),
                 "rows": rows,
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
-                "plan": self._plan.to_json(),
+                "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
                 "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),

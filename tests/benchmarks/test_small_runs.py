@@ -49,6 +49,7 @@ SMALL = {
         *("--writers", "4", "--dcp", "1"),
     ],
     "capture": ["--mib", "1", "--rounds", "1"],
+    "scale": ["--sizes", "64", "128", "--ticks", "2", "--faults", "1"],
 }
 
 
