@@ -151,7 +151,7 @@ class Recorder:
 
         Args:
           role: members of one role do the same work. Printable ASCII, at most 16 characters.
-          place: coordinates, such as "dp=0 pp=1 tp=0"; at most 36 characters.
+          place: coordinates, such as "dp=0 pp=1 tp=0"; at most 40 characters.
 
         Raises:
           ValueError: one of them is something else, or longer.

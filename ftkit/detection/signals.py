@@ -38,6 +38,8 @@ class StepSeen:
     """Processor time of the training thread; None: not measured."""
     gc_s: float = 0.0
     """Of `seconds`, what Python's garbage collector took."""
+    starved_s: float = 0.0
+    """Of `seconds` of FORWARD, for how long the thread could have run and was given no core."""
     slots: int = 0
     """Slots of the global batch that it computed: work is compared by slot."""
     loss: float | None = None

@@ -5,7 +5,7 @@ rank never waits for a reader, nor a reader for a rank that is hung, stopped or 
 rings stay as they were left (`row` holds the layout and why no torn row can be taken for a
 whole one). ::
 
-    header 128 B | a row of 128 B | a ring of 256 x 96 B | a ring of 128 x 168 B     | 64 B
+    header 128 B | a row of 128 B | a ring of 256 x 96 B | a ring of 128 x 176 B     | 64 B
                    for each seat    of collectives        of finished steps         of what
                                                           (`step_record`)           is awaited
 """
@@ -97,7 +97,7 @@ class StatusBoard:
 
         Args:
           path: must not exist; its directory must. Best on tmpfs, for instance /dev/shm.
-          seats: how many local seats, 1 to 4096: 46.3 kB each.
+          seats: how many local seats, 1 to 4096: 46.2 kB each.
 
         Raises:
           FileExistsError: `path` exists; `open` it, or remove it.

@@ -388,6 +388,7 @@ class Agent:
                         voted=bool(message["voted"]),
                         cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
+                        sharded=bool(message["sharded"]),
                     )
                     self._spawn_missing()
                 case "arena":

@@ -12,6 +12,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch.ckpt_command import ckpt
+from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -53,6 +54,12 @@ def main() -> None:
     help="Seconds a rank may keep the others waiting; all other times follow from it.",
 )
 @click.option(
+    "--alarms-per-day",
+    default=1.0,
+    show_default=True,
+    help="False alarms about slow ranks that the whole job may cost; fewer take more evidence.",
+)
+@click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
@@ -87,6 +94,7 @@ def run(
     nodes: int,
     engine: str | None,
     max_stall_s: float,
+    alarms_per_day: float,
     parity: str,
     run_dir: Path | None,
     shm_root: str,
@@ -127,6 +135,7 @@ def run(
         nodes=nodes,
         nproc=nproc,
         max_stall_s=max_stall_s,
+        alarms_per_day=alarms_per_day,
         parity=parity,
         run_dir=str(folder),
         shm_root=shm_root,
@@ -206,6 +215,15 @@ def drill_options(*, steps: int) -> Callable[[Any], Any]:
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--parity", default="", help="k+m, as for `ftkit run`."),
+            click.option(
+                "--sharded",
+                type=int,
+                is_flag=False,
+                flag_value=1,
+                default=0,
+                metavar="[RANKS]",
+                help="Cut the bundled job's model over all ranks (FSDP2), or over RANKS (HSDP).",
+            ),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
@@ -448,6 +466,7 @@ def doctor_offenders(history: str, titan: Path | None, as_json: bool) -> None:
 
 
 main.add_command(ckpt)
+main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:

@@ -119,8 +119,10 @@ class Coordinator:
                 if not self._rest.due(now):
                     continue
                 self._lead(now)
+                self._tell_steps(now)
                 self._rest.looked(now, self._clock.now())
                 if self._plan is not None and self._is_over(now):
+                    self._tell_steps(now, rest=True)
                     assert self._plan.stop is not None, "an ended plan says why"
                     return self._plan.stop
         finally:
@@ -227,6 +229,7 @@ class Coordinator:
             return
         before, self._plan = self._plan, plan
         halting = plan.mode is Mode.HALTING and before.mode is not Mode.HALTING
+        forming = plan.mode is Mode.FORMING and before.mode is not Mode.FORMING
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
@@ -243,6 +246,12 @@ class Coordinator:
                 self.trace.event("resume", **fields)
         if halting:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
+        if forming:
+            self._lead(now)  # with what is known of snapshots now that nobody writes any
+
+    def _tell_steps(self, now: float, *, rest: bool = False) -> None:
+        for fields in self._judge.steps(now, rest=rest):
+            self.trace.event("steps", **fields)
 
     def _take_over(self, now: float) -> Plan | None:
         """The plan to begin with, once every agent has spoken or is taken for lost."""

@@ -26,6 +26,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Awaited, OpRecord, Row
+from ftkit.detection.step_detector import PaceConfig, StepDetector
 from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
@@ -39,6 +40,14 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 
 #: Loading state may take this many times what a step may keep others waiting.
 RESTORE_LIMITS = 3
+
+
+#: What was measured of the steps goes to the event stream so often.
+STEPS_EVERY_S = 5.0
+
+#: Of the budget of false alarms, what pace may use. Exits and hangs need none: what they rest on
+#: is no matter of chance.
+SHARE = 0.5
 
 
 class SeatRow(NamedTuple):
@@ -89,7 +98,9 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector, Told(), KnownOffenders()])
+        self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
+        self._panel = Panel([self._detector, self._pace, Told(), KnownOffenders()])
+        self._steps_told_at = 0.0
         # A drill's relay stands between seats of one node, too.
         self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
@@ -175,6 +186,15 @@ class Judge:
                         out_of_memory=member.out_of_memory,
                     )
                 )
+
+    def steps(self, now: float, *, rest: bool = False) -> list[dict[str, object]]:
+        """Fields of the "steps" events that are due (`detection.ledger`); with `rest`, of all."""
+        due = rest or now - self._steps_told_at > STEPS_EVERY_S
+        if due:
+            self._steps_told_at = now
+        if rest:
+            self._pace.flush()
+        return self._pace.ledger.take(rest=due)
 
     def _ingest(self, observation: Observation) -> None:
         self._panel.ingest(observation)
