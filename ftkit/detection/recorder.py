@@ -172,7 +172,11 @@ class Recorder:
             self._pending[group, seq] = (ticket, now, code)
             if seq > self._entered.get(group, -1):
                 self._entered[group] = seq
-            self._show()
+            if len(self._pending) == 1:
+                writer.group, writer.op_code, writer.t_enter_ns = group, code, now
+                writer.entered, writer.left = self._entered[group], seq - 1
+            else:
+                self._show()
             writer.publish(now)
 
     def leave(self, group: int, seq: int, ok: bool) -> None:

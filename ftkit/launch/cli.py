@@ -71,6 +71,12 @@ def main() -> None:
     show_default=True,
     help="Import torch once a node, and fork its ranks from there.",
 )
+@click.option(
+    "--record/--no-record",
+    default=True,
+    show_default=True,
+    help="Record a script's gloo collectives, so that a rank that hangs is named.",
+)
 @click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
 @click.option("--checkpoint-every", default=0, help="Steps between two; 0: the last alone.")
 @click.option(
@@ -100,6 +106,7 @@ def run(
     shm_root: str,
     max_restarts: int,
     preload: bool,
+    record: bool,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: str,
@@ -141,6 +148,7 @@ def run(
         shm_root=shm_root,
         restarts_max=max_restarts,
         preload=preload,
+        record=record,
         checkpoint_dir=absolute(checkpoint_dir),
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,

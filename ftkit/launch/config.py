@@ -101,6 +101,8 @@ class JobConfig:
     """Variables added to every rank's environment."""
     preload: bool = True
     """Import torch once a node, and fork ranks from there, where the command is a Python script."""
+    record: bool = True
+    """Record the collectives of scripts that know nothing of ftkit, where ranks are forked."""
     same_place_max: int = 3
     restarts_max: int = 100
     master_port: int = 0

@@ -144,6 +144,7 @@ class Coordinator:
                 if self._lines.get(node) is value:
                     self._lines.pop(node).close()
                     self._silent_since[node] = self._clock.now()
+                    self._judge.node_gone(node, self._clock.now())
             case "scored":
                 self._judge.take(value)
             case "interrupt":
@@ -155,6 +156,9 @@ class Coordinator:
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
+        before = self._reports.get(node)
+        if before is not None and before["boot"] == report["boot"]:
+            self._judge.node_back(node)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
         for member in members:

@@ -25,6 +25,7 @@ from ftkit.detection.config import DetectionConfig
 from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
+from ftkit.session import plain
 from ftkit.session.control import Control
 from ftkit.session.core_clock import CoreClock
 from ftkit.session.drag import Drag
@@ -88,6 +89,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
     if env is not None:
         name = f"seat-{seat}-member-{member}.jsonl"
         trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
+    plain.give_way()
     cores = CoreClock()
     last.callback(cores.close)
     recorder = _recorder(env, member, cores, last)
