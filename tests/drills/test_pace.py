@@ -25,4 +25,4 @@ def test_a_slow_rank_is_named_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert outcome.evidence["factor"] is not None
     steps = [e for e in events if e["kind"] == "steps"]
     assert sorted(s for e in steps for s in e["steps"]) == list(range(1, STEPS + 1))
-    assert {e["waits_from"] for e in steps} == {"collectives"}
+    assert "collectives" in {e["waits_from"] for e in steps}
