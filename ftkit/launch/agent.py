@@ -570,9 +570,9 @@ class Agent:
     def _tell_coordinator(self) -> None:
         if self._coordinator is None:
             return
-        self._signals.extend(
-            self._arenas.steps(f for f in self._facts.values() if f.stage in ALIVE)
-        )
+        alive = [f for f in self._facts.values() if f.stage in ALIVE]
+        self._signals.extend(self._arenas.steps(alive))
+        self._signals.extend(self._arenas.comm(alive, now=self._clock.now()))
         now = self._clock.now()
         still_s = self._still_s(now)
         stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
