@@ -12,6 +12,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch.ckpt_command import ckpt
+from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -53,6 +54,12 @@ def main() -> None:
     help="Seconds a rank may keep the others waiting; all other times follow from it.",
 )
 @click.option(
+    "--alarms-per-day",
+    default=1.0,
+    show_default=True,
+    help="False alarms about slow ranks that the whole job may cost; fewer take more evidence.",
+)
+@click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
@@ -63,6 +70,12 @@ def main() -> None:
     default=True,
     show_default=True,
     help="Import torch once a node, and fork its ranks from there.",
+)
+@click.option(
+    "--record/--no-record",
+    default=True,
+    show_default=True,
+    help="Record a script's gloo collectives, so that a rank that hangs is named.",
 )
 @click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
 @click.option("--checkpoint-every", default=0, help="Steps between two; 0: the last alone.")
@@ -87,11 +100,13 @@ def run(
     nodes: int,
     engine: str | None,
     max_stall_s: float,
+    alarms_per_day: float,
     parity: str,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
     preload: bool,
+    record: bool,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: str,
@@ -127,11 +142,13 @@ def run(
         nodes=nodes,
         nproc=nproc,
         max_stall_s=max_stall_s,
+        alarms_per_day=alarms_per_day,
         parity=parity,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
         preload=preload,
+        record=record,
         checkpoint_dir=absolute(checkpoint_dir),
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
@@ -457,6 +474,7 @@ def doctor_offenders(history: str, titan: Path | None, as_json: bool) -> None:
 
 
 main.add_command(ckpt)
+main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:

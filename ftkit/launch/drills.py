@@ -19,9 +19,10 @@ from ftkit.core.corruption_plan import PlannedCorruption
 from ftkit.core.corruption_plan import to_environ as corruption_environ
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point, to_environ
+from ftkit.core.pace_plan import PacePlan
 from ftkit.core.trace import Trace, read_run
 from ftkit.core.verdict import Fault
-from ftkit.launch import number_drills
+from ftkit.launch import number_drills, pace_drills
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
@@ -76,6 +77,7 @@ CATALOGUE: dict[str, str] = {
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
     BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
+    **pace_drills.CATALOGUE,
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     **number_drills.CATALOGUE,
@@ -91,6 +93,7 @@ RANKS_MIN: dict[str, int] = {
     SLOW_LINK: 3,
     SLOW_NIC: 3,
     BLACKHOLE: 3,
+    **dict.fromkeys(pace_drills.CATALOGUE, pace_drills.RANKS_MIN),
     Kind.PAUSE: 2,
     **dict.fromkeys(DESYNCS, 3),
 }
@@ -129,6 +132,7 @@ NODE_CATALOGUE: dict[str, str] = {
 #: Faults after which every process may still be there.
 _NOBODY_LOST = (
     *(KILL_COORDINATOR, StoreFaultKind.FULL, *LINK_FAULTS),
+    *pace_drills.CATALOGUE,
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
 )
@@ -143,7 +147,7 @@ SHRINK_STEPS = 1
 _OF_TWO = (*LINK_FAULTS, SHRINK_GROW)
 
 #: Faults over time, and of links: no step has them.
-_OF_NO_POINT = (FLAP, JOIN, CHURN, *LINK_FAULTS)
+_OF_NO_POINT = (FLAP, JOIN, CHURN, *LINK_FAULTS, *pace_drills.CATALOGUE)
 
 #: What a training thread does to itself.
 _USERS = frozenset(set(Kind) - {Kind.KILL, Kind.STOP, Kind.HANG})
@@ -204,6 +208,13 @@ class Drill:
             return None
         kind = StoreFaultKind(self.fault)
         return StoreFault(kind=kind, node=self.seat, seat=self.seat, byte=self.byte)
+
+    @property
+    def pace(self) -> PacePlan | None:
+        """How the rank loses time, in drills of that."""
+        if self.fault not in pace_drills.CATALOGUE:
+            return None
+        return pace_drills.choose_pace(self.fault, seed=self.seed, seat=self.seat)
 
     def faults(self) -> list[PlannedFault]:
         """What the ranks are told to do to themselves."""
@@ -383,6 +394,12 @@ class Job:
             return self
         return replace(self, workload=(*self.workload, "--short-handed-s", str(SHORT_HANDED_S)))
 
+    def for_pace(self) -> "Job":
+        """The job as drills of pace need it: its work does not depend on free cores."""
+        if self.script is not None:
+            return self
+        return replace(self, workload=(*self.workload, "--device-s", str(pace_drills.DEVICE_S)))
+
     @property
     def world_size(self) -> int:
         """Ranks of the whole job."""
@@ -469,6 +486,10 @@ def run_drill(
         links = LinkStriker(drill, job, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
+    elif drill.fault in pace_drills.CATALOGUE:
+        pace = pace_drills.PaceStriker(drill.fault, drill.pace, run_dir)
+        ends.callback(pace.close)
+        striker, settings = pace.poll, pace.settings
 
     def poll(engine: Engine) -> None:
         if striker is not None:
@@ -498,6 +519,8 @@ def run_drill(
         outcome = judge_link(outcome, drill, job.world_size, events)
     elif drill.corruption is not None:
         outcome = number_drills.judge(outcome, events, drill.corruption)
+    elif drill.fault in pace_drills.CATALOGUE:
+        outcome = pace_drills.judge_pace(outcome, events, drill.pace)
     return outcome, events
 
 

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from ftkit.core import detour
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import MemberId, NodeId, Seat
-from ftkit.core.verdict import Verdict
-from ftkit.core.world import World
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat
+from ftkit.core.verdict import Fault, Verdict
+from ftkit.core.world import Member, World
 from ftkit.detection import signals
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
@@ -26,6 +26,8 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.panel import Panel
 from ftkit.detection.row import Awaited, OpRecord, Row
+from ftkit.detection.rules import SUSPECTED
+from ftkit.detection.step_detector import PaceConfig, StepDetector
 from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
@@ -39,6 +41,14 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 
 #: Loading state may take this many times what a step may keep others waiting.
 RESTORE_LIMITS = 3
+
+
+#: What was measured of the steps goes to the event stream so often.
+STEPS_EVERY_S = 5.0
+
+#: Of the budget of false alarms, what pace may use. Exits and hangs need none: what they rest on
+#: is no matter of chance.
+SHARE = 0.5
 
 
 class SeatRow(NamedTuple):
@@ -89,10 +99,15 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector, Told(), KnownOffenders()])
+        self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
+        self._panel = Panel([self._detector, self._pace, Told(), KnownOffenders()])
+        self._steps_told_at = 0.0
         # A drill's relay stands between seats of one node, too.
         self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
+        self._plain: set[MemberId] = set()
+        self._gone_nodes: dict[NodeId, float] = {}
+        self._plain_world: World | None = None
         self._world: World | None = None
         self._world_at = 0.0
         self._halting_since: float | None = None
@@ -106,10 +121,19 @@ class Judge:
         """Something else was seen, at a time on this clock."""
         self._ingest(observation)
 
+    def node_gone(self, node: NodeId, at: float) -> None:
+        """The connection to a node's agent broke. What it held may be lost: nobody knows yet."""
+        self._gone_nodes.setdefault(node, at)
+
+    def node_back(self, node: NodeId) -> None:
+        """The same agent is there again: only the connection had broken."""
+        self._gone_nodes.pop(node, None)
+
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
+            self._gone_nodes.clear()  # who is in it was heard of
             self._ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
@@ -151,6 +175,10 @@ class Judge:
         for told in rows:
             if told.seat in seats:
                 row = told.row.shifted(offset_ns)
+                if row.plain:
+                    self._plain.add(row.member)
+                    if self._plain_world is not None:
+                        row = replace(row, generation=self._plain_world.generation)
                 self._ingest(
                     RowSeen(
                         member=row.member,
@@ -176,6 +204,15 @@ class Judge:
                     )
                 )
 
+    def steps(self, now: float, *, rest: bool = False) -> list[dict[str, object]]:
+        """Fields of the "steps" events that are due (`detection.ledger`); with `rest`, of all."""
+        due = rest or now - self._steps_told_at > STEPS_EVERY_S
+        if due:
+            self._steps_told_at = now
+        if rest:
+            self._pace.flush()
+        return self._pace.ledger.take(rest=due)
+
     def _ingest(self, observation: Observation) -> None:
         self._panel.ingest(observation)
         self.inquiry.ingest(observation)
@@ -185,10 +222,14 @@ class Judge:
         findings = Findings()
         if plan.mode is Mode.ENDED:
             return findings
+        if plan.world is None:
+            self._watch_plain(plan, now)
         said = self.inquiry.tick(now, self._panel.tick(now))
+        said += self._lost(plan.world or self._plain_world, {v.member for v in said})
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:
-            if verdict.evicts:
+            # Of a script without a session none can be replaced: it is named, and that is all.
+            if verdict.evicts and self._plain_world is None:
                 findings.evictions[verdict.member] = verdict.reason
         if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
             # A member that cannot even say where it stands keeps everybody waiting.
@@ -207,6 +248,41 @@ class Judge:
                 **findings.evictions,
             }
         return findings
+
+    def _lost(self, world: World | None, named: set[MemberId]) -> list[Verdict]:
+        """NODE_LOST, suspected: the agent hung up. What follows from it, the protocol says."""
+        if world is None or all(m.node in self._gone_nodes for m in world.members):
+            return []  # we hear nobody: that is our own deafness
+        return [
+            Verdict(
+                fault=Fault.NODE_LOST,
+                member=m.member,
+                seat=m.seat,
+                reason=f"the connection to the agent of node {m.node} broke, and seat {m.seat} "
+                f"(member {m.member}) is on it",
+                since_s=self._gone_nodes[m.node],
+                evidence={"node": m.node},
+                confidence=SUSPECTED,
+                suspected=True,
+            )
+            for m in world.members
+            if m.node in self._gone_nodes and m.member not in named
+        ]
+
+    def _watch_plain(self, plan: Plan, now: float) -> None:
+        """Give the detectors a world of those that run a script without a session, all at once."""
+        here = {a.member: a for a in plan.seats}
+        known = self._plain_world
+        if len(here) < 2 or not here.keys() <= self._plain:
+            return
+        if known is not None and known.member_ids == here.keys():
+            return
+        generation = Generation(known.generation + 1 if known else 1)
+        members = [
+            Member(member=m, seat=a.seat, node=a.node, host="", port=0) for m, a in here.items()
+        ]
+        self._plain_world = World.of(generation, members)
+        self._ingest(WorldChanged(world=self._plain_world, at=now))
 
     def _latecomers(
         self, world: World, members: Mapping[MemberId, MemberFacts], now: float

@@ -255,6 +255,7 @@ class Step:
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
+        self._parts.drag.loading(self._number)
         self._slot = slot
         # Without a slot it plays along with what it has read already.
         drawn = slot if slot < self._loop.slots else self._held[0]
@@ -269,11 +270,13 @@ class Step:
         self._loop.corrupter.slot(self._number, drawn)
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
+        self._parts.drag.began(self._number)
         return batch
 
     def _end_slot(self, slot: Slot) -> None:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
+        self._parts.drag.ended(self._number)
         self._loop.reducer.end_slot()
         if slot == 0:
             self._buffers.keep()

@@ -43,6 +43,9 @@ class Options:
     verify_every: int | None
     """Steps between two comparisons of the ranks' state; None for what ftkit chooses."""
     on_nan: str
+    device_s: float
+    """For drills: slept for each slot, as a rank does whose device computes. On a machine with
+    more ranks than cores nothing else is the same work for all. No part of the outcome."""
     threads: int
     """Threads of torch in each rank. Part of the outcome: kernels sum by thread."""
     sharded: int
@@ -130,6 +133,8 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             for x, y in step.batches():
                 loss = next_byte_loss(model(x), y)
                 loss.backward()  # type: ignore[no-untyped-call]
+                if options.device_s:
+                    time.sleep(options.device_s)
                 step.record(loss)
             if options.clip:
                 step.clip_grad_norm_(options.clip)
@@ -182,6 +187,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--short-handed-s", type=float, default=0.0, help="pause of a step while a seat is empty"
     )
+    parser.add_argument("--device-s", type=float, default=0.0, help="sleep for each slot")
     given = parser.parse_args(argv)
 
     for name in ("steps", "slots", "slot_size", "data_bytes", "threads"):
@@ -214,6 +220,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         verify_every=given.verify_every,
         on_nan=given.on_nan,
         short_handed_s=max(given.short_handed_s, 0.0),
+        device_s=max(given.device_s, 0.0),
     )
 
 
