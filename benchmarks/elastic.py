@@ -251,7 +251,7 @@ def _restart(folder: Path, run: int, slots: int, model: Sequence[str]) -> float:
     place = folder / f"restart-{run}"
     place.mkdir()
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--max-restarts", "1",
-              "--master-port", str(free_port()), "--monitor-interval", "0.1",
+              "--standalone", "--monitor-interval", "0.1",
               "-m", "benchmarks.elastic_plain", str(place), str(KILL_AT)]  # fmt: skip
     with Children(place) as children:
         child = children.start(python(*launch, *_sizes(slots, model)), {"OMP_NUM_THREADS": "1"})

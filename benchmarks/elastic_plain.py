@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -29,9 +30,12 @@ def main(argv: list[str]) -> None:
     """Train a few steps past the kill. `argv`: a folder, the step to kill in, the job's options."""
     folder, kill_at, options = Path(argv[0]), int(argv[1]), parse(argv[2:])
     torch.set_num_threads(options.threads)
-    dist.init_process_group("gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    # The agent's store outlives the attempt, and gloo would find the addresses of the dead in it.
+    agents = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), size, False)
+    store = PrefixStore(f"attempt-{attempt}", agents)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
     dataset = ByteWindows(load_text(None, bytes_max=1 << 20), context=options.model.context)
     model = GPT(options.model, seed=options.seed)
     shard(model, init_device_mesh("cpu", (size,)))
