@@ -553,12 +553,14 @@ class Agent:
         return self._tiers.through(stop, self._clock.now() - since)
 
     def _make_fork_server(self) -> ForkServer | None:
-        if not self._config.preload or Program.of(self._config.command) is None:
+        program = Program.of(self._config.command)
+        if not self._config.preload or program is None:
             return None
         env = common_environment(self._config, inherited=self._inherited)
         return ForkServer(
             env,
             cwd=self._config.cwd or None,
+            frameworks=program.frameworks(),
             changed=lambda: self._inbox.put(("forks", None)),
         )
 
