@@ -21,10 +21,12 @@ from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
 from ftkit.core.trace import Trace
+from ftkit.core.wall_clock import wall_clock
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.detection import obituary
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.exits import out_of_memory
+from ftkit.detection.signals import to_json
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
@@ -34,11 +36,15 @@ from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.pace import STILL_S, Pace
 from ftkit.launch.ranks import RankProcess, execute
+from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
+
+#: A coordinator asks for the time more often than this.
+BLIND_S = 3 * CLOCK_S
 
 #: What a machine is called across jobs, where its host name is not the right name: in a pod.
 NAME_VARIABLE = "FTKIT_NODE_NAME"
@@ -135,6 +141,13 @@ class Agent:
             tick_s=config.times.tick_s,
             next_look=self._clock.now(),
         )
+        self._wall = wall_clock(config.env, node=node)
+        self._stamps: tuple[float, float] | None = None
+        """Wall time at which the coordinator asked for ours, and at which that came."""
+        self._heard_at = self._clock.now()
+        self._blind = False
+        """Whether the coordinator, connected, has not been heard of for too long."""
+        self._resources: Resources | None = None
         self._memory = MemoryWatch(self._clock.now())
         self._killed: set[MemberId] = set()
         self._halted_at = float("-inf")
@@ -160,6 +173,12 @@ class Agent:
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
             ).start()
         self._tiers.start()
+        self._resources = Resources(
+            self._config,
+            self._node,
+            state_bytes=lambda: state_bytes(self._arenas.copies()),
+            seen=lambda seen: self._inbox.put(("measured", seen)),
+        )
         next_tick = self._pace.next_look = self._clock.now()
         try:
             while not self._stopped:
@@ -203,6 +222,8 @@ class Agent:
             listener.close()
         if self._forks is not None:
             self._forks.close()
+        if self._resources is not None:
+            self._resources.close()
         self._tiers.close()
         self._examiner.close()
         self._arenas.remove()
@@ -227,6 +248,9 @@ class Agent:
             case "tiers":
                 self._end_if_due()
                 self._tell_coordinator()
+            case "measured":
+                self._signals.append(to_json(value))
+                self._watch_coordinator()
             case "stop":
                 self._stopped = True
 
@@ -404,10 +428,27 @@ class Agent:
         """A coordinator said something."""
         if number < self._coordinator_number:
             return
+        self._heard_at = self._clock.now()
         if message.get("type") == "look":
             self._look_closely(message)
+        elif message.get("type") == "clock":
+            self._stamps = float(message["sent"]), self._wall()
         else:
             self._take_plan(message)
+
+    def _watch_coordinator(self) -> None:
+        """Say when a coordinator that is connected says nothing: nobody judges then."""
+        silent_s = self._clock.now() - self._heard_at
+        blind = self._coordinator is not None and silent_s > BLIND_S
+        if blind and not self._blind:
+            logger.warning(
+                "the coordinator has said nothing for %.0f s: training goes on, and nobody is "
+                "judged meanwhile",
+                silent_s,
+            )
+        if blind != self._blind:
+            self.trace.event("blind" if blind else "sighted", what="coordinator")
+        self._blind = blind
 
     def _look_closely(self, message: dict[str, Any]) -> None:
         """Something was found: keep what can be seen of it here, before it changes."""
@@ -573,10 +614,16 @@ class Agent:
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json(),
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
+                "clock": self._told_clock(),
                 "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),
             },
         )
+
+    def _told_clock(self) -> list[float] | None:
+        """The stamps that were asked for, once, with that of the answer."""
+        stamps, self._stamps = self._stamps, None
+        return None if stamps is None else [*stamps, self._wall()]
 
     def _send_plan(self, member: MemberId) -> None:
         self._send(

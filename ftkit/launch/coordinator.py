@@ -10,6 +10,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect
+from ftkit.detection.clock_skew import offset_of
+from ftkit.detection.signals import ClockSeen, NodeGap
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
@@ -32,6 +35,7 @@ from ftkit.launch.ending import End
 from ftkit.launch.incidents import Incidents
 from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
+from ftkit.launch.resources import CLOCK_S
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
@@ -39,6 +43,9 @@ from ftkit.recovery.protocol import advance
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
+
+#: An agent that tells nothing for so long, by its own clock, was not there.
+PAUSE_S = 2.0
 
 
 class Coordinator:
@@ -77,6 +84,9 @@ class Coordinator:
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
+        self._wall = time.time
+        self._asked_at = float("-inf")
+        self._blind: frozenset[MemberId] = frozenset()
         self._history = None
         if config.history:
             self._history = JobHistory(
@@ -112,6 +122,7 @@ class Coordinator:
                     self._judge.observer_woke(late_by_s=now - next_tick, at=now)
                     next_tick = now + tick_s
                     self._dial_missing()
+                    self._ask_clocks(now)
                 self._lead(now)
                 if self._plan is not None and self._is_over(now):
                     assert self._plan.stop is not None, "an ended plan says why"
@@ -133,6 +144,7 @@ class Coordinator:
                 self._dialling.discard(node)
                 if value is not None:
                     self._lines[node] = value
+                    self._note_return(node)
                     self._silent_since.pop(node, None)
                     self._heard[node] = self._clock.now()
                     self._send_plan(node)
@@ -153,8 +165,10 @@ class Coordinator:
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
+        self._note_pause(node, report)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
+        self._take_clock(node, report.get("clock"))
         for member in members:
             self._members[member.member] = member
         self._judge.take_report(
@@ -166,6 +180,47 @@ class Coordinator:
             sent=float(report["at"]),
             at=self._clock.now(),
         )
+
+    # Nodes that come and go, and their clocks.
+
+    def _note_return(self, node: NodeId) -> None:
+        """A node's agent is connected; note it if it had been before."""
+        since = self._silent_since.get(node)
+        if node in self._heard and since is not None:
+            now = self._clock.now()
+            self._judge.take(NodeGap(node=node, at=now, gap_s=now - since))
+
+    def _note_pause(self, node: NodeId, report: Mapping[str, Any]) -> None:
+        """Note that an agent stood still, by its own clock: ours may have been late."""
+        before = self._reports.get(node)
+        if before is None or before["boot"] != report["boot"]:
+            return
+        gap_s = float(report["at"]) - float(before["at"])
+        if gap_s > max(PAUSE_S, 4 * self._config.times.tick_s):
+            self._judge.take(NodeGap(node=node, at=self._clock.now(), gap_s=gap_s))
+
+    def _ask_clocks(self, now: float) -> None:
+        if now - self._asked_at < CLOCK_S:
+            return
+        self._asked_at = now
+        self._tell_all({"type": "clock", "sent": self._wall()})
+
+    def _take_clock(self, node: NodeId, stamps: Sequence[float] | None) -> None:
+        if stamps is None or len(stamps) != 3:
+            return
+        sent, received, answered = (float(stamp) for stamp in stamps)
+        offset_s, error_s = offset_of(sent, received, answered, self._wall())
+        self._judge.take(
+            ClockSeen(node=node, at=self._clock.now(), offset_s=offset_s, error_s=error_s)
+        )
+
+    def _tell_blind(self) -> None:
+        """Say of whom nothing is known, each time that changes."""
+        blind = frozenset(self._judge.blind)
+        if blind != self._blind:
+            kind = "blind" if blind else "sighted"
+            self.trace.event(kind, what="members", members=sorted(blind))
+        self._blind = blind
 
     def _dial_missing(self) -> None:
         for node, address in self._agents.items():
@@ -262,6 +317,7 @@ class Coordinator:
     def _facts(self, now: float) -> JobFacts:
         assert self._plan is not None, "facts are judged against a plan"
         verdicts = self._judge.verdicts(self._plan, self._members, now)
+        self._tell_blind()
         for verdict in verdicts.fresh:
             self.trace.event(
                 "suspicion" if verdict.suspected else "verdict",

@@ -21,7 +21,7 @@ from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point, to_environ
 from ftkit.core.trace import Trace, read_run
 from ftkit.core.verdict import Fault
-from ftkit.launch import number_drills
+from ftkit.launch import number_drills, resource_drills
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
@@ -72,6 +72,7 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     **number_drills.CATALOGUE,
+    **resource_drills.CATALOGUE,
 }
 
 #: How many ranks the smallest job has that such a fault can be done to.
@@ -121,6 +122,7 @@ _NOBODY_LOST = (
     *(KILL_COORDINATOR, StoreFaultKind.FULL, PARTITION, SLOW_LINK),
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
+    *resource_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
@@ -246,6 +248,17 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
             delay_s=0.0,
             seed=seed,
             corruption=wrong,
+        )
+    if name in resource_drills.CATALOGUE:
+        resource_drills.check(name, nproc, at)
+        return Drill(
+            fault=name,
+            phase=None,
+            seat=rng.randrange(nproc),
+            step=rng.randint(3, max(3, steps // 5)),
+            bucket=0,
+            delay_s=0.0,
+            seed=seed,
         )
     point, bucket = _point(at, rng)
     if name == KILL_COORDINATOR or name in set(StoreFaultKind) or name in _OF_NO_POINT:
@@ -408,9 +421,10 @@ def run_drill(
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
     witness, settings = Witness(run_dir), dict[str, Any]()
-    if drill.store_fault is not None:
-        # A node is what dies, so that what is left of the job is worth a look.
+    if drill.store_fault is not None or drill.fault in resource_drills.CATALOGUE:
+        # A node is what is struck, so that what is left of the job is worth a look.
         job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
+    if drill.store_fault is not None:
         settings = witness.settings(drill.store_fault, job.steps)
     if drill.corruption is not None:
         settings = {"env": corruption_environ([drill.corruption])}
@@ -435,6 +449,18 @@ def run_drill(
         links = LinkStriker(drill, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
+    elif drill.fault in resource_drills.CATALOGUE:
+        around = resource_drills.ResourceStriker(
+            drill.fault,
+            seat=drill.seat,
+            step=drill.step,
+            seed=drill.seed,
+            nodes=job.nodes,
+            run_dir=run_dir,
+            shm=JobConfig(job=job_id, command=("-",)).shm_dir(drill.seat // job.nproc),
+        )
+        ends.callback(around.close)
+        striker, settings = around.poll, around.settings
 
     def poll(engine: Engine) -> None:
         if striker is not None:
@@ -460,6 +486,8 @@ def run_drill(
         outcome = judge_slow(outcome, events)
     elif drill.corruption is not None:
         outcome = number_drills.judge(outcome, events, drill.corruption)
+    elif drill.fault in resource_drills.CATALOGUE:
+        outcome = resource_drills.judge(outcome, events, drill.seat)
     return outcome, events
 
 

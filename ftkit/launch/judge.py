@@ -10,9 +10,12 @@ from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.verdict import Verdict
 from ftkit.core.world import World
 from ftkit.detection import signals
+from ftkit.detection.clock_skew import ClockSkew
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.flapping import Flapping
 from ftkit.detection.known_offenders import KnownOffenders
+from ftkit.detection.leak import Leaks
 from ftkit.detection.levels import Levels, Over
 from ftkit.detection.observations import (
     Exited,
@@ -23,6 +26,7 @@ from ftkit.detection.observations import (
     WorldChanged,
 )
 from ftkit.detection.panel import Panel
+from ftkit.detection.room import Room
 from ftkit.detection.row import Awaited, OpRecord, Row
 from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
@@ -87,7 +91,9 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel([self._detector, Told(), KnownOffenders()])
+        self._panel = Panel(
+            [self._detector, Told(), KnownOffenders(), Leaks(), Room(), ClockSkew(), Flapping()]
+        )
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._world: World | None = None
         self._world_at = 0.0
@@ -97,6 +103,11 @@ class Judge:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > LATE_S:
             self._panel.ingest(ObserverLate(by_s=late_by_s))
+
+    @property
+    def blind(self) -> Mapping[MemberId, float]:
+        """Members of whom nothing is known, and since how many seconds: no verdict covers them."""
+        return self._detector.blind
 
     def take(self, observation: Observation) -> None:
         """Something else was seen, at a time on this clock."""
