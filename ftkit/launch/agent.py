@@ -34,6 +34,7 @@ from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
+from ftkit.launch.metrics import Metrics, MetricsServer
 from ftkit.launch.pace import STILL_S, Pace
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
@@ -148,6 +149,8 @@ class Agent:
         self._blind = False
         """Whether the coordinator, connected, has not been heard of for too long."""
         self._resources: Resources | None = None
+        self._metrics = Metrics(config.job, node)
+        self._metrics_server = self._serve_metrics()
         self._memory = MemoryWatch(self._clock.now())
         self._killed: set[MemberId] = set()
         self._halted_at = float("-inf")
@@ -224,6 +227,9 @@ class Agent:
             self._forks.close()
         if self._resources is not None:
             self._resources.close()
+        server, self._metrics_server = self._metrics_server, None
+        if server is not None:
+            server.close()
         self._tiers.close()
         self._examiner.close()
         self._arenas.remove()
@@ -251,6 +257,10 @@ class Agent:
             case "measured":
                 self._signals.append(to_json(value))
                 self._watch_coordinator()
+                heard = self._coordinator is not None and not self._blind
+                self._metrics.set("ftkit_agent_coordinator_connected", heard)
+                paths = {self._config.run_dir: "run", self._config.checkpoint_dir: "checkpoint"}
+                self._metrics.take_node(value, paths)
             case "stop":
                 self._stopped = True
 
@@ -328,6 +338,7 @@ class Agent:
         self._ranks[member] = rank
         self._set(base, pid=rank.pid)
         self.trace.event("spawn", seat=seat.seat, member=member, pid=rank.pid)
+        self._metrics.add("ftkit_rank_starts_total", rank=seat.seat)
 
     def _rank_ended(self, member: MemberId) -> None:
         rank, facts = self._ranks[member], self._facts[member]
@@ -339,6 +350,8 @@ class Agent:
             code=code if code is not None and code >= 0 else None,
             signal=-code if code is not None and code < 0 else None,
         )
+        if code != 0:
+            self._metrics.add("ftkit_rank_exits_total", rank=rank.seat)
         left = obituary.read(self._arenas.directory, member)
         last_words = "" if code == 0 else rank.last_words()
         if line := self._lines.pop(member, None):
@@ -590,13 +603,16 @@ class Agent:
     def _tell_coordinator(self) -> None:
         if self._coordinator is None:
             return
-        self._signals.extend(
-            self._arenas.steps(f for f in self._facts.values() if f.stage in ALIVE)
-        )
+        finished = list(self._arenas.steps(f for f in self._facts.values() if f.stage in ALIVE))
+        self._signals.extend(finished)
         now = self._clock.now()
         still_s = self._still_s(now)
         stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
         rows = self._arenas.rows(self._facts.values(), tails=stands)
+        tiers = self._tiers.facts()
+        self._metrics.take_steps(finished)
+        self._metrics.take_rows(rows)
+        self._metrics.take_tiers(tiers)
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
@@ -609,7 +625,7 @@ class Agent:
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
                 ],
-                **self._tiers.facts(),
+                **tiers,
                 "rows": rows,
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json(),
@@ -619,6 +635,19 @@ class Agent:
                 "at": self._clock.now(),
             },
         )
+
+    def _serve_metrics(self) -> MetricsServer | None:
+        port = self._config.metrics_port
+        if not port:
+            return None
+        # Several nodes of one machine share its address.
+        port += self._node if self._host.startswith("127.") else 0
+        try:
+            return MetricsServer(self._metrics, self._host, port)
+        except OSError as error:
+            self.trace.event("metrics-failed", port=port, reason=str(error))
+            logger.warning("no metrics are served at port %s: %s", port, error)
+            return None
 
     def _told_clock(self) -> list[float] | None:
         """The stamps that were asked for, once, with that of the answer."""

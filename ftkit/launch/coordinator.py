@@ -459,7 +459,8 @@ class Coordinator:
         write_result(Path(self._config.run_dir), stop)
         if self._history is not None:
             begun = min((m.entry_step for m in self._members.values() if m.entry_step), default=0)
-            last = max((m.step for m in self._members.values() if m.step), default=0)
+            # Who is at a step has committed the one before.
+            last = max((max(m.step or 0, m.at_step - 1) for m in self._members.values()), default=0)
             self._history.end(code=stop.code, trained=last > begun)
         return True
 
