@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,7 @@ class Job:
         faults: Sequence[PlannedFault] = (),
         on_poll: Callable[[Engine], None] | None = None,
         interrupts: bool = False,
+        settings: Mapping[str, Any] = {},
     ) -> list[Event]:
         """Run the job to its end. Blocks.
 
@@ -67,6 +68,7 @@ class Job:
           faults: what ranks do to themselves.
           on_poll: called about twenty times a second meanwhile.
           interrupts: whether `on_poll` ends the job, so that its end is no failure.
+          settings: further fields of its JobConfig.
 
         Raises:
           JobFailed: the job did not end well.
@@ -80,6 +82,7 @@ class Job:
             run_dir=str(run_dir),
             rank_logs=True,
             env=to_environ(list(faults)) | {"PYTHONPATH": python_path()},
+            **settings,
         )
         # The engine's own processes are started from here too.
         before = os.environ.get("PYTHONPATH")

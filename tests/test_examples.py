@@ -14,9 +14,12 @@ import pytest
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from ftkit.core.fault_plan import Kind, Point
+from tests.drills.jobs import fault, run
 from tests.launch.session_of_one import SessionOfOne
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+SHARDED, ELASTIC = EXAMPLES / "fsdp_plain.py", EXAMPLES / "fsdp_elastic.py"
 PLAIN, MINIMAL = EXAMPLES / "ddp_plain.py", EXAMPLES / "ddp_minimal.py"
 
 
@@ -63,9 +66,10 @@ def test_the_documents_show_the_diff_as_it_is(page: str, plain: str, ours: str) 
 
 
 @pytest.mark.multiproc
-def test_the_plain_script_runs_as_it_is() -> None:
+@pytest.mark.parametrize("script", [PLAIN, SHARDED])
+def test_the_plain_script_runs_as_it_is(script: Path) -> None:
     done = subprocess.run(
-        [sys.executable, str(PLAIN)],
+        [sys.executable, str(script)],
         env=os.environ
         | {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         | {"OMP_NUM_THREADS": "1"},  # as torchrun sets it
@@ -94,3 +98,12 @@ def test_the_script_with_ftkit_learns_the_same(
         dist.destroy_process_group()
     assert accuracy(caplog.text) > 0.9
     assert set(session.protected) == {"model", "optimizer"}
+
+
+@pytest.mark.multiproc
+def test_the_sharded_script_with_ftkit_learns_the_same_through_a_loss(tmp_path: Path) -> None:
+    faults = [fault(Kind.KILL, Point.FORWARD, 1, 20)]
+    done = run(tmp_path / "run", ELASTIC, nproc=2, faults=faults)
+    assert done.stop.code == 0, f"{done.stop}\n{done.log}"
+    assert accuracy(done.log) > 0.9
+    assert len({e["generation"] for e in done.of("build")}) > 1

@@ -111,17 +111,28 @@ class Inventory:
 
         That is the newest one whose parts, together with those of newer generations, cover
         every layout: a step whose parts were captured in two generations (a vote that was cut
-        in half and rolled forward) counts for the older of the two.
+        in half and rolled forward) counts for the older of the two. Sharded state is captured
+        anew by all in each generation, perhaps in other shards: its generations do not mix.
         """
         found: dict[Step, Generation] = {}
         for step in {c.step for c in self.copies}:
-            copies = self.at(step)
-            for generation in sorted({c.generation for c in copies}, reverse=True):
-                parts = [c.part for c in copies if c.generation >= generation]
+            for generation in sorted({c.generation for c in self.at(step)}, reverse=True):
+                parts = [c.part for c in self.of(step, generation)]
                 if len(covered_layouts(parts)) >= max(p.layouts for p in parts):
                     found[step] = generation
                     break
         return found
+
+    def of(self, step: Step, generation: Generation) -> tuple[Copy, ...]:
+        """The copies that count for a step of a generation, from the newest on."""
+        copies = self.at(step)
+        layouts = max((c.part.layouts for c in copies if c.generation == generation), default=1)
+        return tuple(
+            c
+            for c in copies
+            if c.part.layouts == layouts
+            and (c.generation == generation or (layouts == 1 and c.generation > generation))
+        )
 
     def newest_complete(self) -> tuple[Generation, Step] | None:
         """The newest snapshot from which training can go on, or None when there is none.

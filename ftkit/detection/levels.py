@@ -7,7 +7,7 @@ goes on every few seconds gives one entry, not hundreds.
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ftkit.core.ids import MemberId
+from ftkit.core.ids import MemberId, Seat
 from ftkit.core.verdict import Fault, Verdict
 
 #: The kinds of one matter: which of them it is may become clearer with time.
@@ -27,7 +27,7 @@ class Over:
 class _Level:
     last: Verdict
     at: float
-    said: set[tuple[Fault, bool]] = field(default_factory=set)
+    said: set[tuple[Fault, bool, object]] = field(default_factory=set)
 
 
 class Levels:
@@ -36,7 +36,7 @@ class Levels:
     def __init__(self, linger_s: float) -> None:
         """A verdict is over once it was not said for `linger_s`."""
         self._linger_s = linger_s
-        self._levels: dict[tuple[MemberId, str], _Level] = {}
+        self._levels: dict[tuple[MemberId, str, Seat | None], _Level] = {}
 
     def take(self, verdicts: Iterable[Verdict], now: float) -> tuple[list[Verdict], list[Over]]:
         """Compare with what was said before.
@@ -47,10 +47,11 @@ class Levels:
         """
         fresh = list[Verdict]()
         for verdict in verdicts:
-            key = (verdict.member, "hang" if verdict.fault in _HANG else verdict.fault)
+            matter = "hang" if verdict.fault in _HANG else verdict.fault.value
+            key = (verdict.member, matter, verdict.peer)
             level = self._levels.setdefault(key, _Level(verdict, now))
             level.last, level.at = verdict, now
-            what = (verdict.fault, verdict.suspected)
+            what = (verdict.fault, verdict.suspected, verdict.evidence.get("where"))
             if what not in level.said:
                 level.said.add(what)
                 fresh.append(verdict)

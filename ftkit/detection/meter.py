@@ -22,6 +22,8 @@ class Gauges:
     """Processor time of the calling thread."""
     gc_s: Callable[[], float] = lambda: 0.0
     """Time the process has spent in garbage collections."""
+    starved_s: Callable[[], float] = lambda: 0.0
+    """Time the calling thread has waited for a core."""
 
 
 class StepMeter:
@@ -33,6 +35,7 @@ class StepMeter:
         self._open = False
         self._count = 0
         self._at = self._waited = self._blocked = self._cpu = self._gc = 0.0
+        self._starved = self._starved_at = 0.0
         self._seconds: dict[Phase, float] = {}
         self._restart(now)
 
@@ -40,6 +43,10 @@ class StepMeter:
         """The thread goes over to `phase`: what passed since the last turn was the one before."""
         blocked = self._gauges.blocked_s()
         waited = blocked - self._blocked
+        if self._phase is Phase.FORWARD:
+            self._starved += self._gauges.starved_s() - self._starved_at
+        if phase is Phase.FORWARD:
+            self._starved_at = self._gauges.starved_s()
         self._seconds[self._phase] += max(0.0, now - self._at - waited)
         self._waited += waited
         self._at, self._blocked, self._phase = now, blocked, phase
@@ -77,6 +84,7 @@ class StepMeter:
             waited_s=self._waited,
             cpu_s=None if gauges.cpu_s is None else gauges.cpu_s() - self._cpu,
             gc_s=gauges.gc_s() - self._gc,
+            starved_s=self._starved,
             slots=slots,
             loss=loss,
             grad_norm=grad_norm,
@@ -96,3 +104,4 @@ class StepMeter:
         self._blocked = gauges.blocked_s()
         self._cpu = gauges.cpu_s() if gauges.cpu_s else 0.0
         self._gc = gauges.gc_s()
+        self._starved = 0.0

@@ -151,7 +151,7 @@ class Recorder:
 
         Args:
           role: members of one role do the same work. Printable ASCII, at most 16 characters.
-          place: coordinates, such as "dp=0 pp=1 tp=0"; at most 36 characters.
+          place: coordinates, such as "dp=0 pp=1 tp=0"; at most 40 characters.
 
         Raises:
           ValueError: one of them is something else, or longer.
@@ -172,7 +172,11 @@ class Recorder:
             self._pending[group, seq] = (ticket, now, code)
             if seq > self._entered.get(group, -1):
                 self._entered[group] = seq
-            self._show()
+            if len(self._pending) == 1:
+                writer.group, writer.op_code, writer.t_enter_ns = group, code, now
+                writer.entered, writer.left = self._entered[group], seq - 1
+            else:
+                self._show()
             writer.publish(now)
 
     def leave(self, group: int, seq: int, ok: bool) -> None:

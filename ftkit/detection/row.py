@@ -257,14 +257,6 @@ def stamp(version: int, identity: int, copy: bytes) -> int:
     return version | zlib.crc32(copy, zlib.crc32(_STAMP.pack(version, identity))) << 32
 
 
-def encode_record(
-    *, member: int, generation: int, group: int, seq: int, op: bytes, nbytes: int, t_enter_ns: int
-) -> tuple[int, bytes]:
-    """The checksum and the rest of a record. t_leave is left out: it is stored later, in one word."""
-    rest = RECORD.pack(seq, t_enter_ns, nbytes, member, generation, group, op)
-    return zlib.crc32(rest), rest
-
-
 def decode_record(data: bytes) -> OpRecord | None:
     """The record in these 96 bytes, or None for one that was never or not wholly written."""
     rest = data[RECORD_HEAD_BYTES:]

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 
 from ftkit.core.ids import MemberId
 from ftkit.core.verdict import Fault, Verdict
-from ftkit.detection import wording
+from ftkit.detection import awaits, wording
 from ftkit.detection.config import NAMED_FLOOR_S, DetectionConfig
 from ftkit.detection.row import Phase
 from ftkit.detection.track import EXEMPT, Track, behind
@@ -204,11 +204,19 @@ def comm_hang(view: View) -> Verdicts:
         return {}
     since = max(max(_waits_since(w), w.idle_from) for w in view.seen)
     stalled_s = min(w.at for w in view.seen) - since
-    reason = wording.comm_reason(view.seen, stalled_s=stalled_s, limit_s=view.limit_s)
-    return {
-        one.member: _verdict(view, Fault.HANG_COMM, one, reason, view.seen, since=since)
-        for one in view.seen
+    waits = awaits.awaited(view.seen)
+    silent = awaits.roots(waits)
+    limit_s = max(view.limit(one) for one in view.seen)
+    reason = wording.comm_reason(view.seen, silent, stalled_s=stalled_s, limit_s=limit_s)
+    told: dict[str, object] = {
+        "awaits": {str(seat): list(senders) for seat, senders in waits.items()},
+        "silent_paths": [list(path) for path in silent],
     }
+    verdicts: Verdicts = {}
+    for one in view.seen:
+        verdict = _verdict(view, Fault.HANG_COMM, one, reason, view.seen, since=since)
+        verdicts[one.member] = replace(verdict, evidence={**verdict.evidence, **told})
+    return verdicts
 
 
 def stall(view: View) -> Verdicts:

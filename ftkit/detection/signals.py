@@ -38,6 +38,8 @@ class StepSeen:
     """Processor time of the training thread; None: not measured."""
     gc_s: float = 0.0
     """Of `seconds`, what Python's garbage collector took."""
+    starved_s: float = 0.0
+    """Of `seconds` of FORWARD, for how long the thread could have run and was given no core."""
     slots: int = 0
     """Slots of the global batch that it computed: work is compared by slot."""
     loss: float | None = None
@@ -48,6 +50,56 @@ class StepSeen:
     """Members of one role do the same work; "" where all do."""
     place: str = ""
     """Coordinates in the job's mesh, such as "dp=0 pp=1 tp=0"; "" where there is none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PathsSeen:
+    """How fast a member's large messages have lately gone to each seat that got any."""
+
+    KIND: ClassVar[str] = "paths"
+
+    member: MemberId
+    seat: Seat
+    generation: Generation
+    step: Step
+    at: float
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Seat of the receiver, as text -> bytes a second while some were under way; the time in
+    which the receiver did not read is left out."""
+
+    def __post_init__(self) -> None:
+        # Of what a peer says nothing is taken on trust.
+        rates = {str(int(seat)): float(rate) for seat, rate in self.rates.items()}
+        object.__setattr__(self, "rates", rates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSeen:
+    """What a pair test found out about one direction between two seats."""
+
+    KIND: ClassVar[str] = "pair"
+
+    order: int
+    """The number of the order that asked for it (`inquiry.PairOrder`)."""
+    sender: Seat
+    receiver: Seat
+    at: float
+    nbytes: int = 0
+    """Of one transfer; 0 when none came through."""
+    seconds: tuple[float, ...] = ()
+    """Of each repeat, as the receiver saw it. None: the path carries nothing."""
+    error: str = ""
+    """Why there are fewer than were asked for."""
+    starved: int = 0
+    """Repeats that do not count because an agent was not scheduled."""
+
+    def __post_init__(self) -> None:
+        # From JSON it is a list, and of what a peer says nothing is taken on trust.
+        seconds = tuple(float(s) for s in self.seconds)
+        if not all(0 < s < float("inf") for s in seconds) or (seconds and self.nbytes < 1):
+            raise ValueError(f"{self.nbytes} bytes in {seconds} s is no transfer")
+        object.__setattr__(self, "seconds", seconds)
+        object.__setattr__(self, "starved", int(self.starved))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,10 +189,20 @@ class NodeGap:
     gap_s: float
 
 
-Signal = StepSeen | Found | NodeScored | NodeSeen | ClockSeen | NodeGap
+Signal = StepSeen | PathsSeen | PairSeen | Found | NodeScored | NodeSeen | ClockSeen | NodeGap
 
 _KINDS: Final[Mapping[str, type[Signal]]] = {
-    kind.KIND: kind for kind in (StepSeen, Found, NodeScored, NodeSeen, ClockSeen, NodeGap)
+    kind.KIND: kind
+    for kind in (
+        StepSeen,
+        PathsSeen,
+        PairSeen,
+        Found,
+        NodeScored,
+        NodeSeen,
+        ClockSeen,
+        NodeGap,
+    )
 }
 
 
@@ -165,5 +227,5 @@ def from_json(value: object, *, offset_s: float = 0.0) -> Signal:
     try:
         signal = _KINDS[value["kind"]](**fields)
         return replace(signal, at=float(signal.at) + offset_s)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a signal: {value!r}") from error

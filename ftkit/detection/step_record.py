@@ -20,11 +20,11 @@ from ftkit.detection.signals import StepSeen
 STEPS_KEPT: Final = 128
 
 ROLE_BYTES: Final = 16
-PLACE_BYTES: Final = 36
+PLACE_BYTES: Final = 40
 
 #: number, step, t_end, member, generation, slots, flags, a float for each phase, waited, cpu,
-#: gc, loss, grad_norm, role, place
-_BODY: Final = struct.Struct(f"<QQQIIII{len(PHASES)}f3fdd{ROLE_BYTES}s{PLACE_BYTES}s")
+#: gc, starved, loss, grad_norm, role, place
+_BODY: Final = struct.Struct(f"<QQQIIII{len(PHASES)}f4fdd{ROLE_BYTES}s{PLACE_BYTES}s")
 _CRC: Final = struct.Struct("<I")
 STEP_BYTES: Final = _BODY.size + _CRC.size
 assert STEP_BYTES % 8 == 0
@@ -50,13 +50,14 @@ class StepRecord:
     waited_s: float = 0.0
     cpu_s: float | None = None
     gc_s: float = 0.0
+    starved_s: float = 0.0
     slots: int = 0
     loss: float | None = None
     grad_norm: float | None = None
     role: str = ""
     """ASCII, at most 16 bytes."""
     place: str = ""
-    """ASCII, at most 36 bytes."""
+    """ASCII, at most 40 bytes."""
 
     def seen_at(self, seat: Seat) -> StepSeen:
         """The record as a signal of the member that sits there."""
@@ -70,6 +71,7 @@ class StepRecord:
             waited_s=round(self.waited_s, 7),
             cpu_s=None if self.cpu_s is None else round(self.cpu_s, 7),
             gc_s=round(self.gc_s, 7),
+            starved_s=round(self.starved_s, 7),
             slots=self.slots,
             loss=self.loss,
             grad_norm=self.grad_norm,
@@ -95,6 +97,7 @@ def encode_step(record: StepRecord) -> bytes:
         record.waited_s,
         record.cpu_s or 0.0,
         record.gc_s,
+        record.starved_s,
         record.loss or 0.0,
         record.grad_norm or 0.0,
         label(record.role, ROLE_BYTES),
@@ -111,7 +114,7 @@ def decode_step(data: bytes) -> StepRecord | None:
     number, step, t_end, member, generation, slots, flags, *floats, role, place = _BODY.unpack(body)
     if not t_end:
         return None
-    *phases, waited, cpu, gc, loss, norm = floats
+    *phases, waited, cpu, gc, starved, loss, norm = floats
     return StepRecord(
         number=number,
         member=MemberId(member),
@@ -122,6 +125,7 @@ def decode_step(data: bytes) -> StepRecord | None:
         waited_s=waited,
         cpu_s=cpu if flags & _HAS_CPU else None,
         gc_s=gc,
+        starved_s=starved,
         slots=slots,
         loss=loss if flags & _HAS_LOSS else None,
         grad_norm=norm if flags & _HAS_NORM else None,

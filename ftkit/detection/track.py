@@ -10,7 +10,7 @@ from typing import Final
 
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.detection.observations import ProcessFacts, RowSeen
-from ftkit.detection.row import Phase, Row
+from ftkit.detection.row import Awaited, Phase, Row
 
 #: The order of a step. A member in REDUCE or VOTE waits for those that are before it.
 _STEP_ORDER: Final = {Phase.DATA: 0, Phase.FORWARD: 1, Phase.REDUCE: 2, Phase.VOTE: 3}
@@ -32,6 +32,8 @@ class Track:
     step_since: float | None = None
     """When the current step was first seen; None: we came in the middle of it."""
     steps_seen: int = 0
+    awaited: Awaited | None = None
+    """Whose bytes it waits for, as last told."""
     cpu: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=64))
 
     def see(self, seen: RowSeen) -> float | None:
@@ -45,6 +47,7 @@ class Track:
         elif seen.row.step < self.row.step:
             self.step_since = None  # rolled back: what follows is no ordinary step
         self.row, self.facts, self.at = seen.row, seen.facts, seen.at
+        self.awaited = seen.awaited
         if seen.facts is not None:
             self.cpu.append((seen.at, seen.facts.cpu_ticks))
         return duration

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Sequence
 from typing import Final
 
+from ftkit.core.ids import Seat
 from ftkit.core.verdict import EVICT, Fault, Verdict
 from ftkit.detection.observations import Exited
 from ftkit.detection.track import Track
@@ -52,16 +53,23 @@ def suspicion(verdict: Verdict, *, removed_s: float) -> str:
     """The reason of a verdict that is only a suspicion yet."""
     if verdict.fault not in EVICT:
         return verdict.reason
-    return f"{verdict.reason}; it would be removed after {removed_s:.1f} s"
+    return f"{verdict.reason}; suspected, and convicted after {removed_s:.1f} s"
 
 
-def comm_reason(members: Sequence[Track], *, stalled_s: float, limit_s: float) -> str:
-    """Why communication is at fault."""
+def comm_reason(
+    members: Sequence[Track],
+    silent: Sequence[tuple[Seat, Seat]],
+    *,
+    stalled_s: float,
+    limit_s: float,
+) -> str:
+    """Why communication is at fault, and between whom, as far as that is known."""
+    paths = ", ".join(f"from seat {a} to seat {b}" for a, b in silent[:3])
     places = sorted({_for_what(m) for m in members})
     return (
         f"all {len(members)} members wait {' or '.join(places[:3])} and nobody left it for "
         f"{stalled_s:.1f} s of at most {limit_s:.1f} s, though all of them run: the communication "
-        "between them hangs"
+        "between them hangs" + (f"; no bytes come {paths}" if paths else "")
     )
 
 

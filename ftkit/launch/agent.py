@@ -36,6 +36,8 @@ from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.metrics import Metrics, MetricsServer
 from ftkit.launch.pace import STILL_S, Pace
+from ftkit.launch.prober import ROLE as PAIR_TEST
+from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
 from ftkit.launch.tiers import Tiers
@@ -124,6 +126,9 @@ class Agent:
             self.trace,
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
+        )
+        self._prober = Prober(
+            self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
@@ -230,6 +235,7 @@ class Agent:
         server, self._metrics_server = self._metrics_server, None
         if server is not None:
             server.close()
+        self._prober.close()
         self._tiers.close()
         self._examiner.close()
         self._arenas.remove()
@@ -249,6 +255,9 @@ class Agent:
                 self._coordinator_connected(*value)
             case "plan":
                 self._hear(*value)
+            case "signal":
+                self._signals.append(value)
+                self._tell_coordinator()
             case "forks":
                 self._spawn_missing()
             case "tiers":
@@ -286,6 +295,9 @@ class Agent:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if kind != "rank" and hello.get("role") == PAIR_TEST:
+            self._prober.serve(sock, hello)
+            return
         line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
@@ -410,6 +422,7 @@ class Agent:
                         voted=bool(message["voted"]),
                         cut=frozenset(MemberId(int(m)) for m in message["cut"]),
                         stepping=bool(message["stepping"]),
+                        sharded=bool(message["sharded"]),
                     )
                     self._spawn_missing()
                 case "arena":
@@ -442,12 +455,15 @@ class Agent:
         if number < self._coordinator_number:
             return
         self._heard_at = self._clock.now()
-        if message.get("type") == "look":
-            self._look_closely(message)
-        elif message.get("type") == "clock":
-            self._stamps = float(message["sent"]), self._wall()
-        else:
-            self._take_plan(message)
+        match message.get("type"):
+            case "look":
+                self._look_closely(message)
+            case "pairs":
+                self._prober.take(message.get("tests"))
+            case "clock":
+                self._stamps = float(message["sent"]), self._wall()
+            case _:
+                self._take_plan(message)
 
     def _watch_coordinator(self) -> None:
         """Say when a coordinator that is connected says nothing: nobody judges then."""

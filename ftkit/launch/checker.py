@@ -7,7 +7,9 @@ The rules, for a job of V slots and S steps:
 
 * R1 every step 1..S was committed, and the job ended by itself;
 * R2 in each attempt that was committed, the slots voted are 0..V-1, each exactly once;
-* R3 no member applied a step twice, and no commit that outlived its member was undone;
+* R3 no member applied a step twice, and no commit that outlived its member was undone; a job of
+  shards may go back by a few steps, to the newest of which memory has all shards, if it commits
+  them again;
 * R4 the same slots of the same step held the same samples as in the undisturbed run;
 * R5 no member but the drill's targets left with an error, and no other was accused;
 * R6 after each fault every survivor committed again (in a newer generation when the fault
@@ -76,6 +78,8 @@ class Expectation:
     """Classes of which one must be the first that is said of each target; none: any will do."""
     strikes: int = 1
     """How often it has to strike; where the job ends before, nothing can be said."""
+    steps_back: int = 0
+    """By how many steps a fault may take the job back: 0 where every rank holds all of the state."""
 
     def __post_init__(self) -> None:
         for name in ("world_size", "steps", "slots", "slot_size"):
@@ -96,6 +100,8 @@ class Outcome:
     repair_s: float | None
     """Fault to the moment when every survivor had committed its next step (R6)."""
     steps_lost: int
+    steps_replayed: int = 0
+    """Committed steps that were undone and committed again."""
     samples_lost: int
     samples_doubled: int
     survivor_exits: int
@@ -116,6 +122,7 @@ class Outcome:
             "detect_s": self.detect_s,
             "repair_s": self.repair_s,
             "steps_lost": self.steps_lost,
+            "steps_replayed": self.steps_replayed,
             "samples_lost": self.samples_lost,
             "samples_doubled": self.samples_doubled,
             "survivor_exits": self.survivor_exits,
@@ -194,6 +201,8 @@ def check(
     _check_incidents(history, incidents, expectation, found)
     params_equal = _check_params(history, reference, expectation, found)
 
+    again = undone & _committed_again(history) if expectation.steps_back else set[int]()
+
     answer = Answer.FAIL if found.problems else Answer.UNKNOWN if found.missing else Answer.PASS
     return Outcome(
         outcome=answer,
@@ -202,7 +211,8 @@ def check(
         seed=expectation.seed,
         detect_s=_slowest([i.detect_s for i in incidents]),
         repair_s=_slowest([i.repair_s for i in incidents]),
-        steps_lost=len(undone),
+        steps_lost=len(undone) - len(again),
+        steps_replayed=len(again),
         samples_lost=lost,
         samples_doubled=doubled,
         survivor_exits=exits,
@@ -311,6 +321,11 @@ def _check_undone(
             )
             if taken_back:
                 undone.update(range(commit.step, last.step + 1))
+                if expected.steps_back and last.step - commit.step >= expected.steps_back:
+                    found.problems.append(
+                        f"member {commit.member} (seat {commit.seat}) was taken back from step "
+                        f"{last.step} to {commit.step}, by more than {expected.steps_back} steps"
+                    )
             else:
                 twice.append(commit.step)
                 found.problems.append(
@@ -331,10 +346,21 @@ def _check_undone(
             # Committed by all who voted and then again by others: a restart from further back.
             if attempts[generation] >= voters[step, generation]:
                 undone.add(step)
+    if expected.steps_back and not expected.loses_all:
+        return undone, twice
     kept = _published_before(history) if expected.loses_all else max(undone, default=0)
     if early := sorted(step for step in undone if step <= kept):
         found.problems.append(f"steps {early} were committed and then undone")
     return undone, twice
+
+
+def _committed_again(history: History) -> set[int]:
+    """The steps that were committed in two generations or more."""
+    return {
+        step
+        for step, commits in commits_by_step(history).items()
+        if len({c.generation for c in commits}) > 1
+    }
 
 
 def _published_before(history: History) -> int:

@@ -12,6 +12,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch.ckpt_command import ckpt
+from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
 
 log_to_stderr()
@@ -53,6 +54,12 @@ def main() -> None:
     help="Seconds a rank may keep the others waiting; all other times follow from it.",
 )
 @click.option(
+    "--alarms-per-day",
+    default=1.0,
+    show_default=True,
+    help="False alarms about slow ranks that the whole job may cost; fewer take more evidence.",
+)
+@click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
@@ -63,6 +70,12 @@ def main() -> None:
     default=True,
     show_default=True,
     help="Import torch once a node, and fork its ranks from there.",
+)
+@click.option(
+    "--record/--no-record",
+    default=True,
+    show_default=True,
+    help="Record a script's gloo collectives, so that a rank that hangs is named.",
 )
 @click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
 @click.option("--checkpoint-every", default=0, help="Steps between two; 0: the last alone.")
@@ -88,11 +101,13 @@ def run(
     nodes: int,
     engine: str | None,
     max_stall_s: float,
+    alarms_per_day: float,
     parity: str,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
     preload: bool,
+    record: bool,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: str,
@@ -129,11 +144,13 @@ def run(
         nodes=nodes,
         nproc=nproc,
         max_stall_s=max_stall_s,
+        alarms_per_day=alarms_per_day,
         parity=parity,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
         preload=preload,
+        record=record,
         checkpoint_dir=absolute(checkpoint_dir),
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
@@ -209,6 +226,15 @@ def drill_options(*, steps: int) -> Callable[[Any], Any]:
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--parity", default="", help="k+m, as for `ftkit run`."),
+            click.option(
+                "--sharded",
+                type=int,
+                is_flag=False,
+                flag_value=1,
+                default=0,
+                metavar="[RANKS]",
+                help="Cut the bundled job's model over all ranks (FSDP2), or over RANKS (HSDP).",
+            ),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
@@ -373,9 +399,37 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
         click.echo("\n".join(t for t in (spent.paragraph(), f"wrote {out}") if t))
 
 
-@main.group()
-def doctor() -> None:
-    """Look whether this machine, or these, can carry a job."""
+@main.group(invoke_without_command=True)
+@click.option("--history", type=click.Path(path_type=Path), help="Results as JSON lines: compared.")
+@click.option("--disk", type=click.Path(path_type=Path), default=Path(), help="On the disk to try.")
+@click.option("--shm-root", type=click.Path(path_type=Path), default=Path("/dev/shm"))
+@click.option("--torch/--no-torch", default=True, show_default=True, help="Try torch and GPUs.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@click.pass_context
+def doctor(
+    context: click.Context,
+    history: Path | None,
+    disk: Path,
+    shm_root: Path,
+    torch: bool,
+    as_json: bool,
+) -> None:
+    """Look whether this machine, or these, can carry a job.
+
+    Without a command this node is checked: processors, memory, disk, network, clock, torch, GPUs.
+    Exits with 1 when something failed.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from ftkit.launch.preflight import check_node, compared
+    from ftkit.launch.preflight_view import show
+
+    found = compared(check_node(disk, shm_root, torch=torch), history)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        show(found)
+    sys.exit(1 if found.failed else 0)
 
 
 @doctor.command("network")
@@ -423,6 +477,7 @@ def doctor_offenders(history: str, titan: Path | None, as_json: bool) -> None:
 
 
 main.add_command(ckpt)
+main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:

@@ -6,6 +6,7 @@ process environment is read here, and by `core.rank_env` inside a rank.
 """
 
 import json
+import math
 import os
 import secrets
 from collections.abc import Mapping
@@ -87,6 +88,8 @@ class JobConfig:
     parity: str = ""
     """k+m: any m nodes of a group of k + m may vanish together; empty for none."""
     max_stall_s: float = 30.0
+    alarms_per_day: float = 1.0
+    """False alarms about slow ranks and the like that the whole job may cost, at any size."""
     run_dir: str = ""
     cwd: str = ""
     """Where ranks start; empty for the directory of whoever starts them."""
@@ -98,6 +101,8 @@ class JobConfig:
     """Variables added to every rank's environment."""
     preload: bool = True
     """Import torch once a node, and fork ranks from there, where the command is a Python script."""
+    record: bool = True
+    """Record the collectives of scripts that know nothing of ftkit, where ranks are forked."""
     same_place_max: int = 3
     restarts_max: int = 100
     master_port: int = 0
@@ -126,6 +131,11 @@ class JobConfig:
             raise UsageError("there is no command to run")
         if not 0 <= self.metrics_port <= 65535 - self.nodes:
             raise UsageError(f"--metrics-port is {self.metrics_port}, not a port to listen on")
+        if not (math.isfinite(self.alarms_per_day) and self.alarms_per_day > 0):
+            raise UsageError(
+                f"--alarms-per-day is {self.alarms_per_day}, must be above 0: without any there can "
+                "be no detection"
+            )
         if self.checkpoint_every < 0:
             raise UsageError(
                 f"--checkpoint-every is {self.checkpoint_every}, not a number of steps"

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,9 @@ class Coordinator:
                     self._dial_missing()
                     self._ask_clocks(now)
                 self._lead(now)
+                self._tell_steps(now)
                 if self._plan is not None and self._is_over(now):
+                    self._tell_steps(now, rest=True)
                     assert self._plan.stop is not None, "an ended plan says why"
                     return self._plan.stop
         finally:
@@ -154,6 +156,7 @@ class Coordinator:
                 if self._lines.get(node) is value:
                     self._lines.pop(node).close()
                     self._silent_since[node] = self._clock.now()
+                    self._judge.node_gone(node, self._clock.now())
             case "scored":
                 self._judge.take(value)
             case "interrupt":
@@ -166,6 +169,9 @@ class Coordinator:
             logger.error("node %s reports nonsense: %s", node, error)
             return
         self._note_pause(node, report)
+        before = self._reports.get(node)
+        if before is not None and before["boot"] == report["boot"]:
+            self._judge.node_back(node)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
         self._take_clock(node, report.get("clock"))
@@ -275,6 +281,7 @@ class Coordinator:
             return
         before, self._plan = self._plan, plan
         halting = plan.mode is Mode.HALTING and before.mode is not Mode.HALTING
+        forming = plan.mode is Mode.FORMING and before.mode is not Mode.FORMING
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
@@ -291,6 +298,12 @@ class Coordinator:
                 self.trace.event("resume", **fields)
         if halting:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
+        if forming:
+            self._lead(now)  # with what is known of snapshots now that nobody writes any
+
+    def _tell_steps(self, now: float, *, rest: bool = False) -> None:
+        for fields in self._judge.steps(now, rest=rest):
+            self.trace.event("steps", **fields)
 
     def _take_over(self, now: float) -> Plan | None:
         """The plan to begin with, once every agent has spoken or is taken for lost."""
@@ -349,6 +362,7 @@ class Coordinator:
                 suspected=over.verdict.suspected,
                 lasted_s=round(over.lasted_s, 3),
             )
+        self._ask_for_tests()
         lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)
         newest = Inventory(copies=copies).newest_complete()
@@ -361,6 +375,31 @@ class Coordinator:
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
         )
+
+    def _ask_for_tests(self) -> None:
+        """Have agents test the paths that are suspect, and record what came of it."""
+        inquiry, by_node = self._judge.inquiry, dict[NodeId, list[dict[str, object]]]()
+        assert self._plan is not None, "seats are the plan's"
+        for probed in inquiry.ended():
+            self.trace.event("probed", **asdict(probed))
+        if not (orders := inquiry.orders()):
+            return
+        node_of = {s.seat: s.node for s in self._plan.seats}
+        for order in orders:
+            host, port = self._agents[node_of[order.b]]
+            test = {"number": order.number, "a": order.a, "b": order.b}
+            by_node.setdefault(node_of[order.a], []).append(
+                test | {"host": host, "port": port, "limit_s": order.limit_s}
+            )
+        for node, tests in by_node.items():
+            if (line := self._lines.get(node)) is not None:
+                self._send(node, line, {"type": "pairs", "tests": tests})
+
+    def _send(self, node: NodeId, line: Line, message: Mapping[str, object]) -> None:
+        try:
+            line.send(message)
+        except WireError:
+            logger.debug("node %s hung up; it gets the plan when it is back", node)
 
     def _checkpoint(self, now: float, lost: frozenset[NodeId]) -> None:
         """Move the writing of a checkpoint on; the plan knows of it only when it has ended."""
@@ -429,10 +468,7 @@ class Coordinator:
         for node, line in list(self._lines.items()):
             if only is not None and node != only:
                 continue
-            try:
-                line.send(message)
-            except WireError:
-                logger.debug("node %s hung up; it gets the plan when it is back", node)
+            self._send(node, line, message)
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         """Send to every agent that can be reached."""

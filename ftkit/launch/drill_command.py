@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.fault_plan import Kind, Point
+from ftkit.launch import pace_drills
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.config import new_job_id
 from ftkit.launch.drills import (
@@ -19,6 +20,7 @@ from ftkit.launch.drills import (
     FLAP,
     JOIN,
     NODE_FAULTS,
+    SHRINK_GROW,
     Drill,
     Job,
     choose,
@@ -54,7 +56,8 @@ def run_drills(
         job = job.for_nodes(fault)
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
-        job = job.for_members() if fault in (FLAP, JOIN, CHURN) else job
+        job = job.for_members() if fault in (FLAP, JOIN, CHURN, SHRINK_GROW) else job
+        job = job.for_pace() if fault in pace_drills.CATALOGUE else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)

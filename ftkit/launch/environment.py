@@ -70,6 +70,7 @@ def rank_environment(
         **common_environment(config, inherited=inherited),
         **{k: str(v) for k, v in torchrun.items()},
         **own.to_environ(),
+        **({} if config.record else {"FTKIT_RECORD": "0"}),
         **config.env,
     }
 

@@ -43,6 +43,7 @@ PRELOAD = (
     "torch.nn.parallel",
     "torch._dynamo",
     "ftkit.session.start",
+    "ftkit.session.plain",
 )
 
 #: Of a message; environments are limited to far less by the kernel.
@@ -129,7 +130,15 @@ def main(argv: Sequence[str]) -> None:
     program = serve(channel, agent)
     if program is not None:
         signal.signal(signal.SIGINT, interrupt)
+        _prepare()
         program.run()
+
+
+def _prepare() -> None:
+    """(in the rank) Watch over a script that knows nothing of ftkit."""
+    plain = sys.modules.get("ftkit.session.plain")
+    if plain is not None:
+        plain.prepare(os.environ)
 
 
 def hidden(folder: str) -> list[str]:

@@ -2,18 +2,20 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from ftkit.core import detour
 from ftkit.core.errors import ProtocolError
-from ftkit.core.ids import MemberId, NodeId, Seat
-from ftkit.core.verdict import Verdict
-from ftkit.core.world import World
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat
+from ftkit.core.verdict import Fault, Verdict
+from ftkit.core.world import Member, World
 from ftkit.detection import signals
 from ftkit.detection.clock_skew import ClockSkew
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
 from ftkit.detection.flapping import Flapping
+from ftkit.detection.inquiry import Inquiry
 from ftkit.detection.known_offenders import KnownOffenders
 from ftkit.detection.leak import Leaks
 from ftkit.detection.levels import Levels, Over
@@ -28,6 +30,8 @@ from ftkit.detection.observations import (
 from ftkit.detection.panel import Panel
 from ftkit.detection.room import Room
 from ftkit.detection.row import Awaited, OpRecord, Row
+from ftkit.detection.rules import SUSPECTED
+from ftkit.detection.step_detector import PaceConfig, StepDetector
 from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
@@ -41,6 +45,14 @@ ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
 
 #: Loading state may take this many times what a step may keep others waiting.
 RESTORE_LIMITS = 3
+
+
+#: What was measured of the steps goes to the event stream so often.
+STEPS_EVERY_S = 5.0
+
+#: Of the budget of false alarms, what pace may use. Exits and hangs need none: what they rest on
+#: is no matter of chance.
+SHARE = 0.5
 
 
 class SeatRow(NamedTuple):
@@ -91,10 +103,16 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._panel = Panel(
-            [self._detector, Told(), KnownOffenders(), Leaks(), Room(), ClockSkew(), Flapping()]
-        )
+        self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
+        around = (KnownOffenders(), Leaks(), Room(), ClockSkew(), Flapping())
+        self._panel = Panel([self._detector, self._pace, Told(), *around])
+        self._steps_told_at = 0.0
+        # A drill's relay stands between seats of one node, too.
+        self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
+        self._plain: set[MemberId] = set()
+        self._gone_nodes: dict[NodeId, float] = {}
+        self._plain_world: World | None = None
         self._world: World | None = None
         self._world_at = 0.0
         self._halting_since: float | None = None
@@ -102,7 +120,7 @@ class Judge:
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > LATE_S:
-            self._panel.ingest(ObserverLate(by_s=late_by_s))
+            self._ingest(ObserverLate(by_s=late_by_s))
 
     @property
     def blind(self) -> Mapping[MemberId, float]:
@@ -111,13 +129,22 @@ class Judge:
 
     def take(self, observation: Observation) -> None:
         """Something else was seen, at a time on this clock."""
-        self._panel.ingest(observation)
+        self._ingest(observation)
+
+    def node_gone(self, node: NodeId, at: float) -> None:
+        """The connection to a node's agent broke. What it held may be lost: nobody knows yet."""
+        self._gone_nodes.setdefault(node, at)
+
+    def node_back(self, node: NodeId) -> None:
+        """The same agent is there again: only the connection had broken."""
+        self._gone_nodes.pop(node, None)
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
             self._world, self._world_at = plan.world, at
-            self._panel.ingest(WorldChanged(world=plan.world, at=at))
+            self._gone_nodes.clear()  # who is in it was heard of
+            self._ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
         elif self._halting_since is None:
@@ -148,17 +175,21 @@ class Judge:
         # Rows carry the agent's clock; on one host the difference is the message's way here.
         offset_ns = int((at - sent) * 1e9) if node else 0
         if late_s > LATE_S:
-            self._panel.ingest(ObserverLate(by_s=late_s))
+            self._ingest(ObserverLate(by_s=late_s))
         for value in measured:
             try:
-                self._panel.ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
+                self._ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
             except ProtocolError as error:
                 logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}
         for told in rows:
             if told.seat in seats:
                 row = told.row.shifted(offset_ns)
-                self._panel.ingest(
+                if row.plain:
+                    self._plain.add(row.member)
+                    if self._plain_world is not None:
+                        row = replace(row, generation=self._plain_world.generation)
+                self._ingest(
                     RowSeen(
                         member=row.member,
                         seat=told.seat,
@@ -172,7 +203,7 @@ class Judge:
         for member in members:
             code = member.exit_code
             if member.stage is Stage.DEAD:
-                self._panel.ingest(
+                self._ingest(
                     Exited(
                         member=member.member,
                         seat=member.seat,
@@ -183,15 +214,32 @@ class Judge:
                     )
                 )
 
+    def steps(self, now: float, *, rest: bool = False) -> list[dict[str, object]]:
+        """Fields of the "steps" events that are due (`detection.ledger`); with `rest`, of all."""
+        due = rest or now - self._steps_told_at > STEPS_EVERY_S
+        if due:
+            self._steps_told_at = now
+        if rest:
+            self._pace.flush()
+        return self._pace.ledger.take(rest=due)
+
+    def _ingest(self, observation: Observation) -> None:
+        self._panel.ingest(observation)
+        self.inquiry.ingest(observation)
+
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
         if plan.mode is Mode.ENDED:
             return findings
-        said = self._panel.tick(now)
+        if plan.world is None:
+            self._watch_plain(plan, now)
+        said = self.inquiry.tick(now, self._panel.tick(now))
+        said += self._lost(plan.world or self._plain_world, {v.member for v in said})
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:
-            if verdict.evicts:
+            # Of a script without a session none can be replaced: it is named, and that is all.
+            if verdict.evicts and self._plain_world is None:
                 findings.evictions[verdict.member] = verdict.reason
         if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
             # A member that cannot even say where it stands keeps everybody waiting.
@@ -210,6 +258,41 @@ class Judge:
                 **findings.evictions,
             }
         return findings
+
+    def _lost(self, world: World | None, named: set[MemberId]) -> list[Verdict]:
+        """NODE_LOST, suspected: the agent hung up. What follows from it, the protocol says."""
+        if world is None or all(m.node in self._gone_nodes for m in world.members):
+            return []  # we hear nobody: that is our own deafness
+        return [
+            Verdict(
+                fault=Fault.NODE_LOST,
+                member=m.member,
+                seat=m.seat,
+                reason=f"the connection to the agent of node {m.node} broke, and seat {m.seat} "
+                f"(member {m.member}) is on it",
+                since_s=self._gone_nodes[m.node],
+                evidence={"node": m.node},
+                confidence=SUSPECTED,
+                suspected=True,
+            )
+            for m in world.members
+            if m.node in self._gone_nodes and m.member not in named
+        ]
+
+    def _watch_plain(self, plan: Plan, now: float) -> None:
+        """Give the detectors a world of those that run a script without a session, all at once."""
+        here = {a.member: a for a in plan.seats}
+        known = self._plain_world
+        if len(here) < 2 or not here.keys() <= self._plain:
+            return
+        if known is not None and known.member_ids == here.keys():
+            return
+        generation = Generation(known.generation + 1 if known else 1)
+        members = [
+            Member(member=m, seat=a.seat, node=a.node, host="", port=0) for m, a in here.items()
+        ]
+        self._plain_world = World.of(generation, members)
+        self._ingest(WorldChanged(world=self._plain_world, at=now))
 
     def _latecomers(
         self, world: World, members: Mapping[MemberId, MemberFacts], now: float

@@ -1,78 +1,143 @@
-"""Faults of the link between two ranks: who is cut off from whom, how long, how slow.
+"""Faults of links: who is cut off from whom, or slow, or silent; how long; and who is to be named.
 
-The job's ranks reach each other over TCP through a relay in the drill's process, which breaks
-or slows the real connections between two of them, and heals them after a while.
+The job's ranks reach each other over TCP through a relay in the drill's process, which breaks,
+slows or holds the real connections between two of them, and heals them after a while. The
+agents' pair tests take the same way.
 """
 
 import os
+import random
 import statistics
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ftkit.core.detour import VARIABLE
 from ftkit.core.trace import Trace
+from ftkit.core.verdict import Fault
+from ftkit.detection.paths import Where
 from ftkit.launch.checker import Outcome, with_more
-from ftkit.launch.drills import PARTITION, Drill
+from ftkit.launch.drills import BLACKHOLE, PARTITION, SLOW_LINK, SLOW_NIC, Drill, Job
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
-from ftkit.launch.relay import Relay
-from ftkit.session.detour import VARIABLE
+from ftkit.launch.relay import Relay, Way
 
 #: After so long the link is whole again.
-CUT_S, SLOW_S = 3.0, 4.0
+CUT_S, SLOW_S = 3.0, 10.0
+#: A link that carries nothing is healed once it is named, or this many stalls later.
+HELD_STALLS = 4
 #: What a slow link carries. The bundled job has 1 MB of gradients a step.
 SLOW_BYTES_PER_S = 3e6
 #: Steps that take less than so many times as long were not slowed.
 SLOWER = 1.5
 
 
-class LinkStriker:
-    """Cuts or slows a link once the job has committed the drill's step. Polled while it runs."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Culprit:
+    """Who is to be named, and for what."""
 
-    def __init__(self, drill: Drill, run_dir: Path) -> None:
+    fault: Fault
+    where: Where
+    seat: int
+    peer: int | None
+    ways: tuple[Way, ...]
+    """What is broken: from a seat to another."""
+
+    @property
+    def name(self) -> tuple[object, ...]:
+        """As verdicts say it."""
+        return (self.fault.value, self.where.value, self.seat, self.peer)
+
+
+def culprit(drill: Drill, size: int) -> Culprit | None:
+    """Who a drill of links is about; None for one in which nobody is named. Pure."""
+    a, b = drill.seat, drill.second_seat
+    assert b is not None, "a link has two ends"
+    both = ((a, b), (b, a))
+    fault = Fault.HANG_COMM if drill.fault == BLACKHOLE else Fault.SLOW_COMM
+    if drill.fault in (SLOW_LINK, BLACKHOLE):
+        low, high = sorted((a, b))
+        return Culprit(fault=fault, where=Where.LINK, seat=low, peer=high, ways=both)
+    if drill.fault != SLOW_NIC:
+        return None
+    rng = random.Random(f"{drill.fault} where {drill.seed}")
+    where = rng.choice((Where.EGRESS, Where.INGRESS, Where.NIC))
+    others = [seat for seat in range(size) if seat != a]
+    out = [(a, other) for other in others] if where is not Where.INGRESS else []
+    back = [(other, a) for other in others] if where is not Where.EGRESS else []
+    return Culprit(fault=fault, where=where, seat=a, peer=None, ways=(*out, *back))
+
+
+class LinkStriker:
+    """Strikes once the job has committed the drill's step and its paths are known. Polled."""
+
+    def __init__(self, drill: Drill, job: Job, run_dir: Path) -> None:
         """Start the relay. Raises OSError."""
         assert drill.second_seat is not None, "a link has two ends"
         self._drill, self._run_dir = drill, run_dir
         self._ends = drill.seat, drill.second_seat
+        self._culprit = culprit(drill, job.world_size)
+        self._latest = job.steps * 3 // 5
+        self._held_s = HELD_STALLS * job.max_stall_s
         self._tail = EventTail(run_dir)
         self._relay = Relay()
         self._heal_at: float | None = None
-        self._done = False
+        self._step = 0
+        self._measured = self._named = self._done = False
         host, port = self._relay.address
         self.settings: dict[str, Any] = {"env": {VARIABLE: f"{host}:{port}"}}
         """What the job is told."""
 
     def poll(self, engine: Engine) -> None:
         """Strike, and later heal, when it is time."""
+        for event in self._tail.poll():
+            self._take(event)
         if self._heal_at is not None:
-            if time.monotonic() >= self._heal_at:
-                self._relay.heal(*self._ends)
+            named = self._drill.fault == BLACKHOLE and self._named
+            if named or time.monotonic() >= self._heal_at:
+                self._relay.heal()
                 self._tell("healed")
                 self._heal_at = None
             return
-        if self._done:
-            return
-        reached = any(
-            e["kind"] == "commit" and e["step"] >= self._drill.step for e in self._tail.poll()
-        )
-        if not reached:
+        # What is slow is told from how it was before.
+        ready = self._measured or self._step >= self._latest or self._culprit is None
+        if self._done or self._step < self._drill.step or not ready:
             return
         self._done = True
+        self._strike()
+
+    def close(self) -> None:
+        """End the relay."""
+        self._relay.close()
+
+    def _take(self, event: Mapping[str, Any]) -> None:
+        match event["kind"]:
+            case "commit":
+                self._step = max(self._step, int(event["step"]))
+            case "probed":
+                self._measured = True
+            case "verdict" if self._culprit is not None:
+                self._named = self._named or _said(event) == self._culprit.name
+
+    def _strike(self) -> None:
         if self._drill.fault == PARTITION:
             # Either end may lose its place for it.
             for seat in self._ends:
                 self._tell("drill", seat=seat, member=seat)
             self._relay.cut(*self._ends)
-            self._heal_at = time.monotonic() + CUT_S
-        else:
+            lasts_s = CUT_S
+        elif self._drill.fault == BLACKHOLE:
             self._tell("drill")
-            self._relay.slow(*self._ends, SLOW_BYTES_PER_S)
-            self._heal_at = time.monotonic() + SLOW_S
-
-    def close(self) -> None:
-        """End the relay."""
-        self._relay.close()
+            self._relay.hold(*self._ends)
+            lasts_s = self._held_s
+        else:
+            assert self._culprit is not None, "somebody is slow"
+            self._tell("drill")
+            self._relay.slow(self._culprit.ways, SLOW_BYTES_PER_S)
+            lasts_s = SLOW_S
+        self._heal_at = time.monotonic() + lasts_s
 
     def _tell(self, kind: str, **more: int) -> None:
         with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
@@ -86,27 +151,75 @@ class LinkStriker:
             )
 
 
-def judge_slow(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
-    """The outcome with what a slow link must and must not do; pure.
+def judge_link(
+    outcome: Outcome, drill: Drill, size: int, events: Iterable[Mapping[str, Any]]
+) -> Outcome:
+    """The outcome with what a fault of links must and must not do; pure.
 
-    * L1 steps take longer while the link is slow, or nothing was slowed;
-    * L2 nobody is put out for it: the generation lives on.
+    * L1 steps take longer while a link is slow, or nothing was slowed;
+    * L2 nobody is put out for it: the generation lives on;
+    * L3 the link or NIC is named, with the direction, as the first of all;
+    * L4 nothing else is named for communication, before or after.
     """
     ordered = sorted(events, key=lambda e: float(e["mono"]))
     begin = next((e["mono"] for e in ordered if e["kind"] == "drill"), None)
+    wanted = culprit(drill, size)
+    if begin is None or wanted is None:
+        return outcome
     end = next((e["mono"] for e in ordered if e["kind"] == "healed"), float("inf"))
     problems, missing = list[str](), list[str]()
     before = slow = None
-    if begin is not None:
+    if drill.fault != BLACKHOLE:
         before, slow = _step_s(ordered, 0.0, begin), _step_s(ordered, begin, end)
         if before is None or slow is None or slow < SLOWER * before:
             missing.append(f"steps took {before} s before and {slow} s while the link was slow")
-        problems += [
-            f"a halt while the link was slow: {e.get('reason', '')}"
-            for e in ordered
-            if e["kind"] == "halt" and begin < e["mono"] < end
-        ]
-    return with_more(outcome, problems=problems, missing=missing, step_s=before, slow_step_s=slow)
+    problems += [
+        f"a halt while the link was bad: {e.get('reason', '')}"
+        for e in ordered
+        if e["kind"] == "halt" and begin < e["mono"] < end
+    ]
+    said = [e for e in ordered if e["kind"] == "verdict" and e["fault"] in _OF_LINKS]
+    right = next((e for e in said if _said(e) == wanted.name and e["mono"] > begin), None)
+    if right is None:
+        problems.append(f"{wanted.name} was not named")
+    problems += [
+        f"named instead: {_said(e)}: {e['reason']}"
+        for e in said
+        if _said(e) != wanted.name or e["mono"] < begin
+    ]
+    return with_more(
+        outcome,
+        problems=problems,
+        missing=missing,
+        step_s=before,
+        slow_step_s=slow,
+        **_how_soon(ordered, begin, right),
+    )
+
+
+_OF_LINKS = (Fault.SLOW_COMM.value, Fault.HANG_COMM.value)
+
+
+def _said(event: Mapping[str, Any]) -> tuple[object, ...]:
+    """What a verdict names."""
+    where = event["evidence"].get("where")
+    return (event["fault"], where, event["seat"], event["peer"])
+
+
+def _how_soon(
+    ordered: Iterable[Mapping[str, Any]], begin: float, right: Mapping[str, Any] | None
+) -> dict[str, object]:
+    """Seconds and steps from the fault to the word, and of these, the probe's seconds."""
+    if right is None:
+        return {"named_s": None, "suspect_steps": None, "probe_s": None}
+    probe_s = float(right["evidence"]["probe_s"])
+    suspected = right["mono"] - probe_s
+    steps = {e["step"] for e in ordered if e["kind"] == "commit" and begin < e["mono"] <= suspected}
+    return {
+        "named_s": round(right["mono"] - begin, 3),
+        "suspect_steps": len(steps),
+        "probe_s": probe_s,
+    }
 
 
 def _step_s(events: Iterable[Mapping[str, Any]], begin: float, end: float) -> float | None:

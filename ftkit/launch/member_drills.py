@@ -179,3 +179,22 @@ def _gap(commits: Iterable[Mapping[str, Any]]) -> float:
             longest = max(longest, e["mono"] - last[e["member"]])
         last[e["member"]] = e["mono"]
     return round(longest, 3)
+
+
+def judge_shrink_grow(outcome: Outcome, events: Iterable[Mapping[str, Any]], size: int) -> Outcome:
+    """The outcome with the rule of shrinking and growing added; pure.
+
+    * G1 there was a world of every size from `size` - 1 down to `size` - 2, and then, later, one of
+      `size` again.
+    """
+    sizes = [
+        len(e["members"])
+        for e in sorted(events, key=lambda e: float(e["mono"]))
+        if e["kind"] == "decision" and e["action"] in ("form", "resume", "grown")
+    ]
+    missing = list[str]()
+    if size - 2 not in sizes:
+        missing.append(f"the second loss did not come before the first was made good: {sizes}")
+    elif size not in sizes[sizes.index(size - 2) :]:
+        missing.append(f"the world did not grow back to {size}: {sizes}")
+    return with_more(outcome, problems=[], missing=missing, world_sizes=sizes)

@@ -1,9 +1,12 @@
 """Relay: stands between the ranks of a drill, so that real connections can be cut and slowed.
 
-Ranks that are told of it (`session.detour`) dial each other through it. A connection begins with
+Ranks that are told of it (`core.detour`) dial each other through it. A connection begins with
 one line of JSON that says which seat wants to reach whom; after it bytes are passed on as they
 come, both ways. It listens on loopback only, and can read nothing of use: who is at the other
 end, ranks prove to each other through it.
+
+A whole link is as fast as a network, not as this process: what is limited by the processor would
+be slower whenever the machine is busy, and look like a bad link.
 """
 
 import contextlib
@@ -11,6 +14,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 #: Small, so that a slow link is felt by its sender soon.
@@ -18,19 +22,27 @@ BUFFER_BYTES = 128 << 10
 CHUNK_BYTES = 16 << 10
 LINE_BYTES_MAX = 4096
 CONNECT_S = 5.0
+#: What a whole link carries on a connection, each way, and for how long it may catch up.
+BYTES_PER_S, BURST_S = 60e6, 0.005
 
 Pair = frozenset[int]
 """Two seats."""
+Way = tuple[int, int]
+"""From a seat to another."""
 
 
 @dataclass(eq=False)
 class _Flow:
     """One connection: the end that dialled, and the one that was dialled."""
 
-    pair: Pair
+    way: Way
     ends: tuple[socket.socket, socket.socket]
     open: int = field(default=2)
     """Directions that still pass bytes."""
+
+    @property
+    def pair(self) -> Pair:
+        return frozenset(self.way)
 
 
 class Relay:
@@ -42,9 +54,11 @@ class Relay:
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)
         self.address: tuple[str, int] = self._listener.getsockname()
         self._lock = threading.Lock()
+        self._released = threading.Condition(self._lock)
         self._flows: set[_Flow] = set()
         self._cut: set[Pair] = set()
-        self._rates: dict[Pair, float] = {}
+        self._held: set[Pair] = set()
+        self._rates: dict[Way, float] = {}
         self._threads: list[threading.Thread] = []
         self._closed = False
         self._begin(self._accept)
@@ -59,21 +73,29 @@ class Relay:
             _shut(flow)
         return len(broken)
 
-    def heal(self, a: int, b: int) -> None:
-        """Let them connect again, at full speed."""
+    def hold(self, a: int, b: int) -> None:
+        """Pass nothing on between two seats, and break nothing: who waits is told nothing."""
         with self._lock:
-            self._cut.discard(frozenset((a, b)))
-            self._rates.pop(frozenset((a, b)), None)
+            self._held.add(frozenset((a, b)))
 
-    def slow(self, a: int, b: int, bytes_per_s: float) -> None:
-        """Pass on no more than so much between two seats, in each direction."""
+    def slow(self, ways: Iterable[Way], bytes_per_s: float) -> None:
+        """Pass on no more than so much on each connection, from a seat to another."""
         with self._lock:
-            self._rates[frozenset((a, b))] = bytes_per_s
+            self._rates |= dict.fromkeys(ways, bytes_per_s)
+
+    def heal(self) -> None:
+        """Let everybody connect again, at full speed; what was held is passed on."""
+        with self._lock:
+            self._cut.clear()
+            self._rates.clear()
+            self._held.clear()
+            self._released.notify_all()
 
     def close(self) -> None:
         """Break everything. Twice is fine."""
         with self._lock:
             self._closed = True
+            self._released.notify_all()
             flows = list(self._flows)
         for flow in flows:
             _shut(flow)
@@ -102,8 +124,8 @@ class Relay:
         try:
             sock.settimeout(CONNECT_S)
             asked = json.loads(_line(sock))
-            pair = frozenset((int(asked["from"]), int(asked["to"])))
-            if pair in self._cut:
+            way = int(asked["from"]), int(asked["to"])
+            if frozenset(way) in self._cut:
                 raise OSError("this link is cut")
             other = socket.create_connection((asked["host"], int(asked["port"])), CONNECT_S)
             for end in (sock, other):
@@ -115,24 +137,29 @@ class Relay:
             if other is not None:
                 other.close()
             return
-        flow = _Flow(pair, (sock, other))
+        flow = _Flow(way, (sock, other))
         with self._lock:
-            refused = self._closed or pair in self._cut
+            refused = self._closed or flow.pair in self._cut
             if not refused:
                 self._flows.add(flow)
         if refused:
             sock.close()
             other.close()
             return
-        self._begin(self._pump, flow, sock, other)
-        self._begin(self._pump, flow, other, sock)
+        self._begin(self._pump, flow, way, sock, other)
+        self._begin(self._pump, flow, way[::-1], other, sock)
 
-    def _pump(self, flow: _Flow, source: socket.socket, target: socket.socket) -> None:
+    def _pump(self, flow: _Flow, way: Way, source: socket.socket, target: socket.socket) -> None:
+        due = time.monotonic()
         try:
             while data := source.recv(CHUNK_BYTES):
-                rate = self._rates.get(flow.pair)
-                if rate:
-                    time.sleep(len(data) / rate)
+                if flow.pair in self._held:
+                    with self._lock:
+                        self._released.wait_for(lambda: self._closed or flow.pair not in self._held)
+                now = time.monotonic()
+                due = max(due, now - BURST_S) + len(data) / self._rates.get(way, BYTES_PER_S)
+                if due > now:
+                    time.sleep(due - now)
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
         except OSError:

@@ -66,6 +66,9 @@ class MemberFacts:
     """Members of the world it stands still after, or could not enter, that it had no link to."""
     stepping: bool = False
     """It has entered its step loop, so its work can be played again."""
+    sharded: bool = False
+    """Its state is one of several shards. Once it stands still it gives up what it holds, is READY,
+    and loads what the next world begins with."""
     host: str = ""
     port: int = 0
     pid: int = 0
@@ -97,6 +100,7 @@ class MemberFacts:
                 voted=bool(value["voted"]),
                 cut=frozenset(MemberId(int(m)) for m in value["cut"]),
                 stepping=bool(value["stepping"]),
+                sharded=bool(value["sharded"]),
                 host=str(value["host"]),
                 port=int(value["port"]),
                 pid=int(value["pid"]),

@@ -45,6 +45,14 @@ from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
 from ftkit.recovery.partition import Cut
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
+#: In this step, or before, a job of shards may have no whole snapshot yet: the first is of step
+#: 2, and all ranks have sealed it by the vote for step 4.
+FIRST_SNAPSHOT_BY = Step(4)
+
+#: By how many steps a job of shards goes back for a fault, at most: a rank that dies has sealed all
+#: but the last two it committed, and before the first snapshot there is the beginning.
+SHARDS_BACK = 3
+
 #: Why innocent members are replaced: they had not begun to step, so their work is not a
 #: transaction that could be played again.
 RESTART = "the job starts over: a member was lost before the first step"
@@ -62,6 +70,8 @@ class Decision:
 def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, list[Decision]]:
     """The next plan, and why. Repeats moves until none is left; pure.
 
+    Stops where FORMING begins: ask again with facts of after that.
+
     Args:
       plan: the job's plan as it stands.
       facts: everything known of the members at this moment.
@@ -73,8 +83,10 @@ def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, li
         moved = _one_move(plan, facts, budget)
         if moved is None:
             break
-        plan, decision = moved
+        before, (plan, decision) = plan, moved
         decisions.append(decision)
+        if plan.mode is Mode.FORMING and before.mode is not Mode.FORMING:
+            break  # what can be restored, and is worth waiting for, is asked only now
     return plan, decisions
 
 
@@ -247,11 +259,16 @@ def _finish(plan: Plan, facts: JobFacts) -> Move | None:
 def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     """Enter the first world, or one after everybody died, once every seat is ready.
 
+    Of sharded state nobody has enough to go on from: those who are left enter a world from the
+    snapshots, too, in shards of another size, and do not wait for empty seats.
+
     A member with state may come back meanwhile, its node having been out of reach: then the
     job goes on from it, if it was in the last world, and without it otherwise.
     """
     returned = [
-        f for f in _standing(plan, facts) if f.stage is Stage.HALTED or _torn_in_setup(plan, f)
+        f
+        for f in _standing(plan, facts)
+        if (f.stage is Stage.HALTED and not _gives_up(f)) or _torn_in_setup(plan, f)
     ]
     if returned and all(f.generation >= plan.halted for f in returned):
         if any(f.stage is Stage.HALTED and _has_state(plan, f) for f in returned):
@@ -262,23 +279,78 @@ def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
             reason=f"members {sorted(f.member for f in returned)} come from an older world, "
             "or from setting up in the last one",
         )
+    ready = _reshaped(plan, facts) or _all_ready(plan, facts)
+    if not ready or facts.awaited:
+        return None
+    step = Step(max(facts.snapshots, default=0))
+    if not step and (lost := _shards_lost(facts)):
+        return _end(plan, Stop(code=exit_codes.UNRECOVERABLE, reason=lost))
+    what = f"from the snapshot of step {step}" if step else "from the beginning"
+    who = f"{len(ready)} of {len(plan.seats)} seats are ready"
+    return _enter(plan, ready, step, action="form", reason=f"{who}, {what}")
+
+
+def _all_ready(plan: Plan, facts: JobFacts) -> list[MemberFacts]:
+    """The members of all seats, none while one of them is not ready."""
     ready: list[MemberFacts] = []
     for seat in plan.seats:
         known = facts.members.get(seat.member)
         if known is None:
-            return None
+            return []
         if known.stage in (Stage.DONE, Stage.FINISHED):
             continue
-        if known.stage not in (Stage.READY, Stage.LINKED) or known.generation < plan.halted:
-            return None
-        if gone(plan, facts, seat.member):
-            return None
+        if not _is_ready(plan, known) or gone(plan, facts, seat.member):
+            return []
         ready.append(known)
-    if not ready or facts.awaited:
-        return None
-    step = Step(max(facts.snapshots, default=0))
-    what = f"from the snapshot of step {step}" if step else "from the beginning"
-    return _enter(plan, ready, step, action="form", reason=f"all seats are ready, {what}")
+    return ready
+
+
+def _reshaped(plan: Plan, facts: JobFacts) -> list[MemberFacts]:
+    """Those who can go on with sharded state, without waiting for seats that are filled anew.
+
+    Everybody that is left of the last world is among them, and a newcomer that has come so far.
+    None while somebody is still to give up its state, or may still write to its arena: what is
+    kept in memory is final only then (I6).
+    """
+    last = [w for w in (plan.world, plan.joining) if w is not None]
+    before = frozenset().union(*(w.member_ids for w in last))
+    here = [
+        f
+        for s in plan.seats
+        if (f := facts.members.get(s.member)) is not None and s.node not in facts.nodes_lost
+    ]
+    left = [f for f in here if f.member in before and f.stage in ALIVE]
+    if any(f.stage is not Stage.DONE and not _is_ready(plan, f) for f in left):
+        return []
+    if any(s.member in before and s.member not in facts.members for s in plan.seats):
+        return []  # its agent has not spoken to this coordinator yet
+    ready = [
+        f
+        for f in here
+        if _is_ready(plan, f) and f.sharded and f.stepping and not gone(plan, facts, f.member)
+    ]
+    return ready if any(f.member in before for f in ready) else []
+
+
+def _is_ready(plan: Plan, member: MemberFacts) -> bool:
+    """Whether `member` can enter any world, holding nothing of an older one."""
+    return member.stage in (Stage.READY, Stage.LINKED) and member.generation >= plan.halted
+
+
+def _gives_up(member: MemberFacts) -> bool:
+    """Whether `member` is about to let go of its state, to be READY: shards make no witness."""
+    return member.sharded and member.stepping
+
+
+def _shards_lost(facts: JobFacts) -> str:
+    """Why a job that has trained may not begin anew without a word; empty when it may."""
+    step = max((f.at_step for f in facts.members.values()), default=Step(0))
+    if step <= FIRST_SNAPSHOT_BY or not any(f.sharded for f in facts.members.values()):
+        return ""
+    return (
+        f"shards of every step in memory are lost and nothing else has them; the job was in step "
+        f"{step}. Keep parity on other nodes (--parity), or checkpoints (--checkpoint-dir)"
+    )
 
 
 def _run(plan: Plan, facts: JobFacts) -> Move | None:
@@ -373,6 +445,8 @@ def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     halted = [f for f in alive if f.stage is Stage.HALTED]
     # What those outside the last world could not reach says nothing of it.
     inside = [f for f in alive if _in_world(plan, f.member)]
+    if any(_gives_up(f) for f in halted):
+        return None
     survivors = [f for f in halted if _has_state(plan, f)]
     plan = replace(
         plan,
@@ -397,9 +471,14 @@ def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
             action="restart",
             reason=f"members {sorted(unborn)} were still setting up",
         )
-    if not survivors:
-        return plan.revised(mode=Mode.FORMING, joining=None), Decision(
-            action="reform", reason="no member with state is left; starting from snapshots"
+    shards = [f for f in alive if _gives_up(f) and _in_world(plan, f.member)]
+    if not survivors and (lasting is None or len(shards) < 2):
+        reason = "no member with state is left; starting from snapshots"
+        if shards:
+            reason = f"{len(shards)} members gave up their shards, to begin from snapshots"
+        # Who of the growth had switched counts as left over from it: they may all have.
+        return plan.revised(mode=Mode.FORMING, joining=plan.joining if shards else None), Decision(
+            action="reform", reason=reason
         )
     if lasting is not None:
         needed = {f.member for f in survivors} if len(survivors) == 1 else frozenset()

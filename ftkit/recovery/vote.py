@@ -13,14 +13,15 @@ the same samples a second time is in the data or the model; what does not, was c
 import math
 import statistics
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
+from itertools import chain
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQQQdi?I")
+_HEAD = struct.Struct("<QQQQQQQQdi?I")
 _LOSS = struct.Struct("<Id")
 
 #: A rank whose gradients are so many times those of the others is asked for them again. Ranks
@@ -36,12 +37,15 @@ class Ballot:
     generation: Generation
     step: Step
     digest: int = 0
-    """64-bit digest of the reduced gradients: the same on all ranks, or one is corrupt."""
+    """64-bit digest of the reduced gradients: the same on ranks of one layout, or one is corrupt."""
     data_digest: int = 0
     """64-bit digest of what every rank read alike, 0 where ranks read different samples."""
+    shape: int = 0
+    """64-bit digest of what the job's state consists of, names and shapes: the same on all ranks.
+    0 before the first snapshot."""
     layout: int = 0
-    """64-bit digest of the layout of this rank's state: the same on all ranks, which share the
-    capture of it. 0 before the first snapshot."""
+    """64-bit digest of the layout of this rank's part of it. Ranks of the same layout hold the
+    same tensors."""
     prepared: Generation = Generation(0)
     """The newcomers' world this rank is linked for, 0 for none."""
     state: int = 0
@@ -60,6 +64,7 @@ class Ballot:
             self.step,
             self.digest,
             self.data_digest,
+            self.shape,
             self.layout,
             self.prepared,
             self.state,
@@ -78,12 +83,14 @@ class Ballot:
         *head, count = _HEAD.unpack_from(data)
         if len(data) != _HEAD.size + count * _LOSS.size:
             raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
-        generation, step, digest, data_digest, layout, prepared, state, norm, bad, again = head
+        generation, step, digest, data_digest, shape, layout, prepared, *rest = head
+        state, norm, bad, again = rest
         return cls(
             generation=Generation(generation),
             step=Step(step),
             digest=digest,
             data_digest=data_digest,
+            shape=shape,
             layout=layout,
             prepared=Generation(prepared),
             state=state,
@@ -100,13 +107,13 @@ class Refusal(StrEnum):
     OUT_OF_STEP = auto()
     """Ranks voted on different steps or generations."""
     STATE = auto()
-    """Ranks hold state of different layouts, and could not restore each other."""
+    """Ranks hold different state, and could not restore each other."""
     DATA = auto()
     """Ranks read different data where all should read the same."""
     REPLICAS = auto()
     """Ranks hold different bits of what all should hold alike: corruption."""
     GRADIENTS = auto()
-    """Ranks hold different reduced gradients: corruption."""
+    """Ranks of one layout hold different reduced gradients: corruption."""
     NUMBERS = auto()
     """What a rank adds is not finite, or far from what the others add; said once a step."""
 
@@ -158,7 +165,7 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
     )
     told = [rank for rank, b in enumerate(ballots) if b.state]
     for refusal, odd, what in (
-        (Refusal.STATE, minority([b.layout for b in ballots]), "hold other tensors"),
+        (Refusal.STATE, minority([b.shape for b in ballots]), "hold other tensors"),
         (Refusal.DATA, minority([b.data_digest for b in ballots]), "read other data"),
         (
             Refusal.REPLICAS,
@@ -167,7 +174,7 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
         ),
         (
             Refusal.GRADIENTS,
-            minority([b.digest for b in ballots]),
+            sorted(chain.from_iterable(_apart(ballots))),
             "hold other reduced gradients",
         ),
     ):
@@ -197,6 +204,13 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
         loss=total / len(losses) if losses else None,
         total=total if losses else None,
     )
+
+
+def _apart(ballots: Sequence[Ballot]) -> Iterator[list[int]]:
+    """Ranks whose gradients are not those of most that have their layout."""
+    for layout in {b.layout for b in ballots}:
+        ranks = [rank for rank, b in enumerate(ballots) if b.layout == layout]
+        yield [ranks[i] for i in minority([ballots[rank].digest for rank in ranks])]
 
 
 def doubtful(norms: Sequence[float]) -> list[int]:

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ftkit.checkpoint.shards import register_shards
 from ftkit.collectives.gradients import GradientReducer, Waitable
+from ftkit.collectives.sharded import ShardedReducer, assign_rounds
 from ftkit.collectives.slot_tree import SlotNode
+from ftkit.collectives.slots import assign
 from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
 from ftkit.core.ids import Slot
 from ftkit.core.ids import Step as StepNumber
@@ -31,6 +34,7 @@ class Loop:
     parts: Parts
     worlds: Worlds
     modules: Sequence[torch.nn.Module]
+    """Empty until they are built, where they are sharded."""
     snapshots: Snapshots
     schedulers: Schedulers
     feed: Feed
@@ -41,13 +45,14 @@ class Loop:
     """Steps to commit in all."""
     mean: bool = True
     """Whether gradients and losses are divided by the number of slots, or summed."""
-    reducer: GradientReducer = field(init=False)
+    reducer: GradientReducer | ShardedReducer = field(init=False)
     current: "Step | None" = None
     """The step whose `with` is open."""
     read: dict[tuple[StepNumber, Slot], int] = field(default_factory=dict)
     """Digests of the batches this rank has read for the step under way, in any attempt."""
     refusals: int = 0
     """Votes in a row that did not pass."""
+    sharded: bool = field(init=False)
     verify_every: int | None = None
     on_diverged: OnDiverged = OnDiverged.REPAIR
     on_nan: OnNaN = OnNaN.REPORT
@@ -56,6 +61,18 @@ class Loop:
     numbers: Numbers = field(init=False)
 
     def __post_init__(self) -> None:
+        self.sharded = not self.modules
+        self.corrupter = Corrupter(self.parts.corruptions, self.parts.trace)
+        self.replicas = Replicas(
+            self.parts,
+            self.snapshots,
+            # Of shards there is nothing that all ranks hold.
+            every=0 if self.sharded else self.verify_every,
+            on_diverged=self.on_diverged,
+        )
+        self.numbers = Numbers(self.parts, self.feed, self.corrupter, on_nan=self.on_nan)
+        if self.sharded:
+            return
         # Modules may share parameters; each is reduced once.
         unique = {id(p): p for m in self.modules for p in m.parameters()}
         self.reducer = GradientReducer(
@@ -64,21 +81,44 @@ class Loop:
             reduce=self._reduce,
             mean=self.mean,
         )
-        self.corrupter = Corrupter(self.parts.corruptions, self.parts.trace)
-        self.replicas = Replicas(
-            self.parts, self.snapshots, every=self.verify_every, on_diverged=self.on_diverged
+        self.numbers.follow(self.reducer, names_of(self.modules))
+
+    def adopt(self, model: torch.nn.Module, scheduler: object | None) -> None:
+        """Train this sharded model, built for the present world, from the next step on."""
+        group = self.parts.group
+        self.close()
+        self.reducer = ShardedReducer(
+            [model],
+            slots=self.slots,
+            world_size=group.size,
+            rank=group.rank,
+            exchange=self._exchange,
+            mean=self.mean,
         )
-        self.numbers = Numbers(
-            self.parts,
-            self.reducer,
-            self.feed,
-            self.corrupter,
-            names=names_of(self.modules),
-            on_nan=self.on_nan,
-        )
+        self.modules, self.schedulers = [model], Schedulers(scheduler)
+        self.numbers.follow(self.reducer, names_of(self.modules))
+
+    def close(self) -> None:
+        """Let go of the model."""
+        if self.modules:
+            self.reducer.close()
+            if self.sharded:
+                self.modules = ()
+
+    def slots_of(self, world_size: int, rank: int) -> list[Slot]:
+        """What a rank plays in a step, one after another.
+
+        Of sharded models as many on every rank, whose passes need each other: from `slots` on it
+        is no slot, and what comes of it is dropped.
+        """
+        if self.sharded:
+            return [Slot(s) for s in assign_rounds(self.slots, world_size, rank)]
+        return [Slot(s) for s in assign(self.slots, world_size)[rank]]
 
     def check_parameters(self) -> None:
         """Raise StateChanged when parameters came or went since the loop began."""
+        for module in self.modules if self.sharded else ():
+            register_shards(module)
         now = {id(p) for m in self.modules for p in m.parameters() if p.requires_grad}
         known = self.reducer.ids
         if now != known:
@@ -117,6 +157,11 @@ class Loop:
         group = self.parts.group
         if group.size > 1:
             group.abort(group.world.generation, f"an exception ended an attempt at {step.index}")
+
+    def _exchange(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
+        if self.current is None:
+            raise UsageError("sharded models are trained inside `with step:` only")
+        self.current.exchange_rows(out, rows, last=last)
 
     def _reduce(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
         if self.current is None:

@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import StrEnum, auto
+from enum import Enum, StrEnum, auto
 
 from ftkit.core.errors import JobStopped, ProtocolError
 from ftkit.core.ids import Generation, MemberId, Step
@@ -46,6 +46,12 @@ class Link:
     world: World
 
 
+class GiveUp(Enum):
+    """The only value: let go of the state, its shards are to be cut anew."""
+
+    NOW = auto()
+
+
 class Membership:
     """One rank's standing.
 
@@ -78,6 +84,7 @@ class Membership:
         self._voted = False
         self._cut: frozenset[MemberId] = frozenset()
         self._stepping = False
+        self._sharded = False
         self._admission: Entry | None = None
         self._prepared: World | None = None
         self._stopped = ""
@@ -154,16 +161,20 @@ class Membership:
             self._raise_if_stopped()
             return self._plan
 
-    def ready(self, *, stepping: bool) -> None:
-        """Be counted when a world is formed; `stepping` once the step loop has begun."""
+    def ready(self, *, stepping: bool, sharded: bool = False) -> None:
+        """Be counted when a world is formed; `stepping` once the step loop has begun.
+
+        `sharded`: no rank's state is of use without the others'. Then this rank gives its own up
+        when its world ends, and the next one begins from snapshots.
+        """
         with self._changed:
-            self._stepping = stepping
+            self._stepping, self._sharded = stepping, sharded
             if self._me.stage is Stage.STARTING:
                 self._me = replace(self._me, stage=Stage.READY)
                 self._heed()
             self._say()
 
-    def next_task(self) -> Entry | Link | None:
+    def next_task(self) -> Entry | Link | GiveUp | None:
         """What to do before the next step; None when the world goes on. Blocks.
 
         Raises:
@@ -172,6 +183,8 @@ class Membership:
         with self._changed:
             while True:
                 self._raise_if_stopped()
+                if self._sharded and self._me.stage is Stage.HALTED:
+                    return GiveUp.NOW
                 admission, self._admission = self._admission, None
                 if admission and admission.world.generation > self._me.generation:
                     return admission
@@ -185,6 +198,15 @@ class Membership:
                 if self._me.stage is Stage.ACTIVE:
                     return None
                 self._changed.wait()
+
+    def gave_up(self) -> None:
+        """Nothing changes this rank's snapshots any more: the next world may be formed from them."""
+        with self._changed:
+            if self._me.stage is Stage.HALTED:
+                self._step, self._voted = None, False
+                self._me = replace(self._me, stage=Stage.READY)
+                self._heed()
+                self._say()
 
     def linked(self, world: World) -> None:
         """This newcomer is connected to every member of `world`."""
@@ -256,6 +278,8 @@ class Membership:
         with self._changed:
             while True:
                 self._raise_if_stopped()
+                if self._sharded and self._me.stage is not Stage.ACTIVE:
+                    return Fate.BACK
                 duty, _ = react(self._me, self._plan)
                 if duty is Duty.RESUME and self._step is not None:
                     if self._voted and self._plan.step == self._step + 1:
@@ -329,6 +353,7 @@ class Membership:
                 "voted": self._voted,
                 "cut": sorted(self._cut),
                 "stepping": self._stepping,
+                "sharded": self._sharded,
             }
         )
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.collectives.gradients import GradientReducer, norm_of
+from ftkit.collectives.sharded import ShardedReducer
 from ftkit.core.errors import NotFinite
 from ftkit.core.ids import Generation, MemberId, Slot
 from ftkit.core.ids import Step as StepNumber
@@ -67,29 +68,27 @@ class Numbers:
     def __init__(
         self,
         parts: Parts,
-        reducer: GradientReducer,
         feed: Feed,
         corrupter: Corrupter,
         *,
-        names: dict[int, str],
         on_nan: OnNaN,
     ) -> None:
-        """Look at what `reducer` takes.
+        """Look at nothing yet: `follow` says at what.
 
         Args:
           parts: of this rank.
-          reducer: whose gradients.
           feed: says which samples a slot holds.
           corrupter: falsifies some of them, in a drill.
-          names: of the parameters, by their `id`.
           on_nan: what follows; the same on all ranks.
         """
         self._parts = parts
         self._findings = Findings(parts)
-        self._reducer = reducer
+        self._reducer: GradientReducer | ShardedReducer
         self._feed = feed
         self._corrupter = corrupter
-        self._names = names
+        self._names: dict[int, str] = {}
+        self._not_finite = False
+        """Whether some rank's gradients are not, in the attempt that was counted last."""
         self._on_nan = on_nan
         self._doubt: _Doubt | None = None
         self._step = StepNumber(0)
@@ -104,6 +103,10 @@ class Numbers:
         """Of what this rank adds in this attempt, a slot."""
         self.bad_bucket = -1
         """The first bucket in which it is not finite; -1 for none."""
+
+    def follow(self, reducer: GradientReducer | ShardedReducer, names: dict[int, str]) -> None:
+        """Look at what this reducer takes from here on; `names` are its parameters', by `id`."""
+        self._reducer, self._names = reducer, names
 
     @property
     def final(self) -> bool:
@@ -171,6 +174,7 @@ class Numbers:
         if self._parts.group.rank in result.doubtful:
             self._tell_numeric(result)
         bad = [rank for rank in result.doubtful if not math.isfinite(result.norms[rank])]
+        self._not_finite = bool(bad)
         if bad and self._on_nan is OnNaN.RAISE:
             raise NotFinite(
                 f"the gradients of rank {bad[0]} are not finite in bucket "
@@ -187,6 +191,11 @@ class Numbers:
         """
         if self._on_nan is not OnNaN.SKIP:
             return False
+        if isinstance(self._reducer, ShardedReducer):
+            # Each rank sees its own shards only; but whoever commits them saw the ballots.
+            if self._not_finite:
+                self._reducer.drop()
+            return self._not_finite
         return self._reducer.drop_if_not_finite()
 
     def committed(self, result: Tally | None, step: StepNumber) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import blocked_s
-from ftkit.core import corruption_plan
+from ftkit.core import corruption_plan, pace_plan
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.corruption_plan import PlannedCorruption
+from ftkit.core.detour import Detour
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.rank_env import RankEnv
@@ -24,11 +25,14 @@ from ftkit.detection.config import DetectionConfig
 from ftkit.detection.meter import Gauges
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
+from ftkit.session import plain
 from ftkit.session.control import Control
-from ftkit.session.detour import Detour
+from ftkit.session.core_clock import CoreClock
+from ftkit.session.drag import Drag
 from ftkit.session.gc_clock import GcClock
 from ftkit.session.inject import Injector
 from ftkit.session.membership import Membership
+from ftkit.session.path_report import PathReport
 
 #: Longest time in seconds that one Python thread keeps the interpreter from another.
 SWITCH_S = 0.0005
@@ -51,6 +55,8 @@ class Parts:
     membership: Membership
     group: Group
     injector: Injector
+    drag: Drag
+    paths: PathReport
     corruptions: list[PlannedCorruption]
     stall_s: float
     _last: contextlib.ExitStack = field(repr=False)
@@ -83,7 +89,10 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
     if env is not None:
         name = f"seat-{seat}-member-{member}.jsonl"
         trace = Trace(Path(env.run_dir) / "events" / name, seat=seat, member=member)
-    recorder = _recorder(env, member, last)
+    plain.give_way()
+    cores = CoreClock()
+    last.callback(cores.close)
+    recorder = _recorder(env, member, cores, last)
     if env is not None:
         last.enter_context(stacks.answering(Path(env.shm_dir), member))
     detour = Detour.read(environ, seat)
@@ -119,17 +128,26 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         membership=membership,
         group=group,
         injector=Injector(faults, trace, group.light_fuse),
+        drag=Drag(pace_plan.from_environ(environ, member=member), trace, cores.starved_s),
+        paths=PathReport(group, member, seat, control.report if control else _say_nothing),
         corruptions=corruption_plan.from_environ(environ, member=member),
         stall_s=env.max_stall_s if env else ALONE_STALL_S,
         _last=last,
     )
 
 
-def _recorder(env: RankEnv | None, member: MemberId, last: contextlib.ExitStack) -> Recorder:
+def _recorder(
+    env: RankEnv | None, member: MemberId, cores: CoreClock, last: contextlib.ExitStack
+) -> Recorder:
     """The recorder on the node's status board, or on one of its own when alone."""
     collector = GcClock()
     last.callback(collector.close)
-    gauges = Gauges(blocked_s=blocked_s, cpu_s=time.thread_time, gc_s=collector.seconds)
+    gauges = Gauges(
+        blocked_s=blocked_s,
+        cpu_s=time.thread_time,
+        gc_s=collector.seconds,
+        starved_s=cores.starved_s,
+    )
     if env is None:
         folder = Path(last.enter_context(tempfile.TemporaryDirectory()))
         board = StatusBoard.create(folder / BOARD, seats=1)

@@ -5,8 +5,10 @@ exchange of ballots and nothing else.
 """
 
 import contextlib
+import json
+import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from ftkit.core.errors import OutsideStep, UsageError
+from ftkit.core.errors import GenerationAborted, OutsideStep, UsageError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
+from ftkit.session.builder import Build, Builder
 from ftkit.session.feed import Feed, MapStyle, feed_of
 from ftkit.session.loop import Loop
 from ftkit.session.numbers import OnNaN
@@ -29,6 +32,7 @@ from ftkit.session.parts import Parts
 from ftkit.session.replicas import OnDiverged
 from ftkit.session.role import of_mesh
 from ftkit.session.schedulers import Schedulers
+from ftkit.session.shards_digest import shards_digest
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.step import Step
 from ftkit.session.verify import Verification, verify
@@ -47,6 +51,9 @@ class Session:
         self._snapshots: Snapshots | None = None
         self._schedulers = Schedulers(None)
         self._loop: Loop | None = None
+        self._builder: Builder | None = None
+        self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        self._digest_of_all: str | None = None
         self._newcomer = False
         self._cleanup = contextlib.ExitStack()
         self._closed = False
@@ -111,15 +118,44 @@ class Session:
                 self._worlds.settle()
         parts.recorder.phase(Phase.SETUP)
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model as `build` made it for the present world; another one after a failure.
+
+        There is none before the step loop, and none is protected by `protect(model=...)`.
+        """
+        model: torch.nn.Module = _built(self._builder and self._builder.model, "model")
+        return model
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer of `model`, from the same call of `build`."""
+        optimizer: torch.optim.Optimizer = _built(
+            self._builder and self._builder.optimizer, "optimizer"
+        )
+        return optimizer
+
+    @property
+    def scheduler(self) -> Any:
+        """The scheduler of `optimizer`, where `build` returns one."""
+        return _built(self._builder and self._builder.scheduler, "scheduler")
+
     def protect(
         self,
         *,
-        model: torch.nn.Module | Iterable[torch.nn.Module],
-        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer],
+        model: torch.nn.Module | Iterable[torch.nn.Module] = (),
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
         scheduler: object | None = None,
+        build: Build | None = None,
+        shards: int | None = None,
+        consistency: str = "bitwise",
+        device: str | None = None,
         **extra: object,
     ) -> None:
         """Keep this state safe: captured at every step, restored after a failure.
+
+        Either `model` and `optimizer`, which every rank holds whole, or `build`, which makes them
+        in shards: docs/sharded.md.
 
         Args:
           model: one module or several. A DistributedDataParallel keeps its forward pass;
@@ -128,6 +164,16 @@ class Session:
             gradients is reduced, whichever optimizer holds it.
           scheduler: anything with `state_dict` and `load_state_dict`, one or several. Step it
             inside `with step:`, after the optimizer; one stepped outside is warned of.
+          build: called with the mesh of the world as the step loop begins and whenever the world has
+            changed, in the same process; returns (model, optimizer) or (model, optimizer,
+            scheduler), the model sharded over that mesh by `fully_shard`. They are
+            `session.model`, `session.optimizer` and `session.scheduler` until the next change.
+          shards: with `build`: cut a copy of the model over so many ranks, and keep several copies
+            (HSDP): the mesh has the dimensions "replicate" and "shard". Where it does not
+            divide the world, a copy is cut over the next larger number that does.
+          consistency: with `build`: "bitwise" refuses what would make the result depend on the
+            world, "best_effort" does not.
+          device: with `build`: the kind of device of the mesh; "cuda" where there is one.
           **extra: further objects with `state_dict` and `load_state_dict`, whose values are
             tensors or JSON-safe.
 
@@ -136,10 +182,19 @@ class Session:
         """
         if self._snapshots is not None:
             raise UsageError("session.protect() may be called once")
+        if build is not None:
+            self._protect_built(
+                build, model, optimizer, scheduler, shards, consistency, device, extra
+            )
+            return
+        if shards is not None or consistency != "bitwise" or device is not None:
+            raise UsageError("shards=, consistency= and device= go with build=")
         self._modules = [model] if isinstance(model, torch.nn.Module) else list(model)
         optimizers = (
             [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         )
+        if not self._modules or not optimizers:
+            raise UsageError("protect needs model= and optimizer=, or build= for a sharded model")
         for module in self._modules:
             if isinstance(module, DistributedDataParallel):
                 self._cleanup.enter_context(module.no_sync())
@@ -153,7 +208,48 @@ class Session:
             parts=self._parts,
         )
         self._schedulers = Schedulers(scheduler)
-        self._watch_optimizers(optimizers)
+        self._optimizers.update(optimizers)
+        self._watch_optimizers()
+
+    def _protect_built(
+        self,
+        build: Build,
+        model: object,
+        optimizer: object,
+        scheduler: object | None,
+        shards: int | None,
+        consistency: str,
+        device: str | None,
+        extra: Mapping[str, object],
+    ) -> None:
+        if model != () or optimizer != () or scheduler is not None:
+            raise UsageError("build= returns model, optimizer and scheduler: give none beside it")
+        self._builder = Builder(build, shards=shards, consistency=consistency, device=device)
+        self._snapshots = Snapshots(
+            model=(), optimizer=(), scheduler=None, extra=extra, parts=self._parts
+        )
+        self._watch_optimizers()
+
+    def _rebuild(self, world: World) -> None:
+        """Build the sharded model for `world`, and protect and train that one from here on."""
+        assert self._builder is not None, "asked for sharded models only"
+        assert self._loop is not None, "built in the step loop"
+        assert self._snapshots is not None, "protected"
+        start = time.monotonic()
+        self._loop.close()
+        self._builder.make(world)
+        model, optimizer = self.model, self.optimizer
+        self._modules = [model]
+        self._snapshots.adopt(model, optimizer, self._builder.scheduler)
+        self._loop.adopt(model, self._builder.scheduler)
+        self._optimizers.clear()
+        self._optimizers.add(optimizer)
+        self.trace.event(
+            "build",
+            generation=world.generation,
+            members=world.size,
+            seconds=time.monotonic() - start,
+        )
 
     def steps(
         self,
@@ -201,7 +297,9 @@ class Session:
           JobStopped: the job was ended.
         """
         if self._snapshots is None:
-            raise UsageError("call session.protect(model=..., optimizer=...) before steps()")
+            raise UsageError(
+                "call session.protect(model=..., optimizer=...), or protect(build=...), before steps()"
+            )
         if self._loop is not None:
             raise UsageError("session.steps() may be called once")
         try:
@@ -267,6 +365,10 @@ class Session:
         """
         if self._snapshots is None:
             raise UsageError("call session.protect(model=..., optimizer=...) before verify()")
+        if self._builder is not None:
+            raise UsageError(
+                "verify compares what all ranks hold alike, and shards differ by design"
+            )
         if self._loop is not None and self._loop.current is not None:
             raise UsageError("call session.verify() between two steps, not inside `with step:`")
         return verify(self._parts, self._snapshots, step=self.step, repair=repair)
@@ -310,11 +412,11 @@ class Session:
         self._closed = True
         if self._loop is not None and "final" not in self.trace.kinds:
             # What a drill compares with the undisturbed run, where the script says nothing.
-            self.trace.event("final", params=self._digest(), loss=None, step=self.step)
+            self.trace.event("final", params=self.digest(), loss=None, step=self.step)
         if self._snapshots is not None:
             self._snapshots.close()
         if self._loop is not None:
-            self._loop.reducer.close()
+            self._loop.close()
         self._cleanup.close()
         self._parts.membership.done()
         self._parts.recorder.phase(Phase.DONE)
@@ -322,8 +424,13 @@ class Session:
             dist.destroy_process_group()
         self._parts.close()
 
-    def _digest(self) -> str:
-        """128 bits over all protected parameters, in hexadecimal."""
+    def digest(self) -> str | None:
+        """A hash of all protected parameters, in hexadecimal, the same on all ranks.
+
+        Of sharded ones it is known once the step loop has ended, and None before.
+        """
+        if self._builder is not None:
+            return self._digest_of_all
         digest = xxhash.xxh3_128()
         for module in self._modules:
             for param in module.parameters():
@@ -334,11 +441,14 @@ class Session:
     def _play(self, loop: Loop) -> Iterator[Step]:
         if self._newcomer:
             warm_up()
-        self._worlds.begin_stepping(loop.modules, loop.snapshots)
+        build = None if self._builder is None else self._rebuild
+        self._worlds.begin_stepping(lambda: loop.modules, loop.snapshots, build)
         while True:
             self._worlds.settle()
             if self.step >= loop.until:
-                break
+                if self._all_arrived(loop):
+                    break
+                continue
             step = Step(loop, StepNumber(self.step + 1))
             yield step
             if not step.entered:
@@ -350,9 +460,26 @@ class Session:
         self._parts.membership.done()
         self._parts.recorder.phase(Phase.DONE)
 
-    def _watch_optimizers(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    def _all_arrived(self, loop: Loop) -> bool:
+        """Whether the loop may end: with shards, only when no rank has to play its end again."""
+        if self._builder is None:
+            return True
+        loop.snapshots.gate()
+        group = self._parts.group
+        digest = shards_digest(loop.modules)
+        mine = json.dumps([loop.snapshots.layout, f"{digest:x}"])
+        try:
+            told = group.exchange(mine.encode()).wait()
+        except GenerationAborted:
+            return False
+        # Replicas hold the same; each shard counts once.
+        parts = {int(layout): int(part, 16) for layout, part in map(json.loads, told)}
+        self._digest_of_all = f"{sum(parts.values()) % (1 << 64):016x}"
+        return True
+
+    def _watch_optimizers(self) -> None:
         """Have every step of a protected optimizer pass through the open step."""
-        mine = weakref.WeakSet(optimizers)
+        mine = self._optimizers
         ref = weakref.ref(self)
 
         def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -368,3 +495,13 @@ class Session:
             step.before_optimizer()
 
         self._cleanup.callback(register_optimizer_step_pre_hook(before_step).remove)
+
+
+def _built(found: Any, what: str) -> Any:
+    if found is None:
+        raise UsageError(
+            f"session.{what} is what build(mesh) returned, in the step loop: call "
+            f"session.protect(build=...), and take session.{what} inside `for step in "
+            "session.steps(...)`, anew in each step"
+        )
+    return found

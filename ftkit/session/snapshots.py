@@ -9,22 +9,24 @@ the capture gets its further pages before it copies.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.capture import Capture
-from ftkit.checkpoint.chunks import Share
+from ftkit.checkpoint.chunks import WHOLE, Share
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.restore import Restored, RestorePlan, execute, look_ahead, plan
+from ftkit.checkpoint.restore_shards import Incomplete, restore_shards, whole_layout
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import (
     AllPinned,
     CapacityError,
+    FtkitError,
     GenerationAborted,
     IntegrityError,
     WireError,
@@ -58,14 +60,19 @@ class Snapshots:
         extra: Mapping[str, object],
         parts: Parts,
     ) -> None:
-        """Take note of what is protected; nothing is captured before the first commit."""
-        more = {f"model{i}": m for i, m in enumerate(model[1:], start=1)}
-        self._state = ProtectedState(
-            model=model[0],
-            optimizer=list(optimizer),
-            scheduler=() if scheduler is None else scheduler,  # type: ignore[arg-type]  # checked there
-            **{**more, **extra},  # type: ignore[arg-type]  # checked there
-        )
+        """Take note of what is protected; nothing is captured before the first commit.
+
+        Without a model the state is sharded: `adopt` brings one for each world.
+        """
+        self._extra = extra
+        self._sharded = not model
+        self._layouts: frozenset[int] = frozenset()
+        """Digests of all ranks' layouts, where the state is sharded."""
+        self._whole: tuple[StateLayout, int] | None = None
+        """A layout, and the digest of what it is a part of."""
+        self._state: ProtectedState
+        if model:
+            self._protect(model, optimizer, scheduler)
         self._env = parts.env
         self._control = parts.control
         self._trace = parts.trace
@@ -77,10 +84,50 @@ class Snapshots:
         self._complete = Step(0)
         """A step known to be complete on all ranks: where this one was restored."""
 
+    def _protect(
+        self,
+        model: Sequence[torch.nn.Module],
+        optimizer: Sequence[torch.optim.Optimizer],
+        scheduler: object | None,
+    ) -> None:
+        more = {f"model{i}": m for i, m in enumerate(model[1:], start=1)}
+        self._state = ProtectedState(
+            model=model[0],
+            optimizer=list(optimizer),
+            scheduler=() if scheduler is None else scheduler,  # type: ignore[arg-type]  # checked there
+            **{**more, **self._extra},  # type: ignore[arg-type]  # checked there
+        )
+
+    def adopt(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scheduler: object | None,
+    ) -> None:
+        """Protect what was built for another world, from here on. Its layout is not agreed yet."""
+        assert self._sharded, "whole state stays the same objects"
+        self._release()
+        self._protect([model], [optimizer], scheduler)
+        self._layout, self._layouts = self._state.layout(), frozenset()
+
+    def agree(self, layouts: Iterable[int]) -> None:
+        """These are the layouts of all ranks, in order. Ignored where all hold the same."""
+        if self._sharded:
+            self._layouts = frozenset(layouts)
+
     @property
     def layout(self) -> int:
         """Digest of the layout of the last step captured or restored here; 0 before the first."""
         return int(self._layout.digest, 16) if self._layout else 0
+
+    @property
+    def shape(self) -> int:
+        """Digest of what all ranks must have alike: names and shapes, however they are cut."""
+        if not self._sharded or self._layout is None:
+            return self.layout
+        if self._whole is None or self._whole[0] is not self._layout:
+            self._whole = self._layout, int(whole_layout(self._layout).digest, 16)
+        return self._whole[1]
 
     def begin(self, step: Step, world: World) -> None:
         """Begin to capture this rank's share of `step`, the newest committed.
@@ -94,6 +141,12 @@ class Snapshots:
         rank = world.rank_of(MemberId(self._env.member))
         assert rank is not None, "a member captures"
         share = Share(rank, world.size)
+        if self._sharded:
+            share = WHOLE  # of replicas, too: one is enough when the other's node is lost
+            if not self._is_agreed():
+                reason = "optimizer state appeared: the ranks agree on it in the next vote"
+                self._trace.event("snapshot-skipped", step=step, reason=reason)
+                return
         if self._capture is None:
             self._arena = self._make_arena(self._state.picture().layout, world, share)
             self._capture = Capture(self._arena, self._state, self._trace.event)
@@ -124,6 +177,7 @@ class Snapshots:
                 step,
                 world.generation,
                 share=share,
+                layouts=len(self._layouts) or 1,
                 complete=max(Step(step - SEALED_BEHIND), self._complete),
                 pins=self._due.pins(self._arena, step),
             )
@@ -135,10 +189,16 @@ class Snapshots:
     def _make_arena(self, layout: StateLayout, world: World, share: Share) -> Arena:
         """This seat's arena, with room for `layout`; the snapshots it held before are kept."""
         assert self._control is not None, "asked by a member of a job"
-        path = self._control.arena(layout.to_json(), _replicas_after_a_loss(world))
+        room = whole_layout(layout) if self._sharded else layout
+        path = self._control.arena(room.to_json(), _replicas_after_a_loss(world))
         arena = Arena.open(Path(path), writable=True)
         arena.reserve(share.bytes_max(layout.total_bytes, arena.geometry.chunk_bytes))
         return arena
+
+    def _is_agreed(self) -> bool:
+        """Whether all ranks know of the layout that the state has now."""
+        self._layout = self._state.picture().layout
+        return self.layout in self._layouts
 
     def gate(self) -> None:
         """Wait for what is left of the capture under way: the state is about to change."""
@@ -167,7 +227,8 @@ class Snapshots:
             return
         try:
             layout = look_ahead(self._plan(None), secret=bytes.fromhex(self._env.secret))
-            self._control.arena(layout.to_json(), _replicas_after_a_loss(world))
+            room = whole_layout(layout) if self._sharded else layout
+            self._control.arena(room.to_json(), _replicas_after_a_loss(world))
         except (IntegrityError, CapacityError) as error:
             logger.debug("nothing to look at yet: %s", error)
 
@@ -181,6 +242,8 @@ class Snapshots:
 
         Raises:
           GenerationAborted: `world` ended meanwhile.
+          Incomplete: of sharded state; a part was damaged, and there is no other. Another step must
+            be chosen.
           IntegrityError: after `max_stall_s` the step is still not whole.
           StateChanged: this process built another model than the snapshot is of.
         """
@@ -188,16 +251,23 @@ class Snapshots:
             raise IntegrityError("a rank that is alone has nothing to restore from")
         self._release()
         deadline = time.monotonic() + self._env.max_stall_s
+        damaged = False
         while True:
             if not membership.active or membership.generation != world.generation:
                 raise GenerationAborted(f"generation {world.generation} ended during a restore")
             try:
+                if self._sharded:
+                    self._load_shards(step, world)
+                    return
                 done = execute(
                     self._plan(step), self._state, secret=bytes.fromhex(self._env.secret)
                 )
             except IntegrityError as error:
+                if damaged and isinstance(error, Incomplete):
+                    raise  # it was whole until we found bytes that are not what was sealed
+                damaged = damaged or (self._sharded and not isinstance(error, Incomplete))
                 if time.monotonic() > deadline:
-                    raise
+                    raise IntegrityError(str(error)) from error
                 logger.debug("step %s is not there yet: %s", step, error)
                 from_disk = None if admitted else self._from_disk(step)
                 if from_disk is None:
@@ -215,6 +285,60 @@ class Snapshots:
                 bytes=done.bytes,
             )
             return
+
+    def _load_shards(self, step: Step, world: World) -> None:
+        """Load what this rank holds in `world`, as `restore_shards`. IntegrityError: it cannot."""
+        assert self._env is not None, "asked by a member of a job"
+        done = restore_shards(
+            self._inventory(step),
+            self._state,
+            step=step,
+            seat=Seat(self._env.seat),
+            node=NodeId(self._env.node),
+            servers=self._servers(),
+            secret=bytes.fromhex(self._env.secret),
+        )
+        self._layout, self._complete = done.layout, step
+        self._trace.event(
+            "restore",
+            step=step,
+            generation=world.generation,
+            source=", ".join(done.sources),
+            seconds=done.seconds,
+            bytes=done.bytes,
+            moved=done.moved,
+        )
+
+    def give_up(self) -> None:
+        """Finish what can be finished of the snapshot under way, and let go of the arena.
+
+        From here on nothing in this rank's arena changes, until another world begins to capture.
+        """
+        try:
+            self.gate()
+        except (FtkitError, OSError, RuntimeError) as error:
+            logger.warning("a snapshot is lost: %s", error)  # capture has let go of it
+        self._release()
+
+    def ensure(self, step: Step, world: World) -> None:
+        """Have this rank's shard of `step` in its arena, as soon as the tiers below let go of one.
+
+        Raises:
+          GenerationAborted: they did not within `max_stall_s`.
+        """
+        if self._control is None or self._env is None:
+            return
+        deadline = time.monotonic() + self._env.max_stall_s
+        while True:
+            self.gate()
+            if self._capture is not None and self._capture.last is not None:
+                last = self._capture.last
+                if (last.step, last.generation) == (step, world.generation):
+                    return
+            if time.monotonic() > deadline:
+                raise GenerationAborted(f"step {step} could not be captured")
+            self.begin(step, world)
+            time.sleep(LOOK_S)
 
     def close(self) -> None:
         """Finish the snapshot under way and let go of the arena, which stays."""

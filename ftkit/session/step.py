@@ -19,11 +19,11 @@ from typing import Any, Self
 
 import numpy
 import torch
+import torch.distributed as dist
 
 from ftkit.collectives.gradients import Waitable
 from ftkit.collectives.handle import finished
 from ftkit.collectives.slot_tree import SlotNode
-from ftkit.collectives.slots import assign
 from ftkit.core.errors import (
     GenerationAborted,
     JobFault,
@@ -37,8 +37,10 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
 from ftkit.recovery.data_cursor import derive, rng_key
+from ftkit.recovery.protocol import SHARDS_BACK
 from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
+from ftkit.session.clip import clip
 from ftkit.session.loop import Loop
 from ftkit.session.membership import Fate
 from ftkit.session.worlds import broadcast_from_first
@@ -56,7 +58,8 @@ class Step:
         self._parts = loop.parts
         self._number = number
         self._generation: Generation = self._parts.group.world.generation
-        self._held = [Slot(s) for s in assign(loop.slots, loop.parts.group.size)[self._rank]]
+        self._plays = loop.slots_of(loop.parts.group.size, self._rank)
+        self._held = [slot for slot in self._plays if slot < loop.slots]
         self._buffers: StepBuffers | None = None
         self._slot: Slot | None = None
         self._losses: dict[Slot, float] = {}
@@ -110,7 +113,8 @@ class Step:
         Run forward and `backward` on each, with the mean loss over its samples. When the
         loop ends, the gradients of all slots of all ranks are summed and divided by the
         number of slots; every rank then holds the same `.grad`, ready for clipping and the
-        optimizer.
+        optimizer. Of a sharded model all ranks play equally many: one that has no slot left is
+        given its first batch once more, and what comes of it does not count.
 
         Raises:
           UsageError: called outside `with step:`, or twice.
@@ -118,10 +122,28 @@ class Step:
         """
         if self._loop.current is not self or self._slot is not None or self._digest is not None:
             raise UsageError("use step.batches() inside `with step:`, once in a step")
-        for slot in self._held:
+        for slot in self._plays:
             yield self._begin_slot(slot)
             self._end_slot(slot)
         self._reduce()
+
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scale the gradients so that their norm over all parameters is at most `max_norm`.
+
+        As `torch.nn.utils.clip_grad_norm_`, with the same bits however the model is cut. Called by
+        all ranks alike, after the loop over the batches.
+
+        Returns:
+          The norm before.
+
+        Raises:
+          UsageError: called before the gradients are there.
+          JobFault: the job failed; leave it to `with step:`.
+        """
+        if self._digest is None:
+            raise UsageError("clip after the loop over step.batches(), inside `with step:`")
+        self._check()
+        return clip(self._loop.modules, max_norm, self._parts.group)
 
     def record(self, loss: torch.Tensor | float) -> None:
         """Note the loss of the current slot, for `step.loss`.
@@ -131,7 +153,8 @@ class Step:
         if self._slot is None:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
-        self._losses[self._slot] = self._loop.corrupter.loss(float(value))
+        if self._slot < self._loop.slots:
+            self._losses[self._slot] = self._loop.corrupter.loss(float(value))
 
     def __exit__(
         self,
@@ -210,6 +233,19 @@ class Step:
         fewer = [replace(node, value=node.value[:half]) for node in nodes]
         return group.reduce_slots(fewer, out[:half], slots=self._loop.slots, scale=scale)
 
+    def exchange_rows(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
+        """(sharded reducer) Give each rank the gradients of what it owns. Blocks."""
+        inject = self._parts.injector.at
+        inject(Point.BACKWARD, self._number, bucket=self._bucket, last=last)
+        self._check()
+        nbytes = out.numel() * out.element_size()
+        inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
+        work = dist.all_to_all_single(out, rows, async_op=True)
+        assert work is not None, "every rank is in the world"
+        inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
+        self._bucket += 1
+        work.wait()
+
     @property
     def _rank(self) -> int:
         return self._parts.group.rank
@@ -219,23 +255,28 @@ class Step:
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
+        self._parts.drag.loading(self._number)
         self._slot = slot
-        key = rng_key(self._loop.seed, self._number, slot)
+        # Without a slot it plays along with what it has read already.
+        drawn = slot if slot < self._loop.slots else self._held[0]
+        key = rng_key(self._loop.seed, self._number, drawn)
         torch.manual_seed(key)
         random.seed(key)
         numpy.random.seed(key & 0xFFFFFFFF)
         self._buffers.rewind()
-        batch = self._loop.feed.batch(self._number, slot)
-        self._loop.note_batch(self._number, slot, batch)
-        self._loop.reducer.start_slot(slot, last=slot == self._held[-1])
-        self._loop.corrupter.slot(self._number, slot)
+        batch = self._loop.feed.batch(self._number, drawn)
+        self._loop.note_batch(self._number, drawn, batch)
+        self._loop.reducer.start_slot(slot, last=slot == self._plays[-1])
+        self._loop.corrupter.slot(self._number, drawn)
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
+        self._parts.drag.began(self._number)
         return batch
 
     def _end_slot(self, slot: Slot) -> None:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
+        self._parts.drag.ended(self._number)
         self._loop.reducer.end_slot()
         if slot == 0:
             self._buffers.keep()
@@ -272,6 +313,7 @@ class Step:
             step=number,
             digest=self._digest,
             data_digest=self._loop.feed.digest(number),
+            shape=self._loop.snapshots.shape,
             layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
             state=self._loop.replicas.digest(number),
@@ -289,7 +331,9 @@ class Step:
         try:
             cast = parts.group.exchange(ballot.pack())
             parts.injector.at(Point.VOTE, number)
-            result = tally([Ballot.unpack(b) for b in cast.wait()])
+            ballots = [Ballot.unpack(b) for b in cast.wait()]
+            result = tally(ballots)
+            self._loop.snapshots.agree(b.layout for b in ballots)
         except GenerationAborted:
             pass  # cut in half: what became of it is decided below, with the others
         if result is not None:
@@ -315,8 +359,8 @@ class Step:
         self._parts.trace.event("refused", step=self._number, reason=result.reason)
         if result.refusal is Refusal.STATE:
             raise UsageError(
-                f"{result.reason}. Sharded state can be saved and loaded (ftkit.checkpoint), and not "
-                "yet be repaired in place: protect the same model and optimizers on all ranks"
+                f"{result.reason}. Protect the same model and optimizers on all ranks; a sharded "
+                "model is protected by what builds it: session.protect(build=build)"
             )
         if result.refusal is Refusal.DATA:
             raise NotDeterministic(
@@ -341,12 +385,15 @@ class Step:
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
         self._loop.numbers.committed(self._result, self._number)
         self._loop.replicas.committed()
-        self._loop.feed.committed(self._number)
+        # A sharded job may go back by so many steps.
+        kept = SHARDS_BACK if self._loop.sharded else 0
+        self._loop.feed.committed(StepNumber(self._number - kept))
         self._loop.read.clear()
         if parts.membership.active:  # else it is captured on entering the next world
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
         parts.injector.at(Point.CAPTURE, self._number)
+        parts.paths.poll(self._number)
         losses = self._losses.values()
         parts.recorder.finish(
             slots=len(self._held),

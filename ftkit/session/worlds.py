@@ -2,19 +2,26 @@
 
 Three ways in: the first world, formed when every seat is ready; a repaired one, entered from
 standing still; and a grown one, into which the members vote a newcomer between two steps.
+
+Sharded state is cut otherwise in each world, so whoever enters one builds the model again and
+loads its shards of the step that all stand at from snapshots: for the members of the world
+before, as for a newcomer.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 
 import torch
 
+from ftkit.checkpoint.restore_shards import Incomplete
+from ftkit.checkpoint.shards import is_dtensor
 from ftkit.collectives.group import Group
-from ftkit.core.errors import GenerationAborted, Unreachable, WireError
+from ftkit.core.errors import GenerationAborted, Unreachable, UsageError, WireError
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
-from ftkit.session.membership import Entry, Link, admission
+from ftkit.session.membership import Entry, GiveUp, Link, admission
 from ftkit.session.parts import Parts
 from ftkit.session.snapshots import Snapshots
 
@@ -27,23 +34,37 @@ class Worlds:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._modules: Sequence[torch.nn.Module] = ()
+        self._modules: Callable[[], Sequence[torch.nn.Module]] = tuple
         self._snapshots: Snapshots | None = None
+        self._build: Callable[[World], None] | None = None
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
-    def begin_stepping(self, modules: Sequence[torch.nn.Module], snapshots: Snapshots) -> None:
+    def begin_stepping(
+        self,
+        modules: Callable[[], Sequence[torch.nn.Module]],
+        snapshots: Snapshots,
+        build: Callable[[World], None] | None = None,
+    ) -> None:
         """From here on entering a world means to hold its state.
 
         A rank that is in the first world already agrees with the others on the initial state, or
         loads the checkpoint that the job begins from.
+
+        Args:
+          modules: gives what is trained.
+          snapshots: where state is kept.
+          build: makes the sharded model of a world; None where every rank holds all of it.
         """
-        self._modules, self._snapshots = modules, snapshots
+        self._modules, self._snapshots, self._build = modules, snapshots, build
         membership = self._parts.membership
-        membership.ready(stepping=True)
+        membership.ready(stepping=True, sharded=build is not None)
         if membership.active and membership.step == 0:
             try:
+                if build is not None:
+                    build(self._parts.group.world)
                 self._share_initial_state()
+                self._agree()
             except GenerationAborted:
                 return  # the next world shares it again
         owed = self._owed
@@ -72,10 +93,23 @@ class Worlds:
                         parts.membership.linked(world)
                 case Entry():
                     self._enter(task)
+                case GiveUp():
+                    assert self._snapshots is not None, "stepping"
+                    self._snapshots.give_up()
+                    parts.membership.gave_up()
 
     def switch(self, world: World, step: Step) -> None:
         """Enter the newcomers' world with all other members, after `step`."""
         group = self._parts.group
+        if self._build is not None:
+            # Everybody loads its new shards from what was captured here.
+            assert self._snapshots is not None, "stepping"
+            try:
+                self._snapshots.ensure(step, group.world)
+            except GenerationAborted as error:
+                group.abort(group.world.generation, str(error))
+                return
+            self._snapshots.give_up()
         for member in world.members:
             if member.member not in group.world.member_ids:
                 try:
@@ -101,6 +135,7 @@ class Worlds:
         parts.recorder.adopt(world.generation)
         # Before the step loop only the initial state counts as held: there is nothing else.
         has_it = held == step and step > 0 if stepping else step == 0
+        has_it = has_it and not (stepping and self._build is not None)
         parts.membership.entered(world, step if has_it else None)
         if has_it and step > 0 and not entry.admitted:
             # Shares of this step are gone with the members that are: take them anew.
@@ -114,25 +149,57 @@ class Worlds:
     def _restore(self, entry: Entry) -> None:
         """Take the state that `entry` stands at, from peers, memory or disk. Blocks."""
         parts, world, step = self._parts, entry.world, entry.step
+        assert self._snapshots is not None, "stepping"
         try:
+            if self._build is not None:
+                self._build(world)
             if step == 0:
                 self._share_initial_state()
             else:
-                assert self._snapshots is not None, "stepping"
                 self._snapshots.restore(step, world, parts.membership, admitted=entry.admitted)
+            self._agree()
         except GenerationAborted:
+            return
+        except Incomplete as error:
+            parts.group.abort(world.generation, str(error))
             return
         if parts.membership.restored(world.generation, step):
             parts.trace.event("admit", step=step, generation=world.generation)
+            if step > 0 and self._build is not None:
+                # In the shards of this world. Those of the one before are kept until all have it.
+                self._snapshots.begin(step, world)
+
+    def _agree(self) -> None:
+        """Tell all ranks the layout of this one's shards, and wait until they have loaded theirs.
+
+        Before that nobody may overwrite what the others read.
+
+        Raises:
+          GenerationAborted: the generation ended meanwhile.
+          UsageError: the ranks cannot come to the same bits.
+        """
+        if self._build is None:
+            return
+        assert self._snapshots is not None, "stepping"
+        mine = {"layout": self._snapshots.layout, "threads": torch.get_num_threads()}
+        told = self._parts.group.exchange(json.dumps(mine).encode()).wait()
+        said = [json.loads(one) for one in told]
+        if len(threads := sorted({int(one["threads"]) for one in said})) > 1:
+            raise UsageError(
+                f"ranks compute with {threads} threads, and kernels sum by thread: call "
+                "torch.set_num_threads() with the same number on all ranks"
+            )
+        self._snapshots.agree(int(one["layout"]) for one in said)
 
     def _share_initial_state(self) -> None:
-        """Everybody starts from rank 0's parameters and buffers."""
+        """Everybody starts from rank 0's parameters and buffers; shards are everybody's own."""
         group = self._parts.group
         if group.world.size == 1:
             return
-        for module in self._modules:
+        for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:
-                broadcast_from_first(group, tensor.detach())
+                if not is_dtensor(tensor):
+                    broadcast_from_first(group, tensor.detach())
 
 
 def broadcast_from_first(group: Group, tensor: torch.Tensor) -> None:

@@ -49,6 +49,9 @@ SMALL = {
         *("--writers", "4", "--dcp", "1"),
     ],
     "capture": ["--mib", "1", "--rounds", "1"],
+    "detection": [
+        *("--trials", "1", "--rank-steps", "1e6", "--repetitions", "1", "--sizes", "50"),
+    ],
 }
 
 

@@ -10,7 +10,7 @@ from ftkit.core.world import Member, World
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
 from ftkit.detection.observations import ProcessFacts, RowSeen, WorldChanged
-from ftkit.detection.row import Phase, Row
+from ftkit.detection.row import Awaited, Phase, Row
 
 CONFIG = DetectionConfig(max_stall_s=10.0)
 
@@ -83,6 +83,7 @@ class Scene:
         self.cpu = dict.fromkeys(range(size), 0.0)
         self.beating = dict.fromkeys(range(size), True)
         self.hidden: set[int] = set()
+        self.awaited: dict[int, Awaited] = {}
         self.detector.ingest(WorldChanged(world=self.world, at=self.clock.now()))
 
     def set(self, seat: int, **changes: object) -> None:
@@ -111,6 +112,7 @@ class Scene:
                         row=current,
                         facts=facts(self.states[seat], int(self.cpu[seat])),
                         at=now,
+                        awaited=self.awaited.get(seat),
                     )
                 )
         return self.detector.tick(now)

@@ -131,7 +131,7 @@ def test_no_room_is_said_at_creation_and_leaves_nothing(tmp_path, monkeypatch) -
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(CapacityError, match="138944 bytes"):
+    with pytest.raises(CapacityError, match="142016 bytes"):
         StatusBoard.create(tmp_path / "board", seats=3)
     assert not (tmp_path / "board").exists()
 

@@ -1,9 +1,11 @@
 """Stories: a hang is named early, by the job's own tempo, and nobody has to go for it."""
 
+from ftkit.core.ids import MemberId, Seat
 from ftkit.core.verdict import Fault, Verdict
+from ftkit.detection.awaits import roots
 from ftkit.detection.config import NAMED_FLOOR_S, DetectionConfig
 from ftkit.detection.observations import ObserverLate, WorldChanged
-from ftkit.detection.row import Phase
+from ftkit.detection.row import Awaited, Phase
 from tests.detection.scene import Scene, world
 
 CONFIG = DetectionConfig(max_stall_s=30.0)
@@ -63,7 +65,7 @@ def test_a_hang_in_a_quick_job_is_named_within_a_second_and_nobody_has_to_go() -
     assert (verdict.seat, verdict.fault, verdict.suspected) == (1, Fault.HANG_BLOCKED, True)
     assert not verdict.evicts
     assert verdict.confidence < 1
-    assert "would be removed after 30.0 s" in verdict.reason
+    assert "suspected, and convicted after 30.0 s" in verdict.reason
 
 
 def test_it_is_convicted_when_its_time_is_up() -> None:
@@ -181,3 +183,23 @@ def test_a_heartbeat_that_stands_still_tells_who_keeps_the_interpreter() -> None
     job.look(0.5)
     said = job.tick(LOOK)
     assert [(v.seat, v.fault) for v in said] == [(1, Fault.HANG_BUSY)]
+
+
+def test_a_broken_path_is_told_by_who_waits_for_whose_bytes() -> None:
+    job = Job()
+    job.train(40)
+    job.seq += 1
+    job.wait(0, 1, 2, entered=job.seq, step=job.step)
+    # All have sent to all; only what 2 sent to 0 never came.
+    for seat, senders in {0: (102,), 1: (), 2: ()}.items():
+        job.awaited[seat] = Awaited(
+            group=0, seq=job.seq, at_ns=1, members=tuple(MemberId(m) for m in senders)
+        )
+    _, said = job.named(within=5)
+    assert {v.fault for v in said} == {Fault.HANG_COMM}
+    assert said[0].evidence["silent_paths"] == [[2, 0]]
+    assert "no bytes come from seat 2 to seat 0" in said[0].reason
+
+
+def test_in_a_ring_where_all_wait_no_path_is_told() -> None:
+    assert roots({Seat(0): [Seat(2)], Seat(1): [Seat(0)], Seat(2): [Seat(1)]}) == []

@@ -60,6 +60,7 @@ def test_a_repaired_kill_passes_with_its_figures() -> None:
         "detect_s": pytest.approx(0.024),
         "repair_s": pytest.approx(0.180),
         "steps_lost": 0,
+        "steps_replayed": 0,
         "samples_lost": 0,
         "samples_doubled": 0,
         "survivor_exits": 0,
@@ -222,6 +223,25 @@ def test_a_restart_from_further_back_loses_the_steps_in_between() -> None:
     assert outcome.outcome is Answer.FAIL
     assert outcome.steps_lost == 2
     assert "steps [5, 6] were committed and then undone" in words(outcome)
+
+
+def test_a_job_of_shards_may_play_steps_again_that_it_had_committed() -> None:
+    back = [event(10.350, "resume", generation=2, step=1, members=[0, 2])]
+    events = without(disturbed(), kind="resume", generation=2) + back + attempt(10.4, 2, 2, TWO)
+    whole, shards = judge(events), check(events, undisturbed(), replace(KILL, steps_back=3))
+    assert (whole.outcome, whole.steps_lost) == (Answer.FAIL, 1)
+    assert (shards.outcome, shards.steps_lost, shards.steps_replayed) == (Answer.PASS, 0, 1)
+    assert shards.samples_doubled == 0
+
+
+def test_a_job_of_shards_may_not_go_back_far() -> None:
+    back = [event(10.350, "resume", generation=2, step=0, members=[0, 2])]
+    events = without(disturbed(), kind="resume", generation=2) + back
+    events += attempt(10.4, 1, 2, TWO) + attempt(10.45, 2, 2, TWO)
+    assert check(events, undisturbed(), replace(KILL, steps_back=3)).outcome is Answer.PASS
+    outcome = check(events, undisturbed(), replace(KILL, steps_back=1))
+    assert outcome.outcome is Answer.FAIL
+    assert "from step 2 to 1, by more than 1 steps" in words(outcome)
 
 
 def test_a_survivor_that_leaves_is_counted_and_the_target_is_not() -> None:

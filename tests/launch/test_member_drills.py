@@ -14,13 +14,11 @@ from ftkit.launch.drills import (
     JOIN,
     KILL_IN_COLLECTIVE,
     PARTITION,
-    SLOW_LINK,
     STRIKES,
     Drill,
     Job,
     choose,
 )
-from ftkit.launch.link_drills import judge_slow
 from ftkit.launch.member_drills import MemberStriker, judge_join
 
 JOB = Job(nproc=3, steps=300)
@@ -130,19 +128,3 @@ def test_a_join_may_not_take_anybody_back() -> None:
     assert bad.outcome is Answer.FAIL
     assert bad.evidence["problems"] == ["a rollback (hm) while member 3 came in"]
     assert judge_join(outcome(JOIN), JOINED[:5]).outcome is Answer.UNKNOWN
-
-
-def steps(begin: float, each: float, count: int) -> list[dict[str, Any]]:
-    return [event(begin + i * each, "commit", member=0, step=i) for i in range(count)]
-
-
-def test_a_slow_link_must_be_slow_and_costs_nobody_a_place() -> None:
-    fast, slow = steps(0.0, 0.01, 20), steps(1.01, 0.1, 20)
-    struck, healed = event(1.0, "drill"), event(4.0, "healed")
-    good = judge_slow(outcome(SLOW_LINK), [*fast, struck, *slow, healed])
-    assert good.outcome is Answer.PASS
-    assert (good.evidence["step_s"], good.evidence["slow_step_s"]) == (0.01, 0.1)
-    same = judge_slow(outcome(SLOW_LINK), [*fast, struck, *steps(1.01, 0.01, 20), healed])
-    assert same.outcome is Answer.UNKNOWN
-    halted = [*fast, struck, *slow, event(2.0, "halt", reason="why"), healed]
-    assert judge_slow(outcome(SLOW_LINK), halted).outcome is Answer.FAIL

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from ftkit.core.detour import VARIABLE, Detour
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.world import Member
 from ftkit.launch.relay import Relay
-from ftkit.session.detour import VARIABLE, Detour
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_cut_ends_what_there_is_and_refuses_what_comes_until_it_is_healed(
             assert by_word[b"1"].recv(1) == b"!", "another link is whole"
     with dial(relay, listener, 0, 2) as again:
         assert again.recv(1) == b""
-    relay.heal(2, 0)
+    relay.heal()
     with dial(relay, listener, 2, 0) as near:
         far, _ = listener.accept()
         with far:
@@ -87,7 +87,7 @@ def test_a_cut_ends_what_there_is_and_refuses_what_comes_until_it_is_healed(
 
 
 def test_a_slow_link_carries_what_it_may(relay: Relay, listener: socket.socket) -> None:
-    relay.slow(1, 0, 1_000_000)
+    relay.slow([(1, 0)], 1_000_000)
     with dial(relay, listener, 1, 0) as near:
         far, _ = listener.accept()
         with far:
@@ -96,6 +96,37 @@ def test_a_slow_link_carries_what_it_may(relay: Relay, listener: socket.socket) 
             while left:
                 left -= len(far.recv(1 << 16))
             assert time.monotonic() - begin > 0.15
+            begin, left = time.monotonic(), 200_000
+            far.sendall(bytes(left))
+            while left:
+                left -= len(near.recv(1 << 16))
+            assert time.monotonic() - begin < 0.15, "the other way is not slow"
+
+
+def test_what_is_held_breaks_nothing_and_comes_when_it_is_released(
+    relay: Relay, listener: socket.socket
+) -> None:
+    with dial(relay, listener, 1, 0) as near:
+        far, _ = listener.accept()
+        with far:
+            relay.hold(0, 1)
+            near.sendall(b"later")
+            far.sendall(b"as well")
+            with dial(relay, listener, 0, 1) as fresh:
+                other, _ = listener.accept()
+                with other:
+                    fresh.sendall(b"and this")
+                    for sock in (near, far, other):
+                        sock.settimeout(0.1)
+                        with pytest.raises(TimeoutError):
+                            sock.recv(1)
+                        sock.settimeout(5)
+                    relay.heal()
+                    assert far.recv(10) == b"later"
+                    assert near.recv(10) == b"as well"
+                    assert other.recv(10) == b"and this"
+            relay.hold(0, 1)
+            near.sendall(b"never")
 
 
 def test_strangers_and_dead_ends_cost_nothing_but_their_connection(relay: Relay) -> None:

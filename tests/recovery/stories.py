@@ -5,7 +5,7 @@ from dataclasses import replace
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
-from ftkit.recovery.plan import Plan, first_plan
+from ftkit.recovery.plan import Mode, Plan, first_plan
 from ftkit.recovery.protocol import advance
 
 
@@ -48,6 +48,9 @@ class Story:
 
     def moves(self) -> list[str]:
         self.plan, decisions = advance(self.plan, self.facts, self.budget)
+        if self.plan.mode is Mode.FORMING:  # asked with facts of after it began
+            self.plan, more = advance(self.plan, self.facts, self.budget)
+            decisions += more
         again, none = advance(self.plan, self.facts, self.budget)
         assert again == self.plan, "advance repeats moves until none is left"
         assert not none

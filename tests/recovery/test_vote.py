@@ -28,6 +28,16 @@ def test_one_that_differs_is_named(size: int, data: st.DataObject, what: str) ->
     assert f"ranks [{who}]" in result.reason
 
 
+def test_shards_differ_and_replicas_of_a_shard_do_not() -> None:
+    ballots = [replace(YES, layout=rank % 2 + 1, digest=rank % 2) for rank in range(6)]
+    assert tally(ballots).passed
+    ballots[3] = replace(ballots[3], digest=99)
+    result = tally(ballots)
+    assert result.refusal is Refusal.GRADIENTS
+    assert "ranks [3]" in result.reason
+    assert tally([replace(YES, shape=rank // 2) for rank in range(3)]).refusal is Refusal.STATE
+
+
 @pytest.mark.parametrize("change", [{"generation": Generation(4)}, {"step": Step(8)}])
 def test_votes_on_different_things_do_not_pass(change: dict[str, int]) -> None:
     result = tally([YES, replace(YES, **change)])  # type: ignore[arg-type]

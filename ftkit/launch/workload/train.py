@@ -1,4 +1,4 @@
-"""The training job itself: an ordinary DDP script over ftkit's public API.
+"""The training job itself: an ordinary DDP or FSDP2 script over ftkit's public API.
 
 Run by `ftkit run` or `ftkit drill`, or alone as a world of one::
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import ftkit
@@ -42,8 +43,15 @@ class Options:
     verify_every: int | None
     """Steps between two comparisons of the ranks' state; None for what ftkit chooses."""
     on_nan: str
+    device_s: float
+    """For drills: slept for each slot, as a rank does whose device computes. On a machine with
+    more ranks than cores nothing else is the same work for all. No part of the outcome."""
     threads: int
     """Threads of torch in each rank. Part of the outcome: kernels sum by thread."""
+    sharded: int
+    """Ranks over which a copy of the model is cut: 0 for none, 1 for all there are."""
+    clip: float
+    """Longest gradient; 0 for any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +63,7 @@ class Result:
     loss: float | None
     """Loss of the last step, the mean over its slots; None when this rank played none."""
     params: str
-    """`parameters_digest` of the model."""
+    """`parameters_digest` of the model, or the session's of a sharded one."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,13 +97,25 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
       dataset: read by index, from this thread.
       options: the same on every rank.
     """
-    model = DistributedDataParallel(GPT(options.model, seed=options.seed))
-    # Neither fused nor foreach: the fused CPU kernel's vector tail depends on how the
-    # parameters are cut, which would cost the equality of bits between world sizes.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=options.learning_rate, foreach=False, fused=False
-    )
-    session.protect(model=model, optimizer=optimizer)
+
+    def build(mesh: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
+        whole = GPT(options.model, seed=options.seed)
+        shard(whole, mesh)
+        return whole, optimizer_of(whole)
+
+    def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+        # Neither fused nor foreach: the fused CPU kernel's vector tail depends on how the
+        # parameters are cut, which would cost the equality of bits between world sizes.
+        return torch.optim.AdamW(
+            model.parameters(), lr=options.learning_rate, foreach=False, fused=False
+        )
+
+    if options.sharded:
+        session.protect(build=build, shards=options.sharded if options.sharded > 1 else None)
+    else:
+        model = replicated = DistributedDataParallel(GPT(options.model, seed=options.seed))
+        optimizer = optimizer_of(model)
+        session.protect(model=model, optimizer=optimizer)
 
     done, loss_value = 0, None
     for step in session.steps(
@@ -107,11 +127,17 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
         verify_every=options.verify_every,
         on_nan=options.on_nan,
     ):
+        if options.sharded:
+            model, optimizer = session.model, session.optimizer
         with step:
             for x, y in step.batches():
                 loss = next_byte_loss(model(x), y)
                 loss.backward()  # type: ignore[no-untyped-call]
+                if options.device_s:
+                    time.sleep(options.device_s)
                 step.record(loss)
+            if options.clip:
+                step.clip_grad_norm_(options.clip)
             optimizer.step()
             optimizer.zero_grad()
         if session.world_size < int(os.environ.get("WORLD_SIZE", "1")):
@@ -121,7 +147,17 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             if session.rank == 0 and done % 100 == 0:
                 # A step that was rolled forward has no loss: its ballots were lost.
                 print(f"step {done}: loss {loss_value}", flush=True)
-    return Result(steps=done, loss=loss_value, params=parameters_digest(model.module))
+    params = session.digest() if options.sharded else parameters_digest(replicated.module)
+    return Result(steps=done, loss=loss_value, params=params)
+
+
+def shard(model: GPT, mesh: Any) -> None:
+    """Cut a model over the ranks of a mesh: each block, and what is left over, is one unit."""
+    from torch.distributed.fsdp import fully_shard
+
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
@@ -144,8 +180,14 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument("--verify-every", type=int, help="steps between looks at replicas")
     parser.add_argument("--on-nan", choices=("report", "skip", "raise"), default="report")
     parser.add_argument(
+        "--sharded", type=int, nargs="?", const=1, default=0, metavar="RANKS",
+        help="cut the model over all ranks (FSDP2), or each copy of it over RANKS (HSDP)",
+    )  # fmt: skip
+    parser.add_argument("--clip", type=float, default=0.0, help="longest gradient; 0 for any")
+    parser.add_argument(
         "--short-handed-s", type=float, default=0.0, help="pause of a step while a seat is empty"
     )
+    parser.add_argument("--device-s", type=float, default=0.0, help="sleep for each slot")
     given = parser.parse_args(argv)
 
     for name in ("steps", "slots", "slot_size", "data_bytes", "threads"):
@@ -173,9 +215,12 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         data=given.data,
         data_bytes_max=given.data_bytes,
         threads=given.threads,
+        sharded=max(given.sharded, 0),
+        clip=max(given.clip, 0.0),
         verify_every=given.verify_every,
         on_nan=given.on_nan,
         short_handed_s=max(given.short_handed_s, 0.0),
+        device_s=max(given.device_s, 0.0),
     )
 
 

@@ -1,0 +1,53 @@
+"""A small FSDP2 job; fsdp_plain.py and fsdp_elastic.py differ by what ftkit asks for.
+
+The plain one runs under torchrun and `ftkit run`, the other under `ftkit run`.
+"""
+
+import logging
+import os
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils import data
+
+logger = logging.getLogger("example")
+
+
+def build(mesh):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Dropout(0.1), nn.Linear(64, 2))
+    fully_shard(model, mesh=mesh)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def main():
+    torch.distributed.init_process_group("gloo")
+    logging.basicConfig(
+        format="%(message)s", level="INFO" if os.environ["RANK"] == "0" else "ERROR"
+    )
+    torch.manual_seed(0)
+    points = torch.randn(4096, 2)
+    dataset = data.TensorDataset(points, (points.norm(dim=1) > 1.2).long())
+
+    model, optimizer = build(init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    loss_fn = nn.CrossEntropyLoss()
+
+    loader = data.DataLoader(dataset, batch_size=4, sampler=data.DistributedSampler(dataset))
+    for _epoch in range(2):
+        for micro_batches in zip(*[iter(loader)] * 2, strict=False):
+            for x, y in micro_batches:
+                loss = loss_fn(model(x), y)
+                loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            logger.info("loss %s", loss.item())
+
+    right = (model.eval()(points).argmax(dim=1) == dataset.tensors[1]).float().mean()
+    logger.info("accuracy %.3f", right.item())
+
+
+if __name__ == "__main__":
+    main()

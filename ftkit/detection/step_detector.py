@@ -1,0 +1,335 @@
+"""StepDetector: from finished steps to verdicts about pace. A member of the panel.
+
+It lines up what members say of the same step (`aligned`) and puts it before those who judge:
+`slow` (which member, against its peers or its past), `imbalance` and `stalls`. Nothing that it
+says evicts anybody.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Final
+
+from ftkit.core.ids import Generation, MemberId
+from ftkit.core.verdict import Fault, Verdict
+from ftkit.detection.aligned import Aligned, StepOf
+from ftkit.detection.cusum import median
+from ftkit.detection.imbalance import Imbalance, Unevenness
+from ftkit.detection.ledger import Ledger
+from ftkit.detection.observations import Observation, WorldChanged
+from ftkit.detection.peers import log_or_none
+from ftkit.detection.signals import StepSeen
+from ftkit.detection.slow import Finding, Slowness
+from ftkit.detection.stalls import Stalled, Stalls
+
+DAY_S: Final = 86400.0
+
+#: Phases that are a member's own work for its slots. The optimizer's is not: it is the same
+#: however many slots there are.
+WORK: Final = ("forward", "backward")
+
+#: A finding stands until the evidence has fallen to this share of what it took.
+_HOLDS: Final = 0.5
+
+#: The share of the time for which a member must have had a core for its work to be compared.
+_HEARD: Final = 0.25
+
+#: What starvation must explain of what a member is behind by, for the host to be at fault.
+_EXPLAINS: Final = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PaceConfig:
+    """What is looked for, and at what price."""
+
+    effect: float = 0.10
+    """The smallest slowdown that is to be found, as a fraction of the work of a step."""
+
+    alarms_per_day: float = 0.5
+    """False alarms about slow members that the whole job may cost, whatever its size."""
+
+    steps_excluded: int = 2
+    """Steps of each member in a generation that do not count: they compile and warm up."""
+
+    def __post_init__(self) -> None:
+        if not 0.01 <= self.effect <= 1.0:
+            raise ValueError(
+                f"effect is {self.effect}, must be in 0.01..1: smaller ones drown in any noise, "
+                "larger ones are found as well with 1"
+            )
+        if not (math.isfinite(self.alarms_per_day) and self.alarms_per_day > 0):
+            raise ValueError(
+                f"alarms_per_day is {self.alarms_per_day}, must be above 0: without any there "
+                "can be no detection"
+            )
+        if self.steps_excluded < 0:
+            raise ValueError(f"steps_excluded is {self.steps_excluded}, must not be negative")
+
+
+@dataclass(slots=True)
+class _Standing:
+    """A finding that stands."""
+
+    fault: Fault
+    finding: Finding
+    phase: str
+    seen: StepSeen
+
+
+@dataclass(slots=True)
+class _Recent:
+    """The last steps of one member."""
+
+    steps: deque[StepSeen] = field(default_factory=lambda: deque(maxlen=16))
+    generation: Generation = Generation(-1)
+    played: int = 0
+
+
+class StepDetector:
+    """Owned by one thread, which ingests and ticks. Costs about 20 µs a member and step."""
+
+    def __init__(self, config: PaceConfig) -> None:
+        self.config = config
+        self._aligned = Aligned()
+        # Half of the budget each: work as the member did it, and as the wall clock saw it.
+        self._own = Slowness(effect=config.effect)
+        self._wall = Slowness(effect=config.effect)
+        self._imbalance = Imbalance(effect=config.effect)
+        self._stalls = Stalls()
+        self.ledger = Ledger()
+        """Every step that was judged, for whoever takes it from there."""
+        self._recent: dict[MemberId, _Recent] = {}
+        self._standing: dict[MemberId, _Standing] = {}
+        self._uneven: list[Unevenness] = []
+        self._stalled: list[Stalled] = []
+        self._durations: deque[float] = deque(maxlen=64)
+        self._members = 0
+        self._at = 0.0
+        self.steps = 0
+        """Steps judged so far."""
+
+    def ingest(self, observation: Observation) -> None:
+        """Take in finished steps and changes of the world."""
+        match observation:
+            case StepSeen():
+                self._aligned.add(observation)
+                self._judge_ready()
+            case WorldChanged(world=world):
+                self._judge_ready(rest=True)
+                self._aligned.change(world)
+                self._forget(frozenset(m.member for m in world.members))
+            case _:
+                pass
+
+    def flush(self) -> None:
+        """Judge what waits for members that will not speak any more: at the end of a trace."""
+        self._judge_ready(rest=True)
+
+    def tick(self, now: float) -> list[Verdict]:  # what stands does not age
+        """What stands as of the last whole step."""
+        verdicts = [self._slow_verdict(m, s) for m, s in self._standing.items()]
+        verdicts += [self._stall_verdict(s) for s in self._stalled]
+        verdicts += [self._uneven_verdict(u) for u in self._uneven]
+        return verdicts
+
+    def _judge_ready(self, *, rest: bool = False) -> None:
+        for step in self._aligned.take(rest=rest):
+            self._judge(step)
+
+    def _judge(self, step: StepOf) -> None:
+        self.steps += 1
+        self.ledger.add(step)
+        self._at = max(one.at for one in step.values())
+        warm = {m: one for m, one in step.items() if self._warm(m, one)}
+        if not warm:
+            return
+        self._members = len(step)
+        spent = [sum(one.seconds.values()) + one.waited_s for one in warm.values()]
+        self._durations.append(median(spent))
+        step_s = max(1e-6, median(self._durations))
+        self._stalled = self._stalls.step(warm.values(), step_s=step_s)
+
+        own = {m: v for m, one in warm.items() if (v := log_or_none(work_of(one))) is not None}
+        wall = {m: v for m in own if (v := log_or_none(work_of(warm[m], starved=True))) is not None}
+        # Who had a core for next to none of the time says nothing about itself.
+        own = {m: v for m, v in own.items() if v >= wall[m] + math.log(_HEARD)}
+        keys = {m: (one.role, one.slots) for m, one in warm.items()}
+        between = 2 * len(step) * DAY_S / step_s / self.config.alarms_per_day
+        slow = {f.member: f for f in self._own.step(own, keys, at=self._at, steps_between=between)}
+        late = {
+            f.member: f for f in self._wall.step(wall, keys, at=self._at, steps_between=between)
+        }
+        self._stand(slow, late, warm)
+        self._uneven = self._imbalance.step(
+            {m: math.exp(own[m]) * max(1, warm[m].slots) for m in own},
+            {m: warm[m].role for m in own},
+            kinds=self._own.kinds,
+            slow=self._standing.keys(),
+        )
+
+    def _warm(self, member: MemberId, seen: StepSeen) -> bool:
+        recent = self._recent.setdefault(member, _Recent())
+        if recent.generation != seen.generation:
+            recent.generation, recent.played = seen.generation, 0
+        recent.played += 1
+        if recent.played <= self.config.steps_excluded:
+            return False
+        recent.steps.append(seen)
+        return True
+
+    def _stand(
+        self,
+        slow: Mapping[MemberId, Finding],
+        late: Mapping[MemberId, Finding],
+        warm: StepOf,
+    ) -> None:
+        """Bring the findings that stand up to date."""
+        for member, standing in list(self._standing.items()):
+            judge = self._own if standing.fault is Fault.SLOW else self._wall
+            if member in warm and judge.suspicion(member) < _HOLDS:
+                del self._standing[member]
+        for member, finding in late.items():
+            if member not in slow and self._starved(member, finding, warm):
+                self._standing[member] = self._standing_of(Fault.STARVED, finding, warm)
+        for finding in slow.values():
+            self._standing[finding.member] = self._standing_of(Fault.SLOW, finding, warm)
+
+    def _standing_of(self, fault: Fault, finding: Finding, warm: StepOf) -> _Standing:
+        seen = warm[finding.member]
+        return _Standing(fault, finding, self._phase(finding.member, warm), seen)
+
+    def _starved(self, member: MemberId, finding: Finding, warm: StepOf) -> bool:
+        """Whether waiting for a core is what it is behind by."""
+        steps = [one for one in self._recent[member].steps if one.at >= finding.since]
+        steps = steps or [warm[member]]
+        starved = median([one.starved_s for one in steps])
+        work = median([sum(one.seconds.get(p, 0.0) for p in WORK) for one in steps])
+        behind = work * (1 - 1 / finding.factor)
+        return starved >= _EXPLAINS * behind > 0
+
+    def _phase(self, member: MemberId, warm: StepOf) -> str:
+        """The phase of work in which it loses most against its peers, or against its own past."""
+        mine = warm[member]
+        peers = [
+            one
+            for m, one in warm.items()
+            if m != member and (one.role, one.slots) == (mine.role, mine.slots)
+        ]
+        before = [*self._recent[member].steps][:4] if len(peers) < 2 else []
+        against = before or peers
+        phases = [p for p in WORK if p in mine.seconds]
+        if not phases or not against:
+            return phases[0] if phases else WORK[0]
+        return max(
+            phases,
+            key=lambda p: mine.seconds[p] - median([o.seconds.get(p, 0.0) for o in against]),
+        )
+
+    def _slow_verdict(self, member: MemberId, standing: _Standing) -> Verdict:
+        finding, seen = standing.finding, standing.seen
+        more = 100 * (finding.factor - 1)
+        if finding.against == "peers":
+            whom = f"{finding.others} members that do the same work"
+        else:
+            whom = "it used to, beyond what changed for the others"
+        why = "" if standing.fault is Fault.SLOW else ", because it waits for a core of its host"
+        role = f" of {seen.role}" if seen.role else ""
+        return Verdict(
+            fault=standing.fault,
+            member=member,
+            seat=seen.seat,
+            reason=(
+                f"seat {seen.seat} (member {member}){role} takes {more:.0f} % longer in "
+                f"{standing.phase} than {whom}, for {finding.steps} steps{why}"
+            ),
+            since_s=finding.since,
+            evidence={
+                "factor": round(finding.factor, 3),
+                "phase": standing.phase,
+                "steps": finding.steps,
+                "step": int(seen.step),
+                "against": finding.against,
+                "others": finding.others,
+                "role": seen.role,
+                "place": seen.place,
+                "slots": seen.slots,
+                "threshold": {
+                    name: round(value, 5) for name, value in asdict(finding.threshold).items()
+                },
+                "alarms_per_day": self.config.alarms_per_day,
+                "ranks": self._members,
+            },
+            confidence=_confidence(finding),
+        )
+
+    def _stall_verdict(self, stalled: Stalled) -> Verdict:
+        seen = self._recent[stalled.member].steps[-1]
+        what = "its loader" if stalled.fault is Fault.DATA_STALL else "Python's garbage collector"
+        often = "" if stalled.times == 1 else f", for the {stalled.times}th time in a row of steps"
+        return Verdict(
+            fault=stalled.fault,
+            member=stalled.member,
+            seat=seen.seat,
+            reason=(
+                f"seat {seen.seat} (member {stalled.member}) waited {stalled.seconds:.2f} s for "
+                f"{what} in step {stalled.step}, usually {stalled.usual_s:.2f} s{often}"
+            ),
+            since_s=stalled.since,
+            evidence={
+                "seconds": round(stalled.seconds, 4),
+                "usual_s": round(stalled.usual_s, 4),
+                "step": stalled.step,
+                "times": stalled.times,
+            },
+            confidence=0.9,
+        )
+
+    def _uneven_verdict(self, uneven: Unevenness) -> Verdict:
+        seats = sorted(self._recent[m].steps[-1].seat for m in uneven.members)
+        first = min(uneven.members, key=lambda m: self._recent[m].steps[-1].seat)
+        where = f" of {uneven.role}" if uneven.role else ""
+        what = {
+            "rotating": f"in {100 * uneven.share:.0f} % of the steps the last of the "
+            f"{len(seats)} members{where} takes {uneven.factor:.2f} times as long as most, and "
+            "each time it is another one",
+            "role": f"the members{where} take {uneven.factor:.2f} times as long as the other roles",
+            "kinds": f"the {len(seats)} members{where} are of two kinds, one of which takes "
+            f"{uneven.factor:.2f} times as long",
+        }[uneven.kind]
+        return Verdict(
+            fault=Fault.IMBALANCE,
+            member=first,
+            seat=seats[0],
+            reason=f"{what}: the work is uneven and nobody is at fault",
+            since_s=self._at,
+            evidence={
+                "kind": uneven.kind,
+                "role": uneven.role,
+                "factor": round(uneven.factor, 3),
+                "share": round(uneven.share, 3),
+                "seats": seats[:64],
+            },
+            confidence=0.8,
+        )
+
+    def _forget(self, keep: frozenset[MemberId]) -> None:
+        for judge in (self._own, self._wall, self._stalls):
+            judge.forget(keep)
+        self._recent = {m: r for m, r in self._recent.items() if m in keep}
+        self._standing = {m: s for m, s in self._standing.items() if m in keep}
+        self._stalled = [s for s in self._stalled if s.member in keep]
+        self._uneven = [u for u in self._uneven if u.members <= keep]
+
+
+def work_of(seen: StepSeen, *, starved: bool = False) -> float:
+    """Seconds of work for one slot: collections left out, and time without a core, unless wanted."""
+    spent = sum(seen.seconds.get(phase, 0.0) for phase in WORK)
+    spent -= seen.gc_s + (0.0 if starved else seen.starved_s)
+    return spent / max(1, seen.slots)
+
+
+def _confidence(finding: Finding) -> float:
+    if finding.against == "past":
+        return 0.7
+    return 0.95 if finding.others >= 4 else 0.85

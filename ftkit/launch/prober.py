@@ -1,0 +1,170 @@
+"""Prober: carries out an agent's part of pair tests, beside the training. Decides nothing.
+
+The agent of the first seat dials that of the second, on the way that ranks take (in a drill of
+links, through the relay). Each end reports what it received; the one that dialled also reports
+for the other when they did not get as far as knowing each other.
+"""
+
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from ftkit.core.clock import Clock
+from ftkit.core.detour import Detour
+from ftkit.core.errors import WireError
+from ftkit.core.ids import MemberId, NodeId, Seat
+from ftkit.core.wire import authenticate
+from ftkit.core.world import Member
+from ftkit.detection.signals import PairSeen, to_json
+from ftkit.launch.pair_test import meet
+
+logger = logging.getLogger(__name__)
+
+ROLE = "pair"
+#: Tests an agent has under way at a time; more are refused, as nobody in order asks for them.
+TESTS_MAX = 16
+
+
+class Prober:
+    """One an agent. Thread-safe. Its threads end by themselves, within the test's limit."""
+
+    def __init__(
+        self,
+        secret: bytes,
+        environ: Mapping[str, str],
+        clock: Clock,
+        report: Callable[[dict[str, object]], None],
+    ) -> None:
+        """Prepare to test.
+
+        Args:
+          secret: the job's.
+          environ: the ranks' variables, in which a drill names its relay.
+          clock: the agent's.
+          report: takes a signal as JSON, from any thread; must not block.
+        """
+        self._secret = secret
+        self._environ = environ
+        self._clock = clock
+        self._report = report
+        self._slots = threading.BoundedSemaphore(TESTS_MAX)
+        self._lock = threading.Lock()
+        self._open: set[socket.socket] = set()
+        self._closed = False
+
+    def take(self, tests: object) -> None:
+        """Begin the tests of a coordinator's message, each on a thread. Does not block."""
+        for test in tests if isinstance(tests, list) else []:
+            try:
+                arguments = (
+                    int(test["number"]),
+                    Seat(int(test["a"])),
+                    Seat(int(test["b"])),
+                    (str(test["host"]), int(test["port"])),
+                    float(test["limit_s"]),
+                )
+            except (KeyError, TypeError, ValueError) as error:
+                logger.warning("not a pair test: %s", error)
+                continue
+            if not self._slots.acquire(blocking=False):
+                logger.warning("too many pair tests at a time: one is left out")
+                continue
+            threading.Thread(
+                target=self._dial, args=arguments, name="ftkit-pair", daemon=True
+            ).start()
+
+    def serve(self, sock: socket.socket, hello: Mapping[str, Any]) -> None:
+        """Be the second end, for a peer that has said `hello`. Blocks; closes the socket."""
+        try:
+            number, a, b = int(hello["number"]), Seat(int(hello["a"])), Seat(int(hello["b"]))
+            limit_s = min(float(hello["limit_s"]), 60.0)
+        except (KeyError, TypeError, ValueError) as error:
+            logger.warning("a peer asked for a pair test that is none: %s", error)
+            sock.close()
+            return
+        with self._using(sock):
+            seen, broke = meet(sock, first=True, limit_s=limit_s)
+        self._say(number, a, b, *seen.result, broke, starved=seen.starved)
+
+    def close(self) -> None:
+        """Break off what is under way. Twice is fine."""
+        with self._lock:
+            self._closed = True
+            for sock in self._open:
+                with contextlib.suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+
+    def _dial(
+        self, number: int, a: Seat, b: Seat, address: tuple[str, int], limit_s: float
+    ) -> None:
+        try:
+            sock = self._connect(a, b, address, limit_s)
+            with self._using(sock):
+                authenticate(
+                    sock,
+                    self._secret,
+                    server=False,
+                    hello={"role": ROLE, "number": number, "a": a, "b": b, "limit_s": limit_s},
+                    timeout_s=limit_s,
+                )
+                seen, broke = meet(sock, first=False, limit_s=limit_s)
+            self._say(number, b, a, *seen.result, broke, starved=seen.starved)
+        except ConnectionRefusedError:
+            # There is a way, and nobody at the end of it: no word on the path.
+            logger.info("the agent of seat %s does not listen at %s", b, address)
+        except (WireError, OSError) as error:
+            self._say(number, a, b, 0, (), f"no connection: {error}")
+            self._say(number, b, a, 0, (), f"no connection: {error}")
+        finally:
+            self._slots.release()
+
+    def _connect(self, a: Seat, b: Seat, address: tuple[str, int], limit_s: float) -> socket.socket:
+        detour = Detour.read(self._environ, a)
+        if detour is None:
+            sock = socket.create_connection(address, limit_s)
+        else:
+            host, port = address
+            target = Member(member=MemberId(b), seat=b, node=NodeId(0), host=host, port=port)
+            sock = detour.connect(target, limit_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return sock
+
+    @contextlib.contextmanager
+    def _using(self, sock: socket.socket) -> Iterator[None]:
+        with self._lock:
+            closed = self._closed
+            self._open.add(sock)
+        try:
+            if closed:
+                raise WireError("the agent ends")
+            yield
+        finally:
+            with self._lock:
+                self._open.discard(sock)
+            sock.close()
+
+    def _say(
+        self,
+        number: int,
+        sender: Seat,
+        receiver: Seat,
+        nbytes: int,
+        seconds: tuple[float, ...],
+        error: str,
+        *,
+        starved: int = 0,
+    ) -> None:
+        seen = PairSeen(
+            order=number,
+            sender=sender,
+            receiver=receiver,
+            nbytes=nbytes,
+            seconds=seconds,
+            error=error[:200],
+            starved=starved,
+            at=self._clock.now(),
+        )
+        self._report(to_json(seen))

@@ -1,0 +1,168 @@
+"""Builder: makes the sharded model of each world, by the script's own `build(mesh)`.
+
+A world that changed has another mesh, and FSDP2 cannot cut a model anew: it is built again, in
+the same process, and loads its shards from snapshots. Whatever `build` draws at random is drawn
+from the same seed each time, so that the first values do not depend on the world either.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from enum import StrEnum
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from ftkit.core.errors import UsageError
+from ftkit.core.world import World
+from ftkit.recovery.data_cursor import derive
+
+#: Gives (model, optimizer) or (model, optimizer, scheduler), sharded over the mesh it is given.
+Build = Callable[[Any], Sequence[Any]]
+
+#: Optimizers of torch whose step treats each element by itself, so that it does not matter where a
+#: parameter is cut.
+_ELEMENTWISE = (
+    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax,
+    torch.optim.AdamW, torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam,
+    torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD,
+)  # fmt: skip
+
+
+class Consistency(StrEnum):
+    """What is promised of the result, whatever happens to the job."""
+
+    BITWISE = "bitwise"
+    """The bits of the undisturbed run."""
+    BEST_EFFORT = "best_effort"
+    """The same samples with the same weights; sums may be rounded otherwise."""
+
+
+class Builder:
+    """The sharded model of the present world. Used by the training thread."""
+
+    def __init__(
+        self, build: Build, *, shards: int | None, consistency: str, device: str | None
+    ) -> None:
+        """Take note; nothing is built before the step loop.
+
+        Raises:
+          UsageError: `shards` or `consistency` is none that we know.
+        """
+        if shards is not None and shards < 2:
+            raise UsageError(f"shards={shards}: a model is cut over 2 ranks or more")
+        try:
+            self._consistency = Consistency(consistency)
+        except ValueError:
+            known = ", ".join(Consistency)
+            raise UsageError(f"consistency={consistency!r} is not known; choose {known}") from None
+        self._build, self._shards, self._device = build, shards, device
+        self._mesh: Any = None
+        self.model: nn.Module | None = None
+        self.optimizer: Optimizer | None = None
+        self.scheduler: object | None = None
+
+    def make(self, world: World) -> None:
+        """Build for `world`, in which this rank is. Blocks; what was built before is let go.
+
+        Raises:
+          UsageError: what came back is no model with its optimizer, or cannot keep the promise.
+          Exception: whatever the script's `build` raises.
+        """
+        self.let_go()
+        from torch.distributed.device_mesh import init_device_mesh
+
+        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        shape = mesh_shape(world.size, self._shards)
+        names = ("replicate", "shard")[-len(shape) :]
+        self._mesh = init_device_mesh(device, shape, mesh_dim_names=names)
+        with _seeded(derive("build")):
+            made = self._build(self._mesh)
+        if not isinstance(made, (tuple, list)) or len(made) not in (2, 3):
+            raise UsageError("build(mesh) must return (model, optimizer[, scheduler])")
+        model, optimizer = made[:2]
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, Optimizer):
+            raise UsageError(
+                f"build(mesh) must return a module and its optimizer, not a {type(model).__name__} "
+                f"and a {type(optimizer).__name__}"
+            )
+        if self._consistency is Consistency.BITWISE and (reason := breaks_bits(model, optimizer)):
+            raise UsageError(
+                f'{reason}; or accept other bits with protect(..., consistency="best_effort")'
+            )
+        self.model, self.optimizer = model, optimizer
+        self.scheduler = made[2] if len(made) == 3 else None
+
+    def let_go(self) -> None:
+        """Give back what memory the model holds, even where the script still has it by name."""
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = None
+            self.optimizer.state.clear()
+        if self.model is not None:
+            from torch.distributed.fsdp import FSDPModule
+
+            for part in self.model.modules():
+                if isinstance(part, FSDPModule):
+                    # A pass that was cut short may have left whole parameters.
+                    with suppress(RuntimeError, AssertionError):
+                        part.reshard()
+        self.model = self.optimizer = self.scheduler = None
+        mesh, self._mesh = self._mesh, None
+        if mesh is not None and mesh.ndim > 1:
+            for group in mesh.get_all_groups():
+                if group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
+
+
+def mesh_shape(size: int, shards: int | None) -> tuple[int, ...]:
+    """The mesh of a world: one dimension, or (replicas, shards) when a model is cut over fewer.
+
+    Where `shards` does not divide the world, more do: a copy never has to fit fewer ranks.
+    """
+    if shards is None:
+        return (size,)
+    cut = next((n for n in range(min(shards, size), size + 1) if size % n == 0), size)
+    return size // cut, cut
+
+
+def breaks_bits(model: nn.Module, optimizer: Optimizer) -> str:
+    """Why the result would depend on how the model is cut, and what to do; empty if it does not."""
+    kind = type(optimizer)
+    if kind.__module__.startswith("torch.optim") and not isinstance(optimizer, _ELEMENTWISE):
+        return (
+            f"{kind.__name__} looks at more than one element at a time, so its result depends on "
+            "where a parameter is cut: use an optimizer that does not, such as AdamW"
+        )
+    on_cuda = any(p.is_cuda for p in model.parameters())
+    if not on_cuda and any(group.get("fused") for group in optimizer.param_groups):
+        return (
+            f"{kind.__name__}(fused=True) on the CPU rounds the last elements of a shard otherwise "
+            "than the rest, so its result depends on where a parameter is cut: leave fused out"
+        )
+    if on_cuda and not torch.are_deterministic_algorithms_enabled():
+        return (
+            "CUDA kernels may add in any order: call torch.use_deterministic_algorithms(True) "
+            "before ftkit.init()"
+        )
+    return ""
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` meanwhile, and go on as before afterwards."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed >> 1)
+        random.seed(seed)
+        numpy.random.seed(seed & 0xFFFFFFFF)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
