@@ -38,6 +38,9 @@ SAYS: dict[str, Fault] = {
     OFFENDER: Fault.OFFENDER,
 }
 
+#: Said of a host that is busy with other things, whatever the drill does.
+LABELS = frozenset({Fault.STARVED, Fault.IMBALANCE, Fault.DATA_STALL, Fault.GC_STALL})
+
 #: A node's agent stands still so long, so often, with so much in between.
 AWAY_S, TIMES, BACK_S = 3.0, 3, 1.5
 
@@ -131,10 +134,10 @@ def judge(outcome: Outcome, events: Iterable[Mapping[str, Any]], seat: int) -> O
     """The outcome with what must be said of a node; pure.
 
     * E1 the verdict is said of the node of `seat`, once;
-    * E2 no verdict of this kind is said of another, and no other verdict at all.
+    * E2 no verdict of this kind is said of another, and no other verdict, but for labels.
     """
     due = SAYS[outcome.fault]
-    said = [e for e in events if e["kind"] == "verdict"]
+    said = [e for e in events if e["kind"] == "verdict" and e["fault"] not in LABELS]
     right = [e for e in said if (e["fault"], e["seat"]) == (due, seat)]
     problems = [
         f"seat {e['seat']} is said to be {e['fault']}: {e['reason']}"
