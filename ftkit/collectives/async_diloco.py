@@ -21,13 +21,15 @@ from collections.abc import Iterable
 
 import torch
 
+from ftkit.collectives.diloco import DiLoCo
 from ftkit.collectives.group import Group
-from ftkit.collectives.outer import Outer
-from ftkit.collectives.rounds import Repair, Rounds
+from ftkit.collectives.rounds import Repair
 
 
-class AsyncDiLoCo:
+class AsyncDiLoCo(DiLoCo):
     """Used as `DiLoCo` is, with `finish` at the end. One thread, the one that trains."""
+
+    _delay = 1
 
     def __init__(
         self,
@@ -46,23 +48,15 @@ class AsyncDiLoCo:
         An edit between two calls starts the reduction under way over, at the next call. Needs
         one float32 copy of the parameters more.
         """
-        self._outer = Outer(params, lr=lr, momentum=momentum)
-        self._rounds = Rounds(self._outer, group, repair, delay=1, codec=codec, feedback=feedback)
-
-    @property
-    def rounds(self) -> int:
-        """Outer steps that were taken, the same on all members; -1 before `join`."""
-        return self._rounds.applied
-
-    @property
-    def outer(self) -> Outer:
-        """Outer parameters and momentum; to look at, and to save."""
-        return self._outer
-
-    def join(self) -> None:
-        """Take part: every member's first call, at the start and as a newcomer. Blocks."""
-        self._rounds.join()
-        self._outer.impose(self._rounds.under_way)
+        super().__init__(
+            params,
+            group,
+            repair=repair,
+            lr=lr,
+            momentum=momentum,
+            codec=codec,
+            feedback=feedback,
+        )
 
     def outer_step(self) -> None:
         """End a phase: take the outer step of the one before, and start this one's reduction.

@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
@@ -41,7 +42,10 @@ class _Registry:
         self.current: Group | None = None
         self.mender: Mender | None = None
         self.on_loss = OnLoss.RAISE
-        self.made: Counter[tuple[int, tuple[MemberId, ...]]] = Counter()
+        self.made: WeakKeyDictionary[Group, Counter[tuple[int, tuple[MemberId, ...]]]]
+        self.made = WeakKeyDictionary()
+        """How many groups of the same members were made in each generation: of a Group that
+        outlives its process group no channel's id is used twice."""
 
 
 _registry = _Registry()
@@ -75,7 +79,7 @@ def _create(options: Any, backend_options: Any) -> FtkitProcessGroup:
     members = tuple(world.members[rank].member for rank in ranks)
     # torch's own names count the groups a process has made, and a newcomer has made fewer
     # than a survivor; the members of a group agree on this instead.
-    made = _registry.made
+    made = _registry.made.setdefault(group, Counter())
     number = made[world.generation, members]
     made[world.generation, members] += 1
     text = json.dumps([world.generation, members, number])
@@ -189,7 +193,6 @@ def _let_go(group: Group, pg: FtkitProcessGroup, own: Group | None) -> None:
         return
     if _registry.current is group:
         _registry.current = None
-        _registry.made.clear()
     if own is not None:
         own.close()
         atexit.unregister(own.close)

@@ -1,11 +1,12 @@
-"""Calls: each collective on tensors, once; checked, then issued on a channel.
+"""Calls: each collective on tensors, once; checked, then ready to be issued on a channel.
 
 The process group gives them torch's many names. Tensors are used in place; one that is not
 contiguous is copied and copied back.
 """
 
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,9 +22,16 @@ from ftkit.collectives.mending import Mender
 from ftkit.collectives.op import Op, Program, Wait
 from ftkit.core.errors import Refused
 
+#: Issues what was checked; does not block.
+Issue: TypeAlias = Callable[[], Handle[Any]]
+
 
 class Calls:
-    """See the module. Every method returns at once; `limit_s` is the operation's timeout."""
+    """See the module. Every method checks, copies what it must, and sends nothing yet.
+
+    `limit_s` is the operation's timeout. What torch gives several of at once is checked whole
+    before the first of it is issued.
+    """
 
     def __init__(
         self, channel: Channel, mender: Mender | None = None, on_loss: OnLoss = OnLoss.RAISE
@@ -33,7 +41,7 @@ class Calls:
         self._mender = None if on_loss is OnLoss.RAISE else mender
         self._on_loss = on_loss
 
-    def all_reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+    def all_reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Issue:
         op = checks.op_of(opts, tensor.dtype)
         if tensor.layout != torch.strided:
             return self._all_reduce_sparse(tensor, op, limit_s)
@@ -42,19 +50,19 @@ class Calls:
         summed = tensor.dtype if op == "sum" and tensor.dtype.is_floating_point else None
         again = Again(home.data, summed)
         name = arithmetic.signature("all_reduce", op, tensor.dtype)
-        return home.restored(self._issue(name, program, home.data.size, limit_s, again))
+        return self._start([home], name, program, home.data.size, limit_s, again)
 
-    def reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+    def reduce(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Issue:
         op = checks.op_of(opts, tensor.dtype)
         root = checks.root_of(opts, self._channel.size)
         home = Home(tensor)
         program = reductions.reduce(home.data, tensor.dtype, op, root)
         name = arithmetic.signature("reduce", op, tensor.dtype)
-        return home.restored(self._issue(name, program, home.data.size, limit_s))
+        return self._start([home], name, program, home.data.size, limit_s)
 
     def reduce_scatter(
         self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         op = checks.op_of(opts, out.dtype)
         checks.count(ins, "inputs", self._channel.size)
         checks.one_dtype(out, *ins)
@@ -63,12 +71,12 @@ class Calls:
 
     def reduce_scatter_whole(
         self, out: torch.Tensor, whole: torch.Tensor, opts: Any, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         op = checks.op_of(opts, out.dtype)
         checks.one_a_rank(whole, out, self._channel.size)
         return self._scatter_reduced(out, _even(source(whole), self._channel.size), op, limit_s)
 
-    def broadcast(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Handle[Any]:
+    def broadcast(self, tensor: torch.Tensor, opts: Any, limit_s: float | None) -> Issue:
         root = self._channel.members[checks.root_of(opts, self._channel.size)]
         home = Home(tensor)
 
@@ -77,28 +85,28 @@ class Calls:
             return moves.broadcast(home.data, op.members.index(root))(op)
 
         again = Again(home.data, root=root)
-        return home.restored(self._issue("broadcast", program, home.data.size, limit_s, again))
+        return self._start([home], "broadcast", program, home.data.size, limit_s, again)
 
     def all_gather(
         self, outs: Sequence[torch.Tensor], mine: torch.Tensor, opts: Any, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         checks.count(outs, "outputs", self._channel.size)
         checks.one_dtype(mine, *outs)
         checks.same_shape(outs[self._channel.rank], mine)
         homes = [Home(t) for t in outs]
-        return restored(homes, self._gathered([h.data for h in homes], source(mine), limit_s))
+        return self._gathered(homes, [h.data for h in homes], source(mine), limit_s)
 
     def all_gather_whole(
         self, whole: torch.Tensor, mine: torch.Tensor, opts: Any, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         checks.one_a_rank(whole, mine, self._channel.size)
         home = Home(whole)
         outs = _even(home.data, self._channel.size)
-        return home.restored(self._gathered(outs, source(mine), limit_s))
+        return self._gathered([home], outs, source(mine), limit_s)
 
     def gather(
         self, outs: Sequence[torch.Tensor], mine: torch.Tensor, opts: Any, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         """`outs` at the root alone."""
         root = checks.root_of(opts, self._channel.size)
         homes: list[Home] = []
@@ -109,11 +117,11 @@ class Calls:
             homes = [Home(t) for t in outs]
         data = source(mine)
         program = moves.gather([h.data for h in homes], data, root)
-        return restored(homes, self._issue("gather", program, data.size, limit_s))
+        return self._start(homes, "gather", program, data.size, limit_s)
 
     def scatter(
         self, out: torch.Tensor, ins: Sequence[torch.Tensor], opts: Any, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         """`ins` at the root alone."""
         root = checks.root_of(opts, self._channel.size)
         if self._channel.rank == root:
@@ -122,7 +130,7 @@ class Calls:
             checks.same_shape(out, ins[root])
         home = Home(out)
         program = moves.scatter(home.data, [source(t) for t in ins], root)
-        return home.restored(self._issue("scatter", program, home.data.size, limit_s))
+        return self._start([home], "scatter", program, home.data.size, limit_s)
 
     def all_to_all(
         self,
@@ -130,7 +138,7 @@ class Calls:
         ins: Sequence[torch.Tensor],
         opts: Any,
         limit_s: float | None,
-    ) -> Handle[Any]:
+    ) -> Issue:
         size, rank = self._channel.size, self._channel.rank
         checks.count(outs, "outputs", size)
         checks.count(ins, "inputs", size)
@@ -138,7 +146,7 @@ class Calls:
         checks.same_shape(outs[rank], ins[rank])
         homes = [Home(t) for t in outs]
         data = [source(t) for t in ins]
-        return restored(homes, self._exchanged([h.data for h in homes], data, limit_s))
+        return self._exchanged(homes, [h.data for h in homes], data, limit_s)
 
     def all_to_all_whole(
         self,
@@ -148,7 +156,7 @@ class Calls:
         in_rows: Sequence[int],
         opts: Any,
         limit_s: float | None,
-    ) -> Handle[Any]:
+    ) -> Issue:
         """Rows per rank, or none for even pieces."""
         size, rank = self._channel.size, self._channel.rank
         checks.one_dtype(out, whole)
@@ -160,18 +168,17 @@ class Calls:
                 f"{ins[rank].size} bytes to ourselves do not fit the {outs[rank].size} bytes "
                 "that we take from ourselves"
             )
-        return home.restored(self._exchanged(outs, ins, limit_s))
+        return self._exchanged([home], outs, ins, limit_s)
 
-    def barrier(self, limit_s: float | None) -> Handle[Any]:
+    def barrier(self, limit_s: float | None) -> Issue:
         nothing: Bytes = np.empty(0, dtype=np.uint8)
-        return self._issue("barrier", moves.exchange(nothing), 0, limit_s, Again(nothing))
+        return self._start([], "barrier", moves.exchange(nothing), 0, limit_s, Again(nothing))
 
-    def send(
-        self, tensor: torch.Tensor, target: int, tag: int, limit_s: float | None
-    ) -> Handle[Any]:
+    def send(self, tensor: torch.Tensor, target: int, tag: int, limit_s: float | None) -> Issue:
         checks.rank(target, self._channel.size)
         data = source(tensor)
-        return self._channel.issue_p2p(
+        return partial(
+            self._channel.issue_p2p,
             "send",
             target,
             checks.tag(tag),
@@ -182,11 +189,12 @@ class Calls:
 
     def recv(
         self, tensor: torch.Tensor, origin: int | None, tag: int, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         """From anybody, when `origin` is None."""
         number = -1 if origin is None else checks.rank(origin, self._channel.size)
         home = Home(tensor)
-        handle = self._channel.issue_p2p(
+        issue = partial(
+            self._channel.issue_p2p,
             "recv",
             number,
             checks.tag(tag),
@@ -194,57 +202,67 @@ class Calls:
             nbytes=home.data.size,
             timeout_s=limit_s,
         )
-        return home.restored(handle)
+        return lambda: restored([home], issue())
 
     # -- helpers ----------------------------------------------------------------------------
 
-    def _all_reduce_sparse(
-        self, tensor: torch.Tensor, op: str, limit_s: float | None
-    ) -> Handle[Any]:
+    def _all_reduce_sparse(self, tensor: torch.Tensor, op: str, limit_s: float | None) -> Issue:
         sparse.check(tensor, op)
         mine = tensor.detach().coalesce()
         program = sparse.all_reduce(mine, op)
         name = arithmetic.signature("all_reduce_sparse", op, tensor.dtype)
-        handle = self._issue(name, program, sparse.nbytes(mine), limit_s)
-        return handle.then(lambda total: sparse.replace(tensor, total))
+        issue = self._start([], name, program, sparse.nbytes(mine), limit_s)
+        return lambda: issue().then(lambda total: sparse.replace(tensor, total))
 
     def _scatter_reduced(
         self, out: torch.Tensor, ins: Sequence[Bytes], op: str, limit_s: float | None
-    ) -> Handle[Any]:
+    ) -> Issue:
         home = Home(out)
         program = reductions.reduce_scatter(home.data, ins, out.dtype, op)
         nbytes = sum(data.size for data in ins)
         name = arithmetic.signature("reduce_scatter", op, out.dtype)
-        return home.restored(self._issue(name, program, nbytes, limit_s))
+        return self._start([home], name, program, nbytes, limit_s)
 
-    def _gathered(self, outs: Sequence[Bytes], mine: Bytes, limit_s: float | None) -> Handle[Any]:
-        return self._issue("all_gather", moves.all_gather(outs, mine), mine.size, limit_s)
+    def _gathered(
+        self, homes: Sequence[Home], outs: Sequence[Bytes], mine: Bytes, limit_s: float | None
+    ) -> Issue:
+        program = moves.all_gather(outs, mine)
+        return self._start(homes, "all_gather", program, mine.size, limit_s)
 
     def _exchanged(
-        self, outs: Sequence[Bytes], ins: Sequence[Bytes], limit_s: float | None
-    ) -> Handle[Any]:
-        nbytes = sum(data.size for data in ins)
-        return self._issue("all_to_all", moves.all_to_all(outs, ins), nbytes, limit_s)
-
-    def _issue(
         self,
+        homes: Sequence[Home],
+        outs: Sequence[Bytes],
+        ins: Sequence[Bytes],
+        limit_s: float | None,
+    ) -> Issue:
+        nbytes = sum(data.size for data in ins)
+        return self._start(homes, "all_to_all", moves.all_to_all(outs, ins), nbytes, limit_s)
+
+    def _start(
+        self,
+        homes: Sequence[Home],
         name: str,
         program: Program,
         nbytes: int,
         limit_s: float | None,
         again: Again | None = None,
-    ) -> Handle[Any]:
+    ) -> Issue:
+        """What issues `program`, and brings its results to where they belong."""
         if self._mender is None:
-            return self._channel.issue(name, program, nbytes=nbytes, timeout_s=limit_s)
-        return self._mender.issue(
-            self._channel,
-            name,
-            program,
-            nbytes=nbytes,
-            limit_s=limit_s,
-            mode=self._on_loss,
-            again=again,
-        )
+            issue = partial(self._channel.issue, name, program, nbytes=nbytes, timeout_s=limit_s)
+        else:
+            issue = partial(
+                self._mender.issue,
+                self._channel,
+                name,
+                program,
+                nbytes=nbytes,
+                limit_s=limit_s,
+                mode=self._on_loss,
+                again=again,
+            )
+        return lambda: restored(homes, issue())
 
 
 def _even(data: Bytes, count: int) -> list[Bytes]:

@@ -11,7 +11,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ftkit.collectives.frames import P2P
 from ftkit.collectives.handle import Handle, failed
@@ -24,6 +24,13 @@ from ftkit.core.world import World
 
 if TYPE_CHECKING:
     from ftkit.collectives.engine import Engine
+
+
+class HasChannel(Protocol):
+    """A Group or an FtkitProcessGroup: whose members take part."""
+
+    @property
+    def channel(self) -> "Channel": ...
 
 
 class Channel:
@@ -106,16 +113,16 @@ class Channel:
         It has when none was planned since the generation began, when the edge it sends over
         has become slow, and when that was first measured after the plan. Any thread.
         """
-        if not self._choices:
-            return False
-        if not self._planned:
-            return True
-        link = self._engine.net.links.get(self._members[self._after])
-        if link is None or self.hosts[self._after] == self.hosts[self._rank]:
-            return False
-        if self._planned_rate is None:
-            return bool(link.windows)
-        return dropped(self._planned_rate, link.windows)
+        with self._lock:  # an edit changes all of it
+            if not self._choices:
+                return False
+            if not self._planned:
+                return True
+            link = self._engine.net.links.get(self._members[self._after])
+            if link is None or self.hosts[self._after] == self.hosts[self._rank]:
+                return False
+            planned = self._planned_rate
+        return bool(link.windows) if planned is None else dropped(planned, link.windows)
 
     @property
     def _after(self) -> int:

@@ -25,6 +25,9 @@ from ftkit.collectives.rounds import Repair, Rounds
 class DiLoCo:
     """See the module. Used by one thread, the one that trains."""
 
+    _delay = 0
+    """Rounds that are left under way when a call returns."""
+
     def __init__(
         self,
         params: Iterable[torch.Tensor],
@@ -57,11 +60,13 @@ class DiLoCo:
           ValueError: no parameters, an unknown codec, or numbers out of range.
         """
         self._outer = Outer(params, lr=lr, momentum=momentum)
-        self._rounds = Rounds(self._outer, group, repair, delay=0, codec=codec, feedback=feedback)
+        self._rounds = Rounds(
+            self._outer, group, repair, delay=self._delay, codec=codec, feedback=feedback
+        )
 
     @property
     def rounds(self) -> int:
-        """Outer steps that the model holds, the same on all members; -1 before `join`."""
+        """Outer steps that were taken, the same on all members; -1 before `join`."""
         return self._rounds.applied
 
     @property
@@ -79,7 +84,7 @@ class DiLoCo:
           JobStopped, UsageError, and whatever `repair` raises: as `outer_step`.
         """
         self._rounds.join()
-        self._outer.impose()
+        self._outer.impose(self._rounds.under_way)
 
     def outer_step(self) -> None:
         """Reduce how far all members moved, take the outer step, reset the model. Blocks.

@@ -14,10 +14,8 @@ fail.
 import json
 import logging
 import math
-import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from functools import partial
 
@@ -25,17 +23,19 @@ import numpy as np
 
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.cma import ValidWord
+from ftkit.collectives.commands import Commands
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.faults import DoubtError, FaultError
-from ftkit.collectives.frames import P2P, Header, Kind
+from ftkit.collectives.frames import Header, Kind
 from ftkit.collectives.handle import COMM_THREADS, Handle
-from ftkit.collectives.link import Link, Ticket
+from ftkit.collectives.link import Link
 from ftkit.collectives.linkset import LinkSet
 from ftkit.collectives.mesh import Greeted
 from ftkit.collectives.op import Op
 from ftkit.collectives.ports import OpRecorder
+from ftkit.collectives.runner import Runner
 from ftkit.collectives.transfers import Transfers
-from ftkit.core.errors import FtkitError, GenerationAborted, ProtocolError
+from ftkit.core.errors import GenerationAborted, ProtocolError
 from ftkit.core.ids import Generation, MemberId
 from ftkit.core.world import World
 
@@ -76,8 +76,6 @@ class Engine:
         self._on_tell = on_tell
         self._retired: set[MemberId] = set()
         self._channels: dict[int, Channel] = {}
-        self._active: set[Op] = set()
-        self._ready: deque[Op] = deque()
         self._abort_told: tuple[Header, bytes] | None = None
         """What all were told of the end of the current generation, once it ended by a fault."""
         self._doubt: tuple[float, str] | None = None
@@ -89,15 +87,12 @@ class Engine:
         self._stopped: tuple[int, str] | None = None
         self._generation = world.generation
         self._closing: str | None = None
-        self._commands: deque[Callable[[], None]] = deque()
-        self._over = False
-        self._awake = False
-        self._wake_lock = threading.Lock()
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self.net = LinkSet(config.segment_bytes, self._commands.append, self._link_lost)
-        self.net.watch(self._wake)
+        self._commands = Commands(self._guard)
+        self.net = LinkSet(config.segment_bytes, self._commands.later, self._link_lost)
+        self.net.watch(self._commands.wake_fd)
         self.transfers = Transfers(member, config, self.net, self._is_over, self._control)
         self.net.router = self.transfers
+        self.runner = Runner(member, recorder, self.stopped, self._commands.later)
         self._thread = threading.Thread(target=self._run, name="ftkit-comm", daemon=True)
         self._word.publish(world.generation)
         self._thread.start()
@@ -106,19 +101,11 @@ class Engine:
 
     def call(self, command: Callable[[], None]) -> None:
         """Run `command` soon on the communication thread."""
-        self._commands.append(command)
-        if self._awake:
-            return  # it looks for commands before it sleeps
-        with self._wake_lock:
-            if not self._over:
-                os.eventfd_write(self._wake, 1)
-                return
-        # The thread has ended; what is left only fails handles and closes sockets.
-        self._run_commands()
+        self._commands.give(command)
 
     def submit(self, op: Op) -> None:
         """Start `op`. Called with its channel's lock held."""
-        self.call(lambda: self._start(op))
+        self.call(lambda: self.runner.start(op))
 
     def stopped(self, generation: Generation) -> str | None:
         """Why operations of `generation` fail at once, or None while it lives."""
@@ -235,13 +222,11 @@ class Engine:
 
     def let_go(self) -> None:
         """(in a forked child, which has no communication thread) See `forks`."""
-        if self._over:
+        if self._commands.over:
             return
-        self._lock, self._wake_lock = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._closing = "this process was forked from the one that is a member"
-        self._awake, self._over = False, True
-        self._commands.clear()
-        os.close(self._wake)
+        self._commands.let_go()
         self.net.let_go()
 
     @property
@@ -250,12 +235,6 @@ class Engine:
         return self.config.transport is not Transport.TCP and (
             len({member.host for member in self.world.members}) <= 1
         )
-
-    # -- operations (communication thread) ------------------------------------------------
-
-    def ready(self, op: Op) -> None:
-        """All that `op` waited for is here."""
-        self._ready.append(op)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -279,41 +258,29 @@ class Engine:
             COMM_THREADS.discard(threading.get_ident())
             self._end_generation(self._closing or "the group was closed")
             self.net.close()
-            self.transfers.close()
+            self.transfers.offers.close()
             self._word.close()
-            self._awake = False
-            with self._wake_lock:
-                self._over = True
-                os.close(self._wake)
-            self._run_commands()
+            self._commands.close()
             self._part(math.inf)
             self.net.tell_news()
 
     def _settle(self, timeout_s: float) -> None:
         """Let peers read what operations that have ended here still show them."""
         deadline = time.monotonic() + timeout_s
-        while self.transfers.lent and time.monotonic() < deadline:
+        while self.transfers.offers.lent and time.monotonic() < deadline:
             self._turn(_LOOK_AGAIN_S)
 
     def _turn(self, patience_max_s: float = math.inf) -> None:
-        # In this order: a command that comes after the look at them finds us asleep.
-        self._awake = False
-        patience_s = min(self._patience_s(), patience_max_s)
-        events = self.net.poll(patience_s)
-        self._awake = True
+        patience_s = 0.0 if self._commands.asleep() else self._patience_s()
+        events = self.net.poll(min(patience_s, patience_max_s))
+        self._commands.awake()
         for fd, event in events:
-            if fd == self._wake:
-                continue  # edge-triggered: it need not be read
             link = self.net.by_fd(fd)
             if link is not None:
                 self._guard(partial(self.net.serve, link, event))
-        self._run_commands()
-        while self._ready:
-            op = self._ready.popleft()
-            self._guard(partial(self._step, op))
-            if op.waiting < 0:
-                break
-        self._run_commands()  # what follows an operation that ended begins in this turn
+        self._commands.obey()
+        self.runner.step_ready(self._guard)
+        self._commands.obey()  # what follows an operation that ended begins in this turn
         if self.transfers.fetching:
             self._guard(self.transfers.fetch_segment)
         for link in list(self.net.dirty):
@@ -321,26 +288,18 @@ class Engine:
         self._check_deadlines()
 
     def _patience_s(self) -> float:
-        if self._ready or self._commands or self.net.dirty or self.transfers.fetching:
+        if self.runner.busy or self.net.dirty or self.transfers.fetching:
             return 0.0
         if self._parting:
             return _LOOK_AGAIN_S
-        deadlines = [op.deadline_s for op in self._active if op.deadline_s is not None]
-        if self._active:
-            deadlines.append(time.monotonic() + _TELL_AWAITED_S)
+        first_s = self.runner.deadline_s()
+        if self.runner.active:
+            first_s = min(first_s, time.monotonic() + _TELL_AWAITED_S)
         if self._doubt is not None:
-            deadlines.append(self._doubt[0])
-        if not deadlines:
+            first_s = min(first_s, self._doubt[0])
+        if first_s == math.inf:
             return math.inf
-        return min(max(min(deadlines) - time.monotonic(), 0.001), 60.0)
-
-    def _run_commands(self) -> None:
-        while True:
-            try:
-                command = self._commands.popleft()
-            except IndexError:
-                return
-            self._guard(command)
+        return min(max(first_s - time.monotonic(), 0.001), 60.0)
 
     def _guard(self, action: Callable[[], None]) -> None:
         """Run a piece of work; a fault in it ends the generation, not the thread."""
@@ -357,32 +316,29 @@ class Engine:
     def _tell_awaited(self, now: float) -> None:
         """Note whose bytes operations wait for: for when nobody can ask any more."""
         self._awaited_told_s = now
-        for op in self._active:
-            if now - op.since_s > _TELL_AWAITED_S and op.generator is not None:
-                self.recorder.awaiting(op.recorded, op.seq, self.transfers.awaited_of(op))
+        for op in self.runner.waiting_since(now - _TELL_AWAITED_S):
+            self.recorder.awaiting(op.recorded, op.seq, self.transfers.awaited_of(op))
 
     def _check_deadlines(self) -> None:
         now = time.monotonic()
-        if self._active and now - self._awaited_told_s > _TELL_AWAITED_S:
+        if self.runner.active and now - self._awaited_told_s > _TELL_AWAITED_S:
             self._tell_awaited(now)
         if self._parting:
             self._part(now)
         if self._doubt is not None and self._doubt[0] <= now:
             self._abort(self.world.generation, frozenset(), self._doubt[1])
             return
-        for op in self._active:
-            if op.deadline_s is not None and op.deadline_s <= now:
-                silent = self.transfers.awaited_of(op)
-                self._abort(
-                    self.world.generation,
-                    frozenset(),
-                    f"{op.name} (operation {op.seq} of group {op.channel.id}) exceeded its "
-                    f"timeout; nothing came from members {silent}",
-                )
-                return
+        op = self.runner.overdue(now)
+        if op is not None:
+            self._abort(
+                self.world.generation,
+                frozenset(),
+                f"{op.name} (operation {op.seq} of group {op.channel.id}) exceeded its timeout; "
+                f"nothing came from members {self.transfers.awaited_of(op)}",
+            )
 
     def _begin_parting(self, parted: Handle[None], limit_s: float) -> None:
-        if self._over or not self.transfers.lent:
+        if self._commands.over or not self.transfers.offers.lent:
             parted.finish(None)
         else:
             self._parting.append((parted, limit_s))
@@ -390,7 +346,7 @@ class Engine:
     def _part(self, now: float) -> None:
         """Let go of those who wait for peers to have read what we show, where they have."""
         for parted, limit_s in self._parting:
-            if not self.transfers.lent or limit_s <= now:
+            if not self.transfers.offers.lent or limit_s <= now:
                 parted.finish(None)
         self._parting = [p for p in self._parting if not p[0].done()]
 
@@ -470,75 +426,6 @@ class Engine:
             generation == current and self._stopped is not None and self._stopped[0] == generation
         )
 
-    # -- stepping operations ----------------------------------------------------------------
-
-    def _start(self, op: Op) -> None:
-        reason = self.stopped(op.generation)
-        if reason is not None:
-            self._finish(op, None, GenerationAborted(reason))
-            return
-        self._active.add(op)
-        if op.flags & P2P:
-            self._step(op)
-            return
-        op.channel.queue.append(op)
-        self._next_of(op.channel)
-
-    def _next_of(self, channel: Channel) -> None:
-        while channel.running is None and channel.queue:
-            op = channel.queue.popleft()
-            if op.ended:
-                continue
-            channel.running = op
-            self._step(op)
-
-    def _step(self, op: Op) -> None:
-        while not op.ended:
-            try:
-                if op.generator is None:
-                    op.generator = op.program(op)
-                wait = next(op.generator)
-            except StopIteration as end:
-                self._finish(op, end.value, None)
-                return
-            except (FaultError, DoubtError):
-                raise
-            except FtkitError as error:
-                raise FaultError(f"{op.name} failed at member {self.member}: {error}") from error
-            except Exception as error:
-                # Ours or numpy's: the peers would wait for us, so all are told.
-                logger.exception("%s (operation %s) failed", op.name, op.seq)
-                self._finish(op, None, error)
-                raise FaultError(f"{op.name} failed at member {self.member}: {error!r}") from error
-            if wait is None:
-                self._ready.append(op)
-                op.waiting = -1
-                return
-            tickets = (wait,) if isinstance(wait, Ticket) else tuple(wait)
-            pending = [t for t in tickets if not t.done]
-            if not pending:
-                continue
-            op.waiting = len(pending)
-            for ticket in pending:
-                ticket.owner = op
-            return
-
-    def _finish(self, op: Op, value: object, error: Exception | None) -> None:
-        if op.ended:
-            return
-        op.ended = True
-        self._active.discard(op)
-        self.recorder.leave(op.recorded, op.seq, error is None)
-        if error is None:
-            op.handle.finish(value)
-        else:
-            op.handle.fail(error)
-        if op.channel.running is op:
-            op.channel.running = None
-            if error is None:
-                # Not here: a long row of short operations would nest as deep as it is long.
-                self._commands.append(lambda: self._next_of(op.channel))
-
     # -- generations ------------------------------------------------------------------------
 
     def _abort_arrived(self, header: Header, view: memoryview) -> None:
@@ -581,17 +468,12 @@ class Engine:
             reason = self._stopped[1]
         self._word.withdraw()
         self._doubt = None
-        self._ready.clear()
         self.transfers.end(generation)
         if flood is not None:
             for link in self.net.links.values():
                 if link.peer in self.world.member_ids and not link.said_bye:
                     self.net.queue(link, flood, memoryview(payload))
-        for channel in self._channels.values():
-            channel.queue.clear()
-            channel.running = None
-        for op in list(self._active):
-            self._finish(op, None, GenerationAborted(reason))
+        self.runner.end(self._channels.values(), reason)
 
     def _bye(self) -> Header:
         return Header(Kind.BYE, 0, 0, self.world.generation, 0, 0, 0, self.member, 0, 0, 0)
@@ -614,7 +496,7 @@ class Engine:
             if link is not None:
                 self.net.dismiss(link, self._bye())
         self.transfers.purge(world.generation - 1)
-        self.transfers.generation = world.generation
+        self.transfers.memory.generation = world.generation
         with self._lock:
             self.world = world
             self._generation = world.generation

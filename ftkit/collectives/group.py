@@ -1,8 +1,7 @@
 """Group: one process's membership in the world, edited in place from one world to the next.
 
 Who is a member is decided elsewhere; a group is told. It starts as generation 0, a world of
-itself alone, in which every operation is local. Operations never raise at the call: what
-goes wrong comes through the handle, as `GenerationAborted` once the generation is over.
+itself alone, in which every operation is local.
 """
 
 import threading
@@ -12,23 +11,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
-import numpy as np
-import torch
-
-from ftkit.collectives import canonical, forks, moves, planning, reductions
-from ftkit.collectives.arithmetic import Bytes, as_bytes, check, signature
+from ftkit.collectives import forks
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.cma import ValidWord
 from ftkit.collectives.config import CollectivesConfig
 from ftkit.collectives.engine import Engine, FaultCallback, TellCallback
 from ftkit.collectives.frames import CONTROL_BYTES_MAX
-from ftkit.collectives.handle import Handle
 from ftkit.collectives.mesh import Mesh
 from ftkit.collectives.meter import Flow
+from ftkit.collectives.operations import Operations
 from ftkit.collectives.ports import Detour, NullRecorder, OpRecorder
-from ftkit.collectives.ring_order import Ring
-from ftkit.collectives.slot_tree import SlotNode
-from ftkit.collectives.slots import assign, nodes_of
 from ftkit.core.errors import GenerationAborted, Unreachable, WireError
 from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
 from ftkit.core.world import Member, World
@@ -46,7 +38,7 @@ class Traffic:
     """From its memory; None where that is not possible."""
 
 
-class Group:
+class Group(Operations):
     """See the module. Thread-safe, except that only one thread may `edit` or `connect`."""
 
     def __init__(
@@ -220,6 +212,14 @@ class Group:
             raise WireError(f"there is no link to member {member}")
         self._engine.tell(member, bytes(payload))
 
+    @property
+    def traffic(self) -> dict[MemberId, Traffic]:
+        """What went to, and was read from, each linked member, and how fast. Any thread."""
+        return {
+            member: Traffic(link.flow, link.cma.pace.flow if link.cma is not None else None)
+            for member, link in list(self._engine.net.links.items())
+        }
+
     def light_fuse(self, nbytes: int, strike: Callable[[], None]) -> None:
         """For drills: call `strike` in the middle of a transfer, after `nbytes` more.
 
@@ -258,140 +258,6 @@ class Group:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    # -- operations on the world --------------------------------------------------------------
-
-    def all_reduce(self, flat: torch.Tensor, op: str = "sum") -> Handle[None]:
-        """Reduce a contiguous CPU tensor in place: sum, avg, product, min, max, band, ...
-
-        Same bits on every rank. After a failure its content is undefined.
-        """
-        check(flat.dtype, op)
-        data = as_bytes(flat)
-        return self.channel.issue(
-            signature("all_reduce", op, flat.dtype),
-            reductions.all_reduce(data, flat.dtype, op),
-            nbytes=data.size,
-        )
-
-    def reduce_scatter(
-        self, out: torch.Tensor, ins: Sequence[torch.Tensor], op: str = "sum"
-    ) -> Handle[None]:
-        """The reduction of all ranks' `ins[r]` into the `out` of rank r."""
-        check(out.dtype, op)
-        parts = [as_bytes(t) for t in ins]
-        return self.channel.issue(
-            signature("reduce_scatter", op, out.dtype),
-            reductions.reduce_scatter(as_bytes(out), parts, out.dtype, op),
-            nbytes=sum(p.size for p in parts),
-        )
-
-    def all_gather(self, outs: Sequence[torch.Tensor], mine: torch.Tensor) -> Handle[None]:
-        """Rank r's tensor into `outs[r]` everywhere."""
-        data = as_bytes(mine)
-        return self.channel.issue(
-            "all_gather", moves.all_gather([as_bytes(t) for t in outs], data), nbytes=data.size
-        )
-
-    def broadcast(self, tensor: torch.Tensor, root_rank: int) -> Handle[None]:
-        """The root's tensor to all, in place."""
-        data = as_bytes(tensor)
-        return self.channel.issue("broadcast", moves.broadcast(data, root_rank), nbytes=data.size)
-
-    def exchange(self, payload: bytes) -> Handle[list[bytes]]:
-        """Everybody's bytes in rank order, in one round. For small things: at most 1 MiB.
-
-        It completes only when every member has issued it, so it is a barrier, and a vote.
-        """
-        if len(payload) > CONTROL_BYTES_MAX:
-            raise ValueError(f"{len(payload)} bytes are too many to exchange")
-        data: Bytes = np.frombuffer(payload, dtype=np.uint8)
-        return self.channel.issue("exchange", moves.exchange(data), nbytes=len(payload))
-
-    def barrier(self) -> Handle[list[bytes]]:
-        """Completes when every member has issued it."""
-        return self.exchange(b"")
-
-    # -- the ring -----------------------------------------------------------------------------
-
-    @property
-    def ring(self) -> tuple[int, ...]:
-        """Ranks in the order in which bulk goes round between hosts. Any thread."""
-        return self.channel.ring
-
-    @property
-    def wants_plan(self) -> bool:
-        """Whether this member has a reason to plan the ring. Any thread; does not block.
-
-        Members may see it differently: agree, then let all call `plan_ring`.
-        """
-        return self.channel.wants_plan
-
-    def plan_ring(self) -> Handle[Ring]:
-        """Order the ring by what was measured; in use from the next operation on.
-
-        An operation of all members, like any other. Hosts that have not exchanged anything
-        large yet try each other first, for `probe_s` a round. Rings plan themselves, too,
-        every `plan_every` operations, when a member `wants_plan`.
-        """
-        return self.channel.issue("plan_ring", planning.plan_ring(), nbytes=16 * self.size)
-
-    def probe(self, partner: Rank) -> Handle[None]:
-        """Load the path to and from a rank for `probe_s`; what came of it is in `traffic`.
-
-        Both ranks call it, and in a larger world so do pairs of all the others.
-        """
-        return self.channel.issue("probe", planning.probe(partner), nbytes=0)
-
-    @property
-    def traffic(self) -> dict[MemberId, Traffic]:
-        """What went to, and was read from, each linked member, and how fast. Any thread."""
-        return {
-            member: Traffic(link.flow, link.cma.pace.flow if link.cma is not None else None)
-            for member, link in list(self._engine.net.links.items())
-        }
-
-    # -- more operations ----------------------------------------------------------------------
-
-    def reduce_slots(
-        self,
-        nodes: Sequence[SlotNode],
-        out: torch.Tensor,
-        *,
-        slots: int,
-        scale: float | None = None,
-    ) -> Handle[None]:
-        """The canonical sum over all slots into `out`: bits independent of the world size.
-
-        Args:
-          nodes: this rank's nodes, as `SlotTree.nodes` gives them after pushing the slots
-            `assign(slots, size)[rank]`. Flat, contiguous, floating; read until the handle
-            completes, and not changed, except that `out` may be one of them.
-          out: flat, same length and dtype.
-          slots: slots of the global batch, at least the world size.
-          scale: multiplied in once, at the end; 1 / slots for a mean.
-
-        Raises:
-          ValueError: the nodes are not the ones this rank must bring.
-        """
-        expected = nodes_of(assign(slots, self.size)[self.rank], slots)
-        if [n.node for n in nodes] != expected:
-            raise ValueError(
-                f"rank {self.rank} of {self.size} must bring the nodes {expected} of {slots} "
-                f"slots, not {[n.node for n in nodes]}"
-            )
-        if not out.dtype.is_floating_point or any(
-            n.value.dtype != out.dtype or n.value.shape != out.shape for n in nodes
-        ):
-            raise ValueError("nodes and out must be floating and alike in dtype and shape")
-        check(out.dtype, "sum")
-        data = as_bytes(out)
-        program = canonical.reduce_slots(
-            [as_bytes(n.value) for n in nodes], data, out.dtype, slots, scale
-        )
-        # Ranks bring different numbers of nodes; the bucket is what they must agree on.
-        name = signature("reduce_slots", str(data.size), out.dtype)
-        return self.channel.issue(name, program, nbytes=data.size * len(nodes))
 
     # -- helpers --------------------------------------------------------------------------
 

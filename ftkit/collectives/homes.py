@@ -30,10 +30,6 @@ class Home:
             with torch.no_grad():
                 self._tensor.copy_(self._dense)
 
-    def restored(self, handle: Handle[Any]) -> Handle[Any]:
-        """`handle`, after which the tensor itself holds the result."""
-        return restored([self], handle)
-
 
 def restored(homes: Sequence[Home], handle: Handle[Any]) -> Handle[Any]:
     """`handle`, after which the tensors themselves hold the result."""

@@ -1,7 +1,7 @@
 """LaneDesk: where a link's further connections wait until all of them are there.
 
 The accepting side sees each connection on a thread of its own, in any order. The dialler
-marks those of one link with the same random word; whoever greeted the first of them collects
+marks those of one link with the same random name; whoever greeted the first of them collects
 the others here, so that a link is handed over whole or not at all. Thread-safe.
 """
 
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from ftkit.core.errors import WireError
 from ftkit.core.ids import MemberId
 
-_WORD_BYTES = 16
+_NAME_BYTES = 16
 
 
 class LaneKey(NamedTuple):
     """Names the lanes of one link."""
 
     peer: MemberId
-    word: str
+    name: str
 
 
 class LaneDesk:
@@ -82,13 +82,13 @@ class LaneDesk:
             lane.close()
 
 
-def word_of(hello: Mapping[str, Any]) -> tuple[str, bool]:
-    """The word in a peer's hello, and whether it opens a further lane.
+def name_of(hello: Mapping[str, Any]) -> tuple[str, bool]:
+    """The name of the link in a peer's hello, and whether it opens a further lane.
 
     Raises:
       WireError: it is none of ours.
     """
-    word, further = hello.get("link"), hello.get("lane")
-    if not isinstance(word, str) or len(word) > 2 * _WORD_BYTES or not isinstance(further, bool):
-        raise WireError(f"a link's word is expected in a hello, not {word!r} and {further!r}")
-    return word, further
+    name, further = hello.get("link"), hello.get("lane")
+    if not isinstance(name, str) or len(name) > 2 * _NAME_BYTES or not isinstance(further, bool):
+        raise WireError(f"a link's name is expected in a hello, not {name!r} and {further!r}")
+    return name, further

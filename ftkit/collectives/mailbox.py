@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from ftkit.collectives.arithmetic import Bytes, copy
 from ftkit.collectives.frames import Offer
+from ftkit.collectives.keys import Key
 from ftkit.collectives.link import Ticket
-from ftkit.collectives.op import Key, empty
+from ftkit.collectives.op import empty
 from ftkit.core.errors import ProtocolError
 
 #: What it takes to keep a message, beside its payload.

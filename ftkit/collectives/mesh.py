@@ -23,7 +23,7 @@ from typing import Any
 
 from ftkit.collectives.cma import CmaPeer, ValidWord
 from ftkit.collectives.config import CollectivesConfig, Transport
-from ftkit.collectives.lanes import LaneDesk, LaneKey, word_of
+from ftkit.collectives.lanes import LaneDesk, LaneKey, name_of
 from ftkit.core.errors import AuthenticationError, WireError
 from ftkit.core.ids import MemberId
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _GREETINGS_MAX = 64
 #: What one of several connections may hold that it cannot send yet.
 _LANE_UNSENT_BYTES = 128 << 10
+#: A host that vanished without a word says nothing for ever; one that is there answers the
+#: kernel's question whatever its processes do. Seconds of silence, and between questions; questions.
+_SILENCE_S, _ASK_AGAIN_S, _QUESTIONS = 10, 5, 4
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 
 
@@ -115,13 +118,13 @@ class Mesh:
           WireError: nobody answers there, the greeting failed, or somebody else lives there.
         """
         opened = connect or partial(self._straight, address)
-        word = secrets.token_hex(8)
-        greeted = self._dial(peer, address, opened, word, timeout_s, further=False)
+        name = secrets.token_hex(8)
+        greeted = self._dial(peer, address, opened, name, timeout_s, further=False)
         lanes: list[socket.socket] = []
         with contextlib.ExitStack() as undo:
             undo.callback(greeted.sock.close)
             for _ in range(self._further(greeted)):
-                lane = self._dial(peer, address, opened, word, timeout_s, further=True).sock
+                lane = self._dial(peer, address, opened, name, timeout_s, further=True).sock
                 undo.callback(lane.close)
                 lanes.append(lane)
             undo.pop_all()
@@ -144,7 +147,7 @@ class Mesh:
         peer: MemberId,
         address: tuple[str, int],
         connect: Callable[[float], socket.socket],
-        word: str,
+        name: str,
         timeout_s: float,
         *,
         further: bool,
@@ -159,7 +162,7 @@ class Mesh:
                 sock,
                 server=False,
                 timeout_s=min(timeout_s, self._config.greeting_timeout_s),
-                word=word,
+                name=name,
                 further=further,
             )
         except OSError as error:
@@ -274,7 +277,7 @@ class Mesh:
         *,
         server: bool,
         timeout_s: float,
-        word: str = "",
+        name: str = "",
         further: bool = False,
     ) -> tuple[Greeted, LaneKey | None]:
         """The peer; and, on the accepting side, the link that this is a further lane of.
@@ -286,7 +289,7 @@ class Mesh:
             "process": self._process,
             "config": self._config.wire,
             "memory": self._word.hello(),
-            "link": word,
+            "link": name,
             "lane": further,
         }
         theirs = authenticate(sock, self._secret, server=server, hello=hello, timeout_s=timeout_s)
@@ -317,8 +320,8 @@ class Mesh:
         greeted = Greeted(sock, peer, str(theirs.get("process")), cma, can_offer)
         if not server:
             return greeted, None
-        word, further = word_of(theirs)
-        key = LaneKey(peer, word)
+        name, further = name_of(theirs)
+        key = LaneKey(peer, name)
         if further:
             return greeted, key
         if count := self._further(greeted):
@@ -335,6 +338,11 @@ def _member_of(hello: Mapping[str, Any]) -> MemberId:
 
 def _tune(sock: socket.socket, *, lanes: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Not TCP_USER_TIMEOUT: it would also cut a peer that is alive and does not read for a while.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _ASK_AGAIN_S)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _QUESTIONS)
     if lanes > 1:
         # A slow lane must not take more than it can send soon, while others stand idle.
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _LANE_UNSENT_BYTES)

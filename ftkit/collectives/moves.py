@@ -5,6 +5,7 @@ from typing import cast
 
 from ftkit.collectives import rings
 from ftkit.collectives.arithmetic import Bytes, copy
+from ftkit.collectives.flows import pieces_of
 from ftkit.collectives.op import Op, Program, Wait
 
 
@@ -44,9 +45,7 @@ def broadcast(data: Bytes, root: int) -> Program:
         before, after = op.neighbours
         ring = op.channel.ring
         place = (ring.index(op.rank) - ring.index(root)) % op.size
-        step = op.segment
-        count = -(-data.size // step)
-        parts = [data[i * step : (i + 1) * step] for i in range(count)]
+        parts = pieces_of(data, op.segment)
         came = []
         if place:
             came = [op.recv(before, p, part=i) for i, p in enumerate(parts)]

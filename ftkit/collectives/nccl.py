@@ -28,7 +28,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # p
 from ftkit.collectives import moves
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.group import Group
-from ftkit.core.errors import UsageError
+from ftkit.core.errors import GenerationAborted, UsageError
 from ftkit.core.ids import Generation, MemberId
 from ftkit.core.world import World
 
@@ -88,19 +88,26 @@ class NcclLane:
         self._generation = Generation(-1)
         self._members: tuple[MemberId, ...] = ()
         self._aborted = False
+        self._ended = Generation(-1)
+        """The last generation that ended by a fault."""
         group.add_fault_listener(self._abort)
 
     def call(self, name: str, *args: Any, **more: Any) -> Any:
         """What `ProcessGroup.<name>` of the current generation's NCCL group returns.
 
         Raises:
-          GenerationAborted: the generation ended while its group was being built.
+          GenerationAborted: the generation has ended, perhaps while its group was being built.
         """
         with self._lock:
             world = self._group.world
             if self._generation != world.generation:
                 self._renew(world)
             made = self._made
+            if self._ended >= world.generation:
+                self._abort(self._ended)  # which may have come while there was nothing to abort
+                raise GenerationAborted(
+                    f"generation {world.generation} ended before {name} was given to the device"
+                )
         return getattr(made, name)(*args, **more)
 
     def close(self) -> None:
@@ -148,6 +155,7 @@ class NcclLane:
 
     def _abort(self, generation: Generation) -> None:
         """The generation is over: free whoever waits for the device. On the communication thread."""
+        self._ended = max(self._ended, generation)
         made = self._made
         if made is not None and self._generation <= generation and not self._aborted:
             self._aborted = True

@@ -7,13 +7,14 @@ tickets, or None ("let others run, then go on"). What it returns becomes the han
 
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from ftkit.collectives.arithmetic import Bytes
 from ftkit.collectives.frames import Offer
 from ftkit.collectives.handle import Handle
+from ftkit.collectives.keys import Key
 from ftkit.collectives.link import Ticket
 from ftkit.core.ids import Generation, MemberId
 
@@ -23,18 +24,6 @@ if TYPE_CHECKING:
 
 Wait: TypeAlias = Ticket | Iterable[Ticket] | None
 Program: TypeAlias = Callable[["Op"], Generator[Wait, None, Any]]
-
-
-class Key(NamedTuple):
-    """Names a message within a generation, the same at both ends; `peer` is the other end."""
-
-    generation: int
-    peer: int
-    group: int
-    seq: int
-    tag: int
-    part: int
-    flags: int
 
 
 class Op:
@@ -127,11 +116,11 @@ class Op:
 
     def pulls(self, source: int, nbytes: int) -> bool:
         """Whether a message of `nbytes` from `source` comes as an offer that we fetch."""
-        return self.engine.transfers.pulls(self.members[source], nbytes)
+        return self.engine.transfers.memory.can_read(self.members[source], nbytes)
 
     def pushes(self, target: int, nbytes: int) -> bool:
         """Whether a message of `nbytes` to `target` goes through the socket."""
-        return not self.engine.transfers.offers(self.members[target], nbytes)
+        return not self.engine.transfers.offers.wanted(self.members[target], nbytes)
 
     def send(self, target: int, data: Bytes, *, tag: int = 0, part: int = 0) -> Ticket:
         """Send `data`; it must stay untouched until the ticket is done."""
@@ -151,9 +140,9 @@ class Op:
         told: bool,
         copied: bool = False,
     ) -> tuple[list[Ticket], bool]:
-        """Offer at most a piece to all `targets`; see `Transfers.lend`."""
+        """Offer at most a piece to all `targets`; see `Offers.lend`."""
         keys = [self.key(target, tag, part) for target in targets]
-        return self.engine.transfers.lend(keys, data, told=told, copied=copied)
+        return self.engine.transfers.offers.lend(keys, data, told=told, copied=copied)
 
     def offered(self, source: int, *, tag: int = 0, part: int = 0) -> Ticket:
         """Wait for an offer without fetching it: `ticket.data` is an Offer."""
@@ -161,15 +150,15 @@ class Op:
 
     def look(self, source: int, offer: Offer) -> Bytes | None:
         """What `source` offered, to be read in place; None when it must be fetched."""
-        return self.engine.transfers.look(self.members[source], offer)
+        return self.engine.transfers.memory.look(self.members[source], offer)
 
     def fetch(self, source: int, offer: Offer, into: Bytes) -> None:
         """Read the beginning of what `source` offered."""
-        self.engine.transfers.fetch(self.members[source], offer, 0, into)
+        self.engine.transfers.memory.fetch(self.members[source], offer, 0, into)
 
     def fetched(self, source: int, offer: Offer, *, tag: int, part: int) -> None:
         """Make sure that what was read still held, then release the offer."""
-        self.engine.transfers.acknowledge(self.key(source, tag, part), offer)
+        self.engine.transfers.memory.acknowledge(self.key(source, tag, part), offer)
 
     def scratch(self) -> Bytes:
         """Scratch memory for a piece or a segment; give it back with `release`."""
@@ -182,7 +171,7 @@ class Op:
         """One awaited transfer is done; with the last one the program goes on."""
         self.waiting -= 1
         if self.waiting == 0:
-            self.engine.ready(self)
+            self.engine.runner.ready(self)
 
 
 def empty(nbytes: int) -> Bytes:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from ftkit.collectives.calls import Calls
+from ftkit.collectives.calls import Calls, Issue
 from ftkit.collectives.channel import Channel
 from ftkit.collectives.group import Group
 from ftkit.collectives.handle import Handle, finished
@@ -217,13 +217,14 @@ class FtkitProcessGroup(Identity):
             self._cuda = NcclLane(self.group, self.channel, self._timeout)
         return self._cuda
 
-    def _each(self, call: Callable[..., Handle[Any]], opts: Any, *lists: Any) -> FtkitWork:
+    def _each(self, call: Callable[..., Issue], opts: Any, *lists: Any) -> FtkitWork:
         """`call` on the n-th entries of all `lists`; the work of them all."""
         limit_s = self._limit_s(opts)
-        handles = [call(*entries, opts, limit_s) for entries in zip(*lists, strict=True)]
-        return self._work(handles, list(lists[0]))
+        issues = [call(*entries, opts, limit_s) for entries in zip(*lists, strict=True)]
+        return self._work(issues, list(lists[0]))
 
-    def _work(self, handles: Sequence[Handle[Any]], result: object) -> FtkitWork:
+    def _work(self, issues: Sequence[Issue], result: object) -> FtkitWork:
+        handles = [issue() for issue in issues]
         if self._coalescing is not None:
             self._coalescing.extend(handles)
         return FtkitWork(join(handles), result, self._end)

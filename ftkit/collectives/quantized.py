@@ -14,14 +14,14 @@ go directly, segment by segment, so that coding, sending and adding overlap.
 """
 
 from collections.abc import Generator
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
 from ftkit.collectives.arithmetic import Bytes, as_bytes, bounds
 from ftkit.collectives.block_codec import BLOCK, Codec, codec_named, convert
-from ftkit.collectives.channel import Channel
+from ftkit.collectives.channel import HasChannel
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
@@ -33,13 +33,6 @@ _SEGMENT = 512 * BLOCK
 
 #: Of error feedback: what is owed now, and where to write what will be owed.
 Owed: TypeAlias = tuple[torch.Tensor, torch.Tensor]
-
-
-class Spanning(Protocol):
-    """A Group or an FtkitProcessGroup."""
-
-    @property
-    def channel(self) -> Channel: ...
 
 
 class ErrorFeedback:
@@ -72,7 +65,7 @@ class ErrorFeedback:
 
 
 def all_reduce_quantized(
-    group: Spanning,
+    group: HasChannel,
     tensor: torch.Tensor,
     *,
     codec: str = "int8",

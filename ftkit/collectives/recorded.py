@@ -142,18 +142,23 @@ def _method(name: str) -> Callable[..., Any]:
         op, nbytes = called, 0
         if len(args) > place and (tensor := _first(args[place])) is not None:
             reduction = getattr(args[-1], "reduceOp", None) if reduces else None
-            op = _signature(called, tensor.dtype, None if reduction is None else reduction.op)
+            op = _signature(called, tensor.dtype, reduction and reduction.op)
             nbytes = tensor.nbytes
         group, seq = self._number, self._next()
         if group is None:
             group = self.number()
         self._enter(group, seq, op, nbytes)
+        leave = self._leave
         try:
             work = issue(self._inner, *args, **more)
+            if not getattr(args[-1] if args else None, "asyncOp", True):
+                # Who calls waits at once: so do we, and spare gloo's thread the interpreter.
+                work.wait()
+                leave(group, seq, True)
+                return work
         except BaseException:
-            self._leave(group, seq, False)
+            leave(group, seq, False)
             raise
-        leave = self._leave
         try:
             work.get_future().add_done_callback(lambda future: leave(group, seq, True))
         except RuntimeError:

@@ -208,8 +208,7 @@ def _ring(op: Op, data: Bytes, dtype: torch.dtype, op_name: str) -> Generator[Wa
     place = op.channel.ring.index(op.rank)
 
     def segments(chunk: int) -> list[Bytes]:
-        whole = chunks[chunk % op.size]
-        return [whole[at : at + step] for at in range(0, whole.size, step)]
+        return pieces_of(chunks[chunk % op.size], step)
 
     turns = 2 * op.size - 2
     incoming = [

@@ -14,12 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ftkit.collectives.rates import Matrix
-from ftkit.collectives.ring_search import search
-
-Slowness = NDArray[np.int64]
+from ftkit.collectives.ring_search import Slowness, search
 
 EXACT_MAX = 11
 #: A new ring must be better than the one in use by this much to be worth the change.

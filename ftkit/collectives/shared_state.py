@@ -12,14 +12,13 @@ and a rank whose tensors are half replaced has no vote until they are whole.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
 
 from ftkit.collectives import moves
 from ftkit.collectives.arithmetic import Bytes, as_bytes
-from ftkit.collectives.channel import Channel
+from ftkit.collectives.channel import HasChannel
 from ftkit.collectives.state_fetch import (
     Fetch,
     Piece,
@@ -35,12 +34,6 @@ from ftkit.core.errors import IntegrityError, StateRefused
 
 #: Fetches of a tensor before it is given up: from all holders, then from two of them alone.
 ATTEMPTS = 3
-
-
-class HasChannel(Protocol):
-    """A `Group` or an `FtkitProcessGroup`: who takes part."""
-
-    channel: Channel
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -189,11 +189,32 @@ class NodeGap:
     gap_s: float
 
 
-Signal = StepSeen | PathsSeen | PairSeen | Found | NodeScored | NodeSeen | ClockSeen | NodeGap
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommSeen:
+    """How long one rank was in some collectives of one group: a sample, the same on all ranks."""
+
+    KIND: ClassVar[str] = "comm"
+
+    seat: Seat
+    generation: Generation
+    group: int
+    at: float
+    """When it left the last one."""
+    seqs: Sequence[int]
+    spent_s: Sequence[float]
+    """From entering to leaving each of them."""
+    worked_s: Sequence[float]
+    """From leaving the collective before it, of whatever group, to entering it."""
+
+
+Signal = (
+    CommSeen | StepSeen | PathsSeen | PairSeen | Found | NodeScored | NodeSeen | ClockSeen | NodeGap
+)
 
 _KINDS: Final[Mapping[str, type[Signal]]] = {
     kind.KIND: kind
     for kind in (
+        CommSeen,
         StepSeen,
         PathsSeen,
         PairSeen,

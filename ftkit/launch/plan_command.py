@@ -13,7 +13,7 @@ from ftkit.launch.run_costs import run_costs
 from ftkit.recovery.costs import Costs
 from ftkit.recovery.failure_rate import FailureRate
 from ftkit.recovery.growth import Growth, growth
-from ftkit.recovery.intervals import Interval, TierCost, intervals
+from ftkit.recovery.intervals import Interval, tier_intervals
 from ftkit.recovery.policy import Choice, Loss, choose
 
 #: Costs that `--cost` takes: all but those with an option of their own.
@@ -71,34 +71,6 @@ def gather(
     return costs, rate
 
 
-def copying(costs: Costs, rate: FailureRate) -> list[Interval]:
-    """How often each tier should copy, for a job with these costs."""
-    per_s = rate.per_s * costs.world
-    beyond = min(costs.beyond_memory, 1.0)
-    last = min(costs.beyond_parity, beyond)
-    tiers = [
-        TierCost(
-            name="snapshot",
-            block_s=costs.snapshot_block_s,
-            duration_s=0.0,
-            failures_per_s=per_s * (1 - beyond),
-        ),
-        TierCost(
-            name="parity",
-            block_s=costs.parity_block_s,
-            duration_s=costs.parity_round_s,
-            failures_per_s=per_s * (beyond - last),
-        ),
-        TierCost(
-            name="checkpoint",
-            block_s=costs.checkpoint_block_s,
-            duration_s=costs.checkpoint_write_s,
-            failures_per_s=per_s * last,
-        ),
-    ]
-    return intervals(tiers, step_s=costs.step_time(costs.world))
-
-
 def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
     """Print the choice, whether to grow back afterwards, and the intervals."""
     choice = choose(loss, costs)
@@ -111,7 +83,7 @@ def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
             failures_per_s=rate.per_s,
             remaining_s=loss.remaining_s,
         )
-    copies = copying(costs, rate)
+    copies = tier_intervals(costs, rate)
     if as_json:
         click.echo(
             json.dumps(

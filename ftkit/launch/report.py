@@ -9,6 +9,7 @@ from ftkit.launch.checker import Outcome
 from ftkit.launch.goodput import goodput
 from ftkit.launch.live import summary_rows
 from ftkit.launch.report_history import Event, read_history
+from ftkit.launch.report_pace import pace_section
 from ftkit.launch.report_storage import storage_section
 from ftkit.launch.report_svg import loss_plot, timeline_plot
 from ftkit.launch.report_timeline import Doing, read_timeline
@@ -29,6 +30,7 @@ svg text.small { font-size: 10px; }
 .grid { stroke: var(--faint); } .fault { stroke: #cf3a30; stroke-dasharray: 4 3; }
 .undisturbed { fill: none; stroke: var(--faint); stroke-width: 6; stroke-linejoin: round; }
 .disturbed { fill: none; stroke: var(--line); stroke-width: 1.5; stroke-linejoin: round; }
+.heat { fill: #c2410c; }
 .commit { stroke: var(--ink); stroke-width: 1.5; }
 rect.training, i.training { fill: var(--training); background: var(--training); }
 rect.repairing, i.repairing { fill: var(--repairing); background: var(--repairing); }
@@ -82,6 +84,7 @@ def render(
 <h2>Until every rank is back</h2>
 {timeline_plot(read_timeline(events))}
 {_goodput_section(events)}
+{pace_section(events)}
 {storage_section(events)}
 <p>Seed {outcome.seed}. Times are of this machine's monotonic clock.</p>
 </body></html>

@@ -8,9 +8,12 @@ from typing import Any
 from ftkit.detection.incident import incidents
 from ftkit.launch.goodput import step_paces
 from ftkit.recovery.costs import Costs
-from ftkit.recovery.failure_rate import FailureRate
+from ftkit.recovery.failure_rate import FailureRate, posterior_share
 
 Event = Mapping[str, Any]
+
+#: What is done when memory does not hold the state.
+DEEP = frozenset({"parity", "disk", "fresh"})
 
 
 def run_costs(events: Iterable[Event]) -> tuple[Costs, FailureRate]:
@@ -45,8 +48,13 @@ def run_costs(events: Iterable[Event]) -> tuple[Costs, FailureRate]:
         parity_round_s=_median([e.get("seconds") for e in kinds["parity"]]),
         checkpoint_write_s=_median([e.get("seconds") for e in kinds["checkpoint"]]),
     )
-    span_s = float(events[-1]["mono"]) - float(events[0]["mono"])
     failures = sum(len(i.culprits) for i in found)
+    if failures:
+        deep = sum(_taken(e) in DEEP for e in kinds["decision"] if e.get("action") == "form")
+        costs = costs.with_measured(
+            beyond_memory=posterior_share(costs.beyond_memory, deep, max(deep, failures))
+        )
+    span_s = float(events[-1]["mono"]) - float(events[0]["mono"])
     return costs, FailureRate().seen(failures=failures, exposure_s=span_s * len(seats))
 
 
@@ -64,6 +72,10 @@ def _joining(events: Sequence[Event]) -> list[float]:
                 now = float(event["mono"])
                 took += [now - ordered.pop(s) for s in event.get("members", ()) if s in ordered]
     return took
+
+
+def _taken(event: Event) -> str:
+    return str((event.get("costs") or {}).get("taken", ""))
 
 
 def _starting(kinds: Mapping[str, Sequence[Event]]) -> float | None:

@@ -6,6 +6,7 @@ says much. To exclude after *every* failure is worse than to exclude nobody: the
 by nodes that were merely unlucky (`benchmarks/policy.py` shows it).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -44,6 +45,8 @@ def excluded(
     cost_s: float,
     spares: int = 0,
     fleet_per_s: float | None = None,
+    swap_s: float = 0.0,
+    remaining_s: float = math.inf,
 ) -> list[Exclusion]:
     """The nodes to leave out, the worst first.
 
@@ -53,6 +56,10 @@ def excluded(
       spares: nodes that could take a place at once; so many may go without making the job
         smaller.
       fleet_per_s: what an unknown node's rate is taken for; None: the mean of `records`.
+      swap_s: lost seconds that another node in its place costs: the wait for it, above all. What
+        the change saves until the job ends must be more, spare or not: a spare that is
+        taken is missing at the next loss.
+      remaining_s: training still to do.
     """
     count = len(records)
     if not count:
@@ -73,6 +80,8 @@ def excluded(
         rate, record = rates[node], records[node]
         lost, brought = rate * cost_s, 1 / count
         times = rate / fleet_per_s
+        if (rate - fleet_per_s) * cost_s * remaining_s < swap_s:
+            continue
         if len(advice) < spares:
             if times < LEMON_TIMES:
                 continue

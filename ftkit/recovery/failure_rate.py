@@ -49,3 +49,12 @@ class FailureRate:
         return replace(
             self, failures=self.failures + failures, exposure_s=self.exposure_s + exposure_s
         )
+
+
+def posterior_share(prior: float, events: float, of: float) -> float:
+    """The share of failures that are of a kind, when `events` of `of` were seen to be.
+
+    A Beta posterior whose prior weighs as much as one event of the kind: a kind that was not
+    seen among a hundred failures may still be one in two hundred, and is not written off.
+    """
+    return (1 + events) / (1 / prior + of)

@@ -10,6 +10,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ftkit.recovery.costs import Costs
+from ftkit.recovery.failure_rate import FailureRate
+
 
 def young(block_s: float, mtbf_s: float) -> float:
     """Seconds between copies, to first order: sqrt(2 w M)."""
@@ -96,6 +99,34 @@ def intervals(tiers: Sequence[TierCost], *, step_s: float) -> list[Interval]:
             Interval(name=tier.name, seconds=seconds, steps=steps, waste=waste, reason=reason)
         )
     return found
+
+
+def tier_intervals(costs: Costs, rate: FailureRate) -> list[Interval]:
+    """How often a job with these costs should snapshot, make parity and write checkpoints."""
+    per_s = rate.per_s * costs.world
+    beyond = min(costs.beyond_memory, 1.0)
+    last = min(costs.beyond_parity, beyond)
+    tiers = [
+        TierCost(
+            name="snapshot",
+            block_s=costs.snapshot_block_s,
+            duration_s=0.0,
+            failures_per_s=per_s * (1 - beyond),
+        ),
+        TierCost(
+            name="parity",
+            block_s=costs.parity_block_s,
+            duration_s=costs.parity_round_s,
+            failures_per_s=per_s * (beyond - last),
+        ),
+        TierCost(
+            name="checkpoint",
+            block_s=costs.checkpoint_block_s,
+            duration_s=costs.checkpoint_write_s,
+            failures_per_s=per_s * last,
+        ),
+    ]
+    return intervals(tiers, step_s=costs.step_time(costs.world))
 
 
 def _span(seconds: float) -> str:

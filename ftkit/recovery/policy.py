@@ -153,13 +153,13 @@ def choose(loss: Loss, costs: Costs, *, spent: Collection[Option] = ()) -> Choic
         taken, as long as there is anything else.
     """
     order = list(Option)
-    barred = {option: _barred(option, loss) for option in order}
-    if any(not why and option not in spent for option, why in barred.items()):
+    why_not = {option: barred(option, loss) for option in order}
+    if any(not why and option not in spent for option, why in why_not.items()):
         again = "it was tried, and ended the same twice"
-        barred |= {option: again for option in spent if not barred[option]}
+        why_not |= {option: again for option in spent if not why_not[option]}
     prices = [
         Price(option=o, barred=why) if why else Price(option=o, terms=_terms(o, loss, costs))
-        for o, why in barred.items()
+        for o, why in why_not.items()
     ]
     table = tuple(sorted(prices, key=lambda p: (p.lost_s, order.index(p.option))))
     best = table[0]
@@ -172,7 +172,7 @@ def choose(loss: Loss, costs: Costs, *, spent: Collection[Option] = ()) -> Choic
     return Choice(option=best.option, reason=reason, table=table)
 
 
-def _barred(option: Option, loss: Loss) -> str:
+def barred(option: Option, loss: Loss) -> str:
     """Why `option` cannot be taken; empty when it can."""
     left = loss.survivors
     tiers = {
@@ -217,8 +217,13 @@ def _terms(option: Option, loss: Loss, costs: Costs) -> dict[str, float]:
     again = step_s * (1 - loss.salvaged) / 2  # a failure falls into the middle of a step
     join_s = costs.respawn_s + (costs.replacement_s if loss.node_lost else 0.0)
     remaining_s = REMAINING_S if loss.remaining_s is None else loss.remaining_s
-    # Against the loss's own world: what an earlier loss costs still is nobody's choice now.
-    kept = min(1.0, costs.step_time(loss.world) / costs.step_time(max(1, loss.survivors)))
+    # What these ranks bring: to the world they left, or to the full one, where others that are
+    # away will be back. With whole slots a further loss may cost nothing until then.
+    kept = min(
+        costs.step_time(loss.world) / costs.step_time(max(1, loss.survivors)),
+        costs.kept(max(1, costs.world - loss.lost)),
+        1.0,
+    )
     small = {
         "degraded": (1 - kept) * min(join_s, remaining_s),
         "grow": costs.grow_s if join_s < remaining_s else 0.0,

@@ -48,7 +48,9 @@ SMALL = {
         *("--losses", "5", "--kills", "2", "--places", "12"),
         *("--writers", "4", "--dcp", "1"),
     ],
+    "policy": ["--days", "2", "--histories", "1"],
     "capture": ["--mib", "1", "--rounds", "1"],
+    "scale": ["--sizes", "64", "128", "--ticks", "2", "--faults", "1"],
     "detection": [
         *("--trials", "1", "--rank-steps", "1e6", "--repetitions", "1", "--sizes", "50"),
     ],

@@ -64,7 +64,7 @@ class Ensemble:
         mine = self.sums[id_]
         while not enough(mine):
             pair = [torch.full((n,), 2.0**id_) for n in (40_000, 3)]
-            for handle in [self.calls[id_].all_reduce(t, None, 20.0) for t in pair]:
+            for handle in [self.calls[id_].all_reduce(t, None, 20.0)() for t in pair]:
                 handle.wait(20)
             assert all(t.min() == t.max() for t in pair), "one operation, one set of ranks"
             mine += [t[0].item() for t in pair]
@@ -112,20 +112,20 @@ def test_two_losses_however_close_leave_the_survivors_with_the_same_sums(apart_s
 def test_an_abort_without_a_loss_is_raised():
     ensemble = Ensemble(3, OnLoss.RETRY)
     try:
-        handle = ensemble.calls[0].all_reduce(torch.ones(3), None, 20.0)
+        handle = ensemble.calls[0].all_reduce(torch.ones(3), None, 20.0)()
         group = ensemble.groups[1]
         group.abort(group.world.generation, "drill")
         with pytest.raises(GenerationAborted, match="drill"):
             handle.wait(10)
         with pytest.raises(GenerationAborted, match="drill"):
-            ensemble.calls[0].barrier(20.0).wait(10)
+            ensemble.calls[0].barrier(20.0)().wait(10)
     finally:
         ensemble.close()
 
 
 def test_closing_ends_what_is_pending():
     ensemble = Ensemble(2, OnLoss.RETRY)
-    handle = ensemble.calls[0].all_reduce(torch.ones(3), None, 20.0)
+    handle = ensemble.calls[0].all_reduce(torch.ones(3), None, 20.0)()
     ensemble.close()
     with pytest.raises(GenerationAborted):
         handle.wait(10)
@@ -160,7 +160,7 @@ def one_ahead():
 def test_sums_are_scaled_alike_though_only_one_was_issued_before_the_loss(one_ahead):
     ensemble, play = one_ahead
     tensors = [torch.ones(3) for _ in range(4)]
-    for (handle,) in play(lambda id_: ensemble.calls[id_].all_reduce(tensors[id_], None, 20.0)):
+    for (handle,) in play(lambda id_: ensemble.calls[id_].all_reduce(tensors[id_], None, 20.0)()):
         handle.wait(10)
     assert [t.tolist() for t in tensors[:3]] == [[4.0] * 3] * 3, "3 of 4 terms, times 4 / 3"
 
@@ -172,14 +172,14 @@ def test_what_one_cannot_run_again_the_others_do_not_run_either(one_ahead):
     def gathered(id_):
         size = ensemble.groups[id_].size
         outs = [torch.zeros(2) for _ in range(size)]
-        return ensemble.calls[id_].all_gather(outs, torch.ones(2), None, 20.0)
+        return ensemble.calls[id_].all_gather(outs, torch.ones(2), None, 20.0)()
 
     def sent_round(id_):  # rank 1 is another member afterwards; 3 is lost
         root = 3 if id_ == 0 else 1
-        return ensemble.calls[id_].broadcast(torch.ones(2), root, 20.0)
+        return ensemble.calls[id_].broadcast(torch.ones(2), root, 20.0)()
 
     def summed(id_):
-        return ensemble.calls[id_].all_reduce(tensors[id_], None, 20.0)
+        return ensemble.calls[id_].all_reduce(tensors[id_], None, 20.0)()
 
     for gather, broadcast, total in play(gathered, sent_round, summed):
         with pytest.raises(GenerationAborted, match="place for every rank"):

@@ -119,6 +119,27 @@ def test_each_generation_has_a_communicator_of_its_own():
         group.close()
 
 
+def test_a_communicator_whose_generation_ends_while_it_is_built_is_aborted_and_not_used():
+    (group,) = in_one_process(1)
+    fake = GlooInPlaceOfNccl()
+    fake.let_go.set()
+
+    def build(store, rank, size, timeout):
+        group.abort(Generation(1), "drill")
+        group._engine.barrier()  # the news is through
+        return fake.build(store, rank, size, timeout)
+
+    lane = NcclLane(group, group.channel, timedelta(seconds=10), build)
+    with pytest.raises(GenerationAborted, match="generation 1 ended"):
+        lane.call("allreduce", [torch.ones(1)], dist.AllreduceOptions())
+    assert fake.aborted.wait(10)
+    group.edit(world(2, {0: group.address}), timeout_s=10)
+    lane._build = fake.build
+    lane.call("allreduce", [torch.ones(1)], dist.AllreduceOptions()).wait()
+    lane.close()
+    group.close()
+
+
 def on_a_device(rank, size, talk, path):
     from ftkit.collectives.backend import register
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from ftkit.collectives.handle import failed
+from ftkit.collectives.meeting import Note, settle
 from ftkit.collectives.outer import Outer
-from ftkit.collectives.rounds import Note, Rounds, settle
+from ftkit.collectives.rounds import Rounds
 from ftkit.core.errors import GenerationAborted, JobStopped, ProtocolError, UsageError
 
 from .worlds import make_group, world

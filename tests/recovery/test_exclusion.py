@@ -51,3 +51,11 @@ def test_a_fleet_that_never_failed_excludes_nobody() -> None:
 def test_the_worst_comes_first() -> None:
     records = fleet(dict.fromkeys(range(63), 1) | {7: 30, 9: 60})
     assert names(excluded(records, cost_s=3600)) == [9, 7]
+
+
+def test_a_change_that_costs_more_than_it_saves_is_not_made() -> None:
+    records = fleet(dict.fromkeys(range(63), 2) | {7: 12})
+    # About ten failures a month more than others, at 600 s each, for a week.
+    cheap = excluded(records, cost_s=600, spares=1, swap_s=600, remaining_s=7 * DAY)
+    assert names(cheap) == [7]
+    assert not excluded(records, cost_s=600, spares=1, swap_s=4 * 3600, remaining_s=7 * DAY)

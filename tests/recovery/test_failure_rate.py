@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftkit.recovery.failure_rate import PRIOR_MTBF_S, FailureRate
+from ftkit.recovery.failure_rate import PRIOR_MTBF_S, FailureRate, posterior_share
 
 
 def test_nothing_seen_is_the_prior() -> None:
@@ -32,3 +32,9 @@ def test_nonsense_is_refused() -> None:
         FailureRate(prior_mtbf_s=0)
     with pytest.raises(ValueError, match="cannot be"):
         FailureRate(failures=-1)
+
+
+def test_a_kind_that_was_not_seen_yet_is_not_written_off() -> None:
+    assert posterior_share(0.01, 0, 0) == pytest.approx(0.01)
+    assert posterior_share(0.01, 0, 100) == pytest.approx(0.005)
+    assert posterior_share(0.01, 300, 1000) == pytest.approx(0.274, abs=1e-3)

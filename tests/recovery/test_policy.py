@@ -202,14 +202,20 @@ def test_after_two_equal_failures_something_changes(loss: Loss, costs: Costs) ->
 # ---- growth
 
 
-def test_a_growth_that_a_failure_will_undo_is_not_made() -> None:
+def test_a_node_that_comes_and_goes_is_not_let_in() -> None:
     costs = Costs(world=4, grow_s=30, regroup_s=30)
-    often = growth(3, 1, costs, failures_per_s=1 / 1200)  # one of four fails every 5 min
+    often = growth(3, 1, costs, failures_per_s=1 / 300)  # it fails every 5 min
     assert not often.grow
     assert often.gain_s == pytest.approx(75)
     assert often.cost_s == 120
-    assert growth(3, 1, costs, failures_per_s=1 / 4000).grow
-    assert not growth(3, 1, costs, failures_per_s=1 / 4000, remaining_s=300).grow
+    assert growth(3, 1, costs, failures_per_s=1 / 1000).grow
+    assert not growth(3, 1, costs, failures_per_s=1 / 1000, remaining_s=300).grow
+
+
+def test_in_a_large_job_the_failures_of_others_do_not_count_against_a_newcomer() -> None:
+    costs = Costs(world=1000, grow_s=120, regroup_s=30)
+    # Somebody fails every 90 min, and this node every two months: a thousandth more for a month.
+    assert growth(999, 1, costs, failures_per_s=1 / 5.4e6, remaining_s=2.6e6).grow
 
 
 def test_ranks_that_no_slot_is_left_for_are_not_let_in() -> None:

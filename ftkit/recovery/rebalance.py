@@ -1,0 +1,146 @@
+"""Rebalance: how many slots of the global batch each rank takes, by how fast it is. Pure.
+
+A step is as long as its slowest rank, so slots go where they are done first. Two ways, by what the
+job promises:
+
+* whole slots (`bitwise`): a slot stays one micro-batch of fixed shape, and only how many a rank
+  has changes. Each slot weighs the same, so the canonical sum has the same bits.
+* resized (`scaled`): the samples of the batch are divided anew, uneven micro-batches and all. Each
+  rank's gradient is of a *sum* over its samples, divided by the global count: weights are exact,
+  whatever the division; the sum's order differs, so it is equal up to rounding.
+
+ElasWave (arXiv 2510.00606) calls this the dataflow dimension; it resizes, and re-clocks what is still
+slow. Here a clock is a port (`clocks`), and the plan says what it would take.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ftkit.core.ids import Slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What one rank can do."""
+
+    slot_s: float
+    """Seconds a slot takes it, as measured."""
+    fixed_s: float = 0.0
+    """Seconds a step takes it whatever its slots: input, optimizer, exposed communication."""
+    slots_max: int | None = None
+    """The most it has memory for; None: any number."""
+
+    def __post_init__(self) -> None:
+        if not (self.slot_s > 0 and math.isfinite(self.slot_s)) or self.fixed_s < 0:
+            raise ValueError(f"a slot takes time, and a step none that is negative, got {self}")
+        if self.slots_max is not None and self.slots_max < 0:
+            raise ValueError(f"no rank holds {self.slots_max} slots")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Division:
+    """A plan, with what it promises."""
+
+    slots: tuple[tuple[Slot, ...], ...]
+    """The slots of each rank: contiguous, rank after rank, as the canonical tree wants them."""
+    step_s: float
+    """The slowest rank's time."""
+    idle_s: tuple[float, ...]
+    """How long each rank waits for it."""
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        return tuple(len(held) for held in self.slots)
+
+    @property
+    def busy(self) -> float:
+        """The share of all ranks' time that is not spent waiting."""
+        total = self.step_s * len(self.slots)
+        return 1 - sum(self.idle_s) / total if total else 1.0
+
+
+def whole_slots(slots: int, speeds: Sequence[Speed]) -> Division:
+    """Divide whole slots so that the slowest rank is done soonest.
+
+    Each slot in turn goes to the rank that would be done first with it: for equal slots that is
+    optimal. Of equals the lower rank takes it, so every rank finds the same division.
+
+    Args:
+      slots: of the global batch.
+      speeds: of each rank, in order. Ranks may get none.
+
+    Raises:
+      ValueError: there is no rank, or memory for fewer slots than there are.
+    """
+    counts = [0] * len(speeds)
+    queue = [(s.fixed_s + s.slot_s, rank) for rank, s in enumerate(speeds) if s.slots_max != 0]
+    heapq.heapify(queue)
+    for given in range(slots):
+        if not queue:
+            raise ValueError(f"{len(speeds)} ranks have memory for {given} of {slots} slots")
+        done_s, rank = heapq.heappop(queue)
+        counts[rank] += 1
+        speed = speeds[rank]
+        if speed.slots_max is None or counts[rank] < speed.slots_max:
+            heapq.heappush(queue, (done_s + speed.slot_s, rank))
+    return divided(counts, speeds)
+
+
+def divided(counts: Sequence[int], speeds: Sequence[Speed]) -> Division:
+    """The division with `counts` slots on each rank, and how long its step takes."""
+    took = [s.fixed_s + n * s.slot_s for n, s in zip(counts, speeds, strict=True)]
+    step_s = max(took, default=0.0)
+    held, first = [], 0
+    for count in counts:
+        held.append(tuple(Slot(s) for s in range(first, first + count)))
+        first += count
+    return Division(slots=tuple(held), step_s=step_s, idle_s=tuple(step_s - t for t in took))
+
+
+def evenly(slots: int, speeds: Sequence[Speed]) -> Division:
+    """The division that knows no speeds: even within one."""
+    ranks = len(speeds)
+    counts = [(r + 1) * slots // ranks - r * slots // ranks for r in range(ranks)]
+    return divided(counts, speeds)
+
+
+def resized(samples: int, sample_s: Sequence[float]) -> tuple[int, ...]:
+    """Divide samples in proportion to speed, whole samples, all of them. For `scaled` only.
+
+    The largest remainders get what rounding leaves; of equals the lower rank.
+
+    Args:
+      samples: of the global batch.
+      sample_s: seconds a sample takes each rank.
+    """
+    if not sample_s or any(not (s > 0 and math.isfinite(s)) for s in sample_s):
+        raise ValueError(f"a sample takes time on every rank, got {list(sample_s)}")
+    rates = [1 / s for s in sample_s]
+    shares = [samples * r / sum(rates) for r in rates]
+    counts = [math.floor(share) for share in shares]
+    by_rest = sorted(range(len(shares)), key=lambda r: (counts[r] - shares[r], r))
+    for rank in by_rest[: samples - sum(counts)]:
+        counts[rank] += 1
+    return tuple(counts)
+
+
+def weights(counts: Sequence[int]) -> tuple[float, ...]:
+    """What each rank's *mean* gradient is multiplied by in the sum, for exact weighting.
+
+    An average over ranks would weigh the samples of a rank with few of them too much.
+    """
+    total = sum(counts)
+    if total < 1:
+        raise ValueError("there is no sample to weigh")
+    return tuple(count / total for count in counts)
+
+
+def worth_it(now: Division, then: Division, *, switch_s: float, steps: int) -> bool:
+    """Whether to change divisions: it saves more within `steps` than the change costs.
+
+    Ask with the steps for which the speeds are believed to stay as they are, so that a rank slow
+    for a moment moves nobody's slots.
+    """
+    return (now.step_s - then.step_s) * steps > switch_s

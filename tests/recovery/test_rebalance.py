@@ -1,0 +1,136 @@
+"""Slots to the fast: least step, exact weights, every slot once."""
+
+import itertools
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ftkit.recovery.clocks import ClockRange, reclock
+from ftkit.recovery.rebalance import (
+    Speed,
+    divided,
+    evenly,
+    resized,
+    weights,
+    whole_slots,
+    worth_it,
+)
+
+EQUAL = [Speed(slot_s=1.0)] * 4
+HALF = [Speed(slot_s=1.0)] * 3 + [Speed(slot_s=2.0)]
+
+
+def test_equal_ranks_get_even_shares() -> None:
+    assert whole_slots(16, EQUAL).counts == (4, 4, 4, 4)
+    assert sorted(whole_slots(18, EQUAL).counts) == [4, 4, 5, 5]
+
+
+def test_a_rank_at_half_speed_gets_half_and_the_step_is_half_as_long_again_as_it_could_be() -> None:
+    before, after = evenly(28, HALF), whole_slots(28, HALF)
+    assert after.counts == (8, 8, 8, 4)
+    assert before.step_s / after.step_s == pytest.approx(14 / 8)  # the goal is 1.3
+    assert after.busy == 1.0
+
+
+def test_uneven_worlds_keep_the_throughput_that_slots_allow() -> None:
+    full, less = whole_slots(64, EQUAL), whole_slots(64, EQUAL[:3])
+    assert less.counts == (22, 21, 21)
+    assert full.step_s / less.step_s >= 0.95 * 3 / 4
+
+
+def test_memory_is_a_limit_and_what_does_not_fit_is_refused() -> None:
+    tight = [Speed(slot_s=0.1, slots_max=2), Speed(slot_s=1.0)]
+    assert whole_slots(6, tight).counts == (2, 4)
+    with pytest.raises(ValueError, match="memory for 5 of 6 slots"):
+        whole_slots(6, [Speed(slot_s=1, slots_max=2), Speed(slot_s=1, slots_max=3)])
+
+
+speeds = st.lists(
+    st.builds(
+        Speed,
+        slot_s=st.floats(0.1, 10),
+        fixed_s=st.floats(0, 5),
+        slots_max=st.none() | st.integers(3, 6),
+    ),
+    min_size=2,
+    max_size=4,
+)
+
+
+@given(st.integers(1, 6), speeds)
+def test_no_division_is_faster_and_every_slot_is_held_once(slots: int, ranks: list[Speed]) -> None:
+    found = whole_slots(slots, ranks)
+    assert [s for held in found.slots for s in held] == list(range(slots))
+    best = min(
+        max(s.fixed_s + n * s.slot_s for n, s in zip(counts, ranks, strict=True) if n)
+        for counts in itertools.product(range(slots + 1), repeat=len(ranks))
+        if sum(counts) == slots
+        and all(s.slots_max is None or n <= s.slots_max for n, s in zip(counts, ranks, strict=True))
+    )
+    slowest = max(s.fixed_s + n * s.slot_s for n, s in zip(found.counts, ranks, strict=True) if n)
+    assert slowest == pytest.approx(best)
+
+
+@given(st.integers(1, 500), st.lists(st.floats(0.01, 100), min_size=1, max_size=9))
+def test_samples_are_all_divided_and_within_one_of_their_share(
+    samples: int, sample_s: list[float]
+) -> None:
+    counts = resized(samples, sample_s)
+    total = sum(1 / s for s in sample_s)
+    assert sum(counts) == samples
+    for count, s in zip(counts, sample_s, strict=True):
+        assert abs(count - samples / s / total) < 1 + 1e-6
+
+
+def test_uneven_means_are_weighted_exactly() -> None:
+    counts = resized(7, [1.0, 2.0, 3.0])
+    values = [Fraction(v) for v in range(7)]
+    places = itertools.accumulate(counts, initial=0)
+    means = [sum(values[at : at + n]) / n for at, n in zip(places, counts, strict=False) if n]
+    exact = [Fraction(n, 7) for n in counts if n]
+    assert sum(w * m for w, m in zip(exact, means, strict=True)) == sum(values) / 7
+    assert weights(counts) == tuple(float(Fraction(n, 7)) for n in counts)
+    assert sum(means) / len(means) != sum(values) / 7, "an average over ranks is another number"
+
+
+def test_a_change_must_pay_for_itself() -> None:
+    before, after = divided((7, 7, 7, 7), HALF), whole_slots(28, HALF)
+    assert worth_it(before, after, switch_s=5, steps=2)
+    assert not worth_it(before, after, switch_s=20, steps=2)
+    assert not worth_it(after, after, switch_s=0, steps=100)
+
+
+def test_nonsense_is_refused() -> None:
+    with pytest.raises(ValueError, match="takes time"):
+        Speed(slot_s=0)
+    with pytest.raises(ValueError, match="takes time"):
+        resized(4, [1.0, 0.0])
+    with pytest.raises(ValueError, match="no sample"):
+        weights([0, 0])
+
+
+# ---- clocks
+
+
+def test_the_fast_are_slowed_to_what_the_slowest_reaches() -> None:
+    clock = ClockRange(now=1000, lowest=500, highest=1250)
+    fast, slow = reclock([0.8, 1.25], [clock, clock])
+    assert (slow.mhz, fast.mhz) == (1250, 800)
+    assert slow.step_s == pytest.approx(1.0)
+    assert fast.step_s == pytest.approx(1.0)
+
+
+def test_what_is_not_bound_by_the_clock_does_not_get_faster() -> None:
+    clock = ClockRange(now=1000, lowest=500, highest=2000)
+    (only,) = reclock([1.0], [clock], bound=0.5)
+    assert only.step_s == pytest.approx(0.75)
+
+
+def test_no_clock_leaves_its_limits() -> None:
+    narrow = ClockRange(now=1000, lowest=950, highest=1000)
+    fast, slow = reclock([0.2, 1.0], [narrow, narrow])
+    assert (fast.mhz, slow.mhz) == (950, 1000)
+    with pytest.raises(ValueError, match="between its limits"):
+        ClockRange(now=10, lowest=20, highest=30)
