@@ -29,8 +29,10 @@ from ftkit.launch.event_tail import EventTail
 from ftkit.launch.job import python_command
 
 HOSTS, MBIT, TIMES = 4, 600, 3
+#: Large enough that the wires matter: 16 MB of gradients.
+MODEL = ("--params", "4m")
 #: Steps that are played before anything is slow, and how long a word is waited for.
-STEPS_BEFORE, WAIT_S, START_S = 20, 25.0, 90.0
+STEPS_BEFORE, WAIT_S, START_S = 20, 40.0, 120.0
 #: Where nothing is to be said: so long is listened.
 LISTEN_S = 15.0
 
@@ -65,7 +67,8 @@ class Run:
         config = JobConfig(
             job=new_job_id(),
             command=python_command(
-                "-m", (WORKLOAD, "--steps", "100000", "--slots", str(HOSTS), "--slot-size", "2")
+                "-m",
+                (WORKLOAD, "--steps", "100000", "--slots", str(HOSTS), "--slot-size", "1", *MODEL),
             ),
             nodes=HOSTS,
             nproc=1,
