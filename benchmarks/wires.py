@@ -1,6 +1,7 @@
 """Wires: hosts as network namespaces with a wire of its own between each two. Needs root."""
 
 import itertools
+import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -43,6 +44,19 @@ class Wires:
         """`command`, to be run on a host."""
         return ["ip", "netns", "exec", self._names[host], *command]
 
+    def limit(self, here: int, there: int, mbit: int) -> None:
+        """From now on what leaves one host for another goes at this rate."""
+        self._tc("change", here, there, mbit)
+
+    def carried(self, here: int, there: int) -> int:
+        """Bytes that left one host for another so far."""
+        device = f"{self._names[here]}{there}"
+        shown = subprocess.run(
+            ["ip", "-n", self._names[here], "-s", "-j", "link", "show", "dev", device],
+            capture_output=True, check=True, text=True,
+        )  # fmt: skip
+        return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
+
     def __enter__(self) -> Self:
         try:
             for name, address in zip(self._names, self.addresses, strict=True):
@@ -67,8 +81,12 @@ class Wires:
             "ip", "-n", name, "route", "add", f"{self.addresses[there]}/32", "dev", device,
             "src", self.addresses[here],
         )  # fmt: skip
+        self._tc("add", here, there, mbit)
+
+    def _tc(self, what: str, here: int, there: int, mbit: int) -> None:
+        name = self._names[here]
         _run(
-            "tc", "-n", name, "qdisc", "add", "dev", device, "root", "tbf",
+            "tc", "-n", name, "qdisc", what, "dev", f"{name}{there}", "root", "tbf",
             "rate", f"{mbit}mbit", "burst", _BURST, "latency", _QUEUE,
         )  # fmt: skip
 

@@ -41,9 +41,17 @@ def test_a_plain_script_needs_at_most_eight_changed_lines() -> None:
     assert 0 < changed_lines(plain, minimal) <= 8
 
 
-def test_a_framework_s_script_needs_at_most_two() -> None:
-    plain, ours = ((EXAMPLES / f"hf_{n}.py").read_text().splitlines() for n in ("plain", "trainer"))
-    assert 0 < changed_lines(plain, ours) <= 2
+@pytest.mark.parametrize(
+    ("plain", "ours", "lines"),
+    [
+        ("hf_plain", "hf_trainer", 2),
+        ("lightning_plain", "lightning_strategy", 2),
+        ("accelerate_plain", "accelerate_steps", 8),
+    ],
+)
+def test_a_framework_s_script_needs_few(plain: str, ours: str, lines: int) -> None:
+    before, after = ((EXAMPLES / f"{name}.py").read_text().splitlines() for name in (plain, ours))
+    assert 0 < changed_lines(before, after) <= lines
 
 
 @pytest.mark.parametrize(
@@ -51,6 +59,8 @@ def test_a_framework_s_script_needs_at_most_two() -> None:
     [
         ("README.md", "ddp_plain", "ddp_minimal"),
         ("docs/frameworks.md", "hf_plain", "hf_trainer"),
+        ("docs/frameworks.md", "lightning_plain", "lightning_strategy"),
+        ("docs/frameworks.md", "accelerate_plain", "accelerate_steps"),
     ],
 )
 def test_the_documents_show_the_diff_as_it_is(page: str, plain: str, ours: str) -> None:

@@ -87,10 +87,15 @@ def authenticate(
 
 def send_message(sock: socket.socket, message: Mapping[str, object]) -> None:
     """Send one message. Blocks until the kernel has it; OSError when it cannot."""
+    sock.sendall(encode(message))
+
+
+def encode(message: Mapping[str, object]) -> bytes:
+    """A message as it goes over the wire: for one that many are sent. ValueError: too large."""
     data = json.dumps(message, separators=(",", ":")).encode()
     if len(data) > MESSAGE_BYTES_MAX:
         raise ValueError(f"message of {len(data)} bytes exceeds {MESSAGE_BYTES_MAX}")
-    sock.sendall(_LENGTH.pack(len(data)) + data)
+    return _LENGTH.pack(len(data)) + data
 
 
 def receive_message(sock: socket.socket, *, bytes_max: int = MESSAGE_BYTES_MAX) -> dict[str, Any]:
@@ -123,8 +128,8 @@ class Line:
         """The descriptor, for a selector."""
         return self._sock.fileno()
 
-    def send(self, message: Mapping[str, object]) -> None:
-        """Send one message. Blocks for at most `SEND_S`.
+    def send(self, message: Mapping[str, object] | bytes) -> None:
+        """Send one message, which may be `encode`d already. Blocks for at most `SEND_S`.
 
         Raises:
           WireError: the peer is gone, or has not read for that long. The connection is closed
@@ -132,7 +137,7 @@ class Line:
         """
         try:
             with self._lock:
-                send_message(self._sock, message)
+                self._sock.sendall(message if isinstance(message, bytes) else encode(message))
         except OSError as error:
             self.close()
             raise WireError(f"peer is gone: {error}") from error

@@ -295,10 +295,12 @@ class Inquiry:
             del probe.open[seen.order]
 
     def _advance(self, probe: _Probe, now: float) -> None:
-        for number, (given, expected) in list(probe.open.items()):
-            if now - given > ANSWER_S:
-                # The agent is busy, dead or blind: that is no word on the path.
-                logger.warning("the test of %s was not answered", sorted(expected))
+        silent = {n: ways for n, (given, ways) in probe.open.items() if now - given > ANSWER_S}
+        if silent:
+            # Their agents are busy, dead or blind: that is no word on the paths.
+            some = sorted(way for ways in silent.values() for way in ways)[:4]
+            logger.warning("%d pair tests were not answered, of %s", len(silent), some)
+            for number in silent:
                 del probe.open[number]
         if probe.open:
             return

@@ -4,7 +4,7 @@ A signal is a frozen value that names its kind. Times are seconds; those that ar
 are on the sender's monotonic clock until `from_json` has put them on the reader's.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar, Final
 
@@ -144,10 +144,28 @@ class NodeScored:
     offender: bool
 
 
-Signal = StepSeen | PathsSeen | PairSeen | Found | NodeScored
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommSeen:
+    """How long one rank was in some collectives of one group: a sample, the same on all ranks."""
+
+    KIND: ClassVar[str] = "comm"
+
+    seat: Seat
+    generation: Generation
+    group: int
+    at: float
+    """When it left the last one."""
+    seqs: Sequence[int]
+    spent_s: Sequence[float]
+    """From entering to leaving each of them."""
+    worked_s: Sequence[float]
+    """From leaving the collective before it, of whatever group, to entering it."""
+
+
+Signal = CommSeen | StepSeen | PathsSeen | PairSeen | Found | NodeScored
 
 _KINDS: Final[Mapping[str, type[Signal]]] = {
-    kind.KIND: kind for kind in (StepSeen, PathsSeen, PairSeen, Found, NodeScored)
+    kind.KIND: kind for kind in (CommSeen, StepSeen, PathsSeen, PairSeen, Found, NodeScored)
 }
 
 

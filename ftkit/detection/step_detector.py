@@ -16,10 +16,11 @@ from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.aligned import Aligned, StepOf
 from ftkit.detection.cusum import median
 from ftkit.detection.imbalance import Imbalance, Unevenness
+from ftkit.detection.lateness import Lateness
 from ftkit.detection.ledger import Ledger
 from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.peers import log_or_none
-from ftkit.detection.signals import StepSeen
+from ftkit.detection.signals import CommSeen, StepSeen
 from ftkit.detection.slow import Finding, Slowness
 from ftkit.detection.stalls import Stalled, Stalls
 
@@ -97,6 +98,7 @@ class StepDetector:
         self._wall = Slowness(effect=config.effect)
         self._imbalance = Imbalance(effect=config.effect)
         self._stalls = Stalls()
+        self._lateness = Lateness()
         self.ledger = Ledger()
         """Every step that was judged, for whoever takes it from there."""
         self._recent: dict[MemberId, _Recent] = {}
@@ -115,6 +117,9 @@ class StepDetector:
             case StepSeen():
                 self._aligned.add(observation)
                 self._judge_ready()
+            case CommSeen():
+                for joined in self._lateness.ingest(observation):
+                    self.ledger.join(joined)
             case WorldChanged(world=world):
                 self._judge_ready(rest=True)
                 self._aligned.change(world)

@@ -9,20 +9,30 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
+import torch
+
 from ftkit.session import Session
 
 #: What frameworks look at to find that they are one of several.
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+#: Where Accelerate looks for the device of one that is alone; it would take the first.
+_DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """Hide the launcher's variables from what reads them meanwhile. One thread."""
     hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+    device = os.environ.get(_DEVICE)
+    if torch.cuda.is_available() and device is None:
+        os.environ[_DEVICE] = f"cuda:{hidden.get('LOCAL_RANK', '0')}"
     try:
         yield
     finally:
         os.environ.update(hidden)
+        if device is None:
+            os.environ.pop(_DEVICE, None)
 
 
 def local_index(session: Session) -> int:

@@ -34,6 +34,8 @@ import transformers  # what it needs is looked for first
 from transformers.trainer_callback import ExportableState, ProgressCallback
 from transformers.trainer_utils import seed_worker
 
+from ftkit.integrations.accelerate import be
+
 #: How long one evaluation or one save may keep a rank from training before it counts as hung.
 APART_S = 3600.0
 
@@ -65,14 +67,12 @@ class Alone:
             device: torch.device = base._setup_devices
         session = init()
         me: Any = self
-        state = me.distributed_state
         # Until it is in a world of several, a rank that comes back has no number but its seat.
-        state.process_index = session.seat
-        state.local_process_index = local_index(session) if session.world_size > 1 else session.seat
+        be(session.seat, int(os.environ.get("LOCAL_RANK", "0")))
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(device)
-            state.device = device
+            me.distributed_state.device = device
             me._n_gpu = 1
         return device
 
@@ -335,7 +335,7 @@ class _Training:
         now = session.rank, local_index(session)
         if (state.process_index, state.local_process_index) == now:
             return
-        state.process_index, state.local_process_index = now
+        be(*now)
         was = trainer.state.is_world_process_zero
         trainer.state.is_world_process_zero = trainer.is_world_process_zero()
         trainer.state.is_local_process_zero = trainer.is_local_process_zero()

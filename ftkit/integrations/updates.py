@@ -28,8 +28,8 @@ from ftkit.session import Session
 from ftkit.session.feed import digest_of
 from ftkit.session.step import Step
 
-#: Plays one batch: forward and backward. Returns the loss.
-PlayBatch = Callable[[Any], torch.Tensor]
+#: Plays one batch: forward and backward. Returns the loss, if there was one.
+PlayBatch = Callable[[Any], torch.Tensor | None]
 
 
 class Given:
@@ -91,12 +91,15 @@ class Updates:
         self._next = next(self._steps, None)
         self._index = self._session.step
 
-    def play(self, batches: Sequence[Any], play: PlayBatch) -> float | None:
+    def play(
+        self, batches: Sequence[Any], play: PlayBatch, *, undo: Callable[[], None] | None = None
+    ) -> float | None:
         """Play one update until it counts. Blocks.
 
         Args:
           batches: of the whole update, slot by slot, the same on all ranks.
           play: is called for each batch of this rank's slots, more than once when ranks are lost.
+          undo: is called after an attempt that does not count.
 
         Returns:
           The mean of the losses over all batches, or the sum; None for a step whose losses were
@@ -119,6 +122,8 @@ class Updates:
                 )
             if self._played(step, play):
                 break
+            if undo is not None:
+                undo()
         self._open = step
         self._index = step.index
         # What the framework draws until the next update, all ranks draw alike.
@@ -148,8 +153,9 @@ class Updates:
         step.__enter__()
         try:
             for batch in step.batches():
-                if batch is not None:
-                    step.record(play(batch))
+                loss = None if batch is None else play(batch)
+                if loss is not None:
+                    step.record(loss)
             step.agree()
         except BaseException as error:
             if not step.__exit__(type(error), error, error.__traceback__):

@@ -133,6 +133,9 @@ class Agent:
         self._lines: dict[MemberId, Line] = {}
         self._coordinator: Line | None = None
         self._coordinator_number = 0
+        self._plan_asked = True
+        """Whether the coordinator has told no plan yet: it takes over with the newest copy. A plan
+        grows with the job, and every agent would send all of it with every report."""
         #: Measured and not reported yet (`detection.signals`, as JSON); the oldest go first.
         self._signals: deque[dict[str, object]] = deque(maxlen=4096)
         self._pace = Pace(
@@ -411,6 +414,7 @@ class Agent:
         if self._coordinator is not None:
             self._coordinator.close()
         self._coordinator, self._coordinator_number = line, number
+        self._plan_asked = True
         self._tell_coordinator()
 
     def _hear(self, number: int, message: dict[str, Any]) -> None:
@@ -454,6 +458,7 @@ class Agent:
         except (ProtocolError, KeyError) as error:
             logger.error("the coordinator sent no plan: %s", error)
             return
+        self._plan_asked = False
         stores = dict(message.get("stores", {}))
         moved, self._stores = stores != self._stores, stores
         is_new = plan.order > self._plan.order
@@ -548,12 +553,14 @@ class Agent:
         return self._tiers.through(stop, self._clock.now() - since)
 
     def _make_fork_server(self) -> ForkServer | None:
-        if not self._config.preload or Program.of(self._config.command) is None:
+        program = Program.of(self._config.command)
+        if not self._config.preload or program is None:
             return None
         env = common_environment(self._config, inherited=self._inherited)
         return ForkServer(
             env,
             cwd=self._config.cwd or None,
+            frameworks=program.frameworks(),
             changed=lambda: self._inbox.put(("forks", None)),
         )
 
@@ -565,9 +572,9 @@ class Agent:
     def _tell_coordinator(self) -> None:
         if self._coordinator is None:
             return
-        self._signals.extend(
-            self._arenas.steps(f for f in self._facts.values() if f.stage in ALIVE)
-        )
+        alive = [f for f in self._facts.values() if f.stage in ALIVE]
+        self._signals.extend(self._arenas.steps(alive))
+        self._signals.extend(self._arenas.comm(alive, now=self._clock.now()))
         now = self._clock.now()
         still_s = self._still_s(now)
         stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
@@ -587,7 +594,7 @@ class Agent:
                 **self._tiers.facts(),
                 "rows": rows,
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
-                "plan": self._plan.to_json(),
+                "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
                 "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),

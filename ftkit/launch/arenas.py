@@ -16,6 +16,7 @@ from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat
+from ftkit.detection.node_ops import NodeOps
 from ftkit.detection.process import process_facts
 from ftkit.detection.signals import to_json
 from ftkit.detection.status import BOARD, StatusBoard
@@ -24,6 +25,9 @@ from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import ALIVE, MemberFacts
 
 OWNER = "owner.pid"
+
+#: Seconds between two looks at the rings of collectives.
+COMM_EVERY_S = 0.5
 
 #: Of each member so many collectives are told while nothing moves.
 TAIL = 32
@@ -66,6 +70,8 @@ class Arenas:
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
         #: The number of the last step that was read of each member.
         self._steps_read: dict[MemberId, int] = {}
+        self._ops = NodeOps()
+        self._comm_at = 0.0
 
     def ensure(self, seat: Seat, layout: object, replicas: int) -> Path:
         """The seat's arena, with room for a share of the state. Slow: allocates.
@@ -157,6 +163,21 @@ class Arenas:
             for record in self._board.steps(seat, member=member.member, after=after):
                 self._steps_read[member.member] = record.number
                 found.append(to_json(record.seen_at(member.seat)))
+        return found
+
+    def comm(self, members: Iterable[MemberFacts], *, now: float) -> list[dict[str, object]]:
+        """How long these members were in their newest collectives, as signals; a sample.
+
+        Reads the rings twice a second at most, however often it is asked.
+        """
+        if now - self._comm_at < COMM_EVERY_S:
+            return []
+        self._comm_at = now
+        found: list[dict[str, object]] = []
+        for member in members:
+            records = self._board.records(member.seat - self._first)
+            own = (r for r in records if r.member == member.member)
+            found += [to_json(seen) for seen in self._ops.take(member.seat, own)]
         return found
 
     def remove(self) -> None:

@@ -22,7 +22,7 @@ from ftkit.core.errors import FtkitError, WireError
 from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
-from ftkit.core.wire import Line, connect
+from ftkit.core.wire import Line, connect, encode
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
@@ -32,6 +32,7 @@ from ftkit.launch.ending import End
 from ftkit.launch.incidents import Incidents
 from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
+from ftkit.launch.pace import Rest
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
@@ -72,6 +73,7 @@ class Coordinator:
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
+        self._rest = Rest(config.times.tick_s)
         self._incidents = Incidents(Path(config.run_dir))
         self._costs = DecisionCosts(config.seats)
         self.trace = Trace(
@@ -101,9 +103,11 @@ class Coordinator:
         next_tick = started
         try:
             while True:
+                wake = min(next_tick, self._rest.until) if self._rest.owed else next_tick
                 try:
-                    self._handle(*self._inbox.get(timeout=max(0.0, next_tick - self._clock.now())))
-                    while True:  # judge once for everything that has arrived
+                    self._handle(*self._inbox.get(timeout=max(0.0, wake - self._clock.now())))
+                    # Judge once for everything that has arrived.
+                    for _ in range(self._inbox.qsize()):
                         self._handle(*self._inbox.get_nowait())
                 except queue.Empty:
                     pass
@@ -112,8 +116,11 @@ class Coordinator:
                     self._judge.observer_woke(late_by_s=now - next_tick, at=now)
                     next_tick = now + tick_s
                     self._dial_missing()
+                if not self._rest.due(now):
+                    continue
                 self._lead(now)
                 self._tell_steps(now)
+                self._rest.looked(now, self._clock.now())
                 if self._plan is not None and self._is_over(now):
                     self._tell_steps(now, rest=True)
                     assert self._plan.stop is not None, "an ended plan says why"
@@ -339,7 +346,7 @@ class Coordinator:
             if (line := self._lines.get(node)) is not None:
                 self._send(node, line, {"type": "pairs", "tests": tests})
 
-    def _send(self, node: NodeId, line: Line, message: Mapping[str, object]) -> None:
+    def _send(self, node: NodeId, line: Line, message: Mapping[str, object] | bytes) -> None:
         try:
             line.send(message)
         except WireError:
@@ -409,10 +416,11 @@ class Coordinator:
             "checkpoint": order and order.to_json(),
             "checkpoints_over": self._checkpoints.over,
         }
+        encoded = encode(message)  # once: it grows with the job, and so do those it goes to
         for node, line in list(self._lines.items()):
             if only is not None and node != only:
                 continue
-            self._send(node, line, message)
+            self._send(node, line, encoded)
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         """Send to every agent that can be reached."""

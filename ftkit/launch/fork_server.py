@@ -22,6 +22,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import runpy
 import signal
 import socket
@@ -30,6 +31,7 @@ import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from ftkit.core import exit_codes
@@ -82,6 +84,17 @@ class Program:
         what = ["-m", self.name] if self.is_module else [self.name]
         return [sys.executable, "-u", *what, *self.arguments]
 
+    def frameworks(self) -> list[str]:
+        """The integrations that the program names: what they import takes longer than torch."""
+        if self.is_module:
+            return []
+        try:
+            text = Path(self.name).read_bytes()
+        except OSError:
+            return []  # the rank will say so
+        found = {name.decode() for name in re.findall(rb"ftkit\.integrations\.[a-z_]+", text)}
+        return sorted(found)
+
     def run(self) -> None:
         """Be that program, in this process, as far as it can tell. Raises what it raises."""
         if not sys.flags.safe_path:
@@ -107,7 +120,8 @@ def main(argv: Sequence[str]) -> None:
     """Import, say so, and fork until the agent hangs up; in a rank, run its program.
 
     Args:
-      argv: the channel's file descriptor and the agent's process number.
+      argv: the channel's file descriptor, the agent's process number, and further modules to
+        import.
     """
     channel = socket.socket(fileno=int(argv[0]))
     agent = int(argv[1])
@@ -115,7 +129,7 @@ def main(argv: Sequence[str]) -> None:
     if not sys.flags.safe_path:
         # This file's own folder. Each rank puts its program's there.
         del sys.path[0]
-    for name in PRELOAD:
+    for name in (*PRELOAD, *argv[2:]):
         try:
             importlib.import_module(name)
         except ImportError:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum, auto
 from functools import partial
@@ -51,7 +51,12 @@ class ForkServer:
     """Owns the process. `start` is called by the agent's main thread."""
 
     def __init__(
-        self, env: Mapping[str, str], *, cwd: str | None = None, changed: Callable[[], None]
+        self,
+        env: Mapping[str, str],
+        *,
+        cwd: str | None = None,
+        frameworks: Sequence[str] = (),
+        changed: Callable[[], None],
     ) -> None:
         """Start the process; it imports while the caller goes on.
 
@@ -62,6 +67,7 @@ class ForkServer:
           env: the whole environment that modules are imported in.
           cwd: the directory that ranks will start in, which some modules remember; None for
             this process's own.
+          frameworks: modules to import besides torch (`Program.frameworks`).
           changed: called, on a thread of its own, when `state` is no longer STARTING.
 
         Raises:
@@ -77,6 +83,7 @@ class ForkServer:
                 [
                     *(sys.executable, "-u", fork_server.__file__),
                     *(str(theirs.fileno()), str(os.getpid())),
+                    *frameworks,
                 ],
                 env=dict(env),
                 cwd=cwd,

@@ -50,3 +50,30 @@ class Pace:
         """A report goes out. Returns how late looks were since the last one."""
         late_s, self.told, self.late_s = self.late_s, now, 0.0
         return late_s
+
+
+#: After a look the coordinator rests for so many times what it took: reports come in meanwhile.
+RESTS = 4
+
+
+@dataclass(slots=True)
+class Rest:
+    """When the coordinator may look again at what has come in.
+
+    A look costs as much as the job is large, and every report asks for one: without a rest ten
+    thousand ranks keep it at looking. In a small job it is a fraction of a millisecond.
+    """
+
+    tick_s: float
+    until: float = float("-inf")
+    owed: bool = False
+    """Whether something has come in that was not looked at."""
+
+    def due(self, now: float) -> bool:
+        """Whether to look now. If not, one is owed at `until`."""
+        self.owed = now < self.until
+        return not self.owed
+
+    def looked(self, began: float, ended: float) -> None:
+        """A look has ended."""
+        self.until = ended + min(RESTS * (ended - began), self.tick_s)

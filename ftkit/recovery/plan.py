@@ -84,6 +84,10 @@ class Plan:
     next_member: MemberId = MemberId(0)
     restarts: int = 0
     """Processes replaced so far, all seats together."""
+    _by_member: dict[MemberId, Assignment] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Filled at the first question: every member of a large world is asked for at every look."""
 
     @property
     def order(self) -> tuple[int, int]:
@@ -96,7 +100,9 @@ class Plan:
 
     def seat_of(self, member: MemberId) -> Assignment | None:
         """The seat that `member` fills in this plan, or None."""
-        return next((a for a in self.seats if a.member == member), None)
+        if not self._by_member:
+            self._by_member.update((a.member, a) for a in self.seats)
+        return self._by_member.get(member)
 
     def to_json(self) -> dict[str, object]:
         return {

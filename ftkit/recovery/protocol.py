@@ -166,7 +166,10 @@ def _assign(plan: Plan, facts: JobFacts) -> Move | None:
     if not fresh:
         return None
     return plan.revised(
-        seats=tuple(replace(s, boot=facts.boots[s.node]) if s in fresh else s for s in plan.seats)
+        seats=tuple(
+            replace(s, boot=facts.boots[s.node]) if s.boot is None and s.node in facts.boots else s
+            for s in plan.seats
+        )
     ), Decision(
         action="assign",
         reason=f"the agents of nodes {sorted({s.node for s in fresh})} are up",

@@ -107,27 +107,19 @@ def capped(rank, size, talk, connections):
     group, faults, _ = join(rank, talk, transport="tcp", connections=connections)
     cap(group, 1 - rank, 20e6)
     right = [reduced(group, 1)]
-    group.barrier().wait(30)
-    began = time.perf_counter()
     right.append(reduced(group, 4))
-    took = time.perf_counter() - began
     lanes = len(group._engine.net.links[MemberId(1 - rank)].lanes)
     talk.everyone("done")
     group.close()
-    return took, right, lanes, list(faults)
+    return right, lanes, list(faults)
 
 
 @pytest.mark.multiproc
-def test_four_connections_carry_more_than_one_under_a_cap_of_each():
-    took = {}
+def test_capped_connections_carry_what_one_carries():
+    # How much faster four are is the benchmark's to say.
     for connections in (1, LANES):
         with Crew(capped, 2, connections) as crew:
-            results = crew.results()
-        assert all(all(right) and not faults for _, right, _, faults in results)
-        assert {lanes for _, _, lanes, _ in results} == {connections}
-        took[connections] = max(r[0] for r in results)
-    # 3.9 times on a quiet machine; the benchmark holds the figure.
-    assert took[1] / took[LANES] > 2
+            assert crew.results() == [([True, True], connections, [])] * 2
 
 
 def abort_and_go_on(rank, size, talk):

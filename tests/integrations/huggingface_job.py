@@ -4,7 +4,6 @@ Arguments: updates, batches of a rank in each, and the folder that the Trainer w
 take longer, so that the rank which was lost is back before the end.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -78,17 +77,18 @@ def trainer_of(updates: int, accumulation: int, folder: Path) -> Any:
     )
 
 
-def main(updates: int, accumulation: int, folder: Path) -> None:
+def main(updates: int, accumulation: int, folder: Path) -> dict[str, Any]:
     trainer = trainer_of(updates, accumulation, folder)
     output = trainer.train()
-    told = {
+    told: dict[str, Any] = {
         "updates": output.global_step,
         "loss": output.training_loss,
         "epoch": trainer.state.epoch,
         "first": trainer.is_world_process_zero(),
         "log": [{k: e[k] for k in ("step", "loss") if k in e} for e in trainer.state.log_history],
     }
-    ftkit.init().trace.event("trained", **json.loads(json.dumps(told)))
+    ftkit.init().trace.event("trained", **told)
+    return told
 
 
 if __name__ == "__main__":

@@ -90,6 +90,18 @@ def test_which_commands_can_be_forked() -> None:
         assert Program.of(other) is None
 
 
+def test_a_program_that_names_an_integration_has_it_imported(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from ftkit.integrations.huggingface import Trainer\n"
+        "import ftkit.integrations.huggingface, ftkit.integrations.alone"
+    )
+    program = Program(name=str(script), is_module=False, arguments=())
+    assert program.frameworks() == ["ftkit.integrations.alone", "ftkit.integrations.huggingface"]
+    assert Program(name=str(tmp_path / "no"), is_module=False, arguments=()).frameworks() == []
+    assert Program(name="tests", is_module=True, arguments=()).frameworks() == []
+
+
 def test_a_thread_makes_a_process_unfit() -> None:
     hold = threading.Event()
     thread = threading.Thread(target=hold.wait)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ftkit.launch.pace import Pace
+from ftkit.launch.pace import Pace, Rest
 
 
 def run(seconds: float, still: float | None) -> int:
@@ -31,3 +31,15 @@ def test_lateness_is_told_once() -> None:
     assert pace.woke(pace.next_look + 0.4)
     assert pace.reported(2.0) == pytest.approx(0.4)
     assert pace.reported(3.0) == 0.0
+
+
+def test_looks_leave_the_coordinator_time_for_what_comes_in() -> None:
+    rest = Rest(tick_s=0.5)
+    assert rest.due(10.0)
+    rest.looked(10.0, 10.01)
+    assert not rest.due(10.02)
+    assert rest.owed
+    assert rest.until == pytest.approx(10.05)
+    assert [rest.due(10.06), rest.owed] == [True, False]
+    rest.looked(11.0, 21.0)
+    assert rest.until == pytest.approx(21.5), "a slow look does not keep it from the next tick"

@@ -419,3 +419,27 @@ def test_a_failure_of_protect_is_named() -> None:
     model = net()
     with alone() as session, pytest.raises(UsageError, match="without state_dict"):
         session.protect(model=model, optimizer=setup(model), scheduler=object())
+
+
+def test_a_loop_may_sum_over_slots_end_early_and_agree_before_the_optimizer() -> None:
+    with alone() as session:
+        model = net()
+        optimizer = setup(model)
+        session.protect(model=model, optimizer=optimizer)
+        for step in session.steps(Points(), slots=SLOTS, slot_size=2, until=9, mean=False):
+            with step:
+                for i, (x, y) in enumerate(step.batches()):
+                    nn.functional.mse_loss(model(x), y).backward()
+                    step.record(float(i))
+                step.agree()
+                assert step.committed
+                assert step.loss == sum(range(SLOTS))
+                optimizer.step()
+            if step.index == 3:
+                session.end_steps()
+        assert session.step == 3
+
+
+def test_steps_are_not_ended_before_they_begin() -> None:
+    with alone() as session, pytest.raises(UsageError, match="belongs into the loop"):
+        session.end_steps()

@@ -1,0 +1,314 @@
+"""A path between hosts gets three times slower while a job trains: is it named, and how soon?
+
+Four hosts are network namespaces with a wire of their own between each two, limited by `tc tbf`; an
+agent and one rank run on each, as in a job on four machines. A run trains until the paths have been
+measured, makes something slow, and waits for a word: a link both ways, one direction of it, all
+that leaves a host, all that reaches it, a link that training does not use, nothing at all. Needs
+root.
+"""
+
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.children import Children, python
+from benchmarks.figures import Figure, Report, finish, parser, percentile, say
+from benchmarks.jobs import JobFailed, python_path, scratch
+from benchmarks.slow_paths_host import AGENTS, JOB, SECRET
+from benchmarks.wires import Wires
+from ftkit.launch.config import JobConfig, new_job_id, new_secret
+from ftkit.launch.drills import WORKLOAD
+from ftkit.launch.event_tail import EventTail
+from ftkit.launch.job import python_command
+
+HOSTS, MBIT, TIMES = 4, 600, 3
+#: Large enough that the wires matter: 16 MB of gradients.
+MODEL = ("--params", "4m")
+#: Steps that are played before anything is slow, and how long a word is waited for.
+STEPS_BEFORE, WAIT_S, START_S = 20, 40.0, 120.0
+#: Where nothing is to be said: so long is listened.
+LISTEN_S = 15.0
+
+Way = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What came of one run."""
+
+    scenario: str
+    wanted: list[object] | None
+    """Where, place and peer; None when nothing may be named."""
+    said: list[list[object]]
+    """The same of what was named for communication, in order."""
+    right: bool
+    steps: int | None = None
+    """Committed from the fault until the probe began."""
+    probe_s: float | None = None
+    named_s: float | None = None
+    """From the fault to the word."""
+    step_s: float | None = None
+    slow_step_s: float | None = None
+
+
+class Run:
+    """One job on hosts of its own."""
+
+    def __init__(self, wires: Wires, children: Children, folder: Path) -> None:
+        """Start it."""
+        self._wires, self.folder = wires, folder
+        config = JobConfig(
+            job=new_job_id(),
+            command=python_command(
+                "-m",
+                (WORKLOAD, "--steps", "100000", "--slots", str(HOSTS), "--slot-size", "1", *MODEL),
+            ),
+            nodes=HOSTS,
+            nproc=1,
+            run_dir=str(folder),
+            rank_logs=True,
+            preload=False,
+            env={"PYTHONPATH": python_path()},
+        )
+        env = {JOB: config.to_json(), SECRET: new_secret()}
+        module = ("-m", "benchmarks.slow_paths_host")
+        for host, address in enumerate(wires.addresses):
+            command = python(*module, "agent", str(host), address)
+            children.start(wires.command(host, command), env)
+        agents = [self._address(folder / f"child-{host}.out") for host in range(HOSTS)]
+        self.lead = children.start(
+            wires.command(0, python(*module, "coordinator")), env | {AGENTS: json.dumps(agents)}
+        )
+        self.events: list[dict[str, Any]] = []
+        self._tail = EventTail(folder)
+
+    def until(self, what: str, seconds: float, done: Any) -> None:
+        """Read events until `done(self)`. JobFailed when that takes too long."""
+        end = time.monotonic() + seconds
+        while not done(self):
+            if self.lead.poll() is not None:
+                raise JobFailed(f"the coordinator ended with {self.lead.returncode}: {what}")
+            if time.monotonic() > end:
+                raise JobFailed(f"after {seconds:g} s still not: {what}")
+            time.sleep(0.02)
+            self.events += self._tail.poll()
+
+    def listen(self, seconds: float, done: Any) -> None:
+        """Read events for so long, or until `done(self)`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not done(self):
+            time.sleep(0.02)
+            self.events += self._tail.poll()
+
+    @property
+    def step(self) -> int:
+        return max((e["step"] for e in self.events if e["kind"] == "commit"), default=0)
+
+    @property
+    def measured(self) -> bool:
+        return any(e["kind"] == "probed" for e in self.events)
+
+    def busiest(self) -> Way:
+        """The way over which most bytes went."""
+        return max(self._ways(), key=lambda way: self._wires.carried(*way))
+
+    def idle(self) -> Way:
+        """A way between hosts of which neither sends the other much."""
+        return min(
+            (w for w in self._ways() if w[0] < w[1]),
+            key=lambda w: self._wires.carried(*w) + self._wires.carried(w[1], w[0]),
+        )
+
+    def _ways(self) -> Iterable[Way]:
+        return ((a, b) for a in range(HOSTS) for b in range(HOSTS) if a != b)
+
+    @staticmethod
+    def _address(out: Path) -> list[object]:
+        end = time.monotonic() + START_S
+        while not out.read_text().strip():
+            if time.monotonic() > end:
+                raise JobFailed(f"an agent did not start: {out.with_suffix('.err').read_text()}")
+            time.sleep(0.05)
+        address: list[object] = json.loads(out.read_text())
+        return address
+
+
+def fault(scenario: str, run: Run) -> tuple[list[Way], list[object] | None]:
+    """What to make slow, and what then has to be named."""
+    a, b = run.busiest()
+    others = [host for host in range(HOSTS) if host != a]
+    match scenario:
+        case "link":
+            return [(a, b), (b, a)], ["link", min(a, b), max(a, b)]
+        case "direction":
+            return [(a, b)], ["direction", a, b]
+        case "egress":
+            return [(a, other) for other in others], ["egress", a, None]
+        case "ingress":
+            return [(o, b) for o in range(HOSTS) if o != b], ["ingress", b, None]
+        case "unused":
+            a, b = run.idle()
+            return [(a, b), (b, a)], None
+        case _:
+            return [], None
+
+
+SCENARIOS = ("clean", "link", "direction", "egress", "ingress", "unused")
+
+
+def one(scenario: str, folder: Path) -> Found:
+    """One run. Raises JobFailed."""
+    folder.mkdir()
+    (folder / "events").mkdir()
+    with Wires(HOSTS, MBIT) as wires, Children(folder) as children:
+        run = Run(wires, children, folder)
+        run.until(
+            "the paths are measured", START_S, lambda r: r.measured and r.step >= STEPS_BEFORE
+        )
+        ways, wanted = fault(scenario, run)
+        begin = time.monotonic()
+        for here, there in ways:
+            wires.limit(here, there, MBIT // TIMES)
+        seconds = LISTEN_S if wanted is None else WAIT_S
+        run.listen(seconds, lambda r: wanted is not None and wanted in names(r.events, begin))
+        end = time.monotonic()
+        run.lead.send_signal(signal.SIGTERM)
+        run.listen(5.0, lambda r: r.lead.poll() is not None)
+        return judged(scenario, wanted, run.events, begin, end)
+
+
+def names(events: Iterable[dict[str, Any]], since: float = 0.0) -> list[list[object]]:
+    """Where, place and peer of every verdict on communication."""
+    return [
+        [e["evidence"].get("where"), e["evidence"].get("place"), e["evidence"].get("peer_place")]
+        for e in events
+        if e["kind"] == "verdict" and e["fault"] in ("slow-comm", "hang-comm") and e["mono"] > since
+    ]
+
+
+def judged(
+    scenario: str,
+    wanted: list[object] | None,
+    events: list[dict[str, Any]],
+    begin: float,
+    end: float,
+) -> Found:
+    """What came of a run, from its events; pure."""
+    events = sorted((e for e in events if e["mono"] <= end), key=lambda e: float(e["mono"]))
+    said = names(events)
+    right = said == ([] if wanted is None else [wanted])
+    word = next(
+        (
+            e
+            for e in events
+            if e["kind"] == "verdict" and e["mono"] > begin and names([e]) == [wanted]
+        ),
+        None,
+    )
+    found = Found(
+        scenario=scenario, wanted=wanted, said=said, right=right,
+        step_s=gap(events, 0.0, begin), slow_step_s=gap(events, begin, end),
+    )  # fmt: skip
+    if word is None:
+        return found
+    probe_s = float(word["evidence"]["probe_s"])
+    until = word["mono"] - probe_s
+    steps = {e["step"] for e in events if e["kind"] == "commit" and begin < e["mono"] <= until}
+    return Found(
+        **{
+            **asdict(found),
+            "steps": len(steps),
+            "probe_s": probe_s,
+            "named_s": word["mono"] - begin,
+        }
+    )
+
+
+def gap(events: Iterable[dict[str, Any]], begin: float, end: float) -> float | None:
+    """The median time between two commits of seat 0."""
+    at = [e["mono"] for e in events if e["kind"] == "commit" and e["seat"] == 0]
+    at = [t for t in at if begin < t <= end]
+    return percentile([b - a for a, b in itertools.pairwise(at)], 50)
+
+
+def main(argv: list[str]) -> int:
+    """Run every scenario and report."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--runs", type=int, help="of each scenario")
+    arguments.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    options = arguments.parse_args(argv)
+    if os.geteuid() or not Wires.available():
+        say("network namespaces need root, ip and tc: nothing was measured")
+        return 0
+    runs, found, problems = options.runs or (1 if options.quick else 5), list[Found](), list[str]()
+    with scratch("slow-paths") as folder:
+        for number in range(runs):
+            for scenario in options.only:
+                try:
+                    one_found = one(scenario, folder / f"{scenario}-{number}")
+                except JobFailed as error:
+                    problems.append(f"{scenario}: {error}")
+                    continue
+                found.append(one_found)
+                say(f"{scenario}: {'right' if one_found.right else 'WRONG'}, said {one_found.said}")
+    faulty = [f for f in found if f.wanted is not None]
+    quiet = [f for f in found if f.wanted is None]
+    named = [f for f in faulty if f.steps is not None]
+    figures = [
+        Figure(
+            name=f"named right, {scenario} {TIMES}x slower",
+            value=share(f.right for f in found if f.scenario == scenario),
+            unit="of runs", at_least=0.95,
+            against=f"{sum(f.scenario == scenario for f in found)} runs",
+        )
+        for scenario in options.only
+    ]  # fmt: skip
+    figures += [
+        Figure(
+            name="wrongly named", value=share(bool(f.said) for f in quiet), unit="of runs",
+            at_most=0.0, against=f"{len(quiet)} runs in which nothing that is used is slow",
+        ),
+        Figure(
+            name="steps until the probe begins, 95th percentile",
+            value=percentile([f.steps for f in named if f.steps is not None], 95),
+            unit="steps", at_most=10,
+        ),
+        Figure(
+            name="the probe, 95th percentile",
+            value=percentile([f.probe_s for f in named if f.probe_s is not None], 95), unit="s",
+        ),
+        Figure(
+            name="fault to name, 95th percentile",
+            value=percentile([f.named_s for f in named if f.named_s is not None], 95), unit="s",
+        ),
+    ]  # fmt: skip
+    report = Report(
+        name="slow_paths",
+        figures=figures,
+        computed={"runs": f"{len(found)} of {HOSTS} hosts at {MBIT} Mbit/s"},
+        problems=problems,
+        notes=[
+            "a wire in each direction is a token bucket (`tc tbf`); hosts share this machine's cores",
+            "nothing that is used is slow in `clean` and `unused`",
+        ],
+        options=vars(options),
+        samples=[asdict(f) for f in found],
+    )
+    return finish(report, options)
+
+
+def share(holds: Iterable[bool]) -> float | None:
+    """How many of them hold; None of none."""
+    each = list(holds)
+    return sum(each) / len(each) if each else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,59 @@
+"""NodeOps: an agent's collectives, reduced to what others need to tell who was late.
+
+Of each group one collective in `STRIDE` is told, by a number that all its members agree on, so that
+what agents of many nodes tell can be joined; and of each only how long every rank here was in it.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from ftkit.core.ids import Generation, Seat
+from ftkit.detection.row import OpRecord
+from ftkit.detection.signals import CommSeen
+
+#: Collectives are told whose number is a multiple of this.
+STRIDE: Final = 4
+
+#: Operations that nobody leaves before all have come. Of a broadcast, say, the root may.
+SYNCHRONISING: Final = frozenset(
+    {"all_reduce", "all_reduce_quantized", "all_gather", "reduce_scatter", "all_to_all"}
+    | {"barrier", "exchange", "reduce_slots"}
+)
+
+
+class NodeOps:
+    """Remembers what it has told. Owned by the agent's thread."""
+
+    def __init__(self) -> None:
+        self._told_until: dict[Seat, int] = {}
+
+    def take(self, seat: Seat, records: Iterable[OpRecord]) -> list[CommSeen]:
+        """What is new among one rank's newest records, in order of time."""
+        last = self._told_until.get(seat, 0)
+        newest, left = last, 0
+        found: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
+        for record in records:
+            # On its own clock, and only after an operation that is in the ring: else unknown.
+            worked = max(0, record.t_enter_ns - left) / 1e9 if left else 0.0
+            if record.t_leave_ns and record.ok:
+                told = record.t_leave_ns > last and record.seq % STRIDE == 0
+                if told and record.op.partition(" ")[0] in SYNCHRONISING:
+                    spent = (record.t_leave_ns - record.t_enter_ns) / 1e9
+                    found.setdefault((record.generation, record.group), []).append(
+                        (record.seq, round(spent, 6), round(worked, 6))
+                    )
+                newest = max(newest, record.t_leave_ns)
+                left = max(left, record.t_leave_ns)
+        self._told_until[seat] = newest
+        return [
+            CommSeen(
+                seat=seat,
+                generation=Generation(generation),
+                group=group,
+                at=newest / 1e9,
+                seqs=[seq for seq, _, _ in ops],
+                spent_s=[spent for _, spent, _ in ops],
+                worked_s=[worked for _, _, worked in ops],
+            )
+            for (generation, group), ops in found.items()
+        ]
