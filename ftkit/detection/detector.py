@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ftkit.core.ids import MemberId, NodeId, Step
+from ftkit.core.ids import Generation, MemberId, NodeId, Step
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import Member, World
 from ftkit.detection import desync, rules, wording
 from ftkit.detection.config import DetectionConfig
-from ftkit.detection.desync import disagreements
+from ftkit.detection.desync import Disagreement, disagreements
 from ftkit.detection.observations import (
     Exited,
     NodeSilent,
@@ -71,6 +71,7 @@ class Detector:
         self._accused_at = float("-inf")
         self._blind: dict[MemberId, float] = {}
         self._tails: dict[MemberId, tuple[float, Sequence[OpRecord]]] = {}
+        self._settled: dict[tuple[Generation, int, int], Disagreement] = {}
         self._tempo = Tempo()
         self._still: _Still | None = None
         self._newest_step: Step | None = None
@@ -104,6 +105,8 @@ class Detector:
                     self._members = {m.member: m for m in world.members}
                     self._tracks.clear()
                     self._still = None
+                    recent = world.generation - 2
+                    self._settled = {k: d for k, d in self._settled.items() if k[0] >= recent}
             case ObserverLate(by_s=by_s):
                 self._late_reported_s = max(self._late_reported_s, by_s)
             case _:
@@ -150,14 +153,15 @@ class Detector:
 
     def _desynced(self, now: float) -> dict[MemberId, Verdict]:
         """DESYNC, by what members recorded: also in the generation before, which it ended."""
-        self._tails = {
-            m: told
-            for m, told in self._tails.items()
-            if now - told[0] <= _TAILS_S and m in self._members
-        }
+        self._tails = {m: told for m, told in self._tails.items() if now - told[0] <= _TAILS_S}
         verdicts: dict[MemberId, Verdict] = {}
         for found in disagreements({m: records for m, (_, records) in self._tails.items()}):
-            for member in found.slips:
+            place = (found.generation, found.group, found.seq)
+            # With one of the majority gone there may be none any more: what was found then holds.
+            if found.majority:
+                self._settled[place] = found
+            found = self._settled.get(place, found)
+            for member in found.slips.keys() & self._members.keys():
                 seat = self._members[member].seat
                 track = self._tracks.get(member)
                 verdicts[member] = Verdict(

@@ -25,6 +25,8 @@ Pair = tuple[int, int]
 
 #: A cell is bad under this share of the median cell, or of what it was itself.
 OF_MEDIAN, OF_HISTORY = 1 / 3, 1 / 2
+#: A row with two bad cells or more is bad when the rest of it is under this share of the median.
+OF_LINE = 1 / 2
 #: A bad cell that is this many times better than the worst may be noise beside it.
 OF_WORST = 8.0
 #: Tests shorter than this measure the scheduler, which was seen to add 2 to 5 ms.
@@ -122,11 +124,14 @@ def bad_cells(cells: Mapping[Pair, Cell], history: Mapping[Pair, float]) -> dict
 def read(cells: Mapping[Pair, Cell], history: Mapping[Pair, float]) -> list[PathFault]:
     """What is wrong with the paths that were tried; [] when they are healthy.
 
-    A row or a column counts as bad when every cell of it is that was tried, with two places or
-    more at the other end.
+    A row or a column counts as bad when two cells of it are, or more, and all others that were
+    tried are at least doubtful.
     """
     bad = bad_cells(cells, history)
     left = set(bad)
+    rates = [cell.rate for cell in cells.values() if cell.firm]
+    middle = median_high(rates) if rates else 0.0
+    doubtful = left | {p for p, c in cells.items() if c.firm and c.rate < OF_LINE * middle}
     found: list[PathFault] = []
 
     def name(where: Where, place: int, peer: int | None, over: Iterable[Pair]) -> None:
@@ -139,7 +144,7 @@ def read(cells: Mapping[Pair, Cell], history: Mapping[Pair, float]) -> list[Path
                 place=place,
                 peer=peer,
                 cells=pairs,
-                share=max(bad[p] for p in pairs),
+                share=max(bad[p] for p in pairs if p in bad),
                 alone=peer is not None and not others,
             )
         )
@@ -150,7 +155,7 @@ def read(cells: Mapping[Pair, Cell], history: Mapping[Pair, float]) -> list[Path
     for place in places:
         row = {p for p in cells if p[0] == place}
         column = {p for p in cells if p[1] == place}
-        row_bad, column_bad = (len(line) > 1 and line <= bad.keys() for line in (row, column))
+        row_bad, column_bad = (len(line & left) > 1 and line <= doubtful for line in (row, column))
         if row_bad and column_bad:
             lines.append((Where.NIC, place, row | column))
         elif row_bad:

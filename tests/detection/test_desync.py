@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ftkit.core.ids import Generation, MemberId
+from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.verdict import Fault
 from ftkit.detection.desync import Slip, disagreements, evidence, reason
 from ftkit.detection.observations import RowSeen
@@ -124,3 +124,30 @@ def test_the_detector_says_it_while_all_wait_and_of_nobody_else() -> None:
     assert verdict.evidence["theirs"] == {"op": "broadcast", "nbytes": 100}
     # Nobody tells records any more: what they showed is over.
     assert scene.until(3.0) == []
+
+
+def test_what_a_majority_decided_holds_when_one_of_it_is_gone() -> None:
+    scene = Scene(3)
+    scene.wait(0, 1, 2)
+    told = {0: STEP, 1: [STEP[0], STEP[2]], 2: STEP}
+
+    def tell(*seats: int) -> None:
+        for seat in seats:
+            now = scene.clock.now()
+            scene.detector.ingest(
+                RowSeen(
+                    member=MemberId(100 + seat),
+                    seat=Seat(seat),
+                    row=row(100 + seat, moved=now, pending_since=now, entered=51),
+                    facts=facts(),
+                    at=now,
+                    ops=records(100 + seat, told[seat]),
+                )
+            )
+
+    tell(0, 1, 2)
+    assert [v.seat for v in scene.tick()] == [1]
+    scene.hidden.add(0)
+    for _ in range(6):
+        tell(1, 2)
+        assert [v.seat for v in scene.tick() if v.fault is Fault.DESYNC] == [1]

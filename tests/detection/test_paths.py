@@ -64,6 +64,13 @@ def test_three_times_is_told_by_history_where_the_median_cannot():
     assert named(matrix(3, busy), history) == [(Where.LINK, 0, 1)]
 
 
+def test_the_last_cell_of_a_row_may_be_doubtful():
+    slow = {(2, 0): 4.0, (2, 1): 4.0, (2, 3): 2.6}
+    assert named(matrix(4, slow, jitter=0)) == [(Where.EGRESS, 2, None)]
+    slow[2, 3] = 1.5
+    assert named(matrix(4, slow, jitter=0)) == [(Where.DIRECTION, 2, 0), (Where.DIRECTION, 2, 1)]
+
+
 def test_what_is_bad_beside_the_worst_is_left_for_the_next_time():
     slow = {(2, p): 100.0 for p in (0, 1, 3, 4)} | {(3, 4): 5.0}
     assert named(matrix(5, slow)) == [(Where.EGRESS, 2, None)]
