@@ -23,6 +23,7 @@ from benchmarks.figures import Figure, Report, finish, parser, percentile, say
 from benchmarks.jobs import JobFailed, python_path, scratch
 from benchmarks.slow_paths_host import AGENTS, JOB, SECRET
 from benchmarks.wires import Wires
+from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig, new_job_id, new_secret
 from ftkit.launch.drills import WORKLOAD
 from ftkit.launch.event_tail import EventTail
@@ -33,6 +34,8 @@ HOSTS, MBIT, TIMES = 4, 600, 3
 MODEL = ("--params", "4m")
 #: Steps that are played before anything is slow, and how long a word is waited for.
 STEPS_BEFORE, WAIT_S, START_S = 20, 40.0, 120.0
+#: Steps in which it is seen which wires training uses.
+STEPS_WATCHED = 5
 #: Where nothing is to be said: so long is listened.
 LISTEN_S = 15.0
 
@@ -115,16 +118,12 @@ class Run:
     def measured(self) -> bool:
         return any(e["kind"] == "probed" for e in self.events)
 
-    def busiest(self) -> Way:
-        """The way over which most bytes went."""
-        return max(self._ways(), key=lambda way: self._wires.carried(*way))
-
-    def idle(self) -> Way:
-        """A way between hosts of which neither sends the other much."""
-        return min(
-            (w for w in self._ways() if w[0] < w[1]),
-            key=lambda w: self._wires.carried(*w) + self._wires.carried(w[1], w[0]),
-        )
+    def traffic(self) -> dict[Way, int]:
+        """Bytes that training sends each way in some steps from now: which ring it goes round."""
+        before = {way: self._wires.carried(*way) for way in self._ways()}
+        last = self.step + STEPS_WATCHED
+        self.until("some more steps", START_S, lambda r: r.step >= last)
+        return {way: self._wires.carried(*way) - nbytes for way, nbytes in before.items()}
 
     def _ways(self) -> Iterable[Way]:
         return ((a, b) for a in range(HOSTS) for b in range(HOSTS) if a != b)
@@ -142,7 +141,8 @@ class Run:
 
 def fault(scenario: str, run: Run) -> tuple[list[Way], list[object] | None]:
     """What to make slow, and what then has to be named."""
-    a, b = run.busiest()
+    traffic = run.traffic()
+    a, b = max(traffic, key=traffic.__getitem__)
     others = [host for host in range(HOSTS) if host != a]
     match scenario:
         case "link":
@@ -154,7 +154,7 @@ def fault(scenario: str, run: Run) -> tuple[list[Way], list[object] | None]:
         case "ingress":
             return [(o, b) for o in range(HOSTS) if o != b], ["ingress", b, None]
         case "unused":
-            a, b = run.idle()
+            a, b = min(traffic, key=lambda way: traffic[way] + traffic[way[::-1]])
             return [(a, b), (b, a)], None
         case _:
             return [], None
@@ -258,6 +258,7 @@ def main(argv: list[str]) -> int:
                     continue
                 found.append(one_found)
                 say(f"{scenario}: {'right' if one_found.right else 'WRONG'}, said {one_found.said}")
+    sweep(Path("/dev/shm"))  # of agents that were ended before they could
     faulty = [f for f in found if f.wanted is not None]
     quiet = [f for f in found if f.wanted is None]
     named = [f for f in faulty if f.steps is not None]
