@@ -72,6 +72,11 @@ class World:
     def member_ids(self) -> frozenset[MemberId]:
         return frozenset(m.member for m in self.members)
 
+    def first_on(self, node: NodeId) -> Member | None:
+        """The member on `node` with the lowest seat; None when there is none."""
+        there = [m for m in self.members if m.node == node]
+        return min(there, key=lambda m: m.seat, default=None)
+
     def rank_of(self, member: MemberId) -> Rank | None:
         """The rank of `member` in this world, or None when it is not in it."""
         for rank, candidate in enumerate(self.members):

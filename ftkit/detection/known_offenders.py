@@ -28,7 +28,6 @@ class KnownOffenders:
         """One verdict for each offender that members are on."""
         if self._world is None:
             return []
-        first = {m.node: m for m in sorted(self._world.members, key=lambda m: -m.seat)}
         return [
             Verdict(
                 fault=Fault.OFFENDER,
@@ -49,5 +48,5 @@ class KnownOffenders:
                 confidence=max(1e-6, min(1.0, one.certainty)),
             )
             for one in self._scored.values()
-            if one.offender and (member := first.get(one.node)) is not None
+            if one.offender and (member := self._world.first_on(one.node)) is not None
         ]

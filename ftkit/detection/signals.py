@@ -145,6 +145,51 @@ class NodeScored:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSeen:
+    """What a node has left, as its agent has measured."""
+
+    KIND: ClassVar[str] = "node"
+
+    node: NodeId
+    at: float
+    available_bytes: int
+    """Memory that can be had without swapping."""
+    pressure: Mapping[str, float] = field(default_factory=dict)
+    """"cpu", "io", "memory" -> share of the last ten seconds in which some process waited for it."""
+    disks: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Path that ftkit writes to -> [bytes free, bytes that the next write there takes]."""
+
+    def __post_init__(self) -> None:
+        if any(len(pair) != 2 for pair in self.disks.values()):
+            raise ValueError(f"a disk has what is free and what is next, not {self.disks}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClockSeen:
+    """A node's wall clock against the coordinator's, by four time stamps."""
+
+    KIND: ClassVar[str] = "clock"
+
+    node: NodeId
+    at: float
+    offset_s: float
+    """How far the node's is ahead."""
+    error_s: float
+    """Half of the time that the stamps were on their way: it may be off by so much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeGap:
+    """A node's agent was not there for a while, and is back."""
+
+    KIND: ClassVar[str] = "node-gap"
+
+    node: NodeId
+    at: float
+    gap_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommSeen:
     """How long one rank was in some collectives of one group: a sample, the same on all ranks."""
 
@@ -162,10 +207,23 @@ class CommSeen:
     """From leaving the collective before it, of whatever group, to entering it."""
 
 
-Signal = CommSeen | StepSeen | PathsSeen | PairSeen | Found | NodeScored
+Signal = (
+    CommSeen | StepSeen | PathsSeen | PairSeen | Found | NodeScored | NodeSeen | ClockSeen | NodeGap
+)
 
 _KINDS: Final[Mapping[str, type[Signal]]] = {
-    kind.KIND: kind for kind in (CommSeen, StepSeen, PathsSeen, PairSeen, Found, NodeScored)
+    kind.KIND: kind
+    for kind in (
+        CommSeen,
+        StepSeen,
+        PathsSeen,
+        PairSeen,
+        Found,
+        NodeScored,
+        NodeSeen,
+        ClockSeen,
+        NodeGap,
+    )
 }
 
 

@@ -21,10 +21,12 @@ from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
 from ftkit.core.trace import Trace
+from ftkit.core.wall_clock import wall_clock
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
 from ftkit.detection import obituary
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.exits import out_of_memory
+from ftkit.detection.signals import to_json
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.environment import common_environment, rank_environment
@@ -32,15 +34,20 @@ from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.memory_watch import MemoryWatch
+from ftkit.launch.metrics import Metrics, MetricsServer
 from ftkit.launch.pace import STILL_S, Pace
 from ftkit.launch.prober import ROLE as PAIR_TEST
 from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
+from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
+
+#: A coordinator asks for the time more often than this.
+BLIND_S = 3 * CLOCK_S
 
 #: What a machine is called across jobs, where its host name is not the right name: in a pod.
 NAME_VARIABLE = "FTKIT_NODE_NAME"
@@ -143,6 +150,15 @@ class Agent:
             tick_s=config.times.tick_s,
             next_look=self._clock.now(),
         )
+        self._wall = wall_clock(config.env, node=node)
+        self._stamps: tuple[float, float] | None = None
+        """Wall time at which the coordinator asked for ours, and at which that came."""
+        self._heard_at = self._clock.now()
+        self._blind = False
+        """Whether the coordinator, connected, has not been heard of for too long."""
+        self._resources: Resources | None = None
+        self._metrics = Metrics(config.job, node)
+        self._metrics_server = self._serve_metrics()
         self._memory = MemoryWatch(self._clock.now())
         self._killed: set[MemberId] = set()
         self._halted_at = float("-inf")
@@ -168,6 +184,12 @@ class Agent:
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
             ).start()
         self._tiers.start()
+        self._resources = Resources(
+            self._config,
+            self._node,
+            state_bytes=lambda: state_bytes(self._arenas.copies()),
+            seen=lambda seen: self._inbox.put(("measured", seen)),
+        )
         next_tick = self._pace.next_look = self._clock.now()
         try:
             while not self._stopped:
@@ -211,6 +233,11 @@ class Agent:
             listener.close()
         if self._forks is not None:
             self._forks.close()
+        if self._resources is not None:
+            self._resources.close()
+        server, self._metrics_server = self._metrics_server, None
+        if server is not None:
+            server.close()
         self._prober.close()
         self._tiers.close()
         self._examiner.close()
@@ -239,6 +266,13 @@ class Agent:
             case "tiers":
                 self._end_if_due()
                 self._tell_coordinator()
+            case "measured":
+                self._signals.append(to_json(value))
+                self._watch_coordinator()
+                heard = self._coordinator is not None and not self._blind
+                self._metrics.set("ftkit_agent_coordinator_connected", heard)
+                paths = {self._config.run_dir: "run", self._config.checkpoint_dir: "checkpoint"}
+                self._metrics.take_node(value, paths)
             case "stop":
                 self._stopped = True
 
@@ -319,6 +353,7 @@ class Agent:
         self._ranks[member] = rank
         self._set(base, pid=rank.pid)
         self.trace.event("spawn", seat=seat.seat, member=member, pid=rank.pid)
+        self._metrics.add("ftkit_rank_starts_total", rank=seat.seat)
 
     def _rank_ended(self, member: MemberId) -> None:
         rank, facts = self._ranks[member], self._facts[member]
@@ -330,6 +365,8 @@ class Agent:
             code=code if code is not None and code >= 0 else None,
             signal=-code if code is not None and code < 0 else None,
         )
+        if code != 0:
+            self._metrics.add("ftkit_rank_exits_total", rank=rank.seat)
         left = obituary.read(self._arenas.directory, member)
         last_words = "" if code == 0 else rank.last_words()
         if line := self._lines.pop(member, None):
@@ -421,13 +458,30 @@ class Agent:
         """A coordinator said something."""
         if number < self._coordinator_number:
             return
+        self._heard_at = self._clock.now()
         match message.get("type"):
             case "look":
                 self._look_closely(message)
             case "pairs":
                 self._prober.take(message.get("tests"))
+            case "clock":
+                self._stamps = float(message["sent"]), self._wall()
             case _:
                 self._take_plan(message)
+
+    def _watch_coordinator(self) -> None:
+        """Say when a coordinator that is connected says nothing: nobody judges then."""
+        silent_s = self._clock.now() - self._heard_at
+        blind = self._coordinator is not None and silent_s > BLIND_S
+        if blind and not self._blind:
+            logger.warning(
+                "the coordinator has said nothing for %.0f s: training goes on, and nobody is "
+                "judged meanwhile",
+                silent_s,
+            )
+        if blind != self._blind:
+            self.trace.event("blind" if blind else "sighted", what="coordinator")
+        self._blind = blind
 
     def _look_closely(self, message: dict[str, Any]) -> None:
         """Something was found: keep what can be seen of it here, before it changes."""
@@ -573,12 +627,17 @@ class Agent:
         if self._coordinator is None:
             return
         alive = [f for f in self._facts.values() if f.stage in ALIVE]
-        self._signals.extend(self._arenas.steps(alive))
+        finished = list(self._arenas.steps(alive))
+        self._signals.extend(finished)
         self._signals.extend(self._arenas.comm(alive, now=self._clock.now()))
         now = self._clock.now()
         still_s = self._still_s(now)
         stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
         rows = self._arenas.rows(self._facts.values(), tails=stands)
+        tiers = self._tiers.facts()
+        self._metrics.take_steps(finished)
+        self._metrics.take_rows(rows)
+        self._metrics.take_tiers(tiers)
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
         self._send(
             self._coordinator,
@@ -591,15 +650,34 @@ class Agent:
                     f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
                     for f in self._facts.values()
                 ],
-                **self._tiers.facts(),
+                **tiers,
                 "rows": rows,
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
+                "clock": self._told_clock(),
                 "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),
             },
         )
+
+    def _serve_metrics(self) -> MetricsServer | None:
+        port = self._config.metrics_port
+        if not port:
+            return None
+        # Several nodes of one machine share its address.
+        port += self._node if self._host.startswith("127.") else 0
+        try:
+            return MetricsServer(self._metrics, self._host, port)
+        except OSError as error:
+            self.trace.event("metrics-failed", port=port, reason=str(error))
+            logger.warning("no metrics are served at port %s: %s", port, error)
+            return None
+
+    def _told_clock(self) -> list[float] | None:
+        """The stamps that were asked for, once, with that of the answer."""
+        stamps, self._stamps = self._stamps, None
+        return None if stamps is None else [*stamps, self._wall()]
 
     def _send_plan(self, member: MemberId) -> None:
         self._send(

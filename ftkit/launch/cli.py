@@ -90,6 +90,7 @@ def main() -> None:
     is_flag=True,
     help="Begin at step 0. Checkpoints that are there go when the first new one is complete.",
 )
+@click.option("--metrics-port", default=0, help="Serve Prometheus metrics from each agent; 0: not.")
 @click.option("--history", default="", help="File or URL that remembers nodes' faults across jobs.")
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
@@ -111,6 +112,7 @@ def run(
     checkpoint_every: int,
     checkpoint_keep: str,
     fresh: bool,
+    metrics_port: int,
     history: str,
     quiet: bool,
     as_json: bool,
@@ -153,6 +155,7 @@ def run(
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
         checkpoint_fresh=fresh,
+        metrics_port=metrics_port,
         history=absolute(history),
         quiet=quiet,
     )

@@ -116,6 +116,9 @@ class JobConfig:
     """What to keep of them (`persist.keep.policies`)."""
     checkpoint_fresh: bool = False
     """Begin at step 0 whatever is there."""
+    metrics_port: int = 0
+    """Where each agent serves its metrics, at the job's address; 0: nowhere. Of several nodes on one
+    machine each takes the next one."""
     history: str = ""
     """Where what becomes of nodes and jobs is remembered: a file or a URL; empty: nowhere."""
     checkpoint_ignore: tuple[str, ...] = ()
@@ -126,6 +129,8 @@ class JobConfig:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
         if not self.command:
             raise UsageError("there is no command to run")
+        if not 0 <= self.metrics_port <= 65535 - self.nodes:
+            raise UsageError(f"--metrics-port is {self.metrics_port}, not a port to listen on")
         if not (math.isfinite(self.alarms_per_day) and self.alarms_per_day > 0):
             raise UsageError(
                 f"--alarms-per-day is {self.alarms_per_day}, must be above 0: without any there can "

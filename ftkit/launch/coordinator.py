@@ -10,6 +10,7 @@ import json
 import logging
 import queue
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect, encode
+from ftkit.detection.clock_skew import offset_of
+from ftkit.detection.signals import ClockSeen, NodeGap
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
@@ -33,6 +36,7 @@ from ftkit.launch.incidents import Incidents
 from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.launch.pace import Rest
+from ftkit.launch.resources import CLOCK_S
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
@@ -40,6 +44,9 @@ from ftkit.recovery.protocol import advance
 logger = logging.getLogger(__name__)
 
 RESULT = "result.json"
+
+#: An agent that tells nothing for so long, by its own clock, was not there.
+PAUSE_S = 2.0
 
 
 class Coordinator:
@@ -79,6 +86,9 @@ class Coordinator:
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
+        self._wall = time.time
+        self._asked_at = float("-inf")
+        self._blind: frozenset[MemberId] = frozenset()
         self._history = None
         if config.history:
             self._history = JobHistory(
@@ -116,6 +126,7 @@ class Coordinator:
                     self._judge.observer_woke(late_by_s=now - next_tick, at=now)
                     next_tick = now + tick_s
                     self._dial_missing()
+                    self._ask_clocks(now)
                 if not self._rest.due(now):
                     continue
                 self._lead(now)
@@ -142,6 +153,7 @@ class Coordinator:
                 self._dialling.discard(node)
                 if value is not None:
                     self._lines[node] = value
+                    self._note_return(node)
                     self._silent_since.pop(node, None)
                     self._heard[node] = self._clock.now()
                     self._send_plan(node)
@@ -163,11 +175,13 @@ class Coordinator:
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
+        self._note_pause(node, report)
         before = self._reports.get(node)
         if before is not None and before["boot"] == report["boot"]:
             self._judge.node_back(node)
         self._reports[node] = report
         self._heard[node] = self._clock.now()
+        self._take_clock(node, report.get("clock"))
         for member in members:
             self._members[member.member] = member
         self._judge.take_report(
@@ -179,6 +193,47 @@ class Coordinator:
             sent=float(report["at"]),
             at=self._clock.now(),
         )
+
+    # Nodes that come and go, and their clocks.
+
+    def _note_return(self, node: NodeId) -> None:
+        """A node's agent is connected; note it if it had been before."""
+        since = self._silent_since.get(node)
+        if node in self._heard and since is not None:
+            now = self._clock.now()
+            self._judge.take(NodeGap(node=node, at=now, gap_s=now - since))
+
+    def _note_pause(self, node: NodeId, report: Mapping[str, Any]) -> None:
+        """Note that an agent stood still, by its own clock: ours may have been late."""
+        before = self._reports.get(node)
+        if before is None or before["boot"] != report["boot"]:
+            return
+        gap_s = float(report["at"]) - float(before["at"])
+        if gap_s > max(PAUSE_S, 4 * self._config.times.tick_s):
+            self._judge.take(NodeGap(node=node, at=self._clock.now(), gap_s=gap_s))
+
+    def _ask_clocks(self, now: float) -> None:
+        if now - self._asked_at < CLOCK_S:
+            return
+        self._asked_at = now
+        self._tell_all({"type": "clock", "sent": self._wall()})
+
+    def _take_clock(self, node: NodeId, stamps: Sequence[float] | None) -> None:
+        if stamps is None or len(stamps) != 3:
+            return
+        sent, received, answered = (float(stamp) for stamp in stamps)
+        offset_s, error_s = offset_of(sent, received, answered, self._wall())
+        self._judge.take(
+            ClockSeen(node=node, at=self._clock.now(), offset_s=offset_s, error_s=error_s)
+        )
+
+    def _tell_blind(self) -> None:
+        """Say of whom nothing is known, each time that changes."""
+        blind = frozenset(self._judge.blind)
+        if blind != self._blind:
+            kind = "blind" if blind else "sighted"
+            self.trace.event(kind, what="members", members=sorted(blind))
+        self._blind = blind
 
     def _dial_missing(self) -> None:
         for node, address in self._agents.items():
@@ -282,6 +337,7 @@ class Coordinator:
     def _facts(self, now: float) -> JobFacts:
         assert self._plan is not None, "facts are judged against a plan"
         verdicts = self._judge.verdicts(self._plan, self._members, now)
+        self._tell_blind()
         for verdict in verdicts.fresh:
             self.trace.event(
                 "suspicion" if verdict.suspected else "verdict",
@@ -447,7 +503,8 @@ class Coordinator:
         write_result(Path(self._config.run_dir), stop)
         if self._history is not None:
             begun = min((m.entry_step for m in self._members.values() if m.entry_step), default=0)
-            last = max((m.step for m in self._members.values() if m.step), default=0)
+            # Who is at a step has committed the one before.
+            last = max((max(m.step or 0, m.at_step - 1) for m in self._members.values()), default=0)
             self._history.end(code=stop.code, trained=last > begun)
         return True
 

@@ -22,7 +22,7 @@ from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point, to_environ
 from ftkit.core.pace_plan import PacePlan
 from ftkit.core.trace import Trace, read_run
 from ftkit.core.verdict import Fault
-from ftkit.launch import number_drills, pace_drills
+from ftkit.launch import number_drills, pace_drills, resource_drills
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
@@ -81,6 +81,7 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     **number_drills.CATALOGUE,
+    **resource_drills.CATALOGUE,
 }
 
 #: How many ranks the smallest job has that such a fault can be done to.
@@ -135,6 +136,7 @@ _NOBODY_LOST = (
     *pace_drills.CATALOGUE,
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
+    *resource_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
@@ -279,6 +281,17 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
             delay_s=0.0,
             seed=seed,
             corruption=wrong,
+        )
+    if name in resource_drills.CATALOGUE:
+        resource_drills.check(name, nproc, at)
+        return Drill(
+            fault=name,
+            phase=None,
+            seat=rng.randrange(nproc),
+            step=rng.randint(3, max(3, steps // 5)),
+            bucket=0,
+            delay_s=0.0,
+            seed=seed,
         )
     point, bucket = _point(at, rng)
     if name == SHRINK_GROW:
@@ -459,9 +472,10 @@ def run_drill(
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
     witness, settings = Witness(run_dir), dict[str, Any]()
-    if drill.store_fault is not None:
-        # A node is what dies, so that what is left of the job is worth a look.
+    if drill.store_fault is not None or drill.fault in resource_drills.CATALOGUE:
+        # A node is what is struck, so that what is left of the job is worth a look.
         job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
+    if drill.store_fault is not None:
         settings = witness.settings(drill.store_fault, job.steps)
     if drill.corruption is not None:
         settings = {"env": corruption_environ([drill.corruption])}
@@ -486,6 +500,18 @@ def run_drill(
         links = LinkStriker(drill, job, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
+    elif drill.fault in resource_drills.CATALOGUE:
+        around = resource_drills.ResourceStriker(
+            drill.fault,
+            seat=drill.seat,
+            step=drill.step,
+            seed=drill.seed,
+            nodes=job.nodes,
+            run_dir=run_dir,
+            shm=JobConfig(job=job_id, command=("-",)).shm_dir(drill.seat // job.nproc),
+        )
+        ends.callback(around.close)
+        striker, settings = around.poll, around.settings
     elif drill.fault in pace_drills.CATALOGUE:
         pace = pace_drills.PaceStriker(drill.fault, drill.pace, run_dir)
         ends.callback(pace.close)
@@ -519,6 +545,8 @@ def run_drill(
         outcome = judge_link(outcome, drill, job.world_size, events)
     elif drill.corruption is not None:
         outcome = number_drills.judge(outcome, events, drill.corruption)
+    elif drill.fault in resource_drills.CATALOGUE:
+        outcome = resource_drills.judge(outcome, events, drill.seat)
     elif drill.fault in pace_drills.CATALOGUE:
         outcome = pace_drills.judge_pace(outcome, events, drill.pace)
     return outcome, events

@@ -11,10 +11,13 @@ from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import Member, World
 from ftkit.detection import signals
+from ftkit.detection.clock_skew import ClockSkew
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
+from ftkit.detection.flapping import Flapping
 from ftkit.detection.inquiry import Inquiry
 from ftkit.detection.known_offenders import KnownOffenders
+from ftkit.detection.leak import Leaks
 from ftkit.detection.levels import Levels, Over
 from ftkit.detection.observations import (
     Exited,
@@ -25,6 +28,7 @@ from ftkit.detection.observations import (
     WorldChanged,
 )
 from ftkit.detection.panel import Panel
+from ftkit.detection.room import Room
 from ftkit.detection.row import Awaited, OpRecord, Row
 from ftkit.detection.rules import SUSPECTED
 from ftkit.detection.step_detector import PaceConfig, StepDetector
@@ -100,7 +104,8 @@ class Judge:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
         self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
-        self._panel = Panel([self._detector, self._pace, Told(), KnownOffenders()])
+        around = (KnownOffenders(), Leaks(), Room(), ClockSkew(), Flapping())
+        self._panel = Panel([self._detector, self._pace, Told(), *around])
         self._steps_told_at = 0.0
         # A drill's relay stands between seats of one node, too.
         self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
@@ -116,6 +121,11 @@ class Judge:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
         if late_by_s > LATE_S:
             self._ingest(ObserverLate(by_s=late_by_s))
+
+    @property
+    def blind(self) -> Mapping[MemberId, float]:
+        """Members of whom nothing is known, and since how many seconds: no verdict covers them."""
+        return self._detector.blind
 
     def take(self, observation: Observation) -> None:
         """Something else was seen, at a time on this clock."""

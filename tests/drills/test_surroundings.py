@@ -1,0 +1,112 @@
+"""What surrounds the ranks of a real job: a clock, a history, metrics, and a blind coordinator."""
+
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftkit.core.trace import read_run
+from ftkit.core.wall_clock import VARIABLE as CLOCK
+from ftkit.launch.arenas import OWNER
+from ftkit.launch.engine import Engine
+from ftkit.launch.history import History
+from ftkit.launch.resource_drills import LABELS, _write_history
+from tests.drills.jobs import TRAINING, run
+
+pytestmark = pytest.mark.multiproc
+
+#: More than there is time for: a job ends when its test has seen enough.
+STEPS = "100000"
+
+
+def of(folder: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read_run(folder) if e["kind"] == kind]
+
+
+def free_ports() -> int:
+    """Two ports, one after the other, that were free a moment ago."""
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        port = int(first.getsockname()[1])
+        second.bind(("127.0.0.1", port + 1))
+        return port
+
+
+def test_a_clock_an_offender_and_what_is_scraped(tmp_path: Path) -> None:
+    history, port = tmp_path / "history.jsonl", free_ports()
+    _write_history(history, f"{socket.gethostname()}/1", 2)
+    scraped: dict[int, str] = {}
+    folder = tmp_path / "run"
+    ended: list[bool] = []
+
+    def scrape(engine: Engine) -> None:
+        for node in {0, 1} - scraped.keys():
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port + node}/metrics") as answer:
+                    text = answer.read().decode()
+            except urllib.error.URLError:
+                continue
+            if "ftkit_rank_loss_value" in text and "ftkit_node_disk_free_bytes" in text:
+                scraped[node] = text
+        faults = {e["fault"] for e in of(folder, "verdict")}
+        if len(scraped) == 2 and faults >= {"clock", "offender"} and not ended:
+            ended.append(True)
+            engine.interrupt()
+
+    settings: dict[str, Any] = {
+        "env": {CLOCK: "1:3"},
+        "history": str(history),
+        "metrics_port": port,
+    }
+    done = run(folder, TRAINING, [STEPS], nproc=1, nodes=2, settings=settings, on_poll=scrape)
+    assert ended, done.log
+    said = {
+        (e["fault"], e["seat"]): e["evidence"]
+        for e in done.of("verdict")
+        if e["fault"] not in LABELS
+    }
+    assert said.keys() == {("clock", 1), ("offender", 1)}
+    assert abs(said["clock", 1]["offset_s"] - 3) <= said["clock", 1]["error_s"] + 0.01
+    assert 'node="1",rank="1"' in scraped[1]
+    assert "ftkit_agent_coordinator_connected" in scraped[0]
+    last = History(str(history), "").read()[-1]
+    assert (last["kind"], last["trained"]) == ("end", True)
+
+
+def test_an_agent_that_stands_still_leaves_its_members_unseen_and_training_goes_on(
+    tmp_path: Path,
+) -> None:
+    folder, shm = tmp_path / "run", tmp_path / "shm"
+    moves = [(signal.SIGSTOP, 0.0), (signal.SIGCONT, 2.5)]
+    began: list[float] = []
+    agents: list[int] = []
+    ended: list[int] = []
+
+    def pause(engine: Engine) -> None:
+        mine = [e["step"] for e in of(folder, "commit") if e["seat"] == 1]
+        if mine and not began:
+            began.append(time.monotonic())
+            (owner,) = shm.glob(f"ftkit-*-n1/{OWNER}")
+            agents.append(int(owner.read_text().split()[0]))
+        while began and moves and time.monotonic() >= began[0] + moves[0][1]:
+            os.kill(agents[0], moves.pop(0)[0])
+        if of(folder, "sighted") and not moves and not ended:
+            ended.append(mine[-1])
+            engine.interrupt()
+
+    done = run(
+        folder, TRAINING, [STEPS], nproc=1, nodes=2, on_poll=pause, shm_root=shm, max_stall_s=5.0
+    )
+    assert ended, done.log
+    unseen = [e for e in done.of("blind") if e["what"] == "members" and 1 in e["members"]]
+    assert unseen, "nothing was known of member 1 for a while"
+    late = unseen[0]["mono"]
+    back = next(e["mono"] for e in done.of("sighted") if e["mono"] > late)
+    assert any(late < e["mono"] < back and e["seat"] == 1 for e in done.of("commit"))
+    assert len(done.of("spawn")) == 2, "and it was not taken for lost"
