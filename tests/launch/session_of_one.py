@@ -25,7 +25,14 @@ class SessionOfOne:
         self.protected = state
 
     def steps(
-        self, dataset: Any, *, slots: int, slot_size: int, until: int, seed: int = 0
+        self,
+        dataset: Any,
+        *,
+        slots: int,
+        slot_size: int,
+        until: int,
+        seed: int = 0,
+        **_of_several: object,
     ) -> Iterator["StepOfOne"]:
         for index in range(1, until + 1):
             order = random.Random(f"{seed} {index}")
