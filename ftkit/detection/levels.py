@@ -55,11 +55,19 @@ class Levels:
             if what not in level.said:
                 level.said.add(what)
                 fresh.append(verdict)
+        return fresh, self._end(now - self._linger_s)
+
+    def close(self) -> list[Over]:
+        """The job has ended, and with it all that was being said."""
+        return self._end(float("inf"))
+
+    def _end(self, before: float) -> list[Over]:
+        """Take off what was last said before then."""
         over = list[Over]()
         for key, level in list(self._levels.items()):
-            if now - level.at > self._linger_s:
+            if level.at < before:
                 del self._levels[key]
                 if not level.last.evicts:
                     lasted_s = max(0.0, level.at - level.last.since_s)
                     over.append(Over(verdict=level.last, lasted_s=lasted_s))
-        return fresh, over
+        return over

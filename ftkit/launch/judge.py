@@ -231,6 +231,7 @@ class Judge:
         """What is wrong now, and who has to go for it."""
         findings = Findings()
         if plan.mode is Mode.ENDED:
+            findings.over = self._levels.close()
             return findings
         if plan.world is None:
             self._watch_plain(plan, now)

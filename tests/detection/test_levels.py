@@ -56,3 +56,12 @@ def test_members_and_matters_are_kept_apart() -> None:
     levels = Levels(linger_s=5.0)
     said = [verdict(), verdict(member=2), replace(verdict(), fault=Fault.SLOW)]
     assert levels.take(said, 11.0) == (said, [])
+
+
+def test_with_the_job_all_that_was_said_ends_but_who_was_removed() -> None:
+    levels = Levels(linger_s=5.0)
+    one, gone = verdict(), verdict(member=2, suspected=False)
+    levels.take([one, gone], 11.0)
+    (over,) = levels.close()
+    assert over.verdict == one
+    assert levels.close() == []
