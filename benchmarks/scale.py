@@ -220,6 +220,7 @@ def measure(ranks: int, ticks: int, faults: int, rng: random.Random) -> Sample:
         looks = sorted(desk.look_cpu_s)
         delays = [delay_of(desk, rng) for _ in range(faults)]
         desk.coordinator._disk.close()
+        desk.coordinator._incidents.close()
         desk.coordinator.trace.close()
     return Sample(
         ranks=ranks,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ftkit.core.trace import read_run
+from ftkit.core.verdict import Fault
 from ftkit.core.wall_clock import VARIABLE as CLOCK
 from ftkit.launch.arenas import OWNER
 from ftkit.launch.engine import Engine
@@ -66,10 +67,12 @@ def test_a_clock_an_offender_and_what_is_scraped(tmp_path: Path) -> None:
     }
     done = run(folder, TRAINING, [STEPS], nproc=1, nodes=2, settings=settings, on_poll=scrape)
     assert ended, done.log
+    # Two ranks and their agents share two cores here: one may well be slow for a while.
+    passed_over = LABELS | {Fault.SLOW}
     said = {
         (e["fault"], e["seat"]): e["evidence"]
         for e in done.of("verdict")
-        if e["fault"] not in LABELS
+        if e["fault"] not in passed_over
     }
     assert said.keys() == {("clock", 1), ("offender", 1)}
     assert abs(said["clock", 1]["offset_s"] - 3) <= said["clock", 1]["error_s"] + 0.01
