@@ -26,12 +26,16 @@ def test_a_pause_costs_nobody_his_place_and_the_others_are_named(
     ours = EVICT | {Fault.DESYNC, Fault.HANG_COMM}
     said = [e for e in (*done.of("suspicion"), *done.of("verdict")) if e["fault"] in ours]
     sure = {(e["fault"], e["member"]) for e in said if e["kind"] == "verdict"}
-    assert sure == {(Fault.DESYNC, 1), (Fault.OOM, 0)}
+    desyncs = {e["member"]: e["evidence"] for e in said if e["fault"] == Fault.DESYNC}
+    # The third may not have come to that call when the generation ends: then it is one against
+    # one, and both are named, with the word that nobody can say who is right.
+    assert 1 in desyncs
+    assert len(desyncs) == 1 or not any(told["majority"] for told in desyncs.values())
+    assert sure == {(Fault.DESYNC, member) for member in desyncs} | {(Fault.OOM, 0)}
     # Named, if it was slow to go on; and then it was told that it is over.
-    paused = [e for e in said if e["member"] == 2]
+    paused = [e for e in said if e["member"] == 2 and e["fault"] != Fault.DESYNC]
     assert {e["fault"] for e in paused} <= {Fault.STOPPED, Fault.HANG_BLOCKED}
     assert bool(paused) <= any(e["member"] == 2 for e in done.of("verdict-over"))
     assert not done.of("kill")
-    (desync,) = (e for e in said if e["fault"] == Fault.DESYNC)
-    assert desync["evidence"]["kind"] == "size"
+    assert "size" in {told["kind"] for told in desyncs.values()}
     assert list((tmp_path / "run/incidents").glob("*/incident.json"))
