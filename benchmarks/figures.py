@@ -224,6 +224,8 @@ def say(text: str) -> None:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, Path) and value.is_relative_to(Path.home()):
+        value = Path("~") / value.relative_to(Path.home())  # a result says nothing of whose it is
     return value if isinstance(value, bool | int | float | str | list | None) else str(value)
 
 

@@ -79,7 +79,7 @@ def report(
         name="offenders",
         figures=figures,
         computed={"slots left out": str(len(done.left_out))},
-        options=vars(options),
+        options={**vars(options), "titan": options.titan.name},
         samples={"left_out": list(done.left_out)},
     )
 

@@ -6,7 +6,7 @@ are on the sender's monotonic clock until `from_json` has put them on the reader
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import ClassVar, Final
+from typing import ClassVar, Final, get_args
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
@@ -211,20 +211,7 @@ Signal = (
     CommSeen | StepSeen | PathsSeen | PairSeen | Found | NodeScored | NodeSeen | ClockSeen | NodeGap
 )
 
-_KINDS: Final[Mapping[str, type[Signal]]] = {
-    kind.KIND: kind
-    for kind in (
-        CommSeen,
-        StepSeen,
-        PathsSeen,
-        PairSeen,
-        Found,
-        NodeScored,
-        NodeSeen,
-        ClockSeen,
-        NodeGap,
-    )
-}
+_KINDS: Final[Mapping[str, type[Signal]]] = {kind.KIND: kind for kind in get_args(Signal)}
 
 
 def to_json(signal: Signal) -> dict[str, object]:
