@@ -29,6 +29,9 @@ OWNER = "owner.pid"
 #: Seconds between two looks at the rings of collectives.
 COMM_EVERY_S = 0.5
 
+#: A collective that has been pending for so long does not transfer anything.
+PENDING_S = 1.0
+
 #: Of each member so many collectives are told while nothing moves.
 TAIL = 32
 
@@ -67,6 +70,7 @@ class Arenas:
         """Held by whoever makes or fills an arena that no rank has open."""
         self._node = node
         self._first = node * config.nproc
+        self._nproc = config.nproc
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
         #: The number of the last step that was read of each member.
         self._steps_read: dict[MemberId, int] = {}
@@ -150,6 +154,46 @@ class Arenas:
             m.seat: [r.to_json() for r in self._board.records(m.seat - self._first)[-count:]]
             for m in members
         }
+
+    def transferring(self, now: float) -> tuple[bool, float]:
+        """Whether a rank is in a collective, and since when none is. Costs a few microseconds.
+
+        One that has been pending for a second moves nothing: somebody is late, or gone.
+        """
+        busy, since = False, 0.0
+        for local in range(self._nproc):
+            try:
+                row = self._board.read(local)
+            except FtkitError:
+                continue
+            if row is None:
+                continue
+            entered = row.t_enter_ns / 1e9
+            if row.t_enter_ns and now - entered < PENDING_S:
+                busy = True
+            else:
+                # The last change of a row is at least as late as its last collective's end.
+                since = max(since, row.t_progress_ns / 1e9)
+        return busy, since
+
+    def transfers(self, now: float) -> tuple[list[tuple[float, float | None]], float]:
+        """The newest collectives of all ranks, (begin, end) each in the board's seconds.
+
+        Returns:
+          The collectives, and the time from which on those of every rank are known.
+        """
+        found, known_after = list[tuple[float, float | None]](), 0.0
+        for local in range(self._nproc):
+            records = self._board.records(local)
+            for record in records:
+                begin, end = record.t_enter_ns / 1e9, record.t_leave_ns / 1e9
+                if record.t_leave_ns:
+                    found.append((begin, end))
+                elif now - begin < PENDING_S:
+                    found.append((begin, None))
+            if records:
+                known_after = max(known_after, min(r.t_enter_ns for r in records) / 1e9)
+        return found, known_after
 
     def steps(self, members: Iterable[MemberFacts]) -> list[dict[str, object]]:
         """The steps these members have finished since the last call, as signals.

@@ -62,6 +62,12 @@ def main() -> None:
 @click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
 )
+@click.option(
+    "--max-slowdown",
+    type=float,
+    help="Parity and checkpoints travel while training does not, and beyond that take at most this "
+    "part of the time, such as 0.01. Default: as fast as they can.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
@@ -103,6 +109,7 @@ def run(
     max_stall_s: float,
     alarms_per_day: float,
     parity: str,
+    max_slowdown: float | None,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
@@ -146,6 +153,7 @@ def run(
         max_stall_s=max_stall_s,
         alarms_per_day=alarms_per_day,
         parity=parity,
+        max_slowdown=max_slowdown,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,

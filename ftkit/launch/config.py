@@ -87,6 +87,9 @@ class JobConfig:
     """Ranks on each node."""
     parity: str = ""
     """k+m: any m nodes of a group of k + m may vanish together; empty for none."""
+    max_slowdown: float | None = None
+    """Parity and checkpoints travel while training does not, and beyond that take at most this part
+    of the time; None: as fast as they can."""
     max_stall_s: float = 30.0
     alarms_per_day: float = 1.0
     """False alarms about slow ranks and the like that the whole job may cost, at any size."""
@@ -136,6 +139,8 @@ class JobConfig:
                 f"--alarms-per-day is {self.alarms_per_day}, must be above 0: without any there can "
                 "be no detection"
             )
+        if self.max_slowdown is not None and not 0 <= self.max_slowdown < 1:
+            raise UsageError(f"--max-slowdown is {self.max_slowdown}, not a part of 1")
         if self.checkpoint_every < 0:
             raise UsageError(
                 f"--checkpoint-every is {self.checkpoint_every}, not a number of steps"
