@@ -66,7 +66,8 @@ class Arenas:
         self.writing = threading.Lock()
         """Held by whoever makes or fills an arena that no rank has open."""
         self._node = node
-        self._first = node * config.nproc
+        self._seats = config.nproc
+        """Places on this node; seats of other nodes that come here keep theirs."""
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
         #: The number of the last step that was read of each member.
         self._steps_read: dict[MemberId, int] = {}
@@ -106,7 +107,7 @@ class Arenas:
             if member.stage not in ALIVE:
                 continue
             try:
-                row = self._board.read(member.seat - self._first)
+                row = self._board.read(member.seat % self._seats)
             except FtkitError:
                 return None
             if row is None or row.member != member.member or row.phase in EXEMPT:
@@ -124,7 +125,7 @@ class Arenas:
             if member.stage not in ALIVE:
                 continue
             try:
-                row = self._board.read(member.seat - self._first)
+                row = self._board.read(member.seat % self._seats)
             except FtkitError:
                 continue  # a damaged row says nothing; the detector notices the silence
             if row is None or row.member != member.member:
@@ -136,7 +137,7 @@ class Arenas:
                 "facts": facts and facts.to_json(),
             }
             if tails:
-                local = member.seat - self._first
+                local = member.seat % self._seats
                 records = self._board.records(local)[-TAIL:]
                 told["ops"] = [r.to_json() for r in records if r.member == member.member]
                 awaited = self._board.awaited(local)
@@ -147,7 +148,7 @@ class Arenas:
     def records(self, members: Iterable[MemberFacts], count: int) -> dict[int, list[Any]]:
         """The newest collectives at the seats of these members, JSON-safe, by seat."""
         return {
-            m.seat: [r.to_json() for r in self._board.records(m.seat - self._first)[-count:]]
+            m.seat: [r.to_json() for r in self._board.records(m.seat % self._seats)[-count:]]
             for m in members
         }
 
@@ -159,7 +160,7 @@ class Arenas:
         found: list[dict[str, object]] = []
         for member in members:
             after = self._steps_read.get(member.member, -1)
-            seat = member.seat - self._first
+            seat = member.seat % self._seats
             for record in self._board.steps(seat, member=member.member, after=after):
                 self._steps_read[member.member] = record.number
                 found.append(to_json(record.seen_at(member.seat)))
@@ -175,7 +176,7 @@ class Arenas:
         self._comm_at = now
         found: list[dict[str, object]] = []
         for member in members:
-            records = self._board.records(member.seat - self._first)
+            records = self._board.records(member.seat % self._seats)
             own = (r for r in records if r.member == member.member)
             found += [to_json(seen) for seen in self._ops.take(member.seat, own)]
         return found
