@@ -69,8 +69,8 @@ class Arenas:
         self.writing = threading.Lock()
         """Held by whoever makes or fills an arena that no rank has open."""
         self._node = node
-        self._first = node * config.nproc
-        self._nproc = config.nproc
+        self._seats = config.nproc
+        """Places on this node; seats of other nodes that come here keep theirs."""
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
         #: The number of the last step that was read of each member.
         self._steps_read: dict[MemberId, int] = {}
@@ -110,7 +110,7 @@ class Arenas:
             if member.stage not in ALIVE:
                 continue
             try:
-                row = self._board.read(member.seat - self._first)
+                row = self._board.read(member.seat % self._seats)
             except FtkitError:
                 return None
             if row is None or row.member != member.member or row.phase in EXEMPT:
@@ -128,7 +128,7 @@ class Arenas:
             if member.stage not in ALIVE:
                 continue
             try:
-                row = self._board.read(member.seat - self._first)
+                row = self._board.read(member.seat % self._seats)
             except FtkitError:
                 continue  # a damaged row says nothing; the detector notices the silence
             if row is None or row.member != member.member:
@@ -140,7 +140,7 @@ class Arenas:
                 "facts": facts and facts.to_json(),
             }
             if tails:
-                local = member.seat - self._first
+                local = member.seat % self._seats
                 records = self._board.records(local)[-TAIL:]
                 told["ops"] = [r.to_json() for r in records if r.member == member.member]
                 awaited = self._board.awaited(local)
@@ -151,7 +151,7 @@ class Arenas:
     def records(self, members: Iterable[MemberFacts], count: int) -> dict[int, list[Any]]:
         """The newest collectives at the seats of these members, JSON-safe, by seat."""
         return {
-            m.seat: [r.to_json() for r in self._board.records(m.seat - self._first)[-count:]]
+            m.seat: [r.to_json() for r in self._board.records(m.seat % self._seats)[-count:]]
             for m in members
         }
 
@@ -161,7 +161,7 @@ class Arenas:
         One that has been pending for a second moves nothing: somebody is late, or gone.
         """
         busy, since = False, 0.0
-        for local in range(self._nproc):
+        for local in range(self._seats):
             try:
                 row = self._board.read(local)
             except FtkitError:
@@ -183,7 +183,7 @@ class Arenas:
           The collectives, and the time from which on those of every rank are known.
         """
         found, known_after = list[tuple[float, float | None]](), 0.0
-        for local in range(self._nproc):
+        for local in range(self._seats):
             records = self._board.records(local)
             for record in records:
                 begin, end = record.t_enter_ns / 1e9, record.t_leave_ns / 1e9
@@ -203,7 +203,7 @@ class Arenas:
         found: list[dict[str, object]] = []
         for member in members:
             after = self._steps_read.get(member.member, -1)
-            seat = member.seat - self._first
+            seat = member.seat % self._seats
             for record in self._board.steps(seat, member=member.member, after=after):
                 self._steps_read[member.member] = record.number
                 found.append(to_json(record.seen_at(member.seat)))
@@ -219,7 +219,7 @@ class Arenas:
         self._comm_at = now
         found: list[dict[str, object]] = []
         for member in members:
-            records = self._board.records(member.seat - self._first)
+            records = self._board.records(member.seat % self._seats)
             own = (r for r in records if r.member == member.member)
             found += [to_json(seen) for seen in self._ops.take(member.seat, own)]
         return found

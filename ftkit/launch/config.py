@@ -85,6 +85,8 @@ class JobConfig:
     nodes: int = 1
     nproc: int = 1
     """Ranks on each node."""
+    spare_nodes: int = 0
+    """Further nodes, with an agent and no ranks until another node is to be left."""
     parity: str = ""
     """k+m: any m nodes of a group of k + m may vanish together; empty for none."""
     max_slowdown: float | None = None
@@ -130,9 +132,11 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nproc < 1:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
+        if self.spare_nodes < 0:
+            raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
         if not self.command:
             raise UsageError("there is no command to run")
-        if not 0 <= self.metrics_port <= 65535 - self.nodes:
+        if not 0 <= self.metrics_port <= 65535 - self.agents:
             raise UsageError(f"--metrics-port is {self.metrics_port}, not a port to listen on")
         if not (math.isfinite(self.alarms_per_day) and self.alarms_per_day > 0):
             raise UsageError(
@@ -158,6 +162,11 @@ class JobConfig:
     @property
     def seats(self) -> int:
         return self.nodes * self.nproc
+
+    @property
+    def agents(self) -> int:
+        """Nodes with an agent: those with ranks, and spare ones."""
+        return self.nodes + self.spare_nodes
 
     @property
     def times(self) -> Times:
