@@ -185,7 +185,8 @@ class Host:
 
     def _invite(self, peer: _Peer) -> None:
         """Have a newcomer connect to those who are in the world, while they work."""
-        others = [self._peers[i] for i in self._world if not self._peers[i].doomed]
+        living = [self._peers[i] for i in self._world if i in self._peers]
+        others = [peer for peer in living if not peer.doomed]
         world = World.of(Generation(self._generation), [self._member(p) for p in others])
         self._tell(peer, "link", world.to_json())
 

@@ -79,6 +79,11 @@ class FtkitProcessGroup(Identity):
     def set_timeout(self, timeout: timedelta) -> None:
         self._timeout = timeout
 
+    @property
+    def timeout_s(self) -> float | None:
+        """Longest an operation may take whose caller names nothing; None for ever."""
+        return self._timeout.total_seconds() or None
+
     def abort(self) -> None:
         """End the current generation for all its members."""
         self._end("ProcessGroup.abort() was called")
@@ -233,7 +238,7 @@ class FtkitProcessGroup(Identity):
         given = getattr(opts, "timeout", None)
         seconds = given.total_seconds() if isinstance(given, timedelta) else 0.0
         # torch leaves a negative timeout where the caller named none.
-        return seconds if seconds > 0 else self._timeout.total_seconds() or None
+        return seconds if seconds > 0 else self.timeout_s
 
     def _end(self, reason: str) -> None:
         self.group.abort(self.group.world.generation, reason)

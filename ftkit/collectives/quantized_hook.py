@@ -51,7 +51,12 @@ class QuantizedHook:
         if self._feedback is not None:
             feedback = self._feedback.setdefault(bucket.index(), ErrorFeedback())
         handle = all_reduce_quantized(
-            self._group, grads, codec=self._codec, op="avg", feedback=feedback
+            self._group,
+            grads,
+            codec=self._codec,
+            op="avg",
+            feedback=feedback,
+            timeout_s=self._group.timeout_s,
         )
         return FtkitWork(handle, grads, self._abort).get_future()
 

@@ -3,6 +3,7 @@
 # mypy: allow-untyped-calls
 
 import zlib
+from datetime import timedelta
 
 import pytest
 import torch
@@ -51,9 +52,25 @@ def both(rank, size, talk):
         assert not torch.equal(got, plain), "the hook was used"
         digests.append(zlib.crc32(got.numpy().tobytes()))
     dist.barrier()
+    if rank == 0:
+        wait_in_vain(dist.group.WORLD)
+    talk.everyone(None)
     dist.destroy_process_group()
     group.close()
     return digests
+
+
+def wait_in_vain(world):
+    """The group's timeout ends what the others never come to."""
+    from ftkit.collectives.quantized_hook import QuantizedHook
+
+    class Bucket:
+        def buffer(self):
+            return torch.ones(8)
+
+    world.set_timeout(timedelta(seconds=0.2))
+    with pytest.raises(RuntimeError, match="exceeded its timeout"):
+        QuantizedHook(world)(None, Bucket()).wait()
 
 
 @pytest.mark.multiproc

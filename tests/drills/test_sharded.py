@@ -46,7 +46,9 @@ def test_four_three_two_four(whole: Run, tmp_path: Path) -> None:
     faults = [fault(Kind.KILL, Point.BACKWARD, 1, 5), fault(Kind.KILL, Point.RECOVERY, 3, 5)]
     done = run(tmp_path / "run", JOB, nproc=4, faults=faults)
     assert_pass(done, whole, seats=4)
-    assert {4, 2} <= set(worlds(done))
+    assert {e["seat"] for e in done.of("exit") if e["signal"] == 9} == {1, 3}, "both were lost"
+    # A replacement that is quick comes back in the form of the world that the second loss brings.
+    assert min(worlds(done)) in (2, 3)
     assert worlds(done)[-1] == 4
     survivors = {e["member"] for e in done.of("build") if e["generation"] == 1} - {1, 3}
     assert survivors <= {e["member"] for e in done.of("final")}, "they never left their processes"
