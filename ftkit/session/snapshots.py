@@ -83,6 +83,8 @@ class Snapshots:
         self._due = DueMark(self._env.checkpoint_every if self._env else 0, self._trace.event)
         self._capture: Capture | None = None
         self._arena: Arena | None = None
+        self.restores = 0
+        """How often the live state was replaced."""
         self._begun = Step(0)
         self._complete = Step(0)
         """A step known to be complete on all ranks: where this one was restored."""
@@ -258,6 +260,7 @@ class Snapshots:
         if self._env is None or self._control is None:
             raise IntegrityError("a rank that is alone has nothing to restore from")
         self._release()
+        self.restores += 1
         deadline = time.monotonic() + self._env.max_stall_s
         damaged = False
         while True:

@@ -204,17 +204,17 @@ class Worlds:
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:
                 if not is_dtensor(tensor):
-                    broadcast_from_first(group, tensor.detach())
+                    broadcast_from(group, tensor.detach())
 
 
-def broadcast_from_first(group: Group, tensor: torch.Tensor) -> None:
-    """Rank 0's `tensor` to all ranks, in place and whatever its strides. Blocks.
+def broadcast_from(group: Group, tensor: torch.Tensor, root: int = 0) -> None:
+    """The `tensor` of rank `root` to all ranks, in place and whatever its strides. Blocks.
 
     Raises:
       GenerationAborted: the generation ended meanwhile.
     """
     # A model in channels_last has parameters that are not contiguous; the wire needs them so.
     flat = tensor.contiguous()
-    group.broadcast(flat, 0).wait()
+    group.broadcast(flat, root).wait()
     if flat is not tensor:
         tensor.copy_(flat)
