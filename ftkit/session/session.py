@@ -118,6 +118,8 @@ class Session:
             if not self._newcomer:
                 parts.membership.ready(stepping=False)
                 self._worlds.settle()
+                # The first world may have formed without this rank: then it is a spare.
+                self._newcomer = not parts.membership.active
         parts.recorder.phase(Phase.SETUP)
 
     @property

@@ -38,6 +38,7 @@ class Worlds:
         self._snapshots: Snapshots | None = None
         self._build: Callable[[World], None] | None = None
         self._stages = False
+        self._looked_ahead = False
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
@@ -87,8 +88,9 @@ class Worlds:
             parts.recorder.phase(Phase.RECOVERY)
             match task:
                 case Link(world):
-                    if self._snapshots is not None:
-                        self._snapshots.look_ahead(world)
+                    if self._snapshots is not None and not self._looked_ahead:
+                        # Once: a spare is linked to world after world, and has to be quick.
+                        self._looked_ahead = self._snapshots.look_ahead(world)
                     try:
                         parts.group.connect(world.members, timeout_s=parts.stall_s)
                     except WireError:
