@@ -148,12 +148,12 @@ def test_parts_of_one_weight_add_up_to_the_gradients_of_the_whole(kind: str) -> 
         total.backward()
         reference = [t.clone().requires_grad_() for t in (x, weight, bias)]
         functional.linear(*reference).square().sum().backward()
-        summed = [leaf.grad.clone() for leaf in leaves]  # type: ignore[union-attr]
+        summed = [leaf.grad.clone() for leaf in leaves]
         shared = {"row": 2, "column": 0}[kind]
         for i, of_leaf in enumerate(summed):
             if i != shared:  # each rank has the gradient of its part, and zeros elsewhere
                 group.allreduce([of_leaf]).wait()
-            close(of_leaf, reference[i].grad, 1e-12)  # type: ignore[arg-type]
+            close(of_leaf, reference[i].grad, 1e-12)
 
     everywhere(2, rank)
 

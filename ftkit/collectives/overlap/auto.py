@@ -75,6 +75,6 @@ def running(
     if ask := tuner.note(total_s - first_s if gathers else first_s, total_s):
         told = torch.tensor(ask, dtype=torch.float64)
         options = dist.AllreduceOptions()
-        options.reduceOp = dist.ReduceOp.MAX
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
         group.allreduce([told], options).wait()
         tuner.agree(told.tolist())

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import AllgatherOptions
 
 from ftkit.core.errors import GenerationAborted
 
@@ -86,7 +87,7 @@ class Flights:
 
     def all_gather(self, whole: torch.Tensor, mine: torch.Tensor) -> Flight:
         """Everybody's rows, which are as many as ours."""
-        options = dist.AllgatherOptions()
+        options = AllgatherOptions()
         return self._fly(lambda: self.group._allgather_base(whole, mine, options), whole)
 
     def mark(self) -> None:

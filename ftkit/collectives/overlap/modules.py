@@ -5,7 +5,7 @@ a block that is split over ranks, with one exchange at each end. With `sequence=
 between blocks is split by rows (sequence parallelism), without it all ranks have all of it.
 """
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -58,7 +58,8 @@ class RowParallelLinear(_Parallel):
     def of(cls, whole: nn.Linear, *, group: Any = None, **options: Any) -> Self:
         """Our part of a layer that is the same on all ranks; its parameters are copied."""
         start, end = _ours(whole.in_features, group)
-        bias = None if whole.bias is None else whole.bias.detach().clone()
+        whole_bias = cast("torch.Tensor | None", whole.bias)
+        bias = None if whole_bias is None else whole_bias.detach().clone()
         weight = whole.weight.detach()[:, start:end].clone()
         return cls(weight, bias, group=group, **options)
 
@@ -82,7 +83,8 @@ class ColumnParallelLinear(_Parallel):
     def of(cls, whole: nn.Linear, *, group: Any = None, **options: Any) -> Self:
         """As `RowParallelLinear.of`."""
         start, end = _ours(whole.out_features, group)
-        bias = None if whole.bias is None else whole.bias.detach()[start:end].clone()
+        whole_bias = cast("torch.Tensor | None", whole.bias)
+        bias = None if whole_bias is None else whole_bias.detach()[start:end].clone()
         return cls(whole.weight.detach()[start:end].clone(), bias, group=group, **options)
 
     def forward(self, x: torch.Tensor, rows: int | None = None) -> torch.Tensor:

@@ -51,7 +51,7 @@ class Rowwise(RowwiseParallel):
                 y = linear.linear_all_reduce(x, weight, bias, group=group, chunks=chunks)
             return y if self.use_local_output else _global(y, device_mesh, out)
 
-        module.forward = forward
+        module.forward = forward  # type: ignore[method-assign, assignment]
         return module
 
 
@@ -85,7 +85,7 @@ class Colwise(ColwiseParallel):
                 y = linear.linear_replicated(x, weight, bias, group=group, chunks=chunks)
             return y if self.use_local_output else _global(y, device_mesh, Shard(y.ndim - 1))
 
-        module.forward = forward
+        module.forward = forward  # type: ignore[method-assign, assignment]
         return module
 
 
@@ -93,7 +93,7 @@ def _local(x: torch.Tensor, mesh: DeviceMesh, layout: Placement) -> torch.Tensor
     """This rank's part of the input: as it is, or of a DTensor in that layout."""
     if not isinstance(x, DTensor):
         return x
-    return cast("torch.Tensor", x.redistribute(mesh, [layout]).to_local())
+    return x.redistribute(mesh, [layout]).to_local()
 
 
 def _global(x: torch.Tensor, mesh: DeviceMesh, layout: Placement) -> torch.Tensor:

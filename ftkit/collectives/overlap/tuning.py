@@ -82,11 +82,11 @@ class ChunkTuner:
         Returns:
           What ranks must agree on now, by the maximum, and hand to `agree`; mostly nothing.
         """
-        if self.settled:
+        if self._calls >= len(self._plan):
             return []
         self._noted.append((self.cut.chunks, compute_s, total_s - compute_s))
         self._calls += 1
-        if not self.settled:
+        if self._calls < len(self._plan):
             return []
         (_, *warm), self._noted = self._noted, []
         if self._tried is not None:
