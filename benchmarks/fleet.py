@@ -19,8 +19,9 @@ from datetime import datetime
 from pathlib import Path
 
 from ftkit.core.ids import NodeId
+from ftkit.detection.offenders import DAY_S, Offenders, Score
 from ftkit.recovery.costs import Costs
-from ftkit.recovery.exclusion import FAILURES_MIN, NodeRecord, excluded
+from ftkit.recovery.exclusion import FAILURES_MIN, NodeAdvice, excluded
 from ftkit.recovery.failure_rate import PRIOR_MTBF_S, FailureRate, posterior_share
 from ftkit.recovery.growth import growth
 from ftkit.recovery.intervals import tier_intervals
@@ -161,7 +162,9 @@ class Policy:
         self._rate = FailureRate(prior_mtbf_s=PRIOR_MTBF_S / DEVICES)
         self._waits = [self._costs.replacement_s]
         self._reached = [0, 0, 0]  # beyond memory, beyond parity, of failures
-        self._failed = dict.fromkeys(range(scenario.costs.world), 0)
+        self._fleet = Offenders()
+        for node in range(scenario.costs.world):
+            self._fleet.seen(str(node), 0.0)
         self._looked_s = 0.0
         self._price_s, self._prices = 0.0, 0
         self._reckon_shares()
@@ -195,23 +198,25 @@ class Policy:
             failures=1, exposure_s=(failure.at_s - self._looked_s) * self._costs.world
         )
         self._looked_s = failure.at_s
-        self._failed[failure.node] += 1
-        if self._failed[failure.node] < FAILURES_MIN or not self._prices:
+        self._fleet.fault(str(failure.node), failure.at_s)
+        if self._fleet.nodes[str(failure.node)] < FAILURES_MIN or not self._prices:
             return False
-        records = {
-            NodeId(n): NodeRecord(failures=count, up_s=failure.at_s)
-            for n, count in self._failed.items()
+        advice = {
+            NodeId(int(s.node)): advice_of(s)
+            for s in self._fleet.scores(failure.at_s)
+            if s.faults >= FAILURES_MIN
         }
         smaller = self._costs.world - 1
         kept = self._costs.kept(smaller) if smaller >= self._scenario.world_min else 0.0
-        advice = excluded(
-            records,
+        out = excluded(
+            advice,
+            nodes=self._scenario.costs.world,
             cost_s=self._price_s / self._prices,
             spares=self._spares,
             swap_s=(1 - kept) * self._costs.replacement_s,
             remaining_s=self._scenario.span_s - failure.at_s,
         )
-        return any(e.node == failure.node for e in advice)
+        return any(e.node == failure.node for e in out)
 
     def saw(self, failure: Failure, wait_s: float, cost_s: float) -> None:
         if failure.node_lost:
@@ -219,6 +224,17 @@ class Policy:
             self._costs = replace(self._costs, replacement_s=sum(self._waits) / len(self._waits))
         self._price_s += cost_s
         self._prices += 1
+
+
+def advice_of(score: Score) -> NodeAdvice:
+    """What recovery takes of what detection has found."""
+    return NodeAdvice(
+        failures=score.faults,
+        failures_per_s=score.rate_per_day / DAY_S,
+        fleet_per_s=score.fleet_per_day / DAY_S,
+        offender=score.offender,
+        name=score.node,
+    )
 
 
 @dataclass(slots=True)

@@ -1,8 +1,9 @@
 """Leaving out nodes that fail again and again, over the history of Titan's 18,688 GPUs.
 
-The rule that `ftkit doctor offenders` advises by is replayed event by event; at no moment is
-anything known of the future, and a slot that is left out never comes back. Beside it, over the
-same events: leave a slot out after 1, 2 or 3 faults within 30 days.
+The rule that `ftkit doctor offenders` advises by is replayed event by event, as `ftkit detect replay
+--format titan` does it; at no moment is anything known of the future, and a slot that is left out
+never comes back. Beside it, over the same events: leave a slot out after 1, 2 or 3 faults within
+30 days.
 
     python -m benchmarks.offenders --titan ../shared/data/titan_gpu/gpu_events_until_2017.csv
 """

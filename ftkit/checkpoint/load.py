@@ -17,7 +17,7 @@ from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.reshard import Holdings, check_names
 from ftkit.checkpoint.shards import boxes_of
 from ftkit.checkpoint.state import ProtectedState, bytes_of
-from ftkit.core.errors import IntegrityError, WireError
+from ftkit.core.errors import IntegrityError, StateChanged, WireError
 from ftkit.core.ids import Seat
 
 
@@ -54,6 +54,7 @@ def load_state(
     names: str | None = None,
     strict: bool = True,
     per_seat: Collection[str] = (),
+    stage: bool = False,
 ) -> LoadReport:
     """Load the boxes this rank holds from sources of any other layout. Blocks.
 
@@ -71,6 +72,8 @@ def load_state(
       strict: whether tensors only saved or only live are an error.
       per_seat: other objects that are a seat's own (`small_of_seats`). Tensors inside their
         values come from the first source or not at all.
+      stage: what is live is a part of what is saved; what is only saved is other ranks'. `small`
+        is then from `small_of_stages`.
 
     Raises:
       StateChanged: names, dtypes or shapes differ; each is named. Nothing was changed.
@@ -82,12 +85,13 @@ def load_state(
     holdings = Holdings([source.entries() for source in sources])
     targets = state.targets()
     if small is not None:
+        small = targets.narrow(small) if stage else small
         targets.check_small(small)
     wanted = targets.wanted(holdings.kinds, small)
     held = {
         name: kind
         for name, kind in holdings.kinds.items()
-        if name in wanted or not targets.inside_value(name)
+        if name in wanted or not (stage or targets.inside_value(name))
     }
     chosen = check_names(wanted, held, pattern=names, strict=strict)
     tensors = targets.tensors({name: held[name] for name in chosen})
@@ -128,6 +132,39 @@ def small_of_seats(
     own = smalls.get(seat, {}).get("others", {})
     others = {n: own.get(n) if n in per_seat else value for n, value in first["others"].items()}
     return {**first, "others": others}
+
+
+def small_of_stages(smalls: Mapping[Seat, Mapping[str, Any]], seat: Seat) -> dict[str, Any]:
+    """The small state of a whole pipeline, of whose optimizers each seat has other parameters.
+
+    Groups of the same number belong together. For the rest, as `small_of_seats`.
+
+    Raises:
+      IntegrityError: there is none, or one is not that of a job.
+      StateChanged: stages have other numbers of groups.
+    """
+    whole = small_of_seats(smalls, seat)
+    ordered = [smalls[s] for s in sorted(smalls)]
+    optimizers = dict[str, Any]()
+    for name, first in whole["optimizers"].items():
+        parts = [small["optimizers"][name] for small in ordered]
+        if len(counts := {len(part["groups"]) for part in parts}) > 1:
+            raise StateChanged(
+                f"{name} has {min(counts)} groups in one stage and {max(counts)} in another: give "
+                "every stage the same groups, empty ones too"
+            )
+        groups = [
+            {
+                **group,
+                "params": list(
+                    dict.fromkeys(p for part in parts for p in part["groups"][i]["params"])
+                ),
+            }
+            for i, group in enumerate(first["groups"])
+        ]
+        other = {key: value for part in parts for key, value in part["other"].items()}
+        optimizers[name] = {**first, "groups": groups, "other": other}
+    return {**whole, "optimizers": optimizers}
 
 
 class _Read(NamedTuple):

@@ -15,7 +15,7 @@ from pathlib import Path
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.layout import StateLayout
-from ftkit.checkpoint.load import load_state, small_of_seats
+from ftkit.checkpoint.load import load_state, small_of_seats, small_of_stages
 from ftkit.checkpoint.open_part import Address
 from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
@@ -86,6 +86,7 @@ def restore_shards(
     servers: Mapping[NodeId, Address],
     secret: bytes,
     timeout_s: float = 10.0,
+    stages: bool = False,
 ) -> ShardsRestored:
     """Load what this rank holds of `step` now, whoever held it then. Blocks.
 
@@ -98,6 +99,7 @@ def restore_shards(
       servers: the byte server of each node that has one.
       secret: the job's, for byte servers.
       timeout_s: the longest silence of a byte server.
+      stages: ranks hold other tensors, rather than parts of the same.
 
     Raises:
       Incomplete: the step is not whole in the inventory. Nothing was changed.
@@ -121,11 +123,10 @@ def restore_shards(
                 of.append(copy)
         if not sources:
             raise IntegrityError(f"none of {len(copies)} parts of step {step} can be read")
-        small = small_of_seats(
-            {c.seat: s.head.small for c, s in reversed(list(zip(of, sources, strict=True)))}, seat
-        )
+        smalls = {c.seat: s.head.small for c, s in reversed(list(zip(of, sources, strict=True)))}
+        small = small_of_stages(smalls, seat) if stages else small_of_seats(smalls, seat)
         try:
-            report = load_state(state, sources, small=small)
+            report = load_state(state, sources, small=small, stage=stages)
         except IntegrityError:
             for copy, server in copies:
                 if server is None:

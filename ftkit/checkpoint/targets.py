@@ -49,6 +49,12 @@ class Targets:
         for walk in self._optimizers:
             walk.check(small["optimizers"][walk.name])
 
+    def narrow(self, small: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a small state that is of these objects: a stage's, of a whole pipeline's."""
+        kept = small.get("optimizers", {})
+        parts = {w.name: w.narrow(kept[w.name]) for w in self._optimizers if w.name in kept}
+        return {**small, "optimizers": {**kept, **parts}}
+
     def wanted(self, held: Mapping[str, Kind], small: Mapping[str, Any] | None) -> dict[str, Kind]:
         """The tensors this state can take, by name.
 

@@ -232,6 +232,18 @@ class OptimizerWalk:
             )
         return stored
 
+    def narrow(self, small: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of a small state that is of this optimizer's parameters, group by group."""
+        live = {
+            str(self._parameter_name(p)) for g in self.optimizer.param_groups for p in g["params"]
+        }
+        groups = [
+            {**group, "params": [p for p in group["params"] if str(p) in live]}
+            for group in small["groups"]
+        ]
+        other = {name: value for name, value in small["other"].items() if name in live}
+        return {**small, "groups": groups, "other": other}
+
     def owns(self, entry: str) -> bool:
         """Whether an entry of the layout is a direct state tensor of this optimizer."""
         return entry.startswith(f"{self.name}/state/")

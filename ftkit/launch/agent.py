@@ -702,4 +702,4 @@ def node_name(config: JobConfig, node: NodeId, host: str, environ: Mapping[str, 
     """What this machine is called in every job, whatever its number is in this one."""
     name = environ.get(NAME_VARIABLE) or socket.gethostname()
     # Several nodes on one machine are there for trying things out: each is one of its own.
-    return f"{name}/{node}" if config.nodes > 1 and host.startswith("127.") else name
+    return f"{name}/{node}" if config.agents > 1 and host.startswith("127.") else name

@@ -29,6 +29,9 @@ OWNER = "owner.pid"
 #: Seconds between two looks at the rings of collectives.
 COMM_EVERY_S = 0.5
 
+#: A collective that has been pending for so long does not transfer anything.
+PENDING_S = 1.0
+
 #: Of each member so many collectives are told while nothing moves.
 TAIL = 32
 
@@ -66,7 +69,8 @@ class Arenas:
         self.writing = threading.Lock()
         """Held by whoever makes or fills an arena that no rank has open."""
         self._node = node
-        self._first = node * config.nproc
+        self._seats = config.nproc
+        """Places on this node; seats of other nodes that come here keep theirs."""
         self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
         #: The number of the last step that was read of each member.
         self._steps_read: dict[MemberId, int] = {}
@@ -106,7 +110,7 @@ class Arenas:
             if member.stage not in ALIVE:
                 continue
             try:
-                row = self._board.read(member.seat - self._first)
+                row = self._board.read(member.seat % self._seats)
             except FtkitError:
                 return None
             if row is None or row.member != member.member or row.phase in EXEMPT:
@@ -124,7 +128,7 @@ class Arenas:
             if member.stage not in ALIVE:
                 continue
             try:
-                row = self._board.read(member.seat - self._first)
+                row = self._board.read(member.seat % self._seats)
             except FtkitError:
                 continue  # a damaged row says nothing; the detector notices the silence
             if row is None or row.member != member.member:
@@ -136,7 +140,7 @@ class Arenas:
                 "facts": facts and facts.to_json(),
             }
             if tails:
-                local = member.seat - self._first
+                local = member.seat % self._seats
                 records = self._board.records(local)[-TAIL:]
                 told["ops"] = [r.to_json() for r in records if r.member == member.member]
                 awaited = self._board.awaited(local)
@@ -147,9 +151,49 @@ class Arenas:
     def records(self, members: Iterable[MemberFacts], count: int) -> dict[int, list[Any]]:
         """The newest collectives at the seats of these members, JSON-safe, by seat."""
         return {
-            m.seat: [r.to_json() for r in self._board.records(m.seat - self._first)[-count:]]
+            m.seat: [r.to_json() for r in self._board.records(m.seat % self._seats)[-count:]]
             for m in members
         }
+
+    def transferring(self, now: float) -> tuple[bool, float]:
+        """Whether a rank is in a collective, and since when none is. Costs a few microseconds.
+
+        One that has been pending for a second moves nothing: somebody is late, or gone.
+        """
+        busy, since = False, 0.0
+        for local in range(self._seats):
+            try:
+                row = self._board.read(local)
+            except FtkitError:
+                continue
+            if row is None:
+                continue
+            entered = row.t_enter_ns / 1e9
+            if row.t_enter_ns and now - entered < PENDING_S:
+                busy = True
+            else:
+                # The last change of a row is at least as late as its last collective's end.
+                since = max(since, row.t_progress_ns / 1e9)
+        return busy, since
+
+    def transfers(self, now: float) -> tuple[list[tuple[float, float | None]], float]:
+        """The newest collectives of all ranks, (begin, end) each in the board's seconds.
+
+        Returns:
+          The collectives, and the time from which on those of every rank are known.
+        """
+        found, known_after = list[tuple[float, float | None]](), 0.0
+        for local in range(self._seats):
+            records = self._board.records(local)
+            for record in records:
+                begin, end = record.t_enter_ns / 1e9, record.t_leave_ns / 1e9
+                if record.t_leave_ns:
+                    found.append((begin, end))
+                elif now - begin < PENDING_S:
+                    found.append((begin, None))
+            if records:
+                known_after = max(known_after, min(r.t_enter_ns for r in records) / 1e9)
+        return found, known_after
 
     def steps(self, members: Iterable[MemberFacts]) -> list[dict[str, object]]:
         """The steps these members have finished since the last call, as signals.
@@ -159,7 +203,7 @@ class Arenas:
         found: list[dict[str, object]] = []
         for member in members:
             after = self._steps_read.get(member.member, -1)
-            seat = member.seat - self._first
+            seat = member.seat % self._seats
             for record in self._board.steps(seat, member=member.member, after=after):
                 self._steps_read[member.member] = record.number
                 found.append(to_json(record.seen_at(member.seat)))
@@ -175,7 +219,7 @@ class Arenas:
         self._comm_at = now
         found: list[dict[str, object]] = []
         for member in members:
-            records = self._board.records(member.seat - self._first)
+            records = self._board.records(member.seat % self._seats)
             own = (r for r in records if r.member == member.member)
             found += [to_json(seen) for seen in self._ops.take(member.seat, own)]
         return found

@@ -44,6 +44,12 @@ def main() -> None:
 @click.option("--nproc", "--nproc-per-node", default=1, show_default=True, help="Ranks on a node.")
 @click.option("--nodes", "--nnodes", default=1, show_default=True, help="Nodes.")
 @click.option(
+    "--spare-nodes",
+    default=0,
+    show_default=True,
+    help="Nodes more, for ranks of nodes that --history advises against.",
+)
+@click.option(
     "--engine", type=click.Choice(["embedded", "ray"]), help="Default: Ray if there is one."
 )
 @click.option(
@@ -61,6 +67,12 @@ def main() -> None:
 )
 @click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
+)
+@click.option(
+    "--max-slowdown",
+    type=float,
+    help="Parity and checkpoints travel while training does not, and beyond that take at most this "
+    "part of the time, such as 0.01. Default: as fast as they can.",
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
@@ -99,10 +111,12 @@ def main() -> None:
 def run(
     nproc: int,
     nodes: int,
+    spare_nodes: int,
     engine: str | None,
     max_stall_s: float,
     alarms_per_day: float,
     parity: str,
+    max_slowdown: float | None,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
@@ -143,9 +157,11 @@ def run(
         command=python_command(script, arguments),
         nodes=nodes,
         nproc=nproc,
+        spare_nodes=spare_nodes,
         max_stall_s=max_stall_s,
         alarms_per_day=alarms_per_day,
         parity=parity,
+        max_slowdown=max_slowdown,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,
@@ -462,18 +478,17 @@ def doctor_network(
 
 
 @doctor.command("offenders")
-@click.option("--history", default="", help="The file or URL given to `ftkit run --history`.")
-@click.option("--titan", type=click.Path(path_type=Path), help="Replay a history of Titan's GPUs.")
+@click.option("--history", required=True, help="The file or URL given to `ftkit run --history`.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def doctor_offenders(history: str, titan: Path | None, as_json: bool) -> None:
+def doctor_offenders(history: str, as_json: bool) -> None:
     """Say which nodes fail far more often than the others, and what to leave out.
 
-    With --history, also how often failed jobs were started again and whether it helped. Exits
-    with 1 when there is a node to leave out. With --titan, what the rule would have avoided.
+    Also how often failed jobs were started again, and whether it helped. Exits with 1 when there is
+    a node to leave out. What the rule would have avoided elsewhere: `ftkit detect replay`.
     """
     from ftkit.launch.offenders_command import offenders
 
-    sys.exit(offenders(history, titan, as_json=as_json))
+    sys.exit(offenders(history, as_json=as_json))
 
 
 main.add_command(ckpt)

@@ -85,8 +85,13 @@ class JobConfig:
     nodes: int = 1
     nproc: int = 1
     """Ranks on each node."""
+    spare_nodes: int = 0
+    """Further nodes, with an agent and no ranks until another node is to be left."""
     parity: str = ""
     """k+m: any m nodes of a group of k + m may vanish together; empty for none."""
+    max_slowdown: float | None = None
+    """Parity and checkpoints travel while training does not, and beyond that take at most this part
+    of the time; None: as fast as they can."""
     max_stall_s: float = 30.0
     alarms_per_day: float = 1.0
     """False alarms about slow ranks and the like that the whole job may cost, at any size."""
@@ -127,15 +132,19 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nproc < 1:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
+        if self.spare_nodes < 0:
+            raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
         if not self.command:
             raise UsageError("there is no command to run")
-        if not 0 <= self.metrics_port <= 65535 - self.nodes:
+        if not 0 <= self.metrics_port <= 65535 - self.agents:
             raise UsageError(f"--metrics-port is {self.metrics_port}, not a port to listen on")
         if not (math.isfinite(self.alarms_per_day) and self.alarms_per_day > 0):
             raise UsageError(
                 f"--alarms-per-day is {self.alarms_per_day}, must be above 0: without any there can "
                 "be no detection"
             )
+        if self.max_slowdown is not None and not 0 <= self.max_slowdown < 1:
+            raise UsageError(f"--max-slowdown is {self.max_slowdown}, not a part of 1")
         if self.checkpoint_every < 0:
             raise UsageError(
                 f"--checkpoint-every is {self.checkpoint_every}, not a number of steps"
@@ -153,6 +162,11 @@ class JobConfig:
     @property
     def seats(self) -> int:
         return self.nodes * self.nproc
+
+    @property
+    def agents(self) -> int:
+        """Nodes with an agent: those with ranks, and spare ones."""
+        return self.nodes + self.spare_nodes
 
     @property
     def times(self) -> Times:

@@ -25,7 +25,7 @@ from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect, encode
 from ftkit.detection.clock_skew import offset_of
-from ftkit.detection.signals import ClockSeen, NodeGap
+from ftkit.detection.signals import ClockSeen, NodeGap, NodeScored
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
@@ -35,6 +35,7 @@ from ftkit.launch.ending import End
 from ftkit.launch.incidents import Incidents
 from ftkit.launch.job_history import JobHistory
 from ftkit.launch.judge import Judge, rows_from_json
+from ftkit.launch.node_advice import advised
 from ftkit.launch.pace import Rest
 from ftkit.launch.resources import CLOCK_S
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
@@ -47,6 +48,9 @@ RESULT = "result.json"
 
 #: An agent that tells nothing for so long, by its own clock, was not there.
 PAUSE_S = 2.0
+
+#: The longest that a job with spare nodes waits for what its history says of all nodes.
+ADVICE_S = 10.0
 
 
 class Coordinator:
@@ -89,6 +93,10 @@ class Coordinator:
         self._wall = time.time
         self._asked_at = float("-inf")
         self._blind: frozenset[MemberId] = frozenset()
+        self._scored: dict[NodeId, NodeScored] = {}
+        self._advised: dict[NodeId, str] = {}
+        self._led_since = float("-inf")
+        """When this coordinator's plan was made."""
         self._history = None
         if config.history:
             self._history = JobHistory(
@@ -165,7 +173,7 @@ class Coordinator:
                     self._silent_since[node] = self._clock.now()
                     self._judge.node_gone(node, self._clock.now())
             case "scored":
-                self._judge.take(value)
+                self._take_scores([value])
             case "interrupt":
                 self._interrupted = value
 
@@ -193,6 +201,18 @@ class Coordinator:
             sent=float(report["at"]),
             at=self._clock.now(),
         )
+
+    def _take_scores(self, scores: Iterable[NodeScored]) -> None:
+        """What the history says of nodes now."""
+        for score in scores:
+            self._judge.take(score)
+            self._scored[score.node] = score
+            self._advised = advised(
+                self._scored.values(),
+                self._costs.costs,
+                nodes=self._config.nodes,
+                spares=self._config.spare_nodes,
+            )
 
     # Nodes that come and go, and their clocks.
 
@@ -267,9 +287,12 @@ class Coordinator:
             self._plan = self._take_over(now)
             if self._plan is None:
                 return
+            self._led_since = now
             self._send_plan()
         elif self._stores != self._live_stores():
             self._send_plan()
+        if self._waits_for_advice(now):
+            return
         facts = self._facts(now)
         self._checkpoint(now, facts.nodes_lost)
         self._costs.look(self._plan, facts, now)
@@ -307,6 +330,17 @@ class Coordinator:
             self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
         if forming:
             self._lead(now)  # with what is known of snapshots now that nobody writes any
+
+    def _waits_for_advice(self, now: float) -> bool:
+        """Whether where the first ranks start depends on what is not known yet."""
+        assert self._plan is not None, "it is what waits"
+        return (
+            self._history is not None
+            and self._config.spare_nodes > 0
+            and all(s.boot is None for s in self._plan.seats)
+            and len(self._scored) < len(self._reports)
+            and now - self._led_since < ADVICE_S
+        )
 
     def _tell_steps(self, now: float, *, rest: bool = False) -> None:
         for fields in self._judge.steps(now, rest=rest):
@@ -353,7 +387,8 @@ class Coordinator:
             )
             if self._history is not None and not verdict.suspected:
                 facts = self._members.get(verdict.member)
-                self._history.verdict(verdict, None if facts is None else facts.node)
+                node = None if facts is None else facts.node
+                self._take_scores(self._history.verdict(verdict, node))
         if verdicts.fresh:
             summary = {"mode": self._plan.mode.value, "step": self._plan.step}
             look = self._incidents.take(verdicts.fresh, self._plan.world, summary, now)
@@ -381,6 +416,8 @@ class Coordinator:
             nodes_lost=lost,
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
+            advised=self._advised,
+            per_node=self._config.nproc,
         )
 
     def _ask_for_tests(self) -> None:

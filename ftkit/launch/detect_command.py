@@ -7,9 +7,15 @@ from typing import Any
 import click
 
 from ftkit.core.errors import UsageError
+from ftkit.detection import offender_replay
+from ftkit.detection.offenders import OffenderConfig
 from ftkit.detection.step_detector import PaceConfig
 from ftkit.launch.replay import Replayed, replay
+from ftkit.launch.titan import read_titan
 from ftkit.launch.traces import FORMATS, read_trace
+
+#: A history of failures by node, not of steps by rank.
+TITAN = "titan"
 
 
 @click.group()
@@ -20,7 +26,11 @@ def detect() -> None:
 @detect.command("replay")
 @click.argument("trace", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_", type=click.Choice(sorted(FORMATS)), required=True, help="Of TRACE."
+    "--format",
+    "format_",
+    type=click.Choice([*sorted(FORMATS), TITAN]),
+    required=True,
+    help="Of TRACE. Titan's is a history of failures: which nodes would have been left out.",
 )
 @click.option(
     "--effect",
@@ -39,6 +49,9 @@ def replay_command(
     trace: Path, format_: str, effect: float, alarms_per_day: float, as_json: bool
 ) -> None:
     """Say who is slow in TRACE, what is uneven, and who is at fault."""
+    if format_ == TITAN:
+        _replay_offenders(trace, as_json)
+        return
     try:
         config = PaceConfig(effect=effect, alarms_per_day=alarms_per_day)
     except ValueError as error:
@@ -54,6 +67,26 @@ def replay_command(
         click.echo(f"{verdict.fault.upper()} from step {said.step} on{over}: {verdict.reason}")
     if not replayed.accused:
         click.echo("nobody is accused")
+
+
+def _replay_offenders(path: Path, as_json: bool) -> None:
+    """Leave offenders out as the history goes by, and print what that would have avoided."""
+    faults, nodes = read_titan(path)
+    config = OffenderConfig()
+    done = offender_replay.replay(faults, nodes, config)
+    if as_json:
+        rule = {"half_life_s": config.half_life_s, "factor": config.factor}
+        click.echo(
+            json.dumps(
+                {"trace": str(path), **rule, "certainty": config.certainty, **done.to_json()}
+            )
+        )
+        return
+    click.echo(
+        f"{done.faults} failures of {done.nodes} slots: {done.avoided} avoided "
+        f"({done.avoided_share:.2%}), {len(done.left_out)} slots quarantined "
+        f"({done.left_out_share:.3%}; {done.node_time_share:.3%} of all slots' time)"
+    )
 
 
 def to_json(replayed: Replayed, trace: Path, config: PaceConfig) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ftkit.launch.drills import (
     JOIN,
     NODE_FAULTS,
     SHRINK_GROW,
+    STAGE_LOST,
     Drill,
     Job,
     choose,
@@ -57,6 +58,7 @@ def run_drills(
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
         job = job.for_members() if fault in (FLAP, JOIN, CHURN, SHRINK_GROW) else job
+        job = job.for_stages() if fault == STAGE_LOST else job
         job = job.for_pace() if fault in pace_drills.CATALOGUE else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()

@@ -46,6 +46,8 @@ DESYNC = "desync"
 FLAP, JOIN, CHURN = "flap", "join", "churn"
 #: Two ranks lost soon after one another, so that the world shrinks twice before it grows back.
 SHRINK_GROW = "shrink-grow"
+#: A stage of a pipeline.
+STAGE_LOST = "stage-lost"
 #: Faults of the link between two ranks.
 PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
 LINK_FAULTS = (PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE)
@@ -73,6 +75,7 @@ CATALOGUE: dict[str, str] = {
     JOIN: "a rank comes in while the others train: nobody may be held up or taken back",
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
     SHRINK_GROW: "SIGKILL to one rank and, some steps later, to another: the world shrinks, shrinks, grows",
+    STAGE_LOST: "SIGKILL to one stage of a pipeline: the others take its layers until it is back",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
@@ -90,6 +93,7 @@ RANKS_MIN: dict[str, int] = {
     JOIN: 2,
     CHURN: 3,
     SHRINK_GROW: 3,
+    STAGE_LOST: 2,
     PARTITION: 3,
     SLOW_LINK: 3,
     SLOW_NIC: 3,
@@ -228,7 +232,8 @@ class Drill:
             return [first, replace(second, step=self.step + SHRINK_STEPS)]
         if self.phase is None:
             return []
-        kind = Kind.KILL if self.fault == KILL_IN_COLLECTIVE else Kind(self.fault)
+        kills = (KILL_IN_COLLECTIVE, STAGE_LOST)
+        kind = Kind.KILL if self.fault in kills else Kind(self.fault)
         if self.phase is Point.RECOVERY:
             assert self.second_seat is not None, "two ranks are hit"
             first = self._fault(Kind.KILL, Point.FORWARD, self.seat)
@@ -301,6 +306,8 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         point = None
     if name in DESYNCS:
         point = Point.BACKWARD
+    if name == STAGE_LOST and point in (Point.ALL_REDUCE, Point.IN_COLLECTIVE):
+        point = Point.BACKWARD  # stages send and receive, and reduce nothing
     if name == KILL_IN_COLLECTIVE:
         point = Point.IN_COLLECTIVE
     if nproc < RANKS_MIN.get(name, 1):
@@ -390,6 +397,8 @@ class Job:
     """k+m, as for `ftkit run`."""
     sharded: int = 0
     """Ranks over which the bundled job cuts a copy of its model: 0 for none, 1 for all."""
+    stages: bool = False
+    """Whether the bundled job is a pipeline."""
     workload: tuple[str, ...] = ()
     """Further arguments of the bundled job."""
 
@@ -406,6 +415,10 @@ class Job:
         if self.script is not None:
             return self
         return replace(self, workload=(*self.workload, "--short-handed-s", str(SHORT_HANDED_S)))
+
+    def for_stages(self) -> "Job":
+        """The job as a pipeline, slow while a seat is empty."""
+        return replace(self.for_members(), stages=True, slots=max(self.slots, self.world_size))
 
     def for_pace(self) -> "Job":
         """The job as drills of pace need it: its work does not depend on free cores."""
@@ -432,6 +445,10 @@ class Job:
             # With what depends on ranks elsewhere: random draws, and a norm over all parameters.
             sizes += [("--sharded", self.sharded), ("--dropout", 0.1), ("--clip", 1.0)]
         words = [str(word) for pair in sizes for word in pair]
+        if self.stages:
+            # A block for each stage at least, beside the embedding and the output.
+            depth = str(max(4, self.world_size))
+            words += ["--stages", "--depth", depth, "--dropout", "0.1", "--clip", "1.0"]
         return python_command("-m", (WORKLOAD, *words, *data, *self.workload))
 
     def run(
@@ -539,6 +556,10 @@ def run_drill(
         from ftkit.launch.member_drills import judge_shrink_grow
 
         outcome = judge_shrink_grow(outcome, events, job.world_size)
+    elif drill.fault == STAGE_LOST:
+        from ftkit.launch.member_drills import judge_stage_lost
+
+        outcome = judge_stage_lost(outcome, events, job.world_size)
     elif drill.fault in LINK_FAULTS:
         from ftkit.launch.link_drills import judge_link
 
@@ -569,7 +590,7 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=STRIKES.get(drill.fault, 1),
-        steps_back=SHARDS_BACK if job.sharded else 0,
+        steps_back=SHARDS_BACK if job.sharded or job.stages else 0,
         names=NAMES.get(drill.fault, frozenset()),
     )
 

@@ -58,7 +58,7 @@ class EmbeddedEngine:
 
     def start(self) -> None:
         check_root(Path(self._config.shm_root))
-        for node in range(self._config.nodes):
+        for node in range(self._config.agents):
             self._agents.append(self._start_agent(node, 0))
         self._start_coordinator()
 

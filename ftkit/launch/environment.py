@@ -38,7 +38,7 @@ def rank_environment(
         "LOCAL_RANK": local,
         "WORLD_SIZE": config.seats,
         "LOCAL_WORLD_SIZE": config.nproc,
-        "GROUP_RANK": seat.node,
+        "GROUP_RANK": seat.seat // config.nproc,
         "GROUP_WORLD_SIZE": config.nodes,
         "ROLE_RANK": seat.seat,
         "ROLE_WORLD_SIZE": config.seats,

@@ -1,7 +1,8 @@
 """JobHistory: the coordinator's part in the history: it reads it at the start and adds to it.
 
 A thread of its own does the reading and writing: a history that is slow, or gone, holds up no
-judgement, and is said once.
+judgement, and is said once. What a fault makes of a node is reckoned at once, once the history has
+been read: where its rank starts anew may depend on it.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ from ftkit.core.errors import FtkitError
 from ftkit.core.ids import NodeId
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.offenders import OffenderConfig, Offenders
+from ftkit.detection.retries import retry_stats
 from ftkit.detection.signals import NodeScored
 from ftkit.launch.config import JobConfig
-from ftkit.launch.history import History, fleet
+from ftkit.launch.history import History, Record, attempts, fleet
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class JobHistory:
         Args:
           config: the job, with a `history`.
           scored: told, on the history's thread, what is known of each node.
-          tell: where an event is written when the history fails.
+          tell: where events are written: what there is of a history, and when it fails.
         """
         self._history = History(config.history, config.job)
         self._chain = hashlib.blake2b(
@@ -65,8 +67,13 @@ class JobHistory:
         self._scored = scored
         self._tell = tell
         self._names: Mapping[NodeId, str] = {}
-        self._fleet: Offenders | None = None
         self._failed = False
+        self._lock = threading.Lock()
+        # ---- under the lock ----
+        self._fleet: Offenders | None = None
+        """None until the history has been read."""
+        self._early: list[str] = []
+        """Nodes that failed before that."""
         self._inbox: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ftkit-history", daemon=True)
         self._thread.start()
@@ -77,12 +84,25 @@ class JobHistory:
         nodes = sorted(set(names.values()))
         self._inbox.put(("job", {"chain": self._chain, "nodes": nodes}))
 
-    def verdict(self, verdict: Verdict, node: NodeId | None) -> None:
-        """Something was found of a member on `node`."""
+    def verdict(self, verdict: Verdict, node: NodeId | None) -> list[NodeScored]:
+        """Something was found of a member on `node`.
+
+        Returns what that makes of the node; nothing where it is no fault of a node, or while the
+        history is being read: `scored` is told then.
+        """
         died = verdict.fault is Fault.EXITED and verdict.evidence.get("signal") is not None
         name = None if node is None else self._names.get(node)
-        if name is not None and (died or verdict.fault in OF_NODES):
-            self._inbox.put(("fault", {"node": name, "fault": verdict.fault.value}))
+        if name is None or not (died or verdict.fault in OF_NODES):
+            return []
+        found = []
+        with self._lock:
+            if self._fleet is not None:
+                self._fleet.fault(name, time.time())
+                found = self._scores(self._fleet, only=name)
+            else:
+                self._early.append(name)
+        self._inbox.put(("fault", {"node": name, "fault": verdict.fault.value}))
+        return found
 
     def end(self, *, code: int, trained: bool) -> None:
         """The job has ended. Waits for the record of it, for some seconds at most."""
@@ -95,50 +115,70 @@ class JobHistory:
         self._thread.join(CLOSE_S)
 
     def _run(self) -> None:
-        """(history thread) Write what comes, and judge whom it speaks of."""
+        """(history thread) Read what there is, then write what comes."""
         while (item := self._inbox.get()) is not None:
             kind, fields = item
             now = time.time()
             try:
                 if self._fleet is None:
-                    self._fleet = fleet(self._history.read(), OffenderConfig())
+                    records = self._history.read()
+                    self._tell("history", **_told(records))
+                    self._begin(fleet(records, OffenderConfig()), now)
                 self._history.append(kind, at=now, **fields)
             except FtkitError as error:
                 self._complain(str(error))
-            if kind == "end":
-                continue
-            known = self._fleet if self._fleet is not None else Offenders()
-            self._fleet = known
-            if kind == "job":
-                for node in fields["nodes"]:
-                    known.seen(node, now)
-                self._score(known, now)
-            else:
-                known.fault(fields["node"], now)
-                self._score(known, now, only=fields["node"])
+                if self._fleet is None:
+                    self._begin(Offenders(), now)
 
-    def _score(self, known: Offenders, now: float, *, only: str | None = None) -> None:
-        for node, name in self._names.items():
-            if only is not None and name != only:
-                continue
-            score = known.score(name, now)
-            self._scored(
-                NodeScored(
-                    node=node,
-                    name=name,
-                    at=time.monotonic(),
-                    faults=score.faults,
-                    recent=score.recent,
-                    rate_per_day=score.rate_per_day,
-                    fleet_per_day=score.fleet_per_day,
-                    factor=known.config.factor,
-                    certainty=score.certainty,
-                    offender=score.offender,
-                )
+    def _begin(self, known: Offenders, now: float) -> None:
+        """Judge by `known` from here on, and tell of every node of this job."""
+        for name in self._names.values():
+            known.seen(name, now)
+        # What came while it was read; each is still in the inbox, to be written.
+        with self._lock:
+            for name in self._early:
+                known.fault(name, now)
+            self._early.clear()
+            self._fleet = known
+            found = self._scores(known)
+        for score in found:
+            self._scored(score)
+
+    def _scores(self, known: Offenders, *, only: str | None = None) -> list[NodeScored]:
+        """(under the lock) What is to be thought of the nodes of this job now."""
+        scores = [
+            (node, known.score(name, time.time()))
+            for node, name in self._names.items()
+            if only is None or name == only
+        ]
+        return [
+            NodeScored(
+                node=node,
+                name=score.node,
+                at=time.monotonic(),
+                faults=score.faults,
+                recent=score.recent,
+                rate_per_day=score.rate_per_day,
+                fleet_per_day=score.fleet_per_day,
+                factor=known.config.factor,
+                certainty=score.certainty,
+                offender=score.offender,
             )
+            for node, score in scores
+        ]
 
     def _complain(self, reason: str) -> None:
         if not self._failed:
             self._failed = True
             self._tell("history-failed", reason=reason)
             logger.warning("%s; the job goes on without it", reason)
+
+
+def _told(records: list[Record]) -> dict[str, Any]:
+    """What a history holds, in figures."""
+    starts = attempts(records)
+    return {
+        "jobs": len(starts),
+        "faults": sum(r["kind"] == "fault" for r in records),
+        "retries": retry_stats(starts).to_json(),
+    }

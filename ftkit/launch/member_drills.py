@@ -198,3 +198,28 @@ def judge_shrink_grow(outcome: Outcome, events: Iterable[Mapping[str, Any]], siz
     elif size not in sizes[sizes.index(size - 2) :]:
         missing.append(f"the world did not grow back to {size}: {sizes}")
     return with_more(outcome, problems=[], missing=missing, world_sizes=sizes)
+
+
+def judge_stage_lost(outcome: Outcome, events: Iterable[Mapping[str, Any]], size: int) -> Outcome:
+    """The outcome with the rules of pipelines added; pure.
+
+    * P1 after the fault the layers are cut over the stages that are left, by what was measured;
+    * P2 once every seat is taken again the cut is the first one.
+    """
+    cuts = [
+        (tuple(e["bounds"]), str(e["reason"]))
+        for e in sorted(events, key=lambda e: float(e["mono"]))
+        if e["kind"] == "cut"
+    ]
+    bounds = list(dict.fromkeys(b for b, _ in cuts))
+    problems, missing = list[str](), list[str]()
+    smaller = [(b, why) for b, why in cuts if len(b) <= size]
+    if not smaller:
+        missing.append("the layers were never cut over fewer stages")
+    elif not any("measured" in why for _, why in smaller):
+        problems.append(f"the smaller cut was not by measured times: {smaller[0][1]}")
+    elif len(cuts[-1][0]) <= size:
+        missing.append(f"the lost stage did not come back: the last cut is {cuts[-1][0]}")
+    if full := [b for b in bounds if len(b) == size + 1][1:]:
+        problems.append(f"with every seat taken the layers were cut otherwise: {full}")
+    return with_more(outcome, problems=problems, missing=missing, cuts=[list(b) for b in bounds])

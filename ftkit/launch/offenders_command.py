@@ -2,34 +2,25 @@
 
 import json
 import time
-from pathlib import Path
 
 import click
 
 from ftkit.core.errors import UsageError
-from ftkit.detection.offender_replay import replay
 from ftkit.detection.offenders import OffenderConfig
 from ftkit.detection.retries import RetryStats, retry_stats
 from ftkit.launch.history import History, attempts, fleet
-from ftkit.launch.titan import read_titan
 
 #: Nodes shown on a terminal.
 SHOWN = 20
 
 
-def offenders(history: str, titan: Path | None, *, as_json: bool) -> int:
+def offenders(where: str, *, as_json: bool) -> int:
     """Print the advice. Returns the exit code: 1 when there is a node to leave out.
 
     Raises:
-      UsageError: neither or both were given, or a file is not what it should be.
-      StoreError: the history cannot be read.
+      UsageError: there is no history at `where`.
+      StoreError: it cannot be read.
     """
-    if bool(history) == (titan is not None):
-        raise UsageError("give --history, or --titan")
-    return _titan(titan, as_json) if titan is not None else _history(history, as_json)
-
-
-def _history(where: str, as_json: bool) -> int:
     records = History(where, job="").read()
     if not records:
         raise UsageError(f"{where} holds no history; `ftkit run --history` makes one")
@@ -67,17 +58,3 @@ def _told(retries: RetryStats) -> str:
         f"(quartiles {first} to {last}); {retries.chain_success:.0%} of chains and "
         f"{retries.attempt_success or 0:.0%} of attempts trained again"
     )
-
-
-def _titan(path: Path, as_json: bool) -> int:
-    faults, slots = read_titan(path)
-    done = replay(faults, slots, OffenderConfig())
-    if as_json:
-        click.echo(json.dumps(done.to_json()))
-        return 0
-    click.echo(
-        f"{done.faults} faults of {done.nodes} slots: {done.avoided} avoided "
-        f"({done.avoided_share:.2%}) with {len(done.left_out)} slots left out "
-        f"({done.left_out_share:.3%}; {done.node_time_share:.3%} of all slots' time)"
-    )
-    return 0

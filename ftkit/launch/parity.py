@@ -8,9 +8,11 @@ import logging
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from ftkit.checkpoint.erasure import best_engine
+from ftkit.checkpoint.gate import Gate
 from ftkit.checkpoint.lines import Lines
 from ftkit.checkpoint.parity.combine import Pace, ShardLost, Superseded, be_nice
 from ftkit.checkpoint.parity.holder import Holder
@@ -56,6 +58,8 @@ class ParityTier:
         secret: bytes,
         arenas: Arenas,
         trace: Trace,
+        *,
+        gate: Gate | None = None,
     ) -> None:
         """Hold nothing yet; `start` begins.
 
@@ -66,12 +70,16 @@ class ParityTier:
           secret: the job's.
           arenas: this node's.
           trace: where rounds, rebuilds and scrubs are told.
+          gate: keeps rounds and scrubs out of training's way.
         """
         self._code, self._node = code, node
         self._arenas, self._trace = arenas, trace
         self._job = JobId(config.job)
         self._lines = Lines(secret)
-        self._holder = Holder(arenas.directory, self._job, node, self._peers)
+        self._make_pace = partial(Pace, gate=gate)
+        self._holder = Holder(
+            arenas.directory, self._job, node, self._peers, make_pace=self._make_pace
+        )
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ftkit-parity", daemon=True)
         self._ballot = NOBODY
@@ -195,7 +203,7 @@ class ParityTier:
         head = fetch_head(peers, _holding(kept), self._node)
         if missing := missing_parts(self._arenas.directory, head, self._node):
             arenas = [kept.parts[self._node][n].arena for n in missing]
-            pace = Pace(lambda: self._holder.is_whole(round_))
+            pace = self._make_pace(lambda: self._holder.is_whole(round_))
             try:
                 mend(self._arenas.directory, head, self._node, missing, peers, pace, in_place=True)
             except FtkitError:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.checkpoint.copies import let_go, local_copies
+from ftkit.checkpoint.gate import Gate, OpenGate, go_through
 from ftkit.checkpoint.persist.checkpoint import load, steps
 from ftkit.checkpoint.persist.commit import begin, commit
 from ftkit.checkpoint.persist.division import divide
@@ -29,7 +30,7 @@ from ftkit.checkpoint.persist.store import Store, open_store
 from ftkit.checkpoint.persist.write import write
 from ftkit.checkpoint.slabs import Pin
 from ftkit.core.clock import Clock, MonotonicClock
-from ftkit.core.errors import FtkitError, IntegrityError, ProtocolError
+from ftkit.core.errors import FtkitError, IntegrityError, ProtocolError, StoreError
 from ftkit.core.ids import JobId, NodeId
 from ftkit.core.trace import Trace
 from ftkit.launch.checkpointing import Order, Report, Stage
@@ -68,6 +69,7 @@ class Persister:
         changed: Callable[[], None],
         store: Store | None = None,
         clock: Clock | None = None,
+        gate: Gate | None = None,
     ) -> None:
         """Start the thread.
 
@@ -79,6 +81,7 @@ class Persister:
           changed: called, on the thread, whenever `report` would say something new.
           store: in place of that at `checkpoint_dir`.
           clock: for the profile.
+          gate: asked before each file, so that it keeps out of training's way.
         """
         self._config = config
         self._node = node
@@ -86,6 +89,7 @@ class Persister:
         self._trace = trace
         self._tell = changed
         self._given = store
+        self._gate = gate or OpenGate()
         self._clock = clock or MonotonicClock()
         self._store: Store | None = None
         self._lease: Lease | None = None
@@ -258,6 +262,7 @@ class Persister:
                 small=parts.small(order.copies),
                 timeout_s=WRITE_S,
                 clock=self._clock,
+                admit=self._admit,
             )
             parts.still_there()
         store.put(_fragment(order, self._node), fragment.encode())
@@ -335,6 +340,19 @@ class Persister:
                 self._say(replace(self._report, written=written))
             yield piece
             written += piece.data.nbytes
+
+    def _admit(self, nbytes: int) -> None:
+        """Wait until a file may go; the lease must not run out meanwhile."""
+
+        def check() -> None:
+            if self._closing:
+                raise StoreError("the agent ends; what was written so far is not committed")
+            if self._lease is not None and self._clock.now() - self._renewed > RENEW_S:
+                self._renew()
+
+        go_through(self._gate, nbytes, check=check)
+        # A file has no acknowledgement: it counts as gone at once.
+        self._gate.arrived(0, 0.0)
 
     def _renew(self) -> Lease:
         """The job's lease, taken or shown to be still ours."""

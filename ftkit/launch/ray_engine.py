@@ -114,7 +114,7 @@ class RayEngine:
         if not self._config.rank_logs:
             self._output = RankOutput(run_dir / "logs", self._config.seats)
         self._find_master(alive)
-        for node in range(self._config.nodes):
+        for node in range(self._config.agents):
             self._start_agent(node)
         deadline = time.monotonic() + START_S
         for node, agent in self._agents.items():
@@ -194,7 +194,7 @@ class RayEngine:
 
     def _place(self, alive: list[dict[str, Any]]) -> None:
         """Book a bundle for each agent, each on a node of its own where there are enough."""
-        wanted = self._config.nodes
+        wanted = self._config.agents
         self._alone = len(alive) == 1
         if len(alive) < wanted:
             logger.warning(
@@ -309,7 +309,7 @@ class RayEngine:
         )
         self._coordinator_pid = self._coordinator.pid.remote()
         addresses = [(a.started.host, a.started.port) for a in self._agents.values() if a.started]
-        assert len(addresses) == self._config.nodes, "a coordinator starts after all agents"
+        assert len(addresses) == self._config.agents, "a coordinator starts after all agents"
         self._running = self._coordinator.run.remote(
             self._config.to_json(), self._secret, addresses, self._number
         )

@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.core.errors import FtkitError
+from ftkit.core.governor import TrafficLimits
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.core.trace import Trace
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.ending import UNTOLD_S, limit_s
 from ftkit.launch.parity import ParityTier
-from ftkit.recovery.plan import Plan, Stop
+from ftkit.launch.traffic import TrafficGate
+from ftkit.recovery.plan import Mode, Plan, Stop
 
 if TYPE_CHECKING:
     from ftkit.launch.persister import Persister
@@ -47,9 +49,15 @@ class Tiers:
           changed: called, on any thread, when `facts` would say something new.
         """
         self._arenas = arenas
+        self._gate = None
+        if config.max_slowdown is not None:
+            limits = TrafficLimits(max_slowdown=config.max_slowdown)
+            self._gate = TrafficGate(arenas, limits, trace)
         self._parity = None
         if config.code is not None:
-            self._parity = ParityTier(config, config.code, node, secret, arenas, trace)
+            self._parity = ParityTier(
+                config, config.code, node, secret, arenas, trace, gate=self._gate
+            )
         self._server = ArenaServer(
             arenas.directory,
             JobId(config.job),
@@ -57,7 +65,7 @@ class Tiers:
             host=host,
             operations=self._parity.operations if self._parity else {},
         )
-        self._persister = _persister(config, node, secret, trace, changed)
+        self._persister = _persister(config, node, secret, trace, changed, self._gate)
         self._over = False
         """Whether the coordinator waits for no checkpoint any more."""
 
@@ -69,6 +77,8 @@ class Tiers:
     def take(self, plan: Plan, message: Mapping[str, Any]) -> None:
         """Take the newest plan, and the rest of the coordinator's message. Does not block."""
         stores = dict(message.get("stores", {}))
+        if self._gate is not None:
+            self._gate.set_open(plan.mode is not Mode.RUNNING)
         if self._persister is not None:
             self._persister.take_message(message.get("checkpoint"), stores)
         self._over = bool(message.get("checkpoints_over"))
@@ -126,11 +136,16 @@ class Tiers:
 
 
 def _persister(
-    config: JobConfig, node: NodeId, secret: bytes, trace: Trace, changed: Callable[[], None]
+    config: JobConfig,
+    node: NodeId,
+    secret: bytes,
+    trace: Trace,
+    changed: Callable[[], None],
+    gate: TrafficGate | None,
 ) -> "Persister | None":
     if not config.checkpoint_dir:
         return None
     # Imported here: a job without checkpoints needs no pyarrow in its agents.
     from ftkit.launch.persister import Persister
 
-    return Persister(config, node, secret, trace, changed=changed)
+    return Persister(config, node, secret, trace, changed=changed, gate=gate)

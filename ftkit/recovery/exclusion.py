@@ -1,9 +1,10 @@
-"""Exclusion: which nodes a job is better off without, from their record of failures. Pure.
+"""Exclusion: which nodes a job is better off without. Pure.
 
-A node is left out when what its failures are expected to cost exceeds what it contributes. Its
-rate is a Gamma posterior that starts from the fleet's, so one failure says little and the third
-says much. To exclude after *every* failure is worse than to exclude nobody: the fleet shrinks
-by nodes that were merely unlucky (`benchmarks/policy.py` shows it).
+How often a node fails, and how sure that is, detection says from the history of all jobs
+(`NodeAdvice`); nothing is counted here. What this adds is the price: a node is left out when what
+its failures are expected to cost exceeds what it contributes, or what another in its place costs. To
+exclude after *every* failure is worse than to exclude nobody: the fleet shrinks by nodes that were
+merely unlucky (`benchmarks/policy.py` shows it).
 """
 
 import math
@@ -14,17 +15,28 @@ from ftkit.core.ids import NodeId
 
 #: No node is left out for fewer failures, whatever they cost: one can be anything.
 FAILURES_MIN = 2
-#: A node with this many failures, at this many times the fleet's rate, does not come back.
-LEMON_FAILURES, LEMON_TIMES = 3, 3.0
+#: While a spare stands ready, a node makes way for it at this many times the fleet's rate.
+LEMON_TIMES = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodeRecord:
-    """One node's history in this job, or in all jobs that are known."""
+class NodeAdvice:
+    """What detection makes of one node's failures, in this job or in all that are known."""
 
     failures: int
-    up_s: float
-    """Seconds it was watched at work."""
+    failures_per_s: float
+    """Its rate, as believed now."""
+    fleet_per_s: float
+    """That of the other nodes."""
+    offender: bool = False
+    """Whether detection is sure that it fails far more often than the others."""
+    name: str = ""
+    """Of the machine."""
+
+    @property
+    def times(self) -> float:
+        """Its rate, in rates of the others."""
+        return self.failures_per_s / self.fleet_per_s if self.fleet_per_s > 0 else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,63 +52,50 @@ class Exclusion:
 
 
 def excluded(
-    records: Mapping[NodeId, NodeRecord],
+    advice: Mapping[NodeId, NodeAdvice],
     *,
+    nodes: int,
     cost_s: float,
     spares: int = 0,
-    fleet_per_s: float | None = None,
     swap_s: float = 0.0,
     remaining_s: float = math.inf,
 ) -> list[Exclusion]:
     """The nodes to leave out, the worst first.
 
     Args:
-      records: every node of the job.
+      advice: of nodes of the job; a node that is not in it has no failures.
+      nodes: of the job.
       cost_s: lost seconds a failure of one node costs, all told (`policy.choose`).
       spares: nodes that could take a place at once; so many may go without making the job
         smaller.
-      fleet_per_s: what an unknown node's rate is taken for; None: the mean of `records`.
       swap_s: lost seconds that another node in its place costs: the wait for it, above all. What
         the change saves until the job ends must be more, spare or not: a spare that is
         taken is missing at the next loss.
       remaining_s: training still to do.
     """
-    count = len(records)
-    if not count:
-        return []
-    failures = sum(r.failures for r in records.values())
-    up_s = sum(r.up_s for r in records.values())
-    if fleet_per_s is None:
-        if not failures or up_s <= 0:
-            return []
-        fleet_per_s = failures / up_s
-    rates = {
-        node: (1 + r.failures) / (1 / fleet_per_s + r.up_s)
-        for node, r in records.items()
-        if r.failures >= FAILURES_MIN
-    }
-    advice: list[Exclusion] = []
-    for node in sorted(rates, key=lambda n: (-rates[n], n)):
-        rate, record = rates[node], records[node]
-        lost, brought = rate * cost_s, 1 / count
-        times = rate / fleet_per_s
-        if (rate - fleet_per_s) * cost_s * remaining_s < swap_s:
+    failing = {n: a for n, a in advice.items() if a.failures >= FAILURES_MIN}
+    found: list[Exclusion] = []
+    for node in sorted(failing, key=lambda n: (-failing[n].failures_per_s, n)):
+        one = failing[node]
+        lost, brought = one.failures_per_s * cost_s, 1 / nodes
+        if (one.failures_per_s - one.fleet_per_s) * cost_s * remaining_s < swap_s:
             continue
-        if len(advice) < spares:
-            if times < LEMON_TIMES:
+        if len(found) < spares:
+            if not one.offender and one.times < LEMON_TIMES:
                 continue
             why = "a spare stands ready"
         elif lost > brought:
             why = f"its failures cost {lost:.2%} of the job, and it brings {brought:.2%}"
         else:
             continue
-        advice.append(
+        named = f" ({one.name})" if one.name else ""
+        found.append(
             Exclusion(
                 node=node,
-                failures_per_s=rate,
-                permanent=record.failures >= LEMON_FAILURES and times >= LEMON_TIMES,
-                reason=f"node {node} failed {record.failures} times in {record.up_s / 3600:.3g} h, "
-                f"{times:.1f} times the fleet's rate; {why}",
+                failures_per_s=one.failures_per_s,
+                permanent=one.offender,
+                reason=f"node {node}{named} failed {one.failures} times, {one.times:.1f} times the "
+                f"others' rate; {why}",
             )
         )
-    return advice
+    return found

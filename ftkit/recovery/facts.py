@@ -126,6 +126,10 @@ class JobFacts:
     nodes_lost: frozenset[NodeId] = frozenset()
     boots: Mapping[NodeId, Boot] = field(default_factory=dict)
     """The agent of each node as last heard of; nodes never heard of are not in it."""
+    advised: Mapping[NodeId, str] = field(default_factory=dict)
+    """Nodes that nothing should be started on while another can take it, and why (`exclusion`)."""
+    per_node: int = 0
+    """Places for ranks on each node; 0: every seat stays on its node."""
     interrupted: str = ""
     """Why the user or the cluster wants the job to end; empty while nobody does."""
     refused: str = ""

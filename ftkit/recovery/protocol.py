@@ -37,12 +37,13 @@ Invariants (tests/recovery and the simulator check them on every state they reac
 from dataclasses import dataclass, field, replace
 
 from ftkit.core import exit_codes
-from ftkit.core.ids import Generation, MemberId, Step
+from ftkit.core.ids import Generation, MemberId, NodeId, Step
 from ftkit.core.world import Member, World
 from ftkit.recovery import partition
 from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
 from ftkit.recovery.partition import Cut
+from ftkit.recovery.placement import place
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 #: In this step, or before, a job of shards may have no whole snapshot yet: the first is of step
@@ -165,15 +166,19 @@ def _assign(plan: Plan, facts: JobFacts) -> Move | None:
     fresh = [s for s in plan.seats if s.boot is None and s.node in facts.boots]
     if not fresh:
         return None
-    return plan.revised(
-        seats=tuple(
-            replace(s, boot=facts.boots[s.node]) if s.boot is None and s.node in facts.boots else s
-            for s in plan.seats
-        )
-    ), Decision(
+    reason = f"the agents of nodes {sorted({s.node for s in fresh})} are up"
+    moved: dict[NodeId, str] = {}
+    seats = {s.seat: s for s in plan.seats}
+    for seat in fresh:
+        at = replace(plan, seats=tuple(seats.values()))
+        node, why = place(at, seat, facts)
+        seats[seat.seat] = replace(seat, node=node, boot=facts.boots[node])
+        if why:
+            moved[seat.node] = f"node {node} in place of node {seat.node}: {why}"
+    return plan.revised(seats=tuple(seats.values())), Decision(
         action="assign",
-        reason=f"the agents of nodes {sorted({s.node for s in fresh})} are up",
-        fields={"seats": [s.seat for s in fresh]},
+        reason="; ".join([reason, *moved.values()]),
+        fields={"seats": [s.seat for s in fresh]} | ({"avoided": sorted(moved)} if moved else {}),
     )
 
 
@@ -225,11 +230,15 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
         )
         if isinstance(next_seat, Stop):
             return _end(plan, next_seat)
-        next_seat = replace(next_seat, boot=facts.boots.get(seat.node))
+        node, why = place(plan, next_seat, facts)
+        next_seat = replace(next_seat, node=node, boot=facts.boots.get(node))
         reason = plan.evicted.get(seat.member, describe_exit(dead.exit_code))
+        reason += f"; on node {node} now: {why}" if why else ""
         mode, halted = plan.mode, plan.halted
         if mode is Mode.RUNNING and plan.world and seat.member in plan.world.member_ids:
             mode, halted = Mode.HALTING, _issued(plan)
+        fields: dict[str, object] = {"seat": seat.seat, "member": next_seat.member}
+        fields["dead"] = seat.member
         return plan.revised(
             mode=mode,
             halted=halted,
@@ -240,7 +249,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
         ), Decision(
             action="respawn",
             reason=f"member {seat.member} in seat {seat.seat} {reason}",
-            fields={"seat": seat.seat, "member": next_seat.member, "dead": seat.member},
+            fields=fields | ({"node": node, "avoided": seat.node} if why else {}),
         )
     return None
 

@@ -52,7 +52,11 @@ class Cut:
 
 
 def recut(
-    layers: Sequence[Layer], stages: Sequence[Stage], *, now: Sequence[int] | None = None
+    layers: Sequence[Layer],
+    stages: Sequence[Stage],
+    *,
+    now: Sequence[int] | None = None,
+    held: Sequence[range] | None = None,
 ) -> Cut:
     """The cut with the fastest slowest stage; every stage holds a layer at least.
 
@@ -60,6 +64,7 @@ def recut(
       layers: in order.
       stages: in order.
       now: bounds of the cut in force: of equal cuts the one that moves fewest bytes is taken.
+      held: the same as layers by stage, where a stage between others was lost.
 
     Raises:
       ValueError: there are fewer layers than stages, or they do not fit into memory.
@@ -69,7 +74,9 @@ def recut(
         raise ValueError(f"{count} layers cannot fill {parts} stages")
     seconds = list(itertools.accumulate((x.seconds for x in layers), initial=0.0))
     memory = list(itertools.accumulate((x.memory_bytes for x in layers), initial=0))
-    foreign = _foreign(layers, now, parts)
+    if held is None and now is not None:
+        held = [range(now[s], now[s + 1]) for s in range(min(parts, len(now) - 1))]
+    foreign = _foreign(layers, held, parts)
 
     def cost(stage: int, first: int, last: int) -> float:
         limit = stages[stage].memory_bytes
@@ -102,15 +109,15 @@ def recut(
     return Cut(bounds=tuple(reversed(bounds)), slowest_s=best)
 
 
-def _foreign(layers: Sequence[Layer], now: Sequence[int] | None, parts: int) -> list[list[int]]:
+def _foreign(layers: Sequence[Layer], held: Sequence[range] | None, parts: int) -> list[list[int]]:
     """Of each stage, the bytes of the first k layers that it does not hold now."""
-    if now is None:
+    if held is None:
         return [[0] * (len(layers) + 1) for _ in range(parts)]
     return [
         list(
             itertools.accumulate(
                 (
-                    0 if s < len(now) - 1 and now[s] <= i < now[s + 1] else layer.state_bytes
+                    0 if s < len(held) and i in held[s] else layer.state_bytes
                     for i, layer in enumerate(layers)
                 ),
                 initial=0,

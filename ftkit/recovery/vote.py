@@ -21,7 +21,7 @@ from itertools import chain
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQQQQdi?I")
+_HEAD = struct.Struct("<QQQQQQQQdi?II")
 _LOSS = struct.Struct("<Id")
 
 #: A rank whose gradients are so many times those of the others is asked for them again. Ranks
@@ -57,6 +57,8 @@ class Ballot:
     again: bool = False
     """Whether this rank's numbers have been looked at twice, now or at the step before."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
+    costs: Mapping[int, float] = field(default_factory=dict)
+    """Seconds that this rank measured: in a pipeline by layer."""
 
     def pack(self) -> bytes:
         head = _HEAD.pack(
@@ -72,17 +74,22 @@ class Ballot:
             self.bad_bucket,
             self.again,
             len(self.losses),
+            len(self.costs),
         )
-        return head + b"".join(_LOSS.pack(s, v) for s, v in sorted(self.losses.items()))
+        pairs = [*sorted(self.losses.items()), *sorted(self.costs.items())]
+        return head + b"".join(_LOSS.pack(s, v) for s, v in pairs)
 
     @classmethod
     def unpack(cls, data: bytes) -> "Ballot":
         """Read what `pack` wrote. Raises ProtocolError on anything else."""
         if len(data) < _HEAD.size:
             raise ProtocolError(f"a ballot has at least {_HEAD.size} bytes, got {len(data)}")
-        *head, count = _HEAD.unpack_from(data)
-        if len(data) != _HEAD.size + count * _LOSS.size:
-            raise ProtocolError(f"a ballot with {count} losses cannot have {len(data)} bytes")
+        *head, count, measured = _HEAD.unpack_from(data)
+        if len(data) != _HEAD.size + (count + measured) * _LOSS.size:
+            raise ProtocolError(
+                f"a ballot with {count} losses and {measured} costs cannot have {len(data)} bytes"
+            )
+        pairs = list(_LOSS.iter_unpack(data[_HEAD.size :]))
         generation, step, digest, data_digest, shape, layout, prepared, *rest = head
         state, norm, bad, again = rest
         return cls(
@@ -97,7 +104,8 @@ class Ballot:
             norm=norm,
             bad_bucket=bad,
             again=again,
-            losses={Slot(s): v for s, v in _LOSS.iter_unpack(data[_HEAD.size :])},
+            losses={Slot(s): v for s, v in pairs[:count]},
+            costs=dict(pairs[count:]),
         )
 
 

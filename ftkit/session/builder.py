@@ -46,13 +46,21 @@ class Builder:
     """The sharded model of the present world. Used by the training thread."""
 
     def __init__(
-        self, build: Build, *, shards: int | None, consistency: str, device: str | None
+        self,
+        build: Build,
+        *,
+        shards: int | None,
+        consistency: str,
+        device: str | None,
+        stages: bool = False,
     ) -> None:
         """Take note; nothing is built before the step loop.
 
         Raises:
           UsageError: `shards` or `consistency` is none that we know.
         """
+        if shards is not None and stages:
+            raise UsageError("a pipeline's stages are not cut again: give stages= or shards=")
         if shards is not None and shards < 2:
             raise UsageError(f"shards={shards}: a model is cut over 2 ranks or more")
         try:
@@ -61,6 +69,8 @@ class Builder:
             known = ", ".join(Consistency)
             raise UsageError(f"consistency={consistency!r} is not known; choose {known}") from None
         self._build, self._shards, self._device = build, shards, device
+        self.stages = stages
+        """Whether each rank holds other layers, rather than a part of each."""
         self._mesh: Any = None
         self.model: nn.Module | None = None
         self.optimizer: Optimizer | None = None
@@ -78,7 +88,7 @@ class Builder:
 
         device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
         shape = mesh_shape(world.size, self._shards)
-        names = ("replicate", "shard")[-len(shape) :]
+        names = ("stage",) if self.stages else ("replicate", "shard")[-len(shape) :]
         self._mesh = init_device_mesh(device, shape, mesh_dim_names=names)
         with _seeded(derive("build")):
             made = self._build(self._mesh)

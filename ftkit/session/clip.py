@@ -10,8 +10,12 @@ from ftkit.collectives.group import Group
 from ftkit.collectives.norm import clip_factor, norm_of
 
 
-def clip(modules: Iterable[nn.Module], norm_max: float, group: Group) -> float:
+def clip(
+    modules: Iterable[nn.Module], norm_max: float, group: Group, *, stages: bool = False
+) -> float:
     """Scale `.grad` of all parameters in place, by the norm over all ranks. Blocks.
+
+    `stages`: every rank holds other parameters.
 
     Returns:
       The norm before.
@@ -23,8 +27,8 @@ def clip(modules: Iterable[nn.Module], norm_max: float, group: Group) -> float:
     grads = [p.grad for p in unique.values() if p.grad is not None]
     sharded = [g for g in grads if is_dtensor(g)]
     local = [local_of(g) for g in grads]
-    if sharded:
-        copies = _replicas(sharded[0])
+    if sharded or stages:
+        copies = _replicas(sharded[0]) if sharded else 1
         norm = norm_of(local, lambda told: group.exchange(told).wait(), replicas=copies)
     else:
         norm = norm_of(local)  # every rank has all of it

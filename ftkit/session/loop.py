@@ -11,11 +11,13 @@ from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.sharded import ShardedReducer, assign_rounds
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import assign
+from ftkit.collectives.staged import StageReducer
 from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
 from ftkit.core.ids import Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.session.corrupt import Corrupter
 from ftkit.session.feed import Feed, digest_of
+from ftkit.session.layers import Layers
 from ftkit.session.numbers import Numbers, OnNaN, names_of
 from ftkit.session.parts import Parts
 from ftkit.session.replicas import OnDiverged, Replicas
@@ -45,7 +47,9 @@ class Loop:
     """Steps to commit in all."""
     mean: bool = True
     """Whether gradients and losses are divided by the number of slots, or summed."""
-    reducer: GradientReducer | ShardedReducer = field(init=False)
+    layers: Layers | None = None
+    """Of a pipeline, of which each rank holds a stage."""
+    reducer: GradientReducer | ShardedReducer | StageReducer = field(init=False)
     current: "Step | None" = None
     """The step whose `with` is open."""
     read: dict[tuple[StepNumber, Slot], int] = field(default_factory=dict)
@@ -87,14 +91,17 @@ class Loop:
         """Train this sharded model, built for the present world, from the next step on."""
         group = self.parts.group
         self.close()
-        self.reducer = ShardedReducer(
-            [model],
-            slots=self.slots,
-            world_size=group.size,
-            rank=group.rank,
-            exchange=self._exchange,
-            mean=self.mean,
-        )
+        if self.layers is not None:
+            self.reducer = StageReducer([model], slots=self.slots, mean=self.mean)
+        else:
+            self.reducer = ShardedReducer(
+                [model],
+                slots=self.slots,
+                world_size=group.size,
+                rank=group.rank,
+                exchange=self._exchange,
+                mean=self.mean,
+            )
         self.modules, self.schedulers = [model], Schedulers(scheduler)
         self.numbers.follow(self.reducer, names_of(self.modules))
 
@@ -109,8 +116,11 @@ class Loop:
         """What a rank plays in a step, one after another.
 
         Of sharded models as many on every rank, whose passes need each other: from `slots` on it
-        is no slot, and what comes of it is dropped.
+        is no slot, and what comes of it is dropped. Of a pipeline every stage plays all of them, which
+        are the last one's: it knows their losses.
         """
+        if self.layers is not None:
+            return [Slot(s) for s in range(self.slots)] if rank == world_size - 1 else []
         if self.sharded:
             return [Slot(s) for s in assign_rounds(self.slots, world_size, rank)]
         return [Slot(s) for s in assign(self.slots, world_size)[rank]]

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ftkit.collectives.gradients import GradientReducer, norm_of
 from ftkit.collectives.sharded import ShardedReducer
+from ftkit.collectives.staged import StageReducer
 from ftkit.core.errors import NotFinite
 from ftkit.core.ids import Generation, MemberId, Slot
 from ftkit.core.ids import Step as StepNumber
@@ -83,7 +84,7 @@ class Numbers:
         """
         self._parts = parts
         self._findings = Findings(parts)
-        self._reducer: GradientReducer | ShardedReducer
+        self._reducer: GradientReducer | ShardedReducer | StageReducer
         self._feed = feed
         self._corrupter = corrupter
         self._names: dict[int, str] = {}
@@ -104,7 +105,9 @@ class Numbers:
         self.bad_bucket = -1
         """The first bucket in which it is not finite; -1 for none."""
 
-    def follow(self, reducer: GradientReducer | ShardedReducer, names: dict[int, str]) -> None:
+    def follow(
+        self, reducer: GradientReducer | ShardedReducer | StageReducer, names: dict[int, str]
+    ) -> None:
         """Look at what this reducer takes from here on; `names` are its parameters', by `id`."""
         self._reducer, self._names = reducer, names
 
@@ -191,7 +194,7 @@ class Numbers:
         """
         if self._on_nan is not OnNaN.SKIP:
             return False
-        if isinstance(self._reducer, ShardedReducer):
+        if isinstance(self._reducer, (ShardedReducer, StageReducer)):
             # Each rank sees its own shards only; but whoever commits them saw the ballots.
             if self._not_finite:
                 self._reducer.drop()

@@ -26,6 +26,7 @@ from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
 from ftkit.session.builder import Build, Builder
 from ftkit.session.feed import Feed, MapStyle, feed_of
+from ftkit.session.layers import Layers
 from ftkit.session.loop import Loop
 from ftkit.session.numbers import OnNaN
 from ftkit.session.parts import Parts
@@ -52,6 +53,7 @@ class Session:
         self._schedulers = Schedulers(None)
         self._loop: Loop | None = None
         self._builder: Builder | None = None
+        self._layers: Layers | None = None
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._digest_of_all: str | None = None
         self._newcomer = False
@@ -148,6 +150,7 @@ class Session:
         scheduler: object | None = None,
         build: Build | None = None,
         shards: int | None = None,
+        stages: bool = False,
         consistency: str = "bitwise",
         device: str | None = None,
         **extra: object,
@@ -171,6 +174,8 @@ class Session:
           shards: with `build`: cut a copy of the model over so many ranks, and keep several copies
             (HSDP): the mesh has the dimensions "replicate" and "shard". Where it does not
             divide the world, a copy is cut over the next larger number that does.
+          stages: with `build`: the model is a pipeline, and what `build` returns are the layers of
+            this rank's stage, with their names in the whole model: docs/pipelines.md.
           consistency: with `build`: "bitwise" refuses what would make the result depend on the
             world, "best_effort" does not.
           device: with `build`: the kind of device of the mesh; "cuda" where there is one.
@@ -183,12 +188,19 @@ class Session:
         if self._snapshots is not None:
             raise UsageError("session.protect() may be called once")
         if build is not None:
+            if model != () or optimizer != () or scheduler is not None:
+                raise UsageError(
+                    "build= returns model, optimizer and scheduler: give none beside it"
+                )
             self._protect_built(
-                build, model, optimizer, scheduler, shards, consistency, device, extra
+                Builder(
+                    build, shards=shards, consistency=consistency, device=device, stages=stages
+                ),
+                extra,
             )
             return
-        if shards is not None or consistency != "bitwise" or device is not None:
-            raise UsageError("shards=, consistency= and device= go with build=")
+        if shards is not None or consistency != "bitwise" or device is not None or stages:
+            raise UsageError("shards=, stages=, consistency= and device= go with build=")
         self._modules = [model] if isinstance(model, torch.nn.Module) else list(model)
         optimizers = (
             [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
@@ -211,23 +223,18 @@ class Session:
         self._optimizers.update(optimizers)
         self._watch_optimizers()
 
-    def _protect_built(
-        self,
-        build: Build,
-        model: object,
-        optimizer: object,
-        scheduler: object | None,
-        shards: int | None,
-        consistency: str,
-        device: str | None,
-        extra: Mapping[str, object],
-    ) -> None:
-        if model != () or optimizer != () or scheduler is not None:
-            raise UsageError("build= returns model, optimizer and scheduler: give none beside it")
-        self._builder = Builder(build, shards=shards, consistency=consistency, device=device)
+    def _protect_built(self, builder: Builder, extra: Mapping[str, object]) -> None:
+        self._builder = builder
         self._snapshots = Snapshots(
-            model=(), optimizer=(), scheduler=None, extra=extra, parts=self._parts
+            model=(),
+            optimizer=(),
+            scheduler=None,
+            extra=extra,
+            parts=self._parts,
+            stages=builder.stages,
         )
+        if builder.stages:
+            self._layers = Layers(self._parts.group, self.trace, self.seats)
         self._watch_optimizers()
 
     def _rebuild(self, world: World) -> None:
@@ -335,6 +342,7 @@ class Session:
             on_nan=nan,
             until=until,
             mean=mean,
+            layers=self._layers,
         )
         return self._play(self._loop)
 
@@ -347,6 +355,30 @@ class Session:
         if self._loop is None:
             raise UsageError("session.end_steps() belongs into the loop over session.steps()")
         self._loop.until = 0
+
+    def cut(self, costs: Iterable[float]) -> tuple[int, ...]:
+        """Agree with all ranks which layers of a pipeline each holds. For `build`, in every world.
+
+        A full world is cut by `costs`; a smaller one by what layers took that ran through
+        `step.layer`, so that its slowest stage is as fast as can be; of equal cuts the one that moves
+        the fewest layers is taken. Blocks until all ranks have asked.
+
+        Args:
+          costs: of each layer, in any unit; the same on all ranks.
+
+        Returns:
+          Where stages begin, and the number of layers: rank r holds [bounds[r], bounds[r + 1]).
+
+        Raises:
+          UsageError: without `stages=True`, or there are fewer layers than ranks.
+          GenerationAborted: the world ended meanwhile; let it leave `build`.
+        """
+        if self._layers is None:
+            raise UsageError("session.cut() is for protect(build=..., stages=True)")
+        try:
+            return self._layers.cut([float(cost) for cost in costs])
+        except ValueError as error:
+            raise UsageError(str(error)) from error
 
     def verify(self, *, repair: bool = False) -> Verification:
         """Whether all ranks hold the same protected tensors, bit for bit; if not, who differs.
@@ -442,7 +474,9 @@ class Session:
         if self._newcomer:
             warm_up()
         build = None if self._builder is None else self._rebuild
-        self._worlds.begin_stepping(lambda: loop.modules, loop.snapshots, build)
+        self._worlds.begin_stepping(
+            lambda: loop.modules, loop.snapshots, build, stages=self._layers is not None
+        )
         while True:
             self._worlds.settle()
             if self.step >= loop.until:

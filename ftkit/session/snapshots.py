@@ -59,11 +59,14 @@ class Snapshots:
         scheduler: object | None,
         extra: Mapping[str, object],
         parts: Parts,
+        stages: bool = False,
     ) -> None:
         """Take note of what is protected; nothing is captured before the first commit.
 
-        Without a model the state is sharded: `adopt` brings one for each world.
+        Without a model the state is sharded: `adopt` brings one for each world. `stages`: each
+        rank holds other tensors, rather than a part of each.
         """
+        self._stages = stages
         self._extra = extra
         self._sharded = not model
         self._layouts: frozenset[int] = frozenset()
@@ -122,7 +125,12 @@ class Snapshots:
 
     @property
     def shape(self) -> int:
-        """Digest of what all ranks must have alike: names and shapes, however they are cut."""
+        """Digest of what all ranks must have alike: names and shapes, however they are cut.
+
+        0 where they have nothing alike.
+        """
+        if self._stages:
+            return 0
         if not self._sharded or self._layout is None:
             return self.layout
         if self._whole is None or self._whole[0] is not self._layout:
@@ -297,6 +305,7 @@ class Snapshots:
             node=NodeId(self._env.node),
             servers=self._servers(),
             secret=bytes.fromhex(self._env.secret),
+            stages=self._stages,
         )
         self._layout, self._complete = done.layout, step
         self._trace.event(
@@ -360,7 +369,9 @@ class Snapshots:
         # Imported here: most ranks never read one, and pyarrow takes its time.
         from ftkit.session.from_disk import load_from_disk
 
-        return load_from_disk(self._env.checkpoint_dir, step, Seat(self._env.seat), self._state)
+        return load_from_disk(
+            self._env.checkpoint_dir, step, Seat(self._env.seat), self._state, stages=self._stages
+        )
 
     def _plan(self, step: Step | None) -> RestorePlan:
         """Where to read `step`, or the newest one, from. IntegrityError: it is not complete."""

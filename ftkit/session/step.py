@@ -11,13 +11,11 @@ changes anything, and the step commits or is played again::
 A fault of the job inside the body is swallowed here, the user's own exceptions go through.
 """
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy
 import torch
 import torch.distributed as dist
 
@@ -41,6 +39,7 @@ from ftkit.recovery.protocol import SHARDS_BACK
 from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.clip import clip
+from ftkit.session.layers import seed_all
 from ftkit.session.loop import Loop
 from ftkit.session.membership import Fate
 from ftkit.session.worlds import broadcast_from_first
@@ -122,10 +121,58 @@ class Step:
         """
         if self._loop.current is not self or self._slot is not None or self._digest is not None:
             raise UsageError("use step.batches() inside `with step:`, once in a step")
+        if self._loop.layers is not None:
+            raise UsageError("every stage of a pipeline plays all slots: use step.slots()")
         for slot in self._plays:
             yield self._begin_slot(slot)
             self._end_slot(slot)
         self._reduce()
+
+    def slots(self) -> list[Any]:
+        """The batches of all slots of the global batch, for a pipeline's schedule to run through.
+
+        Each stage runs forward and backward of each, in order. The optimizer's step, or clipping,
+        then divides the gradients by the number of slots.
+
+        Raises:
+          UsageError: called outside `with step:`, twice, or without `protect(..., stages=True)`.
+          JobFault: the job failed; leave it to `with step:`.
+        """
+        if self._loop.layers is None:
+            raise UsageError("step.slots() is for protect(build=..., stages=True)")
+        if self._loop.current is not self or self._slot is not None or self._digest is not None:
+            raise UsageError("use step.slots() inside `with step:`, once in a step")
+        batches = []
+        for number in range(self._loop.slots):
+            self._check()
+            slot = self._slot = Slot(number)
+            self._parts.recorder.phase(Phase.DATA)
+            self._parts.injector.at(Point.DATA, self._number)
+            seed_all(rng_key(self._loop.seed, self._number, slot))
+            batch = self._loop.feed.batch(self._number, slot)
+            self._loop.note_batch(self._number, slot, batch)
+            batches.append(batch)
+        self._parts.recorder.phase(Phase.FORWARD)
+        return batches
+
+    def layer(self, index: int, module: torch.nn.Module, *inputs: Any, slot: int) -> Any:
+        """Run one layer of a pipeline forward over a slot: `module(*inputs)`.
+
+        What it draws at random depends on (seed, step, slot, index) alone, whichever rank holds it,
+        and how long it takes, backward too, decides the next cut (`session.cut`).
+
+        Raises:
+          UsageError: called before `slots`, or without `protect(..., stages=True)`.
+          JobFault: the job failed; leave it to `with step:`.
+        """
+        if self._loop.layers is None or self._slot is None:
+            raise UsageError("step.layer() runs the layers of a pipeline, after step.slots()")
+        self._check()
+        if slot:
+            # All stages are at work by then.
+            self._parts.injector.at(Point.FORWARD, self._number)
+        key = rng_key(self._loop.seed, self._number, Slot(slot))
+        return self._loop.layers.run(index, module, inputs, key=key)
 
     def clip_grad_norm_(self, max_norm: float) -> float:
         """Scale the gradients so that their norm over all parameters is at most `max_norm`.
@@ -140,21 +187,24 @@ class Step:
           UsageError: called before the gradients are there.
           JobFault: the job failed; leave it to `with step:`.
         """
+        self._finish_stage()
         if self._digest is None:
             raise UsageError("clip after the loop over step.batches(), inside `with step:`")
         self._check()
-        return clip(self._loop.modules, max_norm, self._parts.group)
+        stages = self._loop.layers is not None
+        return clip(self._loop.modules, max_norm, self._parts.group, stages=stages)
 
-    def record(self, loss: torch.Tensor | float) -> None:
-        """Note the loss of the current slot, for `step.loss`.
+    def record(self, loss: torch.Tensor | float, *, slot: int | None = None) -> None:
+        """Note the loss of the current slot, for `step.loss`; in a pipeline, of the `slot` named.
 
         Called between a batch and the next. On a GPU it waits for the loss to be there.
         """
         if self._slot is None:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
-        if self._slot < self._loop.slots:
-            self._losses[self._slot] = self._loop.corrupter.loss(float(value))
+        at = self._slot if slot is None else Slot(slot)
+        if at < self._loop.slots:
+            self._losses[at] = self._loop.corrupter.loss(float(value))
 
     def __exit__(
         self,
@@ -259,10 +309,7 @@ class Step:
         self._slot = slot
         # Without a slot it plays along with what it has read already.
         drawn = slot if slot < self._loop.slots else self._held[0]
-        key = rng_key(self._loop.seed, self._number, drawn)
-        torch.manual_seed(key)
-        random.seed(key)
-        numpy.random.seed(key & 0xFFFFFFFF)
+        seed_all(rng_key(self._loop.seed, self._number, drawn))
         self._buffers.rewind()
         batch = self._loop.feed.batch(self._number, drawn)
         self._loop.note_batch(self._number, drawn, batch)
@@ -293,12 +340,25 @@ class Step:
         self._loop.numbers.weigh(len(self._held))
         self._parts.recorder.phase(Phase.FORWARD)
 
+    def _finish_stage(self) -> None:
+        """All slots have been played through this stage, if it is one: sum up."""
+        if self._loop.layers is None or self._slot is None or self._digest is not None:
+            return
+        self._check()
+        self._parts.recorder.phase(Phase.REDUCE)
+        self._parts.injector.at(Point.BACKWARD, self._number, last=True)
+        self._digest = self._loop.reducer.finish(held=self._loop.slots)
+        self._slot = None
+        self._loop.numbers.weigh(1)
+        self._parts.recorder.phase(Phase.FORWARD)
+
     def _vote(self) -> None:
         """Agree that this step counts. Returns when it does; blocks through a repair.
 
         Raises:
           StepRolledBack: it does not.
         """
+        self._finish_stage()
         if self._digest is None:
             raise UsageError(
                 "the step has no gradients: loop over step.batches() to its end before the "
@@ -321,6 +381,7 @@ class Step:
             bad_bucket=self._loop.numbers.bad_bucket,
             again=self._loop.numbers.final,
             losses=self._losses,
+            costs=self._loop.layers.seconds if self._loop.layers else {},
         )
         data = derive(*(self._loop.read[number, slot] for slot in self._held))
         parts.trace.event(
@@ -334,6 +395,8 @@ class Step:
             ballots = [Ballot.unpack(b) for b in cast.wait()]
             result = tally(ballots)
             self._loop.snapshots.agree(b.layout for b in ballots)
+            if self._loop.layers is not None:
+                self._loop.layers.hear(b.costs for b in ballots)
         except GenerationAborted:
             pass  # cut in half: what became of it is decided below, with the others
         if result is not None:

@@ -37,6 +37,7 @@ class Worlds:
         self._modules: Callable[[], Sequence[torch.nn.Module]] = tuple
         self._snapshots: Snapshots | None = None
         self._build: Callable[[World], None] | None = None
+        self._stages = False
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
@@ -45,6 +46,8 @@ class Worlds:
         modules: Callable[[], Sequence[torch.nn.Module]],
         snapshots: Snapshots,
         build: Callable[[World], None] | None = None,
+        *,
+        stages: bool = False,
     ) -> None:
         """From here on entering a world means to hold its state.
 
@@ -55,8 +58,10 @@ class Worlds:
           modules: gives what is trained.
           snapshots: where state is kept.
           build: makes the sharded model of a world; None where every rank holds all of it.
+          stages: every rank holds other tensors.
         """
         self._modules, self._snapshots, self._build = modules, snapshots, build
+        self._stages = stages
         membership = self._parts.membership
         membership.ready(stepping=True, sharded=build is not None)
         if membership.active and membership.step == 0:
@@ -194,7 +199,7 @@ class Worlds:
     def _share_initial_state(self) -> None:
         """Everybody starts from rank 0's parameters and buffers; shards are everybody's own."""
         group = self._parts.group
-        if group.world.size == 1:
+        if group.world.size == 1 or self._stages:
             return
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:

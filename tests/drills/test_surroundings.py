@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
+from ftkit.core.fault_plan import Kind, Point
 from ftkit.core.trace import read_run
 from ftkit.core.verdict import Fault
 from ftkit.core.wall_clock import VARIABLE as CLOCK
+from ftkit.detection.offenders import DAY_S
 from ftkit.launch.arenas import OWNER
 from ftkit.launch.engine import Engine
 from ftkit.launch.history import History
 from ftkit.launch.resource_drills import LABELS, _write_history
-from tests.drills.jobs import TRAINING, run
+from tests.drills.jobs import TRAINING, fault, run
 
 pytestmark = pytest.mark.multiproc
 
@@ -113,3 +115,40 @@ def test_an_agent_that_stands_still_leaves_its_members_unseen_and_training_goes_
     back = next(e["mono"] for e in done.of("sighted") if e["mono"] > late)
     assert any(late < e["mono"] < back and e["seat"] == 1 for e in done.of("commit"))
     assert len(done.of("spawn")) == 2, "and it was not taken for lost"
+
+
+def test_a_rank_that_dies_on_a_node_that_fails_again_and_again_comes_back_on_the_spare(
+    tmp_path: Path,
+) -> None:
+    path, host, now = tmp_path / "history.jsonl", socket.gethostname(), time.time()
+    history = History(str(path), "earlier")
+    nodes = [f"{host}/{i}" for i in range(30)]
+    history.append("job", at=now - 60 * DAY_S, chain="earlier", nodes=nodes)
+    # Once is bad luck, and the job begins there; its own loss makes it two.
+    history.append("fault", at=now - DAY_S, node=f"{host}/1", fault="node-lost")
+    folder = tmp_path / "run"
+
+    def end(engine: Engine) -> None:
+        if any(e["action"] == "grown" for e in of(folder, "decision")):
+            engine.interrupt()
+
+    done = run(
+        folder,
+        TRAINING,
+        [STEPS],
+        nodes=2,
+        nproc=1,
+        settings={"history": str(path), "spare_nodes": 1},
+        faults=[fault(Kind.KILL, Point.FORWARD, 1, 5)],
+        on_poll=end,
+    )
+    assert [(e["seat"], e["node"]) for e in done.of("spawn")] in (
+        [(0, 0), (1, 1), (1, 2)],
+        [(1, 1), (0, 0), (1, 2)],
+    )
+    (moved,) = (e for e in done.of("decision") if e["action"] == "respawn")
+    assert (moved["node"], moved["avoided"]) == (2, 1)
+    assert f"({host}/1) failed 2 times" in moved["reason"]
+    assert [e["members"] for e in done.of("decision") if e["action"] == "grown"] == [[0, 1]], (
+        done.log
+    )

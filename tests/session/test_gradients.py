@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from ftkit.collectives.gradients import GradientReducer
+from ftkit.collectives.handle import Handle
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import Add, assign, fold_plan
-from ftkit.core.errors import StateChanged, UsageError
+from ftkit.core.errors import GenerationAborted, StateChanged, UsageError
 
 SLOTS = 6
 
@@ -121,7 +122,7 @@ class Branches(nn.Module):
         return y + self.rare(x) if slot == 4 else y
 
 
-def dense() -> nn.Module:
+def dense() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.GELU(), nn.Linear(5, 2))
 
@@ -213,7 +214,7 @@ def test_other_dtypes_are_reduced_in_their_own(dtype: torch.dtype) -> None:
 def test_several_dtypes_never_share_a_bucket() -> None:
     def build() -> nn.Module:
         model = dense()
-        model[2].to(torch.float64)  # type: ignore[index]
+        model[2].to(torch.float64)
         return model
 
     def backward(model: nn.Module, slot: int) -> None:
@@ -247,7 +248,7 @@ def test_strides_of_parameters_do_not_matter() -> None:
 def test_frozen_parameters_are_left_alone() -> None:
     def build() -> nn.Module:
         model = dense()
-        model[0].weight.requires_grad_(False)  # type: ignore[index]
+        model[0].weight.requires_grad_(False)
         return model
 
     (alone,) = play(build, dense_backward, ranks=1)
@@ -298,6 +299,33 @@ def test_an_attempt_given_up_does_not_touch_buffers_that_may_still_be_sent() -> 
         torch.equal(p.grad, e)  # type: ignore[arg-type]
         for p, e in zip(model.parameters(), expected, strict=True)
     )
+
+
+def test_backward_never_waits_for_a_reduction_and_its_error_comes_out_at_the_end() -> None:
+    """Buckets go while backward runs; one that fails is noticed when the step is voted on."""
+    model = dense()
+    launched = list[int]()
+    handles = list[Handle[None]]()
+
+    def reduce(*_: object) -> Handle[None]:
+        # Of the gradients of the first layer, which come last, how many are there by now?
+        launched.append(sum(reducer._where[id(p)][0].missing == 0 for p in model[0].parameters()))
+        handles.append(Handle())
+        return handles[-1]
+
+    reducer = GradientReducer(model.parameters(), slots=1, reduce=reduce, bucket_bytes=8)
+    reducer.begin()
+    reducer.start_slot(0, last=True)
+    dense_backward(model, 0)
+    reducer.end_slot()
+    assert launched[0] == 0, "the last layer's bucket goes before the first layer's is full"
+    assert len(handles) == reducer.buckets > 1
+    assert not any(handle.done() for handle in handles)
+    for handle in handles[:-1]:
+        handle.finish(None)
+    handles[-1].fail(GenerationAborted("member 1 is gone"))
+    with pytest.raises(GenerationAborted, match="member 1 is gone"):
+        reducer.finish(held=1)
 
 
 def test_a_left_early_loop_is_named() -> None:

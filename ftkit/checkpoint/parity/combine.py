@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from ftkit.checkpoint.erasure import Codec
+from ftkit.checkpoint.gate import Gate, go_through
 from ftkit.checkpoint.parity.streams import RANGE_BYTES, Open, Stream
 from ftkit.checkpoint.stripes import Place, Stripe
 from ftkit.core.errors import FtkitError, IntegrityError, WireError
@@ -17,6 +18,9 @@ NICE = 10
 
 #: Of the time that parity takes, at most this share is work; the rest belongs to others.
 SHARE = 0.5
+
+#: Of a shard, so much is asked for at once where bytes are paced.
+GATED_BYTES = 1 << 20
 
 #: The longest rest at once, so that an end is noticed soon.
 REST_S = 0.2
@@ -58,13 +62,17 @@ class InPlace:
 
 
 class Pace:
-    """Keeps work from taking more than its share of the time. One thread's object."""
+    """Keeps work from taking more than its share of the time, and its bytes out of training's way.
+
+    One thread's object.
+    """
 
     def __init__(
         self,
         wanted: Callable[[], bool] = lambda: True,
         *,
         share: float = SHARE,
+        gate: Gate | None = None,
         clock: Callable[[], float] = time.monotonic,
         rest: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -73,12 +81,26 @@ class Pace:
         Args:
           wanted: whether the work is still to be done; asked between two windows.
           share: of the time, that work may take; 1 for as fast as can be.
+          gate: asked before each window's bytes travel; None for no such thing.
           clock: seconds.
           rest: sleeps.
         """
         self._wanted, self._share = wanted, share
         self._clock, self._rest = clock, rest
+        self._gate = gate
+        self._let_through = 0
         self._since = clock()
+
+    @property
+    def window_bytes(self) -> int:
+        """Of a shard, so much is asked for at once: less where it must fit between transfers."""
+        return RANGE_BYTES if self._gate is None else GATED_BYTES
+
+    def admit(self, nbytes: int) -> None:
+        """Before a window: wait until so many bytes may travel. Raises Superseded, as `pause`."""
+        if self._gate is not None:
+            go_through(self._gate, nbytes, check=self._check, rest=self._rest)
+            self._let_through, self._since = nbytes, self._clock()
 
     def pause(self) -> None:
         """After some work: rest as long as its share asks for.
@@ -86,12 +108,18 @@ class Pace:
         Raises:
           Superseded: it is not wanted any more.
         """
-        if not self._wanted():
-            raise Superseded("something newer has taken its place")
+        self._check()
         spent = self._clock() - self._since
+        if self._gate is not None and self._let_through:
+            self._gate.arrived(self._let_through, spent)
+            self._let_through = 0
         if self._share < 1:
             self._rest(min(REST_S, spent * (1 - self._share) / self._share))
         self._since = self._clock()
+
+    def _check(self) -> None:
+        if not self._wanted():
+            raise Superseded("something newer has taken its place")
 
 
 def combine(
@@ -123,7 +151,7 @@ def combine(
         return 0
     k = len(stripe.data)
     codec = Codec(k, len(stripe.parity))
-    window = min(RANGE_BYTES, stripe.length)
+    window = min(pace.window_bytes, stripe.length)
     buffers = {shard: memoryview(bytearray(window)) for shard in sources}
     empty = {i: memoryview(b"") for i, piece in enumerate(stripe.data) if not piece.count}
     read = 0
@@ -133,6 +161,8 @@ def combine(
             with _blamed(Place(number, shard)):
                 streams[shard] = open_shard(Place(number, shard), opened)
         for at in range(0, stripe.length, window):
+            # What travels now is the next window's (`ByteLine.ranges`), of about the same size.
+            pace.admit(sum(_within(stripe.shard_bytes(s), at, window) for s in streams))
             given = dict[int, memoryview](empty)
             for shard, stream in streams.items():
                 given[shard] = buffers[shard][: _within(stripe.shard_bytes(shard), at, window)]

@@ -84,13 +84,16 @@ Open = Callable[[Place, ExitStack], Stream]
 """Begins to read a shard; what it opens is closed with the stack."""
 
 
-def open_shard(peers: Peers, stripes: StripeSet, heads: Heads) -> Open:
+def open_shard(
+    peers: Peers, stripes: StripeSet, heads: Heads, range_bytes: int = RANGE_BYTES
+) -> Open:
     """How shards of a set are read from the nodes that hold them.
 
     Args:
       peers: the nodes.
       stripes: the set.
       heads: of its parts, checked; what the nodes hold now must be what these say.
+      range_bytes: so much is asked for at once.
 
     Returns:
       A function that raises IntegrityError where a shard is not what it was, and WireError or
@@ -103,16 +106,18 @@ def open_shard(peers: Peers, stripes: StripeSet, heads: Heads) -> Open:
         node = stripe.nodes[place.shard]
         if place.shard < len(stripe.data):
             line = opened.enter_context(peers.line(node))
-            return Stream(_piece(line, stripes, heads, place))
+            return Stream(_piece(line, stripes, heads, place, range_bytes))
         if node not in read:
             read[node] = peers.parity_head(node, stripes.round)
         line = opened.enter_context(peers.line(node))
-        return Stream(_parity(line, read[node], place, stripe.length))
+        return Stream(_parity(line, read[node], place, stripe.length, range_bytes))
 
     return open_it
 
 
-def _piece(line: ByteLine, stripes: StripeSet, heads: Heads, place: Place) -> Iterator[memoryview]:
+def _piece(
+    line: ByteLine, stripes: StripeSet, heads: Heads, place: Place, range_bytes: int
+) -> Iterator[memoryview]:
     piece = stripes.plan.stripes[place.stripe].data[place.shard]
     for span in piece.spans:
         part = stripes.parts[piece.node][span.part]
@@ -121,17 +126,19 @@ def _piece(line: ByteLine, stripes: StripeSet, heads: Heads, place: Place) -> It
         )
         # Whatever else has taken its place by now fails its digest.
         head = Head.parse(heads[piece.node][span.part])
-        yield from checked(line, _request(part), head, chunks, RANGE_BYTES)
+        yield from checked(line, _request(part), head, chunks, range_bytes)
 
 
 def _request(part: PartRef) -> dict[str, object]:
     return {"arena": part.arena, "step": part.step, "generation": part.generation}
 
 
-def _parity(line: ByteLine, head: ParityHead, place: Place, length: int) -> Iterator[memoryview]:
+def _parity(
+    line: ByteLine, head: ParityHead, place: Place, length: int, range_bytes: int
+) -> Iterator[memoryview]:
     request = {"op": "parity-data", "round": head.stripes.round, "place": place}
     chunk = 0
-    for data in line.ranges(request, 0, length, RANGE_BYTES):
+    for data in line.ranges(request, 0, length, range_bytes):
         for at in range(0, len(data), CHUNK_BYTES):
             block = data[at : at + CHUNK_BYTES]
             head.check(place, chunk, block)

@@ -5,7 +5,7 @@ and are stored raw; checksums are computed on the way. Nothing is visible to rea
 `commit`, so a writer may die anywhere.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ def write(
     small: Mapping[str, Any] | None = None,
     timeout_s: float | None = None,
     clock: Clock | None = None,
+    admit: Callable[[int], None] = lambda nbytes: None,
 ) -> Fragment:
     """Write one writer's boxes of a checkpoint, and return when they are durable.
 
@@ -49,6 +50,8 @@ def write(
       timeout_s: give up when it takes longer. Looked at between files: an operating system
         that hangs in a call is not interrupted.
       clock: for `timeout_s` and the profile.
+      admit: called before each file with its bytes; blocks until they may travel. A file goes as
+        a whole, so this spaces them and does not cut them.
 
     Returns:
       What `commit` needs.
@@ -60,7 +63,7 @@ def write(
       StoreError: it failed, or was slower than `timeout_s`. After any error what was written
         stays invisible; `begin` and `gc` remove it.
     """
-    return _Writing(store, step, plan, timeout_s, clock or MonotonicClock()).run(
+    return _Writing(store, step, plan, timeout_s, clock or MonotonicClock(), admit).run(
         pieces, dict(small or {})
     )
 
@@ -75,7 +78,9 @@ class _Writing:
         plan: CheckpointPlan,
         timeout_s: float | None,
         clock: Clock,
+        admit: Callable[[int], None],
     ) -> None:
+        self._admit = admit
         self._store = store
         self._step = step
         self._plan = plan
@@ -121,6 +126,7 @@ class _Writing:
         for file, part in array.files(box):
             with self._profile.timing("codec", self._clock):
                 buffers = self._file(array, file, part, elements, box)
+            self._admit(sum(memoryview(b).nbytes for b in buffers))
             self._create(batch, f"{folder}/{file}", buffers)
         if box.offsets == array.grid.box.offsets:  # one writer has the array's first box
             data = array.metadata

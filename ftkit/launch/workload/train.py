@@ -52,6 +52,8 @@ class Options:
     """Ranks over which a copy of the model is cut: 0 for none, 1 for all there are."""
     clip: float
     """Longest gradient; 0 for any."""
+    stages: bool = False
+    """Whether the model is a pipeline, one stage on each rank."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +112,22 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             model.parameters(), lr=options.learning_rate, foreach=False, fused=False
         )
 
-    if options.sharded:
+    built = bool(options.sharded or options.stages)
+    pipelines: list[Any] = []
+    if options.stages:
+        from ftkit.launch.workload.pipeline import builder
+
+        stages = builder(
+            session,
+            options.model,
+            optimizer_of,
+            slots=options.slots,
+            slot_size=options.slot_size,
+            seed=options.seed,
+            keep=pipelines.append,
+        )
+        session.protect(build=stages, stages=True)
+    elif options.sharded:
         session.protect(build=build, shards=options.sharded if options.sharded > 1 else None)
     else:
         model = replicated = DistributedDataParallel(GPT(options.model, seed=options.seed))
@@ -127,10 +144,13 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
         verify_every=options.verify_every,
         on_nan=options.on_nan,
     ):
-        if options.sharded:
+        if built:
             model, optimizer = session.model, session.optimizer
+        del pipelines[:-1]
         with step:
-            for x, y in step.batches():
+            if options.stages:
+                pipelines[-1].run(step, step.slots())
+            for x, y in step.batches() if not options.stages else ():
                 loss = next_byte_loss(model(x), y)
                 loss.backward()  # type: ignore[no-untyped-call]
                 if options.device_s:
@@ -147,7 +167,7 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             if session.rank == 0 and done % 100 == 0:
                 # A step that was rolled forward has no loss: its ballots were lost.
                 print(f"step {done}: loss {loss_value}", flush=True)
-    params = session.digest() if options.sharded else parameters_digest(replicated.module)
+    params = session.digest() if built else parameters_digest(replicated.module)
     return Result(steps=done, loss=loss_value, params=params)
 
 
@@ -183,6 +203,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         "--sharded", type=int, nargs="?", const=1, default=0, metavar="RANKS",
         help="cut the model over all ranks (FSDP2), or each copy of it over RANKS (HSDP)",
     )  # fmt: skip
+    parser.add_argument("--stages", action="store_true", help="a pipeline, a stage on each rank")
     parser.add_argument("--clip", type=float, default=0.0, help="longest gradient; 0 for any")
     parser.add_argument(
         "--short-handed-s", type=float, default=0.0, help="pause of a step while a seat is empty"
@@ -217,6 +238,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         threads=given.threads,
         sharded=max(given.sharded, 0),
         clip=max(given.clip, 0.0),
+        stages=given.stages,
         verify_every=given.verify_every,
         on_nan=given.on_nan,
         short_handed_s=max(given.short_handed_s, 0.0),

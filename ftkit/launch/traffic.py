@@ -1,0 +1,101 @@
+"""TrafficGate: an agent's governor. It sees training's transfers on the node's status board.
+
+Parity and checkpoints are sent by agents, training's bytes by ranks: what an agent knows of them
+is what ranks leave in shared memory about each collective.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from ftkit.core.clock import Clock, MonotonicClock
+from ftkit.core.governor import Governor, Grant, TrafficLimits
+from ftkit.core.idle_windows import IdleWindows
+from ftkit.core.trace import Trace
+from ftkit.launch.arenas import Arenas
+
+logger = logging.getLogger(__name__)
+
+#: Between two looks at the rings of collectives: what they say changes with the model, not within.
+RELEARN_S = 0.25
+
+#: A piece that waits for so long is news, once a minute.
+SAY_AFTER_S, SAY_EVERY_S = 2.0, 60.0
+
+
+class TrafficGate:
+    """A `checkpoint.gate.Gate`. Any thread may ask; they share one governor."""
+
+    def __init__(
+        self,
+        arenas: Arenas,
+        limits: TrafficLimits,
+        tell: Callable[..., None] | Trace,
+        *,
+        clock: Clock | None = None,
+    ) -> None:
+        """Watch a node's board.
+
+        Args:
+          arenas: whose board it is.
+          limits: what may be taken of training's time.
+          tell: told ("traffic-stretched") when what is to be sent does not fit.
+          clock: that of the board's times.
+        """
+        self._arenas = arenas
+        self._tell = tell.event if isinstance(tell, Trace) else tell
+        self._clock = clock or MonotonicClock()
+        self._windows = IdleWindows()
+        self._lock = threading.Lock()
+        # ---- under the lock ----
+        now = self._clock.now()
+        self._governor = Governor(limits, self._windows, now)
+        self._relearn_at = now
+        self._open = True
+        self._waiting: dict[int, float] = {}
+        self._say_at = now
+
+    def set_open(self, open_: bool) -> None:
+        """Whether everything goes through: while the job is repaired nothing is in the way."""
+        with self._lock:
+            self._open = open_
+
+    def ask(self, nbytes: int) -> float:
+        """As `Gate.ask`."""
+        with self._lock:
+            if self._open:
+                return 0.0
+            now = self._clock.now()
+            if now >= self._relearn_at:
+                self._relearn_at = now + RELEARN_S
+                transfers, keep_after = self._arenas.transfers(now)
+                self._windows.relearn(transfers, keep_after=keep_after)
+            busy, since = self._arenas.transferring(now)
+            self._windows.look(busy=busy, since=since)
+            decision = self._governor.decide(now, nbytes, whole=True)
+            me = threading.get_ident()
+            if isinstance(decision, Grant):
+                self._waiting.pop(me, None)
+                return 0.0
+            waited = now - self._waiting.setdefault(me, now)
+            if waited > SAY_AFTER_S and now >= self._say_at:
+                self._say_at = now + SAY_EVERY_S
+                self._say(nbytes, decision.reason)
+            return decision.seconds
+
+    def arrived(self, nbytes: int, seconds: float) -> None:
+        """As `Gate.arrived`."""
+        with self._lock:
+            self._governor.arrived(nbytes, seconds)
+
+    def _say(self, nbytes: int, reason: str) -> None:
+        forecast = self._governor.forecast(nbytes, within_s=SAY_AFTER_S)
+        logger.info("parity and checkpoints wait for idle moments: %s (%s)", forecast, reason)
+        self._tell(
+            "traffic-stretched",
+            bytes=nbytes,
+            seconds=forecast.seconds,
+            idle_share=round(self._windows.idle_share(), 4),
+            rate=self._governor.rate,
+            reason=reason,
+        )

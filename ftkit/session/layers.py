@@ -1,0 +1,103 @@
+"""Layers: one layer of a pipeline at a time, timed, with random numbers that no cut can change."""
+
+import random
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import nn
+
+from ftkit.collectives.group import Group
+from ftkit.core.trace import Trace
+from ftkit.recovery.data_cursor import derive
+from ftkit.recovery.stages import Told, agree
+
+#: Passes of a layer that its time is the median of.
+_PASSES = 32
+
+
+class Layers:
+    """What this rank knows of the layers of its pipeline. The training thread's."""
+
+    def __init__(self, group: Group, trace: Trace, seats: int) -> None:
+        """Nothing is measured yet."""
+        self._group, self._trace, self._seats = group, trace, seats
+        self._forward: dict[int, deque[float]] = {}
+        self._backward: dict[int, deque[float]] = {}
+        self._heard: dict[int, float] = {}
+        self._held = range(0)
+
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Of a micro-batch, forward and backward, by layer that was measured here."""
+        found = dict[int, float]()
+        for index, forward in self._forward.items():
+            # What takes no gradient (an embedding of tokens) has no end of backward to see: a
+            # backward pass costs about two forward passes.
+            backward = self._backward.get(index)
+            passed = statistics.median(forward)
+            found[index] = passed + (statistics.median(backward) if backward else 2 * passed)
+        return found
+
+    def hear(self, costs: Iterable[Mapping[int, float]]) -> None:
+        """All ranks told what they measured."""
+        for told in costs:
+            self._heard.update(told)
+
+    def cut(self, costs: list[float]) -> tuple[int, ...]:
+        """Agree with all ranks which layers each holds. Blocks. As `Session.cut`."""
+        mine = Told(seconds={**self._heard, **self.seconds}, held=self._held)
+        told = [Told.unpack(one) for one in self._group.exchange(mine.pack()).wait()]
+        agreed = agree(costs, told, seats=self._seats)
+        bounds, rank = agreed.cut.bounds, self._group.rank
+        self._trace.event(
+            "cut",
+            generation=self._group.world.generation,
+            bounds=list(bounds),
+            moved=agreed.moved,
+            reason=agreed.reason,
+        )
+        self._held = range(bounds[rank], bounds[rank + 1])
+        self._forward.clear()
+        self._backward.clear()
+        return bounds
+
+    def run(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], *, key: int) -> Any:
+        """One layer's forward pass over a slot, drawing from `key`; its backward is timed, too."""
+        seed_all(derive(key, "layer", index) >> 1)
+        start = time.perf_counter()
+        output = layer(*inputs)
+        self._note(self._forward, index, time.perf_counter() - start)
+        first = inputs[0] if inputs else None
+        if (
+            isinstance(output, torch.Tensor)
+            and output.requires_grad
+            and isinstance(first, torch.Tensor)
+            and first.requires_grad
+        ):
+            began = 0.0
+
+            def begin(_: torch.Tensor) -> None:
+                nonlocal began
+                began = time.perf_counter()
+
+            def end(_: torch.Tensor) -> None:
+                self._note(self._backward, index, time.perf_counter() - began)
+
+            output.register_hook(begin)  # type: ignore[no-untyped-call]
+            first.register_hook(end)  # type: ignore[no-untyped-call]
+        return output
+
+    def _note(self, into: dict[int, deque[float]], index: int, seconds: float) -> None:
+        into.setdefault(index, deque(maxlen=_PASSES)).append(seconds)
+
+
+def seed_all(key: int) -> None:
+    """Have torch, numpy and random draw from `key`, of 63 bits."""
+    torch.manual_seed(key)
+    random.seed(key)
+    numpy.random.seed(key & 0xFFFFFFFF)

@@ -1,0 +1,213 @@
+"""The idle windows of a step, and what a governor lets through in them."""
+
+import itertools
+
+import pytest
+
+from ftkit.core.governor import Governor, Grant, Pause, TrafficLimits
+from ftkit.core.idle_windows import IdleWindows, merged
+
+#: A step: ten buckets of 10 ms, 2 ms apart, and then 100 ms without any.
+BUCKETS, BUCKET_S, GAP_S, LONG_S = 10, 0.010, 0.002, 0.100
+STEP_S = BUCKETS * BUCKET_S + (BUCKETS - 1) * GAP_S + LONG_S
+RATE = 125e6
+
+
+def transfers(steps: int) -> list[tuple[float, float]]:
+    found, at = [], 0.0
+    for _ in range(steps):
+        for _ in range(BUCKETS):
+            found.append((at, at + BUCKET_S))
+            at += BUCKET_S + GAP_S
+        at += LONG_S - GAP_S
+    return found
+
+
+def learnt(steps: int = 3) -> IdleWindows:
+    windows = IdleWindows()
+    for begin, end in transfers(steps):
+        windows.begin(begin)
+        windows.end(end)
+    return windows
+
+
+def test_nothing_known_means_free_and_a_transfer_means_busy() -> None:
+    windows = IdleWindows()
+    assert windows.left(0.0) == float("inf")
+    windows.begin(1.0)
+    assert (windows.left(1.5), windows.busy) == (0.0, True)
+    windows.end(2.0)
+    assert windows.left(2.1) == float("inf")  # one transfer is no pattern
+
+
+def test_overlapping_transfers_are_one_and_a_stray_end_is_none() -> None:
+    windows = IdleWindows()
+    windows.end(0.0)
+    windows.begin(1.0)
+    windows.begin(1.2)
+    windows.end(1.4)
+    assert windows.busy
+    windows.end(1.6)
+    windows.begin(2.0)
+    assert windows.lengths == pytest.approx([1.0, 0.4])
+
+
+def test_a_short_gap_is_not_taken_for_the_long_window() -> None:
+    windows = learnt()
+    at = transfers(3)[-1][1]
+    # Right after a bucket it may be a gap; once it has lasted longer than those it is not.
+    assert windows.left(at) == pytest.approx(GAP_S)
+    assert windows.left(at + 0.001) == pytest.approx(GAP_S - 0.001)
+    assert windows.left(at + 0.003) == pytest.approx(LONG_S - 0.003)
+    assert windows.left(at + LONG_S + 0.001) == 0.0
+    assert windows.left(at + 3 * LONG_S) == float("inf")
+
+
+def test_the_same_is_learnt_from_records_of_several_ranks_in_any_order() -> None:
+    shifted = [(b + 0.001, e + 0.001) for b, e in transfers(3)]
+    windows = IdleWindows()
+    windows.relearn([*reversed(transfers(3)), *shifted], keep_after=0.0)
+    at = shifted[-1][1]
+    assert windows.left(at + 0.003) == pytest.approx(LONG_S - 0.001 - 0.003)
+    windows.relearn([*transfers(3), (at, None)], keep_after=0.0)
+    assert windows.busy
+    windows.relearn(transfers(3), keep_after=1e9)
+    assert windows.lengths == []
+    assert merged([(5, 6), (0, 2), (1, 3), (3, 4), (5.5, None), (9, 9.5)]) == [
+        (0, 4),
+        (5, None),
+    ]
+
+
+def test_the_idle_share_counts_windows_that_are_long_enough() -> None:
+    windows = learnt(4)
+    whole = windows.idle_share()
+    assert whole > windows.idle_share(0.05) == pytest.approx(LONG_S / STEP_S, rel=0.2)
+    assert windows.idle_share(1.0) == 0.0
+
+
+class Play:
+    """Steps of training on a clock of its own, and somebody who sends as he is told."""
+
+    def __init__(self, limits: TrafficLimits, steps: int, idle: bool = True) -> None:
+        self.windows = IdleWindows()
+        self.governor = Governor(limits, self.windows, 0.0, look_s=0.001)
+        self.sent = 0
+        self.collided_s = 0.0
+        """Seconds in which pieces and training's transfers were on the wire at once."""
+        busy = transfers(steps) if idle else [(0.0, steps * STEP_S)]
+        edges = sorted([(b, 1) for b, _ in busy] + [(e, 0) for _, e in busy])
+        now = 0.0
+        for at, begins in edges:
+            while now < at:
+                now = self.look(now, busy)
+            (self.windows.begin if begins else self.windows.end)(at)
+
+    def look(self, now: float, busy: list[tuple[float, float]]) -> float:
+        match self.governor.decide(now, 1 << 30):
+            case Pause(seconds, _):
+                return now + seconds
+            case Grant(count, _):
+                self.sent += count
+                seconds = count / RATE
+                self.governor.arrived(count, seconds)
+                self.collided_s += sum(
+                    max(0.0, min(now + seconds, e) - max(now, b)) for b, e in busy
+                )
+                return now + seconds
+        raise AssertionError("a decision is one or the other")
+
+
+LIMITS = TrafficLimits(rate_guess=RATE, max_slowdown=0.0, piece_bytes_max=1 << 20)
+
+
+def test_pieces_fill_the_long_windows_and_collide_with_nothing() -> None:
+    steps = 20
+    play = Play(LIMITS, steps)
+    # The first step is not known yet.
+    assert play.collided_s < 0.015 * steps * STEP_S
+    assert play.sent > 0.7 * steps * LONG_S * RATE
+    assert play.governor.intruding == 0
+
+
+def test_without_windows_only_the_allowed_slow_down_is_used() -> None:
+    limits = TrafficLimits(rate_guess=RATE, max_slowdown=0.02)
+    play = Play(limits, 100, idle=False)
+    span = 100 * STEP_S
+    assert 0.015 * span < play.collided_s <= 0.02 * span
+    assert play.governor.intruding == play.sent > 0
+
+
+def test_the_cap_of_the_link_holds_in_free_windows_too() -> None:
+    governor = Governor(TrafficLimits(rate_max=10e6), IdleWindows(), 0.0)
+    now, sent = 0.0, 0
+    while now < 10.0:
+        match governor.decide(now, 1 << 30):
+            case Grant(count, _):
+                sent += count
+                governor.arrived(count, count / RATE)
+                now += count / RATE
+            case Pause(seconds, _):
+                now += seconds
+    assert 0.9 * 10e6 * 10 < sent <= 10e6 * 11 + (4 << 20)
+
+
+def test_what_has_not_arrived_holds_back_the_next() -> None:
+    governor = Governor(TrafficLimits(unacknowledged_max=2), IdleWindows(), 0.0)
+    assert isinstance(governor.decide(0.0, 1 << 20), Grant)
+    assert isinstance(governor.decide(0.0, 1 << 20), Grant)
+    refused = governor.decide(0.0, 1 << 20)
+    assert isinstance(refused, Pause)
+    assert "acknowledged" in refused.reason
+    governor.arrived(1 << 20, 0.01)
+    assert isinstance(governor.decide(0.0, 1), Grant)
+
+
+def test_the_rate_is_that_of_arrivals() -> None:
+    governor = Governor(TrafficLimits(rate_guess=1e9), IdleWindows(), 0.0)
+    for _ in range(30):
+        governor.decide(0.0, 1 << 20)
+        governor.arrived(1 << 20, (1 << 20) / 50e6)
+    assert governor.rate == pytest.approx(50e6, rel=0.01)
+
+
+def test_a_save_that_does_not_fit_says_so() -> None:
+    governor = Governor(LIMITS, learnt(6), 0.0)
+    small = governor.forecast(10 << 20, within_s=1.0)
+    assert small.fits
+    assert "there are 1.0 s" in str(small)
+    large = governor.forecast(1 << 30, within_s=1.0)
+    assert not large.fits
+    assert "stretch over more steps" in str(large)
+    # Twice the bytes take twice the time, and the time is that of the idle part of a step.
+    assert governor.forecast(2 << 30).seconds == pytest.approx(2 * large.seconds)
+    assert large.seconds == pytest.approx((1 << 30) / RATE * STEP_S / LONG_S, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_slowdown": 1.0},
+        {"piece_bytes_min": 8 << 20},
+        {"rate_max": 0.0},
+        {"unacknowledged_max": 0},
+    ],
+)
+def test_limits_that_cannot_be_kept_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must|cannot"):
+        TrafficLimits(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_governor_makes_progress_whatever_it_meets() -> None:
+    """With a slow-down allowed, every pattern of transfers ends up with bytes sent."""
+    for gap, length in itertools.product((0.0, 1e-4, 0.01), (1e-3, 0.1)):
+        windows, now = IdleWindows(), 0.0
+        governor = Governor(TrafficLimits(max_slowdown=0.05, rate_guess=1e9), windows, 0.0)
+        for _ in range(200):
+            windows.begin(now)
+            now += length
+            if isinstance(governor.decide(now, 1 << 20), Grant):
+                governor.arrived(1 << 20, 1e-3)
+            windows.end(now)
+            now += gap
+        assert governor.granted

@@ -1,0 +1,155 @@
+"""An agent's gate: what it lets through between the collectives that its board tells of."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftkit.checkpoint.gate import OpenGate, go_through
+from ftkit.checkpoint.parity.combine import GATED_BYTES, Pace, Superseded
+from ftkit.checkpoint.parity.streams import RANGE_BYTES
+from ftkit.core.clock import ManualClock
+from ftkit.core.errors import UsageError
+from ftkit.core.governor import TrafficLimits
+from ftkit.core.ids import MemberId, NodeId
+from ftkit.detection.recorder import Recorder
+from ftkit.detection.status import BOARD, StatusBoard
+from ftkit.launch.arenas import PENDING_S, Arenas
+from ftkit.launch.config import JobConfig
+from ftkit.launch.traffic import SAY_AFTER_S, TrafficGate
+
+BUCKET_S, LONG_S = 0.01, 0.1
+RATE = 100e6
+MB = 1 << 20
+
+
+class Node:
+    """A node of one rank, which reduces two buckets a step on a clock that it turns itself."""
+
+    def __init__(self, root: Path, limits: TrafficLimits) -> None:
+        config = JobConfig(job="ab12", command=("x",), shm_root=str(root))
+        self.arenas = Arenas(config, NodeId(0))
+        self.board = StatusBoard.open(self.arenas.directory / BOARD)
+        self.clock = ManualClock(100.0)
+        self.rank = Recorder(self.board.attach(0, MemberId(0)), self.clock)
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.gate = TrafficGate(
+            self.arenas, limits, lambda kind, **f: self.told.append((kind, f)), clock=self.clock
+        )
+        self.gate.set_open(False)
+        self._seq = 0
+
+    def bucket(self) -> None:
+        self.rank.enter(0, self._seq, "all_reduce", MB)
+        self.clock.advance(BUCKET_S)
+        self.rank.leave(0, self._seq, True)
+        self._seq += 1
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.bucket()
+            self.clock.advance(0.002)
+            self.bucket()
+            self.clock.advance(LONG_S)
+
+    def close(self) -> None:
+        self.rank.close()
+        self.board.close()
+        self.arenas.remove()
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    limits = TrafficLimits(rate_guess=RATE, max_slowdown=0.0)
+    made = Node(tmp_path, limits)
+    yield made
+    made.close()
+
+
+def test_what_fits_the_window_goes_and_what_does_not_waits(node: Node) -> None:
+    node.steps(10)
+    node.bucket()
+    assert node.gate.ask(MB), "this may be the gap between two buckets"
+    node.clock.advance(0.004)
+    assert node.gate.ask(MB) == 0.0
+    node.gate.arrived(MB, MB / RATE)
+    node.clock.advance(0.09)
+    assert node.gate.ask(MB), "10 ms do not fit the 6 ms that are left"
+
+
+def test_nothing_goes_while_a_bucket_is_reduced_unless_it_hangs(node: Node) -> None:
+    node.steps(10)
+    node.rank.enter(0, 99, "all_reduce", MB)
+    node.clock.advance(0.05)
+    assert node.gate.ask(MB)
+    node.clock.advance(PENDING_S)
+    assert node.gate.ask(MB) == 0.0
+
+
+def test_while_the_job_is_repaired_everything_goes(node: Node) -> None:
+    node.steps(10)
+    node.rank.enter(0, 99, "all_reduce", MB)
+    assert node.gate.ask(MB)
+    node.gate.set_open(True)
+    assert node.gate.ask(1 << 40) == 0.0
+
+
+def test_what_never_fits_is_told_once_with_numbers(node: Node) -> None:
+    node.steps(10)
+    for _ in range(60):
+        node.steps(1)
+        assert node.gate.ask(64 * MB), "0.67 s fit no window of 0.1 s"
+    (kind, fields), *more = node.told
+    assert not more
+    assert kind == "traffic-stretched"
+    assert fields["bytes"] == 64 * MB
+    assert 60 * LONG_S > SAY_AFTER_S
+    assert 0.7 < fields["idle_share"] < 0.9
+
+
+def test_the_slow_down_that_is_allowed_gets_it_through(tmp_path: Path) -> None:
+    node = Node(tmp_path, TrafficLimits(rate_guess=RATE, max_slowdown=0.05))
+    try:
+        node.steps(10)
+        for _ in range(200):
+            node.steps(1)
+            if not node.gate.ask(64 * MB):
+                break
+        # 0.67 s are 5 % of 13.4 s.
+        assert 13.4 < node.clock.now() - 100.0 < 13.4 + 1
+    finally:
+        node.close()
+
+
+def test_a_pace_asks_before_a_window_and_tells_when_it_is_there() -> None:
+    now = [0.0]
+    asked: list[Any] = []
+
+    class Slow(OpenGate):
+        def ask(self, nbytes: int) -> float:
+            asked.append(nbytes)
+            return 0.0 if len(asked) % 3 == 0 else 0.5
+
+        def arrived(self, nbytes: int, seconds: float) -> None:
+            asked.append((nbytes, seconds))
+
+    def rest(seconds: float) -> None:
+        now[0] += seconds
+
+    pace = Pace(share=1.0, gate=Slow(), clock=lambda: now[0], rest=rest)
+    assert (pace.window_bytes, Pace().window_bytes) == (GATED_BYTES, RANGE_BYTES)
+    pace.admit(MB)
+    assert now[0] == 1.0
+    now[0] += 0.25
+    pace.pause()
+    assert asked == [MB, MB, MB, (MB, 0.25)]
+    given_up = Pace(lambda: False, gate=Slow(), clock=lambda: now[0], rest=rest)
+    with pytest.raises(Superseded):
+        given_up.admit(MB)
+    go_through(OpenGate(), MB)
+
+
+def test_a_slow_down_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match="--max-slowdown"):
+        JobConfig(job="a", command=("x",), max_slowdown=1.5)

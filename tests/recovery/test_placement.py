@@ -1,0 +1,79 @@
+"""Where a seat's next process starts: where it was, unless that is advised against."""
+
+from ftkit.core.ids import Boot, NodeId
+from ftkit.recovery.facts import JobFacts, Stage
+from ftkit.recovery.placement import place
+from ftkit.recovery.plan import Plan, first_plan
+from tests.recovery.stories import Story, training
+
+WHY = "it failed five times"
+BAD = {NodeId(1): WHY}
+
+
+def facts(agents: int, **more: object) -> JobFacts:
+    boots = {NodeId(n): Boot(f"b{n}") for n in range(agents)}
+    return JobFacts(members={}, boots=boots, per_node=2, **more)  # type: ignore[arg-type]
+
+
+def placed(plan: Plan, seat: int, known: JobFacts) -> tuple[int, str]:
+    return place(plan, plan.seats[seat], known)
+
+
+def test_without_advice_it_stays_whatever_is_free() -> None:
+    assert placed(first_plan(2, 2), 3, facts(4)) == (1, "")
+
+
+def test_advised_against_it_goes_to_a_node_whose_place_is_free() -> None:
+    # Node 0 has a rank in each of its places; node 2 has none.
+    assert placed(first_plan(2, 2), 3, facts(3, advised=BAD)) == (2, WHY)
+
+
+def test_a_bad_node_is_better_than_none() -> None:
+    plan = first_plan(2, 2)
+    assert placed(plan, 3, facts(2, advised=BAD)) == (1, "")
+    assert placed(plan, 3, facts(3, advised=BAD | {NodeId(2): "so did this"})) == (1, "")
+    assert placed(plan, 3, facts(3, advised=BAD, nodes_lost=frozenset({NodeId(2)}))) == (1, "")
+
+
+def test_who_knows_no_places_moves_nobody() -> None:
+    known = JobFacts(members={}, boots={NodeId(2): Boot("b")}, advised=BAD)
+    assert placed(first_plan(2, 2), 3, known) == (1, "")
+
+
+def assigned(agents: int, advised: dict[NodeId, str]) -> Story:
+    story = Story(nodes=2, seats=2)
+    boots = {NodeId(n): Boot(f"b{n}") for n in range(agents)}
+    story.knows(members={}, boots=boots, advised=advised, per_node=2)
+    assert story.moves() == ["assign"]
+    return story
+
+
+def test_a_job_begins_on_the_spare_node_and_its_ranks_stay_together() -> None:
+    story = assigned(4, BAD)
+    assert [(s.node, s.boot) for s in story.plan.seats] == [
+        *((0, "b0"), (0, "b0")),
+        *((2, "b2"), (2, "b2")),
+    ]
+
+
+def test_of_two_bad_nodes_the_second_gets_the_other_spare() -> None:
+    story = assigned(4, BAD | {NodeId(0): WHY})
+    assert [s.node for s in story.plan.seats] == [2, 2, 3, 3]
+
+
+def test_a_rank_that_dies_on_a_bad_node_starts_elsewhere_and_the_others_stay() -> None:
+    story = training(5, nodes=2, seats=2)
+    boots = {NodeId(n): Boot(f"b{n}") for n in range(3)}
+    story.knows(boots=boots, per_node=2)
+    assert story.moves() == ["assign"]
+    story.knows(advised=BAD).says(3, Stage.DEAD, exit_code=-9)
+    before = story.plan
+    assert story.moves() == ["respawn"]
+    assert [s.node for s in story.plan.seats] == [0, 0, 1, 2]
+    moved = story.plan.seats[3]
+    assert (moved.member, moved.boot) == (4, "b2")
+    # Its neighbour follows to the same node when it dies, too, and nobody starts twice.
+    story.says(2, Stage.DEAD, exit_code=-9)
+    assert story.moves() == ["respawn"]
+    assert [s.node for s in story.plan.seats] == [0, 0, 2, 2]
+    assert before.seats[0] == story.plan.seats[0]
