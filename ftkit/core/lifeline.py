@@ -6,8 +6,8 @@ go of the robust mutexes that a thread holds before it frees anything (`set_robu
 each process holds some in a page that others map, for as long as it lives, and who waits for one
 of them (`lifeline_watch`) knows of its end within a millisecond.
 
-A mutex wakes one of those who wait for it, so there is one for each *place*, and processes that
-watch the same one choose different places where they can. The first line of the page holds a
+The kernel wakes one of those who wait for a mutex, and that one might itself be killed or stand
+still; so there are as many mutexes as *places* to watch from. The first line of the page holds a
 nonce, by which a watcher knows that it opened the right page.
 
 This is not a promise of POSIX: only Linux lets go of mutexes first, and has since robust futexes

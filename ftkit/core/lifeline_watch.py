@@ -67,12 +67,11 @@ class LifelineWatch:
         self._closed = False
         self._unable = not lifeline.supported()
 
-    def watch(self, told: object, place: int, on_exit: OnExit) -> int | None:
+    def watch(self, told: object, on_exit: OnExit) -> int | None:
         """Call `on_exit` once the process that told of its lifeline has begun to exit.
 
         Args:
           told: `lifeline.Told`, or what came of it through JSON, from whomever.
-          place: which mutex to wait for; should differ between those who watch one process.
           on_exit: called on the thread of the watch, at most once. Must not block.
 
         Returns:
@@ -81,7 +80,8 @@ class LifelineWatch:
         """
         if self._unable or (process := _told(told)) is None or (page := _map(process)) is None:
             return None
-        word = ctypes.c_uint32.from_address(lifeline.address(page, place))
+        # Processes that started near each other wait at different places.
+        word = ctypes.c_uint32.from_address(lifeline.address(page, os.getpid()))
         watched = _Watched(process.pid, page, word, word.value, on_exit)
         with self._lock:
             # A word that says already that the owner died is one that will not change.
@@ -112,7 +112,7 @@ class LifelineWatch:
         """Watch nobody any more. Blocks until the thread has ended. Twice is fine."""
         with self._lock:
             self._closed = True
-        self._nudge()
+        self._nudge()  # after it was said, or the thread might wait for the next one
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -122,8 +122,11 @@ class LifelineWatch:
         lifeline.futex(ctypes.addressof(self._changes), _WAKE | _PRIVATE, 1)
 
     def _run(self) -> None:
-        while not (self._closed or self._unable):
+        while not self._unable:
             with self._lock:
+                if self._closed:
+                    break
+                # Read before the rest is: what changes after it ends the wait.
                 changes = self._changes.value
                 over = [t for t, watched in self._watched.items() if watched.forgotten]
                 dropped = [self._watched.pop(ticket) for ticket in over]
@@ -212,10 +215,10 @@ def _told(told: object) -> Told | None:
         told = [told.get(name) for name in Told._fields]
     if not isinstance(told, list | tuple) or len(told) != len(Told._fields):
         return None
-    *numbers, nonce = told
-    if not isinstance(nonce, str) or any(type(n) is not int or n < 0 for n in numbers):
+    pid, fd, serial, nonce = told
+    if not isinstance(nonce, str) or any(type(n) is not int or n < 0 for n in (pid, fd, serial)):
         return None
-    return Told(*numbers, nonce)
+    return Told(pid, fd, serial, nonce)
 
 
 def _map(process: Told) -> int | None:
