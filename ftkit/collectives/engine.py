@@ -88,7 +88,7 @@ class Engine:
         self._generation = world.generation
         self._closing: str | None = None
         self._commands = Commands(self._guard)
-        self.net = LinkSet(config.segment_bytes, self._commands.later, self._link_lost)
+        self.net = LinkSet(config.segment_bytes, self._commands.give, self._link_lost)
         self.net.watch(self._commands.wake_fd)
         self.transfers = Transfers(member, config, self.net, self._is_over, self._control)
         self.net.router = self.transfers

@@ -23,6 +23,7 @@ from ftkit.collectives.link import Link, Router, Ticket
 from ftkit.collectives.mesh import Greeted
 from ftkit.core.errors import ProtocolError, WireError
 from ftkit.core.ids import MemberId
+from ftkit.core.lifeline_watch import LifelineWatch
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class LinkSet:
 
         Args:
           segment_bytes: payload of a frame.
-          later: runs a command in this turn of the loop or the next.
+          later: runs a command in this turn of the loop or the next; from any thread.
           on_lost: told, after the fact, of a link that ended; may raise FaultError.
         """
         self.links: dict[MemberId, Link] = {}
@@ -59,6 +60,8 @@ class LinkSet:
         self._on_lost = on_lost
         self._by_fd: dict[int, Link] = {}
         self._epoll = select.epoll()
+        self._lifelines = LifelineWatch()
+        self._tickets: dict[Link, int | None] = {}
 
     def watch(self, fd: int) -> None:
         """Report `fd`, too, from `poll`, each time that it is written to."""
@@ -111,9 +114,13 @@ class LinkSet:
         with self.news:
             self.links[link.peer] = link
             self.news.notify_all()
+        self._tickets[link] = self._lifelines.watch(
+            greeted.lifeline, lambda code: self._later(partial(self._process_exits, link, code))
+        )
 
     def drop(self, link: Link) -> None:
         """Close a link, all lanes, without a word."""
+        self._lifelines.forget(self._tickets.pop(link, None))
         open_lanes = [self._retire(lane) for lane in link.lanes]
         if not any(open_lanes):
             return
@@ -189,13 +196,28 @@ class LinkSet:
         except OSError as error:
             # What it said last may still be in the kernel: the reading side finds the end.
             logger.debug("cannot send to member %s: %s", link.peer, error)
-            for lane in list(link.root.lanes):
-                with contextlib.suppress(WireError, OSError):
-                    for _ in range(_LAST_READS):
-                        lane.receive(self._routes())
+            self._hear_out(link.root)
             self._lost(link, f"member {link.peer} is gone: {error}")
             return
         self._arm(link)
+
+    def _hear_out(self, link: Link) -> None:
+        for lane in list(link.lanes):
+            with contextlib.suppress(WireError, OSError):
+                for _ in range(_LAST_READS):
+                    lane.receive(self._routes())
+
+    def _process_exits(self, link: Link, code: int | None) -> None:
+        """The peer's process will send nothing more; its connections end when its memory is free.
+
+        Raises FaultError when it was needed.
+        """
+        if self.links.get(link.peer) is not link:
+            return
+        self._hear_out(link)
+        self.drop(link)
+        how = "" if code is None else f" with code {code}" if code >= 0 else f" by signal {-code}"
+        self._on_lost(link, f"member {link.peer} is gone: its process exits{how}")
 
     def _arm(self, link: Link) -> None:
         if link.fd not in self._by_fd:
@@ -224,6 +246,7 @@ class LinkSet:
 
     def let_go(self) -> None:
         """(in a forked child) Close all descriptors; the parent goes on with its own."""
+        self._lifelines = LifelineWatch()
         for lane in self._by_fd.values():
             lane.close()
         self._by_fd.clear()
@@ -235,6 +258,7 @@ class LinkSet:
         for lane in list(self._by_fd.values()):
             self.drop(lane.root)
         self._epoll.close()
+        self._lifelines.close()
 
     def farewell(self, header: Header, timeout_s: float) -> None:
         """BYE to all, then wait, briefly, until what is queued was taken and they closed."""

@@ -24,6 +24,7 @@ from typing import Any
 from ftkit.collectives.cma import CmaPeer, ValidWord
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.lanes import LaneDesk, LaneKey, name_of
+from ftkit.core import lifeline
 from ftkit.core.errors import AuthenticationError, WireError
 from ftkit.core.ids import MemberId
 from ftkit.core.wire import authenticate, listen, receive_message, send_message
@@ -49,6 +50,8 @@ class Greeted:
     """Names the process at the other end: two of them may claim to be one member."""
     cma: CmaPeer | None
     can_offer: bool
+    lifeline: object = None
+    """What the process says of its lifeline."""
     lanes: tuple[socket.socket, ...] = ()
     """Further connections to the same peer, as good as the first."""
 
@@ -284,7 +287,9 @@ class Mesh:
 
         An accepted link comes with all its lanes.
         """
+        told = lifeline.own()
         hello = {
+            "lifeline": told and told._asdict(),
             "member": self.member,
             "process": self._process,
             "config": self._config.wire,
@@ -317,7 +322,8 @@ class Mesh:
                 f"transport 'cma' was demanded, but members {self.member} and {peer} cannot "
                 "read each other's memory (another host, or ptrace is not permitted)"
             )
-        greeted = Greeted(sock, peer, str(theirs.get("process")), cma, can_offer)
+        process, told_us = str(theirs.get("process")), theirs.get("lifeline")
+        greeted = Greeted(sock, peer, process, cma, can_offer, lifeline=told_us)
         if not server:
             return greeted, None
         name, further = name_of(theirs)

@@ -20,6 +20,7 @@ from typing import Any
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
+from ftkit.core.lifeline_watch import LifelineWatch
 from ftkit.core.trace import Trace
 from ftkit.core.wall_clock import wall_clock
 from ftkit.core.wire import Line, authenticate, listen, listen_unix
@@ -127,6 +128,7 @@ class Agent:
             host=host,
             changed=lambda: self._inbox.put(("tiers", None)),
         )
+        self._lifelines = LifelineWatch()
         self._prober = Prober(
             self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
@@ -241,6 +243,7 @@ class Agent:
         self._prober.close()
         self._tiers.close()
         self._examiner.close()
+        self._lifelines.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -248,8 +251,10 @@ class Agent:
 
     def _handle(self, kind: str, value: Any) -> None:
         match kind:
+            case "exits":
+                self._rank_exits(*value)
             case "exit":
-                self._rank_ended(value)
+                self._rank_gone(value)
             case "rank":
                 self._rank_connected(*value)
             case "said":
@@ -355,6 +360,23 @@ class Agent:
         self.trace.event("spawn", seat=seat.seat, member=member, pid=rank.pid)
         self._metrics.add("ftkit_rank_starts_total", rank=seat.seat)
 
+    def _rank_exits(self, member: MemberId, code: int | None) -> None:
+        """A rank was killed, and is freeing its memory, which may take seconds.
+
+        Whoever ends in good order has nobody waiting for that news.
+        """
+        rank = self._ranks.get(member)
+        if rank is not None and rank.exit_code is None and code:
+            rank.begins_to_exit(code)
+            self._rank_ended(member)
+
+    def _rank_gone(self, member: MemberId) -> None:
+        if self._facts[member].stage in (Stage.DEAD, Stage.FINISHED):
+            self.trace.event("freed", seat=self._ranks[member].seat, member=member)
+            self._carry_out()  # its seat may have been waiting for it
+        else:
+            self._rank_ended(member)
+
     def _rank_ended(self, member: MemberId) -> None:
         rank, facts = self._ranks[member], self._facts[member]
         code = rank.exit_code
@@ -396,6 +418,12 @@ class Agent:
             line.close()
             return
         self._lines[member] = line
+        # A script may be started by another program, whose end is the rank's.
+        if line.hello.get("pid") == self._ranks[member].pid:
+            self._lifelines.watch(
+                line.hello.get("lifeline"),
+                lambda code: self._inbox.put(("exits", (member, code))),
+            )
         if self._plan.version or self._plan.term:
             self._send_plan(member)
 
@@ -568,7 +596,7 @@ class Agent:
             return
         for seat in missing:
             before = [r for r in self._ranks.values() if r.seat == seat.seat]
-            if all(r.exit_code is not None for r in before):
+            if all(r.gone for r in before):
                 self._spawn(seat)
 
     def _repairing(self) -> bool:
@@ -599,7 +627,7 @@ class Agent:
 
     def _through(self) -> bool:
         """Whether, the job being over, nothing is left to wait for: no rank, no last checkpoint."""
-        if any(r.exit_code is None for r in self._ranks.values()):
+        if not all(r.gone for r in self._ranks.values()):
             return False
         stop, since = self._plan.stop, self._ending_since
         if stop is None or since is None:

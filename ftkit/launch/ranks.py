@@ -99,7 +99,7 @@ class RankProcess:
           env: its whole environment.
           cwd: the directory to start in; None for this process's own.
           log: file for its output, appended to; None passes the output through.
-          on_exit: called on a thread of its own as soon as the process has ended.
+          on_exit: called on a thread of its own as soon as the process is gone.
           start: how.
 
         Raises:
@@ -120,6 +120,7 @@ class RankProcess:
             if output is not None:
                 output.close()
         self._exit_code: int | None = None
+        self._gone = False
         threading.Thread(
             target=self._wait, args=(on_exit,), name=f"ftkit-wait-{member}", daemon=True
         ).start()
@@ -132,6 +133,17 @@ class RankProcess:
     def exit_code(self) -> int | None:
         """The exit code, or minus the signal; None while it runs."""
         return self._exit_code
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has given back its memory and its devices, too."""
+        return self._gone
+
+    def begins_to_exit(self, code: int) -> None:
+        """It runs no more and will be gone with `code`. What it started is killed."""
+        if self._exit_code is None:
+            self._exit_code = code
+            self.sweep()
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process and all it started, if it still runs."""
@@ -160,7 +172,9 @@ class RankProcess:
     def _wait(self, on_exit: Callable[[MemberId], None]) -> None:
         code = self._process.wait()
         self.sweep()
-        self._exit_code = code
+        if self._exit_code is None:
+            self._exit_code = code
+        self._gone = True
         on_exit(self.member)
         self._reap()
 

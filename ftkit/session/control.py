@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ftkit.core import exit_codes
+from ftkit.core import exit_codes, lifeline
 from ftkit.core.errors import CapacityError, WireError
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.wire import Line, connect
@@ -24,10 +24,17 @@ class Control:
 
     def __init__(self, env: RankEnv) -> None:
         """Connect and authenticate. Blocks for at most ten seconds; WireError."""
+        told = lifeline.own()
         self._line: Line = connect(
             env.agent,
             bytes.fromhex(env.secret),
-            hello={"role": "rank", "seat": env.seat, "member": env.member, "pid": os.getpid()},
+            hello={
+                "role": "rank",
+                "seat": env.seat,
+                "member": env.member,
+                "pid": os.getpid(),
+                "lifeline": told and told._asdict(),
+            },
         )
         self._closing = False
         self._stores: Mapping[str, Any] = {}

@@ -15,6 +15,7 @@ import torch
 
 from ftkit.collectives.slot_tree import SlotTree
 from ftkit.collectives.slots import assign
+from ftkit.core import lifeline
 from ftkit.core.errors import GenerationAborted, WireError
 from ftkit.core.ids import Generation, MemberId
 
@@ -244,6 +245,7 @@ def fds():
 
 
 def leaves_nothing(rank, size, talk):
+    lifeline.own()  # stays as long as the process
     before_fds, before_threads = fds(), threading.active_count()
     for turn in range(3):
         group, faults, _ = join(rank, talk, "auto")

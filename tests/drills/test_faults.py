@@ -34,6 +34,9 @@ def test_a_rank_is_killed_and_then_rank_0(
     done = run(tmp_path / "run", TRAINING, [str(STEPS)], nproc=3, faults=faults)
     assert len(done.of("drill")) == 2
     assert_pass(done, reference)
+    ends = {e["member"]: e["mono"] for e in done.of("exit") if e["signal"] == 9}
+    freed = {e["member"]: e["mono"] for e in done.of("freed")}
+    assert ends.keys() == freed.keys(), "both were known to exit before they were gone"
 
 
 def test_a_second_rank_is_killed_while_the_world_is_repaired(

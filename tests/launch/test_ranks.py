@@ -58,6 +58,21 @@ def start(tmp_path: Path) -> Iterator[Starter]:
 
 
 @pytest.mark.multiproc
+def test_one_that_exits_has_its_code_before_it_is_gone(start: Starter) -> None:
+    script = "import subprocess, time; subprocess.Popen(['sleep', '60']); print('up', flush=True)"
+    rank = start(f"{script}; time.sleep(60)")
+    while not rank.last_words():
+        time.sleep(0.01)
+    os.kill(rank.pid, signal.SIGSTOP)
+    rank.begins_to_exit(-signal.SIGSEGV)
+    assert rank.exit_code == -signal.SIGSEGV
+    assert start.end_of(rank) == -signal.SIGSEGV, "swept, and the first word is kept"
+    assert rank.gone
+    rank.begins_to_exit(1)
+    assert rank.exit_code == -signal.SIGSEGV
+
+
+@pytest.mark.multiproc
 def test_an_end_comes_with_its_code_or_signal(start: Starter) -> None:
     assert start.end_of(start("raise SystemExit(5)")) == 5
     rank = start("import time; time.sleep(60)")
