@@ -25,6 +25,8 @@ class Carried:
     step: StepNumber
     restores: int
     """How often this rank's state had been replaced."""
+    done: frozenset[Slot]
+    """Slots that were played to their end: of others the loss, or the buffers, may be missing."""
     losses: Mapping[Slot, float]
     after_first: list[torch.Tensor]
     """Buffers after slot 0, where that was played here."""

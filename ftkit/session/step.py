@@ -11,7 +11,7 @@ changes anything, and the step commits or is played again::
 A fault of the job inside the body is swallowed here, the user's own exceptions go through.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -74,6 +74,8 @@ class Step:
         """Of the reduced gradients, once they are."""
         self._result: Tally | None = None
         """Of the vote; None before it, and where it was cut in half."""
+        self._done: set[Slot] = set()
+        """Of this rank's sum, the slots played to their end."""
         self._carried: Carried | None = None
         """Of an attempt before, whose sums this one goes on with."""
         self._newcomers: World | None = None
@@ -315,11 +317,18 @@ class Step:
     def _rank(self) -> int:
         return self._parts.group.rank
 
-    @property
-    def _summed(self) -> tuple[list[int], list[int]]:
-        """Slots whose gradients this rank has summed, and those it has in part."""
+    def _summed(self, done: Collection[Slot]) -> tuple[list[int], list[int]]:
+        """Slots whose gradients this rank has summed, and those it has to go through again.
+
+        Those are in the sums in part, or were not played to their end: an attempt may break in the
+        last moment of a backward pass, as the sums are handed over.
+        """
         reducer = self._loop.reducer
-        return reducer.summed if isinstance(reducer, GradientReducer) else ([], [])
+        if not isinstance(reducer, GradientReducer):
+            return [], []
+        whole, part = reducer.summed
+        kept = [slot for slot in whole if slot in done]
+        return kept, sorted({*whole, *part} - {*kept})
 
     def _begin_sums(self) -> None:
         """A new attempt begins with no gradients, or with those of one whose world broke."""
@@ -338,12 +347,13 @@ class Step:
         assert isinstance(reducer, GradientReducer), "every rank holds the whole model"
         assert self._buffers is not None, "batches() runs inside the step"
         self._check()
-        summed = self._summed if carried else ([], [])
+        summed = self._summed(carried.done) if carried else ([], [])
         share = self._loop.shares.divide(self._number, self._generation, summed)
         if carried is not None and not share.kept:
             # Also what was summed in part: it is played from its beginning.
             reducer.begin()
         elif carried is not None:
+            self._done.update(share.kept)
             self._losses.update({s: v for s, v in carried.losses.items() if s in share.kept})
             if 0 in share.kept:
                 self._buffers.resume(carried.after_first)
@@ -379,6 +389,7 @@ class Step:
         self._loop.reducer.end_slot()
         if slot == 0:
             self._buffers.keep()
+        self._done.add(slot)
 
     def _reduce(self) -> None:
         self._check()
@@ -542,10 +553,11 @@ class Step:
             self._loop.shares.carried = Carried(
                 step=self._number,
                 restores=self._loop.snapshots.restores,
+                done=frozenset(self._done),
                 losses=dict(self._losses),
                 after_first=self._buffers.after_first,
             )
-            summed = self._summed[0]
+            summed = self._summed(self._done)[0]
         elif broken and self._carried is not None:
             # This one broke before it came to play: what it brought is still there.
             self._loop.shares.carried = self._carried

@@ -1,6 +1,7 @@
 """GradientReducer on several ranks at once, with a reduction that only adds."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from ftkit.collectives.handle import Handle
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import Add, assign, fold_plan
 from ftkit.core.errors import GenerationAborted, StateChanged, UsageError
+from ftkit.core.ids import Slot
+from ftkit.session.step import Step
 
 SLOTS = 6
 
@@ -447,3 +450,24 @@ def test_sums_that_are_still_read_are_not_kept() -> None:
     assert reducer.summed == ([], [])
     reducer.begin(keep=True)
     assert reducer.summed == ([], [])
+
+
+def test_a_slot_cut_off_as_its_sums_are_handed_over_is_gone_through_again() -> None:
+    """All of it is summed, and nobody has noted its loss, or what it made of the buffers."""
+
+    def broken(*_: object) -> Done:
+        raise GenerationAborted("the generation is over")
+
+    model = nn.Linear(2, 1)
+    reducer = GradientReducer(model.parameters(), slots=3, reduce=broken)
+    reducer.begin()
+    reducer.start_slot(1, last=False)
+    model(torch.ones(1, 2)).sum().backward()
+    reducer.end_slot()
+    reducer.start_slot(0, last=True)
+    with pytest.raises((GenerationAborted, RuntimeError)):
+        model(torch.ones(1, 2)).sum().backward()
+    assert reducer.summed == ([0, 1], [])
+    step = object.__new__(Step)
+    step._loop = SimpleNamespace(reducer=reducer)  # type: ignore[assignment]
+    assert step._summed({Slot(1)}) == ([1], [0])
