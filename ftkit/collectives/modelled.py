@@ -99,7 +99,7 @@ class Network:
         self._events: list[tuple[float, int, ModelledWork, Callable[[], None]]] = []
         self._number = itertools.count()
         self._pending: set[ModelledWork] = set()
-        self._sent: dict[Hashable, deque[tuple[float, torch.Tensor]]] = defaultdict(deque)
+        self._sent: dict[Hashable, deque[torch.Tensor]] = defaultdict(deque)
         self._posted: dict[Hashable, deque[tuple[torch.Tensor, ModelledWork]]] = defaultdict(deque)
         self._calls: dict[int, dict[int, tuple[ModelledWork, Any]]] = defaultdict(dict)
 
@@ -170,12 +170,26 @@ class Network:
     def send(self, source: int, target: int, tag: int, tensor: torch.Tensor) -> ModelledWork:
         """Let a copy of `tensor` travel; the work ends when the buffer has taken the rest."""
         data = tensor.detach().clone().reshape(-1)
+        took = data.nbytes / self.rate if source != target else 0.0
+        departs, arrives = self._ends(source, target)
+
+        def arrive() -> None:
+            self._sent[source, target, tag].append(data)
+            self._match(source, target, tag)
+
+        def enter() -> None:
+            # A switch between the two buffers what the receiver's end has no room for yet.
+            end = self._now
+            if arrives != departs:
+                end = self._free[arrives] = max(end, self._free[arrives] + took)
+            self._at(end + self.latency_s, self._new(), arrive)
+
         with self._changed:
-            left = self._reserve(source, target, data.nbytes)
-            self._sent[source, target, tag].append((left + self.latency_s, data))
+            left = self._free[departs] = max(self._now, self._free[departs]) + took
+            self.carried += data.nbytes if source != target else 0
             work = self._new([tensor])
             self._at(left - self.buffer_bytes / self.rate, work, lambda: None)
-            self._match(source, target, tag)
+            self._at(left, self._new(), enter)
         return work
 
     def recv(self, source: int, target: int, tag: int, tensor: torch.Tensor) -> ModelledWork:
@@ -210,7 +224,7 @@ class Network:
             if len(calls) == self.size:
                 del self._calls[seq]
                 ranks = range(self.size)
-                end = max(self._reserve(r, (r + 1) % self.size, wire) for r in ranks)
+                end = max(self._share(r, wire) for r in ranks)
                 acts = [lambda: compute([calls[r][1] for r in ranks])]
                 acts += [lambda: None] * (self.size - 1)
                 for r, act in zip(ranks, acts, strict=True):
@@ -224,31 +238,40 @@ class Network:
         self._pending.add(work)
         return work
 
-    def _reserve(self, source: int, target: int, nbytes: float) -> float:
-        """When the last byte leaves; the way is taken until then."""
-        if source == target:
-            return self._now
+    def _ends(self, source: int, target: int) -> tuple[Hashable, Hashable]:
+        """What a message takes at its source, and then at its target."""
         match self.duplex:
             case Duplex.WIRES:
-                way: list[Hashable] = [(source, target)]
+                return (source, target), (source, target)
             case Duplex.FULL:
-                way = [("out", source), ("in", target)]
+                return ("out", source), ("in", target)
             case Duplex.HALF:
-                way = [source, target]
-        end = max(self._now, *(self._free[part] for part in way)) + nbytes / self.rate
-        self._free.update(dict.fromkeys(way, end))
+                return source, target
+
+    def _share(self, rank: int, nbytes: float) -> float:
+        """When a rank is through with its part of a collective, which sends and receives alike."""
+        match self.duplex:
+            case Duplex.WIRES:
+                mine: list[Hashable] = [(rank, (rank + 1) % self.size)]
+            case Duplex.FULL:
+                mine = [("out", rank), ("in", rank)]
+            case Duplex.HALF:
+                mine = [rank]
+        took = nbytes / self.rate * (2 if self.duplex is Duplex.HALF else 1)
+        end = max(self._now, *(self._free[one] for one in mine)) + took
+        self._free.update(dict.fromkeys(mine, end))
         self.carried += int(nbytes)
         return end
 
     def _match(self, *way: int) -> None:
         sent, posted = self._sent[way], self._posted[way]
         while sent and posted:
-            (when, data), (into, work) = sent.popleft(), posted.popleft()
+            data, (into, work) = sent.popleft(), posted.popleft()
 
             def deliver(data: torch.Tensor = data, into: torch.Tensor = into) -> None:
                 into.detach().view(-1).copy_(data)
 
-            self._at(max(when, self._now), work, deliver)
+            self._at(self._now, work, deliver)
 
     def _at(self, when: float, work: ModelledWork, act: Callable[[], None]) -> None:
         heapq.heappush(self._events, (when, next(self._number), work, act))

@@ -1,0 +1,80 @@
+"""Auto: `chunks="auto"` of one process group: a tuner for each operation and shape."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from ftkit.collectives.overlap.flights import Flights
+from ftkit.collectives.overlap.tuning import ChunkTuner, Cut
+
+
+class AutoChunks:
+    """The tuners of one rank in one group. One thread's object."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        """Know nothing yet. `clock` gives seconds."""
+        self.clock = clock
+        self._tuners: dict[tuple[object, ...], ChunkTuner] = {}
+
+    def tuner(self, group: Any, *what: object) -> ChunkTuner:
+        """The one for an operation and its shapes: the same on all ranks, and none before.
+
+        After a change of membership all begin anew: ranks were not all at the same call.
+        """
+        inner = getattr(group, "group", None)
+        generation = inner.world.generation if inner is not None else 0
+        key = (generation, int(group.size()), *what)
+        return self._tuners.setdefault(key, ChunkTuner(int(group.size())))
+
+
+Chunks: TypeAlias = int | Literal["auto"] | AutoChunks
+
+_shared: WeakKeyDictionary[Any, AutoChunks] = WeakKeyDictionary()
+
+
+@dataclass(slots=True)
+class Running:
+    """An operation that runs: its transfers, and how it is cut."""
+
+    flights: Flights
+    cut: Cut
+
+
+@contextmanager
+def running(
+    group: Any, name: str, chunks: Chunks, *shapes: object, gathers: bool = False
+) -> Iterator[Running]:
+    """The transfers of one call and its cut; tells the tuner how long it took.
+
+    Args:
+      group: the process group.
+      name: of the operation.
+      chunks: as the caller gave it.
+      shapes: what the same tuner may be used for.
+      gathers: whether the first part of it is the exchange (`Flights.mark`).
+    """
+    if isinstance(chunks, int):
+        if chunks < 1:
+            raise ValueError(f"chunks are counted from 1, got {chunks}")
+        with Flights(group, name) as flights:
+            yield Running(flights, Cut(chunks, eager=True))
+        return
+    auto = _shared.setdefault(group, AutoChunks()) if chunks == "auto" else chunks
+    tuner = auto.tuner(group, name, *shapes)
+    began = auto.clock()
+    with Flights(group, name, auto.clock) as flights:
+        yield Running(flights, tuner.cut)
+    total_s = auto.clock() - began
+    first_s = flights.marked - began
+    if ask := tuner.note(total_s - first_s if gathers else first_s, total_s):
+        told = torch.tensor(ask, dtype=torch.float64)
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
+        group.allreduce([told], options).wait()
+        tuner.agree(told.tolist())

@@ -1,0 +1,125 @@
+"""Tuning: into how many chunks an overlapped operation is cut, from what it was measured to take.
+
+Pure. With C seconds to compute, M to send, and o more for each message, on n ranks
+
+    T(k) = max(C, M + C / (n k)) + (n - 1) k o
+
+where plain compute-then-send takes C + M. Measured at first calls, C and M unoverlapped, and M
+once in one piece and once in eight, which gives o; then the best k is tried against plain, and
+kept where it really is faster; else a quarter of it is. All ranks must cut alike: what one measured is agreed on by the
+maximum over ranks, at calls that they count alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: Beyond these, more chunks only add messages.
+CHOICES = (1, 2, 4, 8, 16)
+
+#: Pieces of the exchange by which the cost of a message is found.
+MANY = 8
+
+#: Overlap is kept where it gains more than this.
+GAIN = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How to run one call."""
+
+    chunks: int
+    eager: bool
+    """Whether chunks go as they are made."""
+
+
+PLAIN = Cut(1, eager=False)
+
+#: The first calls of a shape: one to warm up, then C and M, in one piece and in several.
+_MEASURE = (PLAIN, PLAIN, Cut(MANY, eager=False), PLAIN, Cut(MANY, eager=False))
+_TRIES = 3
+
+
+def predicted(chunks: int, size: int, compute_s: float, exchange_s: float, each_s: float) -> float:
+    """Seconds of one call; see the module."""
+    through = exchange_s + compute_s / (size * chunks)
+    return max(compute_s, through) + (size - 1) * chunks * each_s
+
+
+def best(size: int, compute_s: float, exchange_s: float, each_s: float) -> int:
+    """The number of chunks that is predicted to be fastest."""
+    return min(CHOICES, key=lambda k: predicted(k, size, compute_s, exchange_s, each_s))
+
+
+class ChunkTuner:
+    """Decides for one shape of one operation on one rank. Told of each call, in order."""
+
+    def __init__(self, size: int) -> None:
+        """Begin to measure, on `size` ranks."""
+        self._size = size
+        self._calls = 0
+        self._plan: list[Cut] = list(_MEASURE)
+        self._noted: list[tuple[int, float, float]] = []
+        self._tried: Cut | None = None
+        self._plain_s = 0.0
+
+    @property
+    def cut(self) -> Cut:
+        """How to run the next call."""
+        return self._plan[min(self._calls, len(self._plan) - 1)]
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is measured any more."""
+        return self._calls >= len(self._plan)
+
+    def note(self, compute_s: float, total_s: float) -> list[float]:
+        """How the call went.
+
+        Args:
+          compute_s: of a call that was not eager, what computing took; the rest is exchange.
+          total_s: of the whole call.
+
+        Returns:
+          What ranks must agree on now, by the maximum, and hand to `agree`; mostly nothing.
+        """
+        if self._calls >= len(self._plan):
+            return []
+        self._noted.append((self.cut.chunks, compute_s, total_s - compute_s))
+        self._calls += 1
+        if self._calls < len(self._plan):
+            return []
+        (_, *warm), self._noted = self._noted, []
+        if self._tried is not None:
+            return [min(compute + exchange for _, compute, exchange in warm)]
+        return [
+            min(compute for _, compute, _ in warm),
+            min(exchange for chunks, _, exchange in warm if chunks == 1),
+            min(exchange for chunks, _, exchange in warm if chunks == MANY),
+        ]
+
+    def agree(self, values: Sequence[float]) -> None:
+        """What `note` returned, or what a slower rank did, in each place."""
+        if self._tried is not None:
+            if values[0] < (1 - GAIN) * self._plain_s:
+                self._settle(self._tried)
+            elif self._tried.chunks > 1:
+                # What a message costs may have hidden behind sending: less of them, then.
+                self._try(self._tried.chunks // 4 or 1)
+            else:
+                self._settle(PLAIN)
+            return
+        compute_s, exchange_s, many_s = values
+        each_s = max(0.0, many_s - exchange_s) / ((MANY - 1) * max(1, self._size - 1))
+        self._plain_s = compute_s + exchange_s
+        k = best(self._size, compute_s, exchange_s, each_s)
+        if predicted(k, self._size, compute_s, exchange_s, 0.0) >= (1 - GAIN) * self._plain_s:
+            self._settle(PLAIN)  # not even if messages were free
+        else:
+            self._try(k)
+
+    def _try(self, chunks: int) -> None:
+        self._tried = Cut(chunks, eager=True)
+        self._plan, self._calls = [self._tried] * _TRIES, 0
+
+    def _settle(self, cut: Cut) -> None:
+        self._plan, self._calls = [cut], 1

@@ -1,0 +1,279 @@
+"""The overlapped linears give what the unsplit layer gives, forward and backward."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ftkit.collectives.modelled import ModelledGroup, Network
+from ftkit.collectives.overlap import linear
+from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
+from ftkit.collectives.overlap.parts import bounds, pieces, sources, targets
+from ftkit.core.errors import GenerationAborted
+
+from .ranks import everywhere, on
+
+#: dtype, and how far a result may be off, relative to the largest element.
+DTYPES = [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)]
+
+#: Shapes of the input, the dimension that is split, ranks, chunks: odd, and with empty parts.
+SHAPES = [
+    ((12, 8), 0, 2, 1),
+    ((13, 7), 0, 3, 4),
+    ((5, 6), 0, 4, 3),  # two rows each for two ranks, one for the third, none for the last
+    ((3, 11, 5), 1, 2, 2),
+    ((7, 2, 3, 6), 0, 3, 16),
+    ((2, 1, 4), 1, 2, 2),  # one row for the first, none for the other
+    ((6, 4), 0, 1, 2),
+]
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    off = (got.double() - wanted.double()).abs()
+    scale = max(1e-30, wanted.double().abs().max().item() if wanted.numel() else 1.0)
+    assert off.numel() == 0 or off.max().item() <= tolerance * scale
+
+
+def problem(shape: tuple[int, ...], dtype: torch.dtype, out: int = 10) -> Any:
+    """Input, weight, bias, gradient of the output; and what the whole layer makes of them."""
+    made = torch.Generator().manual_seed(3)
+    x = torch.randn(shape, generator=made, dtype=torch.float64).to(dtype)
+    weight = torch.randn(out, shape[-1], generator=made, dtype=torch.float64).to(dtype)
+    bias = torch.randn(out, generator=made, dtype=torch.float64).to(dtype)
+    grad = torch.randn(*shape[:-1], out, generator=made, dtype=torch.float64).to(dtype)
+    leaves = [t.double().clone().requires_grad_() for t in (x, weight, bias)]
+    y = functional.linear(*leaves)
+    y.backward(grad.double())
+    wanted = [t.to(dtype) for t in (y.detach(), *(leaf.grad for leaf in leaves))]  # type: ignore[union-attr]
+    return x, weight, bias, grad, wanted
+
+
+def part(t: torch.Tensor, dim: int, group: ModelledGroup) -> torch.Tensor:
+    start, end = bounds(t.shape[dim], group.size(), group.rank())
+    return t.narrow(dim, start, end - start).contiguous()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize(("shape", "dim", "size", "chunks"), SHAPES)
+@pytest.mark.parametrize("kind", ["row", "column", "row whole", "column whole"])
+def test_every_form_is_the_whole_layer(
+    kind: str,
+    shape: tuple[int, ...],
+    dim: int,
+    size: int,
+    chunks: int,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> None:
+    x, weight, bias, grad, (y, of_x, of_weight, of_bias) = problem(shape, dtype)
+    last = x.ndim - 1
+
+    def rank(group: ModelledGroup) -> None:
+        def leaf(t: torch.Tensor) -> torch.Tensor:
+            return t.detach().clone().requires_grad_()
+
+        def mine(t: torch.Tensor, d: int) -> torch.Tensor:
+            return part(t, d, group)
+
+        if kind.startswith("row"):
+            leaves = leaf(mine(x, last)), leaf(mine(weight, 1)), leaf(bias)
+            wanted = mine(of_x, last), mine(of_weight, 1), of_bias
+        else:
+            given = x if "whole" in kind else mine(x, dim)
+            leaves = leaf(given), leaf(mine(weight, 0)), leaf(mine(bias, 0))
+            wanted = (
+                of_x if "whole" in kind else mine(of_x, dim),
+                mine(of_weight, 0),
+                mine(of_bias, 0),
+            )
+        options: dict[str, Any] = {"group": group, "chunks": chunks}
+        match kind:
+            case "row":
+                got = linear.linear_reduce_scatter(*leaves, dim=dim, **options)
+                out, back = mine(y, dim), mine(grad, dim)
+            case "column":
+                got = linear.all_gather_linear(*leaves, dim=dim, rows=shape[dim], **options)
+                out, back = mine(y, last), mine(grad, last)
+            case "row whole":
+                got = linear.linear_all_reduce(*leaves, **options)
+                out, back = y, grad
+            case _:
+                got = linear.linear_replicated(*leaves, **options)
+                out, back = mine(y, last), mine(grad, last)
+        close(got, out, tolerance)
+        got.backward(back)
+        for one, expected in zip(leaves, wanted, strict=True):
+            assert one.grad is not None
+            close(one.grad, expected, tolerance)
+
+    everywhere(size, rank)
+
+
+def test_chunks_change_no_bit_of_a_forward() -> None:
+    x, weight, *_ = problem((40, 16), torch.bfloat16)
+
+    def rank(group: ModelledGroup) -> list[bytes]:
+        ours = part(x, 1, group), part(weight, 1, group)
+        made = [
+            linear.linear_reduce_scatter(*ours, group=group, chunks=chunks) for chunks in (1, 3, 8)
+        ]
+        return [m.view(torch.uint8).numpy().tobytes() for m in made]
+
+    for rows in everywhere(3, rank):
+        assert len(set(rows)) == 1
+
+
+@pytest.mark.parametrize("kind", ["row", "column"])
+def test_parts_of_one_weight_add_up_to_the_gradients_of_the_whole(kind: str) -> None:
+    x, weight, bias, *_ = problem((4, 6), torch.float64, out=4)
+
+    def rank(group: ModelledGroup) -> None:
+        # All ranks perturb alike: the function is of the whole, seen from each.
+        def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+            if kind == "row":
+                return linear.linear_all_reduce(
+                    _take(x, 1, group), _take(weight, 1, group), bias, group=group, chunks=2
+                )
+            return linear.linear_replicated(
+                x, _take(weight, 0, group), _take(bias, 0, group), group=group, chunks=2
+            )
+
+        leaves = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        y = function(*leaves)
+        total = y.square().sum()
+        total.backward()
+        reference = [t.clone().requires_grad_() for t in (x, weight, bias)]
+        functional.linear(*reference).square().sum().backward()
+        summed = [leaf.grad.clone() for leaf in leaves]
+        shared = {"row": 2, "column": 0}[kind]
+        for i, of_leaf in enumerate(summed):
+            if i != shared:  # each rank has the gradient of its part, and zeros elsewhere
+                group.allreduce([of_leaf]).wait()
+            close(of_leaf, reference[i].grad, 1e-12)
+
+    everywhere(2, rank)
+
+
+def _take(t: torch.Tensor, dim: int, group: ModelledGroup) -> torch.Tensor:
+    start, end = bounds(t.shape[dim], group.size(), group.rank())
+    return t.narrow(dim, start, end - start)
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_a_block_of_modules_trains_like_the_whole_block(sequence: bool) -> None:
+    torch.manual_seed(0)
+    up, down = nn.Linear(6, 10), nn.Linear(10, 6)
+    x = torch.randn(8, 6)
+    whole = down(functional.gelu(up(x)))
+    whole.square().sum().backward()
+
+    def rank(group: ModelledGroup) -> None:
+        options: dict[str, Any] = {"group": group, "sequence": sequence, "chunks": 2}
+        first, second = (
+            ColumnParallelLinear.of(up, **options),
+            RowParallelLinear.of(down, **options),
+        )
+        y = second(functional.gelu(first(part(x, 0, group) if sequence else x)))
+        close(y, part(whole.detach(), 0, group) if sequence else whole.detach(), 1e-6)
+        y.square().sum().backward()
+        wanted = [
+            (first.weight, part(up.weight.grad, 0, group)),  # type: ignore[arg-type]
+            (first.bias, part(up.bias.grad, 0, group)),  # type: ignore[arg-type]
+            (second.weight, part(down.weight.grad, 1, group)),  # type: ignore[arg-type]
+            (second.bias, down.bias.grad),
+        ]
+        for parameter, expected in wanted:
+            close(parameter.grad, expected, 1e-5)  # type: ignore[union-attr, arg-type]
+
+    everywhere(2, rank)
+
+
+def test_rows_that_do_not_fit_are_refused_in_words() -> None:
+    def rank(group: ModelledGroup) -> None:
+        if group.rank():
+            return
+        with pytest.raises(ValueError, match="has 3 of 6 rows, not 5"):
+            linear.all_gather_linear(
+                torch.zeros(5, 2), torch.zeros(2, 2), group=group, rows=6, chunks=1
+            )
+        with pytest.raises(ValueError, match="dim must be one of the first 1"):
+            linear.linear_reduce_scatter(torch.zeros(5, 2), torch.zeros(2, 2), group=group, dim=1)
+        with pytest.raises(ValueError, match="counted from 1"):
+            linear.linear_all_reduce(torch.zeros(5, 2), torch.zeros(2, 2), group=group, chunks=0)
+
+    everywhere(2, rank)
+
+
+def test_a_fault_in_the_middle_ends_the_call_on_all_and_a_bug_on_one_too() -> None:
+    x, weight, *_ = problem((12, 8), torch.float32)
+
+    def faulty(group: ModelledGroup) -> str:
+        kept = part(x, 1, group).requires_grad_()
+        try:
+            if group.rank() == 2:
+                raise ZeroDivisionError
+            linear.linear_reduce_scatter(kept, part(weight, 1, group), group=group, chunks=2)
+        except ZeroDivisionError:
+            group.network.sleep(0.01)
+            group.abort()
+            return "raised"
+        except GenerationAborted as error:
+            return str(error)
+        return "done"
+
+    network = Network(3, rate=1e3)
+    *ended, raised = on(network, faulty)
+    assert raised == "raised"
+    for rank, words in enumerate(ended):
+        assert words.startswith(f"linear_reduce_scatter over rank {rank} of 3: ")
+    # The same call over the same members works again.
+    assert on(
+        network,
+        lambda g: linear.linear_reduce_scatter(
+            part(x, 1, g), part(weight, 1, g), group=g, chunks=2
+        ).shape[0],
+    ) == [4, 4, 4]
+
+
+def test_an_error_of_the_user_inside_a_call_aborts_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = linear.times
+
+    def times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.shape[0] == 3 and a[0, 0] == 77:
+            raise MemoryError("no room")
+        return plain(a, b)
+
+    monkeypatch.setattr(linear, "times", times)
+
+    def rank(group: ModelledGroup) -> type[BaseException] | None:
+        x = torch.ones(6, 2)
+        x[:] = 77 if group.rank() == 0 else 1
+        try:
+            linear.linear_reduce_scatter(x, torch.ones(2, 2), group=group, chunks=1)
+        except (MemoryError, GenerationAborted) as error:
+            return type(error)
+        return None
+
+    assert everywhere(2, rank, rate=1e3) == [MemoryError, GenerationAborted]
+
+
+def test_parts_cover_all_rows_once_and_ours_come_last() -> None:
+    for rows in (0, 1, 5, 12):
+        for size in (1, 2, 3, 5):
+            cut = [bounds(rows, size, r) for r in range(size)]
+            assert [list(range(rows))[a:b] for a, b in cut] == [
+                c.tolist() for c in torch.arange(rows).chunk(size)
+            ] + [[]] * (size - len(torch.arange(rows).chunk(size)))
+            for a, b in cut:
+                spans = list(pieces(a, b, 3))
+                assert [i for s, e in spans for i in range(s, e)] == list(range(a, b))
+                assert all(s < e for s, e in spans)
+    assert targets(4, 1) == [2, 3, 0]
+    # Who we serve first expects us first.
+    assert all(sources(4, targets(4, r)[i])[i] == r for r in range(4) for i in range(3))
