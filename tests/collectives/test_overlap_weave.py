@@ -165,7 +165,7 @@ def test_a_woven_stack_is_the_plain_one(
             close(torch.cat([g[1] for g in weights]), layer.body.up.grad)
             close(torch.cat([g[2] for g in weights], 1), layer.body.down.grad)
         else:
-            close(torch.cat([g[2] for g in weights], 1), layer.body.out.grad)  # type: ignore[union-attr, arg-type]
+            close(torch.cat([g[2] for g in weights], 1), layer.body.out.grad)
 
 
 def test_parameters_accumulate_once_a_backward() -> None:
@@ -192,16 +192,16 @@ class Slow(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         class Sleep(torch.autograd.Function):
             @staticmethod
-            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
                 self.network.sleep(self.sample_s * x.shape[0])
                 return x.clone()
 
             @staticmethod
-            def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
                 self.network.sleep(2 * self.sample_s * grad.shape[0])
                 return grad
 
-        result: torch.Tensor = Sleep.apply(x)  # type: ignore[no-untyped-call]
+        result: torch.Tensor = Sleep.apply(x)
         return result
 
 
