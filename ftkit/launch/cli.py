@@ -110,6 +110,13 @@ def main() -> None:
 )
 @click.option("--metrics-port", default=0, help="Serve Prometheus metrics from each agent; 0: not.")
 @click.option("--history", default="", help="File or URL that remembers nodes' faults across jobs.")
+@click.option(
+    "--preflight",
+    type=click.Choice(["stop", "warn"]),
+    is_flag=False,
+    flag_value="stop",
+    help="Check every node as `ftkit doctor` does before ranks start; stop when one fails, or warn.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -135,6 +142,7 @@ def run(
     fresh: bool,
     metrics_port: int,
     history: str,
+    preflight: str | None,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -181,6 +189,7 @@ def run(
         checkpoint_fresh=fresh,
         metrics_port=metrics_port,
         history=absolute(history),
+        preflight=preflight or "",
         quiet=quiet,
     )
     if checkpoint_dir:

@@ -128,6 +128,9 @@ class JobConfig:
     machine each takes the next one."""
     history: str = ""
     """Where what becomes of nodes and jobs is remembered: a file or a URL; empty: nowhere."""
+    preflight: str = ""
+    """What happens when a check of a node fails before ranks start: "stop" or "warn"; empty: nothing
+    is checked."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 
@@ -138,6 +141,8 @@ class JobConfig:
             raise UsageError(f"--spares is {self.spares}, not a number of ranks")
         if self.spare_nodes < 0:
             raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
+        if self.preflight not in ("", "stop", "warn"):
+            raise UsageError(f"--preflight is stop or warn, not {self.preflight!r}")
         if not self.command:
             raise UsageError("there is no command to run")
         if not 0 <= self.metrics_port <= 65535 - self.agents:

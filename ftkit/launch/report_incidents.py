@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ftkit.core.pace_plan import PaceFault
 from ftkit.launch.report_history import Commit, History, Injection
 
 
@@ -58,7 +59,15 @@ def read_incidents(
     """
     targets = targets_of(history)
     return [
-        _follow(history, injection, targets, evicts, loses_all, spares)
+        # Who only loses time keeps its place, also beside one that is lost.
+        _follow(
+            history,
+            injection,
+            targets,
+            evicts and injection.fault not in set(PaceFault),
+            loses_all,
+            spares,
+        )
         for injection in history.injections
     ]
 
