@@ -44,6 +44,12 @@ def main() -> None:
 @click.option("--nproc", "--nproc-per-node", default=1, show_default=True, help="Ranks on a node.")
 @click.option("--nodes", "--nnodes", default=1, show_default=True, help="Nodes.")
 @click.option(
+    "--spares",
+    default=0,
+    show_default=True,
+    help="Ranks more on each node, kept warm: one that is lost is replaced within a step or two.",
+)
+@click.option(
     "--spare-nodes",
     default=0,
     show_default=True,
@@ -118,6 +124,7 @@ def main() -> None:
 def run(
     nproc: int,
     nodes: int,
+    spares: int,
     spare_nodes: int,
     engine: str | None,
     max_stall_s: float,
@@ -165,6 +172,7 @@ def run(
         command=python_command(script, arguments),
         nodes=nodes,
         nproc=nproc,
+        spares=spares,
         spare_nodes=spare_nodes,
         max_stall_s=max_stall_s,
         alarms_per_day=alarms_per_day,

@@ -85,6 +85,8 @@ class JobConfig:
     nodes: int = 1
     nproc: int = 1
     """Ranks on each node."""
+    spares: int = 0
+    """Further ranks on each node, kept warm: built and connected, and in no world until one is lost."""
     spare_nodes: int = 0
     """Further nodes, with an agent and no ranks until another node is to be left."""
     parity: str = ""
@@ -135,6 +137,8 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nproc < 1:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
+        if self.spares < 0:
+            raise UsageError(f"--spares is {self.spares}, not a number of ranks")
         if self.spare_nodes < 0:
             raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
         if self.spare_nodes and not self.history:
@@ -170,7 +174,13 @@ class JobConfig:
 
     @property
     def seats(self) -> int:
+        """Ranks of a full world."""
         return self.nodes * self.nproc
+
+    @property
+    def places(self) -> int:
+        """Processes on each node, spare ones too: seats are numbered by them."""
+        return self.nproc + self.spares
 
     @property
     def agents(self) -> int:

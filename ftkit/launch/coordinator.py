@@ -385,7 +385,7 @@ class Coordinator:
             plan = adopt(copies, term=Term(self._number))
             reason = f"coordinator {self._number} goes on from term {plan.term - 1}"
         else:
-            plan = first_plan(self._config.nodes, self._config.nproc, term=Term(self._number))
+            plan = first_plan(self._config.nodes, self._config.places, term=Term(self._number))
             reason = "the job begins"
         self.trace.event("decision", action="lead", reason=reason, term=plan.term)
         self._judge.take_plan(plan, at=now)
@@ -446,7 +446,8 @@ class Coordinator:
             interrupted=self._interrupted,
             refused=self._refused,
             advised=self._advised,
-            per_node=self._config.nproc,
+            per_node=self._config.places,
+            world_max=self._config.seats,
         )
 
     def _ask_for_tests(self) -> None:

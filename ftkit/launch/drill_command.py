@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ftkit.launch.drills import (
     JOIN,
     NODE_FAULTS,
     SHRINK_GROW,
+    SPARE,
     STAGE_LOST,
     TWO_AT_ONCE,
     Drill,
@@ -64,6 +66,7 @@ def run_drills(
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
         job = job.for_members() if fault in (FLAP, JOIN, CHURN, SHRINK_GROW) else job
+        job = replace(job.for_pace(SPARE), spares=1) if fault == SPARE else job
         job = job.for_stages() if fault == STAGE_LOST else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()

@@ -52,6 +52,8 @@ FLAP, JOIN, CHURN = "flap", "join", "churn"
 SHRINK_GROW = "shrink-grow"
 #: A stage of a pipeline.
 STAGE_LOST = "stage-lost"
+#: A rank of a job that keeps one warm to replace it.
+SPARE = "spare"
 #: Faults of the link between two ranks.
 PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
 LINK_FAULTS = (PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE)
@@ -80,6 +82,7 @@ CATALOGUE: dict[str, str] = {
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
     SHRINK_GROW: "SIGKILL to one rank and, some steps later, to another: the world shrinks, shrinks, grows",
     STAGE_LOST: "SIGKILL to one stage of a pipeline: the others take its layers until it is back",
+    SPARE: "SIGKILL to one rank of a job with a spare one: it must be in within two steps",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
@@ -101,6 +104,7 @@ RANKS_MIN: dict[str, int] = {
     CHURN: 3,
     SHRINK_GROW: 3,
     STAGE_LOST: 2,
+    SPARE: 2,
     PARTITION: 3,
     SLOW_LINK: 3,
     SLOW_NIC: 3,
@@ -253,7 +257,7 @@ class Drill:
             return [first, replace(second, step=self.step + SHRINK_STEPS)]
         if self.phase is None:
             return []
-        kills = (KILL_IN_COLLECTIVE, STAGE_LOST, TWO_AT_ONCE)
+        kills = (KILL_IN_COLLECTIVE, STAGE_LOST, SPARE, TWO_AT_ONCE)
         kind = Kind.KILL if self.fault in kills else Kind(self.fault)
         if self.phase is Point.RECOVERY:
             assert self.second_seat is not None, "two ranks are hit"
@@ -341,6 +345,8 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         point = None
     if name in DESYNCS:
         point = Point.BACKWARD
+    if name == SPARE and point is Point.RECOVERY:
+        point = Point.FORWARD  # one spare replaces one rank
     if name == TWO_AT_ONCE and point in (Point.RECOVERY, Point.IN_COLLECTIVE):
         point = Point.FORWARD
     if name == STAGE_LOST and point in (Point.ALL_REDUCE, Point.IN_COLLECTIVE):
@@ -437,6 +443,8 @@ class Job:
     """Ranks over which the bundled job cuts a copy of its model: 0 for none, 1 for all."""
     stages: bool = False
     """Whether the bundled job is a pipeline."""
+    spares: int = 0
+    """Ranks more on each node, kept warm."""
     workload: tuple[str, ...] = ()
     """Further arguments of the bundled job."""
 
@@ -512,6 +520,7 @@ class Job:
             command=self.command,
             nodes=self.nodes,
             nproc=self.nproc,
+            spares=self.spares,
             parity=self.parity,
             max_stall_s=self.max_stall_s,
             run_dir=str(run_dir),
@@ -613,6 +622,10 @@ def run_drill(
         from ftkit.launch.member_drills import judge_shrink_grow
 
         outcome = judge_shrink_grow(outcome, events, job.world_size)
+    elif drill.fault == SPARE:
+        from ftkit.launch.member_drills import judge_spare
+
+        outcome = judge_spare(outcome, events)
     elif drill.fault == STAGE_LOST:
         from ftkit.launch.member_drills import judge_stage_lost
 
@@ -647,6 +660,7 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         phase=drill.where,
         seed=drill.seed,
         world_size=job.world_size,
+        spares=job.spares * job.nodes,
         # A script of the user's sets its own sizes; its undisturbed run tells them.
         steps=told.steps if job.script else job.steps,
         slots=told.slots if job.script else job.slots,
