@@ -463,7 +463,7 @@ def draining_nodes() -> frozenset[str]:
     is lost as any other.
     """
     try:
-        client = ray._private.worker.global_worker.gcs_client
+        client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]  # set as it connects
         return frozenset(str(name) for name in client.get_draining_nodes())
     except (AttributeError, RuntimeError, ray_errors.RayError) as error:
         logger.debug("Ray tells nothing of machines that go: %s", error)
