@@ -34,6 +34,7 @@ from ftkit.launch.environment import common_environment, rank_environment
 from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
+from ftkit.launch.job_preflight import JobPreflight
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.metrics import Metrics, MetricsServer
 from ftkit.launch.pace import STILL_S, Pace
@@ -41,6 +42,7 @@ from ftkit.launch.prober import ROLE as PAIR_TEST
 from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
+from ftkit.launch.self_checker import SelfChecker
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
@@ -59,6 +61,12 @@ SPAWN_LATEST_S = 0.5
 #: The longest that ranks are held back for the fork server to have imported torch.
 PRELOAD_LATEST_S = 30.0
 
+
+#: The longest that a node which is about to be taken away waits for its ranks to leave.
+DRAIN_S = 20.0
+
+#: For so long after they have left, others may still read what they captured last.
+LINGER_S = 1.0
 
 #: For so long after a member was halted what it called before is told: they may have differed.
 HALTED_S = 1.0
@@ -132,6 +140,9 @@ class Agent:
         self._prober = Prober(
             self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
+        self._checker = SelfChecker(
+            node, self._clock, lambda found: self._inbox.put(("signal", to_json(found)))
+        )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
         self._boot = Boot(secrets.token_hex(8))
@@ -161,11 +172,20 @@ class Agent:
         self._resources: Resources | None = None
         self._metrics = Metrics(config.job, node)
         self._metrics_server = self._serve_metrics()
+        self._preflight = None
+        if config.preflight:
+            self._preflight = JobPreflight(
+                config, node, changed=lambda: self._inbox.put(("tiers", None))
+            )
         self._memory = MemoryWatch(self._clock.now())
         self._killed: set[MemberId] = set()
         self._halted_at = float("-inf")
         self._ending_since: float | None = None
         self._missing_since: float | None = None
+        self._draining_since: float | None = None
+        """When it was said that this node is about to be taken away."""
+        self._left_at: float | None = None
+        """When the last rank of a node that is drained had left."""
         self._stopped = False
 
     @property
@@ -206,6 +226,7 @@ class Agent:
                     next_tick = now + self._config.times.tick_s
                     self._memory.sample(now)
                     self._end_if_due()
+                    self._end_if_drained(now)
                     self._spawn_missing()
                 if self._pace.woke(now) and self._pace.tells(now, self._still_s(now)):
                     self._tell_coordinator()
@@ -219,6 +240,10 @@ class Agent:
     def stop(self) -> None:
         """End at once, killing every rank. From any thread or signal handler."""
         self._inbox.put(("stop", None))
+
+    def drain(self) -> None:
+        """This node is about to be taken away: have its ranks leave, then end. As `stop`."""
+        self._inbox.put(("drain", None))
 
     def close(self) -> None:
         """Kill what runs and remove what this node holds. Safe to call twice."""
@@ -241,6 +266,9 @@ class Agent:
         if server is not None:
             server.close()
         self._prober.close()
+        self._checker.close()
+        if self._preflight is not None:
+            self._preflight.close()
         self._tiers.close()
         self._examiner.close()
         self._lifelines.close()
@@ -273,11 +301,14 @@ class Agent:
                 self._tell_coordinator()
             case "measured":
                 self._signals.append(to_json(value))
+                self._signals.extend(to_json(seen) for seen in self._tiers.io())
                 self._watch_coordinator()
                 heard = self._coordinator is not None and not self._blind
                 self._metrics.set("ftkit_agent_coordinator_connected", heard)
                 paths = {self._config.run_dir: "run", self._config.checkpoint_dir: "checkpoint"}
                 self._metrics.take_node(value, paths)
+            case "drain":
+                self._begin_drain()
             case "stop":
                 self._stopped = True
 
@@ -492,6 +523,8 @@ class Agent:
                 self._look_closely(message)
             case "pairs":
                 self._prober.take(message.get("tests"))
+            case "check":
+                self._checker.start()
             case "clock":
                 self._stamps = float(message["sent"]), self._wall()
             case _:
@@ -583,7 +616,7 @@ class Agent:
             for s in self._plan.seats
             if s.node == self._node and s.boot == self._boot and s.member not in self._facts
         ]
-        if not missing or self._plan.stop:
+        if not missing or self._plan.stop or self._draining_since is not None:
             self._missing_since = None
             return
         if self._missing_since is None:
@@ -624,6 +657,26 @@ class Agent:
             for member, rank in self._ranks.items():
                 self._killed.add(member)
                 rank.signal(signal.SIGKILL)
+
+    def _begin_drain(self) -> None:
+        if self._plan.mode is Mode.ENDED or self._draining_since is not None:
+            self._stopped = True  # asked twice: at once
+            return
+        self._draining_since = self._clock.now()
+        logger.warning("node %s is about to be taken away: its ranks leave", self._node)
+        self.trace.event("drain")
+        self._tell_coordinator()
+
+    def _end_if_drained(self, now: float) -> None:
+        """Of a node that is about to be taken away: end once its ranks have left, or time is up."""
+        since = self._draining_since
+        if since is None:
+            return
+        if self._left_at is None and all(r.exit_code is not None for r in self._ranks.values()):
+            self._left_at = now
+            self.trace.event("drained", seconds=now - since)
+        left = self._left_at is not None and now - self._left_at > LINGER_S
+        self._stopped = self._stopped or left or now - since > DRAIN_S
 
     def _through(self) -> bool:
         """Whether, the job being over, nothing is left to wait for: no rank, no last checkpoint."""
@@ -683,7 +736,12 @@ class Agent:
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
+                "draining": self._draining_since is not None,
                 "clock": self._told_clock(),
+                # Of interest before ranks start, and to nobody afterwards.
+                "preflight": self._preflight.result
+                if self._preflight is not None and not self._ranks
+                else None,
                 "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),
             },

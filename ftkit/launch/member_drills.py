@@ -7,15 +7,17 @@ will sit in a seat, and when it will be back, nobody can plan.
 import os
 import random
 import signal
+import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ftkit.core.trace import Trace
 from ftkit.launch.checker import Outcome, with_more
-from ftkit.launch.drills import CHURN, FLAP, JOIN, STRIKES, Drill, Job
+from ftkit.launch.drills import CHURN, FLAP, JOIN, PREEMPT, STRIKES, Drill, Job
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.recovery.budget import BudgetConfig
@@ -23,6 +25,9 @@ from ftkit.recovery.budget import BudgetConfig
 #: Between two strikes of churn, in seconds.
 PAUSE_S = (0.5, 2.0)
 CHURN_STRIKES_MAX = 12
+
+#: Steps that may be committed until a spare is in.
+SPARE_STEPS = 2
 
 
 @dataclass(slots=True)
@@ -121,6 +126,71 @@ class MemberStriker:
             os.kill(one.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # it ended this instant, which the checker will have something to say about
+
+
+class Preempter:
+    """Tells one node that it is about to be taken away, once the job has committed the drill's step."""
+
+    def __init__(self, drill: Drill, job: Job, run_dir: Path) -> None:
+        self._drill, self._run_dir = drill, run_dir
+        self._node = drill.seat // job.nproc
+        self._seats = range(self._node * job.nproc, (self._node + 1) * job.nproc)
+        self._tail = EventTail(run_dir)
+        self._members: dict[int, int] = {}
+        self._done = False
+
+    def poll(self, engine: Engine) -> None:
+        """Strike when it is time."""
+        reached = False
+        for event in self._tail.poll():
+            if event["kind"] == "spawn":
+                self._members[event["seat"]] = event["member"]
+            reached |= event["kind"] == "commit" and event["step"] >= self._drill.step
+        if self._done or not reached:
+            return
+        self._done = True
+        with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
+            for seat in self._seats:
+                trace.event(
+                    "drill",
+                    fault=PREEMPT,
+                    phase="any",
+                    seat=seat,
+                    member=self._members[seat],
+                    step=self._drill.step,
+                )
+        engine.drain_node(self._node)
+
+
+def judge_preempt(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
+    """The outcome with the rules of notices added; pure.
+
+    * N1 the ranks of the node leave by themselves, at the end of a step;
+    * N2 until they have, nobody stands still and nobody plays a step again;
+    * N3 once another agent has come for the node, its seats are filled again.
+    """
+    ordered = sorted(events, key=lambda e: float(e["mono"]))
+    struck = [e for e in ordered if e["kind"] == "drill"]
+    if not struck:
+        return with_more(outcome, problems=[], missing=["the notice was not given"])
+    at, members = float(struck[0]["mono"]), {e["member"] for e in struck}
+    left = {e["member"]: e for e in ordered if e["kind"] == "left"}
+    problems = [f"member {m} did not leave by itself" for m in sorted(members - left.keys())]
+    until = max((float(e["mono"]) for m, e in left.items() if m in members), default=at)
+    problems += [
+        f"a {e['kind']} ({e.get('reason', '')}) before the node was left"
+        for e in ordered
+        if e["kind"] in ("report", "rollback", "halt") and at < float(e["mono"]) <= until
+    ]
+    back = {e["seat"] for e in ordered if e["kind"] == "commit" and float(e["mono"]) > until}
+    away = sorted({e["seat"] for e in struck} - back)
+    return with_more(
+        outcome,
+        problems=problems,
+        missing=[f"seats {away} were not back before the job ended"] if away else [],
+        left_at_steps=sorted(e["step"] for m, e in left.items() if m in members),
+        left_s=round(until - at, 3),
+    )
 
 
 def judge_join(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
@@ -223,3 +293,54 @@ def judge_stage_lost(outcome: Outcome, events: Iterable[Mapping[str, Any]], size
     if full := [b for b in bounds if len(b) == size + 1][1:]:
         problems.append(f"with every seat taken the layers were cut otherwise: {full}")
     return with_more(outcome, problems=problems, missing=missing, cuts=[list(b) for b in bounds])
+
+
+def judge_spare(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
+    """The outcome with the rules of spares added; pure.
+
+    * H1 a rank that stood by is let in after the fault, and was started before it;
+    * H2 at most two steps are committed without it.
+    """
+    ordered = sorted(events, key=lambda e: float(e["mono"]))
+    struck = next((e for e in ordered if e["kind"] == "drill"), None)
+    if struck is None:
+        return with_more(outcome, problems=[], missing=["the fault did not strike"])
+    at = float(struck["mono"])
+    started = {e["member"] for e in ordered if e["kind"] == "spawn" and e["mono"] < at}
+    trained = {e["member"] for e in ordered if e["kind"] == "commit" and e["mono"] < at}
+    let_in = [
+        e
+        for e in ordered
+        if e["kind"] == "admit" and e["mono"] > at and e["member"] in started - trained
+    ]
+    if not let_in:
+        return with_more(outcome, problems=["no spare was let in"], missing=[])
+    before = max(e["generation"] for e in ordered if e["kind"] == "commit" and e["mono"] <= at)
+    grown = let_in[0]["generation"]
+    smaller = {
+        e["step"] for e in ordered if e["kind"] == "commit" and before < e["generation"] < grown
+    }
+    times = sorted(
+        float(e["mono"])
+        for e in ordered
+        if e["kind"] == "commit" and e["mono"] <= at and e["member"] in trained
+        and e["member"] != struck["member"]
+    )  # fmt: skip
+    promoted_s = round(float(let_in[0]["mono"]) - at, 3)
+    problems = list[str]()
+    if len(smaller) > SPARE_STEPS:
+        problems.append(f"{len(smaller)} steps were committed before the spare was in")
+    return with_more(
+        outcome,
+        problems=problems,
+        missing=[],
+        promoted_steps=len(smaller),
+        promoted_s=promoted_s,
+        step_s=_gap_median(times),
+    )
+
+
+def _gap_median(times: Sequence[float]) -> float | None:
+    """The median time between two commits of any rank that are not of the same step, roughly."""
+    gaps = [b - a for a, b in pairwise(times) if b - a > 1e-3]
+    return round(statistics.median(gaps), 4) if gaps else None

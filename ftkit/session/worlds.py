@@ -16,7 +16,7 @@ import torch
 from ftkit.checkpoint.restore_shards import Incomplete
 from ftkit.checkpoint.shards import is_dtensor
 from ftkit.collectives.group import Group
-from ftkit.core.errors import GenerationAborted, Unreachable, UsageError, WireError
+from ftkit.core.errors import GenerationAborted, JobStopped, Unreachable, UsageError, WireError
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
@@ -38,6 +38,7 @@ class Worlds:
         self._snapshots: Snapshots | None = None
         self._build: Callable[[World], None] | None = None
         self._stages = False
+        self._looked_ahead = False
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
@@ -87,8 +88,9 @@ class Worlds:
             parts.recorder.phase(Phase.RECOVERY)
             match task:
                 case Link(world):
-                    if self._snapshots is not None:
-                        self._snapshots.look_ahead(world)
+                    if self._snapshots is not None and not self._looked_ahead:
+                        # Once: a spare is linked to world after world, and has to be quick.
+                        self._looked_ahead = self._snapshots.look_ahead(world)
                     try:
                         parts.group.connect(world.members, timeout_s=parts.stall_s)
                     except WireError:
@@ -104,7 +106,11 @@ class Worlds:
                     parts.membership.gave_up()
 
     def switch(self, world: World, step: Step) -> None:
-        """Enter the newcomers' world with all other members, after `step`."""
+        """Enter the newcomers' world with all other members, after `step`; or leave, if not in it.
+
+        Raises:
+          JobStopped: this rank is not in it: its node is about to be taken away.
+        """
         group = self._parts.group
         if self._build is not None:
             # Everybody loads its new shards from what was captured here.
@@ -115,6 +121,12 @@ class Worlds:
                 group.abort(group.world.generation, str(error))
                 return
             self._snapshots.give_up()
+        if self._parts.member not in world.member_ids:
+            # To exit earlier would break the world that the others are about to leave.
+            if self._parts.membership.gone_on(world.generation):
+                self._parts.trace.event("left", step=step, generation=world.generation)
+                raise JobStopped(f"its node is about to be taken away; it left after step {step}")
+            return
         for member in world.members:
             if member.member not in group.world.member_ids:
                 try:
@@ -204,17 +216,17 @@ class Worlds:
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:
                 if not is_dtensor(tensor):
-                    broadcast_from_first(group, tensor.detach())
+                    broadcast_from(group, tensor.detach())
 
 
-def broadcast_from_first(group: Group, tensor: torch.Tensor) -> None:
-    """Rank 0's `tensor` to all ranks, in place and whatever its strides. Blocks.
+def broadcast_from(group: Group, tensor: torch.Tensor, root: int = 0) -> None:
+    """The `tensor` of rank `root` to all ranks, in place and whatever its strides. Blocks.
 
     Raises:
       GenerationAborted: the generation ended meanwhile.
     """
     # A model in channels_last has parameters that are not contiguous; the wire needs them so.
     flat = tensor.contiguous()
-    group.broadcast(flat, 0).wait()
+    group.broadcast(flat, root).wait()
     if flat is not tensor:
         tensor.copy_(flat)
