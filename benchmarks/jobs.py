@@ -68,7 +68,7 @@ class Job:
           faults: what ranks do to themselves.
           on_poll: called about twenty times a second meanwhile.
           interrupts: whether `on_poll` ends the job, so that its end is no failure.
-          settings: further fields of its JobConfig.
+          settings: further fields of its JobConfig; variables in their `env` are added.
 
         Raises:
           JobFailed: the job did not end well.
@@ -81,8 +81,14 @@ class Job:
             max_stall_s=self.max_stall_s,
             run_dir=str(run_dir),
             rank_logs=True,
-            env=to_environ(list(faults)) | {"PYTHONPATH": python_path()},
-            **settings,
+            **{
+                **settings,
+                "env": {
+                    **to_environ(list(faults)),
+                    "PYTHONPATH": python_path(),
+                    **settings.get("env", {}),
+                },
+            },
         )
         # The engine's own processes are started from here too.
         before = os.environ.get("PYTHONPATH")

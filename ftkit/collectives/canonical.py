@@ -14,19 +14,24 @@ from ftkit.collectives.flows import Handout, Inflow, Piece, pieces_of, produce, 
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import Op, Program, Wait
 from ftkit.collectives.reductions import FOLD_BYTES, chunks_of
-from ftkit.collectives.slots import Add, Take, fold_plan
+from ftkit.collectives.slots import Add, Held, Take, fold_plan
 
 _RESULT = 0
 _FIRST_NODE = 1
 
 
 def reduce_slots(
-    nodes: Sequence[Bytes], out: Bytes, dtype: torch.dtype, slots: int, factor: float | None
+    nodes: Sequence[Bytes],
+    out: Bytes,
+    dtype: torch.dtype,
+    slots: int,
+    factor: float | None,
+    division: Held | None = None,
 ) -> Program:
     """`out` = factor * canonical sum. `out` may be the memory of one of `nodes`."""
 
     def program(op: Op) -> Generator[Wait, None, None]:
-        plan = fold_plan(slots, op.size)
+        plan = fold_plan(slots, op.size, division)
         chunks = chunks_of(out, dtype, op.size)
         cut = [chunks_of(node, dtype, op.size) for node in nodes]
         mine, own = chunks[op.rank], [node[op.rank] for node in cut]

@@ -153,11 +153,32 @@ class GradientReducer:
         """How many reductions a step takes."""
         return len(self._buckets)
 
-    def begin(self) -> None:
-        """A new attempt: forget whatever an earlier one left, clean `.grad`."""
+    @property
+    def summed(self) -> tuple[list[int], list[int]]:
+        """Slots of this attempt that are summed in every bucket, and those that are in some.
+
+        Neither where a reduction still reads the sums: they cannot be added to.
+        """
+        if not all(bucket.settled for bucket in self._buckets):
+            return [], []
+        counts = [
+            sum(slot in bucket.tree for bucket in self._buckets) for slot in range(self._slots)
+        ]
+        whole = [slot for slot, count in enumerate(counts) if count and count == self.buckets]
+        return whole, [slot for slot, count in enumerate(counts) if 0 < count < self.buckets]
+
+    def begin(self, *, keep: bool = False) -> None:
+        """A new attempt: forget whatever an earlier one left, clean `.grad`.
+
+        `keep`: go on with the sums of the attempt before, of the same step from the same state. A
+        slot that is in some of them is played once more and added to the others.
+        """
         self._slot, self._last, self._launched, self._reduced = None, False, 0, False
         for bucket in self._buckets:
-            if bucket.settled:
+            if bucket.settled and keep:
+                if bucket.leaf is not None:
+                    bucket.tree.take_back(bucket.leaf)
+            elif bucket.settled:
                 bucket.tree.clear()
             else:
                 # The attempt was left without a fault of the job: its reduction still runs.
@@ -200,9 +221,8 @@ class GradientReducer:
         """
         if self._slot is not None:
             raise UsageError("the loop over step.batches() was left early")
-        if not held:
-            self._last = True
-            self._launch()
+        self._last = True
+        self._launch()  # where nothing was left to play
         digest = xxhash.xxh3_64()
         for bucket in self._buckets:
             assert bucket.handle is not None, "every bucket was launched"
@@ -284,7 +304,10 @@ class GradientReducer:
         if self.look_at is not None:
             gradients = leaf[: -len(bucket.params)]
             self.look_at(self._slot, self._buckets.index(bucket), gradients)
-        bucket.tree.push(self._slot, leaf)
+        if self._slot in bucket.tree:  # an attempt before came so far
+            bucket.tree.take_back(leaf)
+        else:
+            bucket.tree.push(self._slot, leaf)
 
     def _launch(self) -> None:
         """Start what is full, strictly in order, so that all ranks start alike."""

@@ -141,6 +141,17 @@ class Network:
             self._at(self._now + seconds, work, lambda: None)
         self.wait(work)
 
+    def event(self) -> ModelledWork:
+        """Something that a thread of this network will do, for others to wait for."""
+        with self._changed:
+            return self._new()
+
+    def happened(self, event: ModelledWork) -> None:
+        """It is done."""
+        with self._changed:
+            if event in self._pending:
+                self._end(event, None)
+
     def break_off(self, reason: str) -> None:
         """End all that is pending, everywhere, as the loss of a member would. New calls work."""
         with self._changed:

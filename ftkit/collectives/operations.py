@@ -18,7 +18,7 @@ from ftkit.collectives.frames import CONTROL_BYTES_MAX
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.ring_order import Ring
 from ftkit.collectives.slot_tree import SlotNode
-from ftkit.collectives.slots import assign, nodes_of
+from ftkit.collectives.slots import Held, assign, nodes_among, nodes_of
 from ftkit.core.ids import Rank
 
 
@@ -117,21 +117,27 @@ class Operations:
         *,
         slots: int,
         scale: float | None = None,
+        division: Held | None = None,
     ) -> Handle[None]:
         """The canonical sum over all slots into `out`: bits independent of the world size.
 
         Args:
           nodes: this rank's nodes, as `SlotTree.nodes` gives them after pushing the slots
-            `assign(slots, size)[rank]`. Flat, contiguous, floating; read until the handle
+            `division[rank]`. Flat, contiguous, floating; read until the handle
             completes, and not changed, except that `out` may be one of them.
           out: flat, same length and dtype.
-          slots: slots of the global batch, at least the world size.
+          slots: slots of the global batch.
           scale: multiplied in once, at the end; 1 / slots for a mean.
+          division: the slots of each rank, the same on all ranks; None for `assign(slots, size)`.
 
         Raises:
           ValueError: the nodes are not the ones this rank must bring.
         """
-        expected = nodes_of(assign(slots, self.channel.size)[self.channel.rank], slots)
+        rank = self.channel.rank
+        if division is None:
+            expected = nodes_of(assign(slots, self.channel.size)[rank], slots)
+        else:
+            expected = nodes_among(division[rank], slots)
         if [n.node for n in nodes] != expected:
             raise ValueError(
                 f"rank {self.channel.rank} of {self.channel.size} must bring the nodes {expected} of {slots} "
@@ -144,7 +150,7 @@ class Operations:
         check(out.dtype, "sum")
         data = as_bytes(out)
         program = canonical.reduce_slots(
-            [as_bytes(n.value) for n in nodes], data, out.dtype, slots, scale
+            [as_bytes(n.value) for n in nodes], data, out.dtype, slots, scale, division
         )
         # Ranks bring different numbers of nodes; the bucket is what they must agree on.
         name = signature("reduce_slots", str(data.size), out.dtype)

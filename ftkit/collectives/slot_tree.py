@@ -1,5 +1,6 @@
 """SlotTree: sums gradients slot by slot in the order of the canonical tree, in place."""
 
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,9 +20,10 @@ class SlotNode:
 class SlotTree:
     """One rank's accumulator over its slots; at most log2(slots) + 1 buffers are alive.
 
-    Slots are pushed in rising order, each once. As soon as two siblings are there, the right
-    one is added into the left one's buffer and its own is kept for reuse: `spare()` hands it
-    out, so that after the first step nothing is allocated. Not thread-safe.
+    Slots are pushed each once; in rising order that is all that is alive, in another more. As soon
+    as two siblings are there, the right one is added into the left one's buffer and its own is kept
+    for reuse: `spare()` hands it out, so that after the first step nothing is allocated. Not
+    thread-safe.
     """
 
     def __init__(self, slots: int) -> None:
@@ -43,27 +45,41 @@ class SlotTree:
         The buffer belongs to the tree from here on and is changed in place.
 
         Raises:
-          ValueError: the slot is out of order, or the shape or dtype differs.
+          ValueError: the slot is there already, or the shape or dtype differs.
         """
         node = leaf(slot, self._slots)
         if value.dim() != 1 or not value.is_contiguous():
             raise ValueError("a slot's value must be a flat, contiguous tensor")
+        if slot in self:
+            raise ValueError(f"slot {slot} is covered already; push each slot once")
         if self._stack:
-            last = self._stack[-1]
-            if slot < last.node.first + min(1 << last.node.level, self._slots):
-                raise ValueError(f"slot {slot} is covered already; push slots in rising order")
-            if value.shape != last.value.shape or value.dtype != last.value.dtype:
+            other = self._stack[-1].value
+            if value.shape != other.shape or value.dtype != other.dtype:
                 raise ValueError(
                     f"slot {slot} has {value.numel()} x {value.dtype}, the slots before it "
-                    f"{last.value.numel()} x {last.value.dtype}"
+                    f"{other.numel()} x {other.dtype}"
                 )
-        self._stack.append(SlotNode(node, value))
-        while len(self._stack) >= 2 and siblings(self._stack[-2].node, self._stack[-1].node):
-            right = self._stack.pop()
-            left = self._stack.pop()
+        at = bisect([n.node.first for n in self._stack], slot)
+        self._stack.insert(at, SlotNode(node, value))
+        while True:
+            if at and siblings(self._stack[at - 1].node, self._stack[at].node):
+                at -= 1
+            elif at + 1 == len(self._stack) or not siblings(
+                self._stack[at].node, self._stack[at + 1].node
+            ):
+                return
+            left, right = self._stack[at], self._stack.pop(at + 1)
             left.value.add_(right.value)
             self._free.append(right.value)
-            self._stack.append(SlotNode(parent(left.node, self._slots), left.value))
+            self._stack[at] = SlotNode(parent(left.node, self._slots), left.value)
+
+    def __contains__(self, slot: int) -> bool:
+        """Whether `slot` has been pushed."""
+        return any(n.node.first <= slot < n.node.first + (1 << n.node.level) for n in self._stack)
+
+    def take_back(self, buffer: torch.Tensor) -> None:
+        """A buffer that `spare` gave, or one like it, is free again."""
+        self._free.append(buffer)
 
     def spare(self) -> torch.Tensor | None:
         """A buffer to fill for the next push, or None when none is free yet."""

@@ -2,8 +2,8 @@ r"""The canonical sum: one fixed binary tree over the slots, whoever holds them.
 
 Node (level, index) covers slots [index * 2**level, (index + 1) * 2**level) that exist. Its
 value is left child + right child, or the left child alone where the right one covers no
-slot. Each rank holds a contiguous range of slots, sums the maximal aligned subtrees of it,
-and an owner folds everybody's nodes. Because every addition made is an addition of that one
+slot. Each rank holds some of the slots, by default a contiguous range, sums the maximal subtrees
+of them, and an owner folds everybody's nodes. Because every addition made is an addition of that one
 tree, the bits of the sum do not depend on how many ranks there were.
 
     slots   0   1   2   3   4          W = 2: rank 0 holds 0,1     -> node (1,0)
@@ -15,9 +15,12 @@ tree, the bits of the sum do not depend on how many ranks there were.
                      (3,0)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
+
+#: The slots of each rank, in order of ranks.
+Held = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -102,13 +105,37 @@ def nodes_of(held: range, slots: int) -> list[Subtree]:
     return nodes
 
 
-@cache
-def fold_plan(slots: int, world_size: int) -> tuple[Take | Add, ...]:
+def nodes_among(held: Iterable[int], slots: int) -> list[Subtree]:
+    """As `nodes_of` for any slots, each once, whatever their order."""
+    nodes = [leaf(slot, slots) for slot in sorted(held)]
+    at = 0
+    while at + 1 < len(nodes):
+        if siblings(nodes[at], nodes[at + 1]):
+            nodes[at : at + 2] = [parent(nodes[at], slots)]
+            at = max(0, at - 1)
+        else:
+            at += 1
+    return nodes
+
+
+@lru_cache(maxsize=256)
+def fold_plan(slots: int, world_size: int, division: Held | None = None) -> tuple[Take | Add, ...]:
     """How an owner combines all ranks' nodes: a postfix program over a stack of values.
 
     Ends with exactly one value on the stack, the canonical sum.
+
+    Args:
+      slots: of the global batch.
+      world_size: ranks.
+      division: the slots of each; None for `assign`.
+
+    Raises:
+      ValueError: the division does not have every slot once.
     """
-    held = [nodes_of(part, slots) for part in assign(slots, world_size)]
+    if division is None:
+        held = [nodes_of(part, slots) for part in assign(slots, world_size)]
+    else:
+        held = [nodes_among(part, slots) for part in division]
     return plan_of(held, slots)
 
 

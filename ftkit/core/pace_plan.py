@@ -1,4 +1,4 @@
-"""PacePlan: in a drill of pace, which rank loses time from which step on, and how.
+"""PacePlan: in a drill of pace, which rank loses time, or memory, from which step on, and how.
 
 A rank finds its plan in the environment, as for faults that end something (`fault_plan`).
 """
@@ -27,6 +27,8 @@ class PaceFault(StrEnum):
     """Reading one batch takes `seconds` longer, once."""
     GC = "gc-stall"
     """A full collection with millions of objects to look at, once."""
+    LEAK = "leak"
+    """Memory is taken and never given back, `bytes_per_s` of it."""
 
 
 RAMP_STEPS: Final = 20
@@ -43,6 +45,7 @@ class PacePlan:
     """From this step on, or in the first after it."""
     factor: float = 1.0
     seconds: float = 0.0
+    bytes_per_s: float = 0.0
 
     def factor_at(self, step: int) -> float:
         """How many times as long work takes in `step`."""

@@ -36,6 +36,10 @@ def paragraph(incident: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -
             told.append(f"The process of seat {seat} is stopped: it has no stack to show.")
     told += [_sentence(words) for words in _differences(verdicts)]
     told += _pressures(nodes)
+    told += [
+        _sentence(f"Self-check: {found.get('said', '')}")
+        for found in incident.get("self_checks") or []
+    ]
     if decisions := [str(d.get("action")) for d in incident.get("decisions") or []]:
         told.append(f"Decided: {', '.join(dict.fromkeys(decisions))}.")
     return " ".join(told)

@@ -89,12 +89,15 @@ class NodeResult:
             raise ProtocolError(f"not the result of a node's checks: {value!r}") from error
 
 
-def against_history(now: NodeResult, before: Sequence[NodeResult]) -> NodeResult:
+def against_history(
+    now: NodeResult, before: Sequence[NodeResult], *, usual_is: str = "its median of"
+) -> NodeResult:
     """`now`, with a warning or failure where it is worse than the same node's last results.
 
     Args:
       now: what was found.
       before: earlier results, the oldest first; those of other nodes are passed over.
+      usual_is: what the figures of `before` are, in words.
     """
     mine = [r for r in before if r.node == now.node][-_LAST:]
     checks = []
@@ -111,7 +114,7 @@ def against_history(now: NodeResult, before: Sequence[NodeResult]) -> NodeResult
                 # Half of a rate is twice the seconds.
                 bad = drop > (1.0 if check.less_is_better else FAIL)
                 health = Health.FAILED if bad else Health.WARNING
-                text = f"{100 * drop:.0f} % worse than its median of {middle:.4g} {check.unit}"
+                text = f"{100 * drop:.0f} % worse than {usual_is} {middle:.4g} {check.unit}"
                 check = _worse(check, health, text)
         checks.append(check)
     return replace(now, checks=tuple(checks))

@@ -165,6 +165,35 @@ class NodeSeen:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IoSeen:
+    """What an agent did to a store since it told last, of one kind of operation."""
+
+    KIND: ClassVar[str] = "io"
+
+    node: NodeId
+    at: float
+    path: str
+    """The store's root."""
+    op: str
+    """"write" and "sync" of new files, "put" of a small one, "read"."""
+    count: int
+    """Operations that ended."""
+    seconds: float
+    """Spent in them, and in one that is still under way."""
+    nbytes: int = 0
+    """Of those that ended: written, made durable, or asked for."""
+
+    def __post_init__(self) -> None:
+        # Of what a peer says nothing is taken on trust.
+        count, seconds, nbytes = int(self.count), float(self.seconds), int(self.nbytes)
+        if count < 0 or nbytes < 0 or not 0 <= seconds < float("inf"):
+            raise ValueError(f"{count} operations with {nbytes} bytes in {seconds} s")
+        object.__setattr__(self, "nbytes", nbytes)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "seconds", seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClockSeen:
     """A node's wall clock against the coordinator's, by four time stamps."""
 
@@ -176,6 +205,20 @@ class ClockSeen:
     """How far the node's is ahead."""
     error_s: float
     """Half of the time that the stamps were on their way: it may be off by so much."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeChecked:
+    """What a node's self-check came to."""
+
+    KIND: ClassVar[str] = "node-checked"
+
+    node: NodeId
+    at: float
+    result: Mapping[str, object] = field(default_factory=dict)
+    """A `node_health.NodeResult`, as JSON."""
+    error: str = ""
+    """Why there is none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +251,17 @@ class CommSeen:
 
 
 Signal = (
-    CommSeen | StepSeen | PathsSeen | PairSeen | Found | NodeScored | NodeSeen | ClockSeen | NodeGap
+    CommSeen
+    | StepSeen
+    | PathsSeen
+    | PairSeen
+    | Found
+    | NodeScored
+    | NodeSeen
+    | IoSeen
+    | ClockSeen
+    | NodeChecked
+    | NodeGap
 )
 
 _KINDS: Final[Mapping[str, type[Signal]]] = {kind.KIND: kind for kind in get_args(Signal)}

@@ -34,6 +34,7 @@ from ftkit.launch.environment import common_environment, rank_environment
 from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
+from ftkit.launch.job_preflight import JobPreflight
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.metrics import Metrics, MetricsServer
 from ftkit.launch.pace import STILL_S, Pace
@@ -41,6 +42,7 @@ from ftkit.launch.prober import ROLE as PAIR_TEST
 from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
+from ftkit.launch.self_checker import SelfChecker
 from ftkit.launch.tiers import Tiers
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
@@ -132,6 +134,9 @@ class Agent:
         self._prober = Prober(
             self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
+        self._checker = SelfChecker(
+            node, self._clock, lambda found: self._inbox.put(("signal", to_json(found)))
+        )
         self._forks = self._make_fork_server()
         # Not the process's number: that may be given again, and differs not between hosts.
         self._boot = Boot(secrets.token_hex(8))
@@ -161,6 +166,11 @@ class Agent:
         self._resources: Resources | None = None
         self._metrics = Metrics(config.job, node)
         self._metrics_server = self._serve_metrics()
+        self._preflight = None
+        if config.preflight:
+            self._preflight = JobPreflight(
+                config, node, changed=lambda: self._inbox.put(("tiers", None))
+            )
         self._memory = MemoryWatch(self._clock.now())
         self._killed: set[MemberId] = set()
         self._halted_at = float("-inf")
@@ -241,6 +251,9 @@ class Agent:
         if server is not None:
             server.close()
         self._prober.close()
+        self._checker.close()
+        if self._preflight is not None:
+            self._preflight.close()
         self._tiers.close()
         self._examiner.close()
         self._lifelines.close()
@@ -273,6 +286,7 @@ class Agent:
                 self._tell_coordinator()
             case "measured":
                 self._signals.append(to_json(value))
+                self._signals.extend(to_json(seen) for seen in self._tiers.io())
                 self._watch_coordinator()
                 heard = self._coordinator is not None and not self._blind
                 self._metrics.set("ftkit_agent_coordinator_connected", heard)
@@ -492,6 +506,8 @@ class Agent:
                 self._look_closely(message)
             case "pairs":
                 self._prober.take(message.get("tests"))
+            case "check":
+                self._checker.start()
             case "clock":
                 self._stamps = float(message["sent"]), self._wall()
             case _:
@@ -684,6 +700,10 @@ class Agent:
                 "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
                 "clock": self._told_clock(),
+                # Of interest before ranks start, and to nobody afterwards.
+                "preflight": self._preflight.result
+                if self._preflight is not None and not self._ranks
+                else None,
                 "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),
             },

@@ -69,9 +69,9 @@ class Arenas:
         self.writing = threading.Lock()
         """Held by whoever makes or fills an arena that no rank has open."""
         self._node = node
-        self._seats = config.nproc
+        self._seats = config.places
         """Places on this node; seats of other nodes that come here keep theirs."""
-        self._board = StatusBoard.create(self.directory / BOARD, seats=config.nproc)
+        self._board = StatusBoard.create(self.directory / BOARD, seats=config.places)
         #: The number of the last step that was read of each member.
         self._steps_read: dict[MemberId, int] = {}
         self._ops = NodeOps()

@@ -60,7 +60,9 @@ class Expectation:
     phase: str
     seed: int
     world_size: int
-    """Seats of the job; all of them must finish."""
+    """Ranks of a full world; so many must finish."""
+    spares: int = 0
+    """Ranks beyond, which may stand by to the end."""
     steps: int
     slots: int
     slot_size: int
@@ -194,10 +196,15 @@ def check(
     lost, doubled = _check_samples(history, reference, expectation, found)
     undone, applied_twice = _check_undone(history, expectation, found)
     doubled += len(applied_twice) * expectation.slots * expectation.slot_size
-    exits = _check_exits(history, targets, found)
+    exits = _check_exits(history, targets, expectation, found)
     _check_noticed(history, expectation, found)
     _check_names(history, targets, expectation, found)
-    incidents = read_incidents(history, evicts=expectation.evicts, loses_all=expectation.loses_all)
+    incidents = read_incidents(
+        history,
+        evicts=expectation.evicts,
+        loses_all=expectation.loses_all,
+        spares=bool(expectation.spares),
+    )
     _check_incidents(history, incidents, expectation, found)
     params_equal = _check_params(history, reference, expectation, found)
 
@@ -375,11 +382,22 @@ def _check_noticed(history: History, expected: Expectation, found: _Findings) ->
         found.problems.append("bits were flipped, and no event says that anybody noticed")
 
 
-def _check_exits(history: History, targets: frozenset[int], found: _Findings) -> int:
-    """R5: how many innocent members left with an error before the job ended."""
+def _check_exits(
+    history: History, targets: frozenset[int], expected: Expectation, found: _Findings
+) -> int:
+    """R5: how many innocent members left with an error before the job ended.
+
+    One that stood by to the end is told to leave, and has nothing to finish.
+    """
+    trained = {c.member for c in history.commits}
     end = float("inf") if history.ended is None else history.ended
     survivors = [
-        e for e in history.exits if not e.clean and e.member not in targets and e.mono < end
+        e
+        for e in history.exits
+        if not e.clean
+        and e.member not in targets
+        and e.mono < end
+        and not (expected.spares and e.member not in trained)
     ]
     for e in survivors:
         how = f"signal {e.signal}" if e.signal else f"code {e.code}"
@@ -435,8 +453,8 @@ def _check_params(
 ) -> bool | None:
     """R7. None when a rank's parameters or the undisturbed run's are not known."""
     seats = {f.seat for f in history.finals}
-    silent = sorted(set(range(expected.world_size)) - seats)
-    if silent:
+    silent = sorted(set(range(expected.world_size + expected.spares)) - seats)
+    if len(silent) > expected.spares:
         found.missing.append(f"seats {silent} told no final parameters")
     ours = {f.params for f in history.finals}
     theirs = {f.params for f in reference.finals} if reference else set()
@@ -453,7 +471,7 @@ def _check_params(
     if ours and ours != theirs and not expected.alters:
         found.problems.append("the final parameters are not the undisturbed run's")
         return False
-    return None if silent else ours == theirs
+    return None if len(silent) > expected.spares else ours == theirs
 
 
 def _slowest(values: list[float | None]) -> float | None:

@@ -44,6 +44,12 @@ def main() -> None:
 @click.option("--nproc", "--nproc-per-node", default=1, show_default=True, help="Ranks on a node.")
 @click.option("--nodes", "--nnodes", default=1, show_default=True, help="Nodes.")
 @click.option(
+    "--spares",
+    default=0,
+    show_default=True,
+    help="Ranks more on each node, kept warm: one that is lost is replaced within a step or two.",
+)
+@click.option(
     "--spare-nodes",
     default=0,
     show_default=True,
@@ -104,6 +110,13 @@ def main() -> None:
 )
 @click.option("--metrics-port", default=0, help="Serve Prometheus metrics from each agent; 0: not.")
 @click.option("--history", default="", help="File or URL that remembers nodes' faults across jobs.")
+@click.option(
+    "--preflight",
+    type=click.Choice(["stop", "warn"]),
+    is_flag=False,
+    flag_value="stop",
+    help="Check every node as `ftkit doctor` does before ranks start; stop when one fails, or warn.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -111,6 +124,7 @@ def main() -> None:
 def run(
     nproc: int,
     nodes: int,
+    spares: int,
     spare_nodes: int,
     engine: str | None,
     max_stall_s: float,
@@ -128,6 +142,7 @@ def run(
     fresh: bool,
     metrics_port: int,
     history: str,
+    preflight: str | None,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -157,6 +172,7 @@ def run(
         command=python_command(script, arguments),
         nodes=nodes,
         nproc=nproc,
+        spares=spares,
         spare_nodes=spare_nodes,
         max_stall_s=max_stall_s,
         alarms_per_day=alarms_per_day,
@@ -173,6 +189,7 @@ def run(
         checkpoint_fresh=fresh,
         metrics_port=metrics_port,
         history=absolute(history),
+        preflight=preflight or "",
         quiet=quiet,
     )
     if checkpoint_dir:

@@ -85,6 +85,8 @@ class JobConfig:
     nodes: int = 1
     nproc: int = 1
     """Ranks on each node."""
+    spares: int = 0
+    """Further ranks on each node, kept warm: built and connected, and in no world until one is lost."""
     spare_nodes: int = 0
     """Further nodes, with an agent and no ranks until another node is to be left."""
     parity: str = ""
@@ -126,14 +128,21 @@ class JobConfig:
     machine each takes the next one."""
     history: str = ""
     """Where what becomes of nodes and jobs is remembered: a file or a URL; empty: nowhere."""
+    preflight: str = ""
+    """What happens when a check of a node fails before ranks start: "stop" or "warn"; empty: nothing
+    is checked."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 
     def __post_init__(self) -> None:
         if self.nodes < 1 or self.nproc < 1:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
+        if self.spares < 0:
+            raise UsageError(f"--spares is {self.spares}, not a number of ranks")
         if self.spare_nodes < 0:
             raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
+        if self.preflight not in ("", "stop", "warn"):
+            raise UsageError(f"--preflight is stop or warn, not {self.preflight!r}")
         if not self.command:
             raise UsageError("there is no command to run")
         if not 0 <= self.metrics_port <= 65535 - self.agents:
@@ -161,7 +170,13 @@ class JobConfig:
 
     @property
     def seats(self) -> int:
+        """Ranks of a full world."""
         return self.nodes * self.nproc
+
+    @property
+    def places(self) -> int:
+        """Processes on each node, spare ones too: seats are numbered by them."""
+        return self.nproc + self.spares
 
     @property
     def agents(self) -> int:

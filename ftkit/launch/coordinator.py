@@ -34,6 +34,9 @@ from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
 from ftkit.launch.incidents import Incidents
 from ftkit.launch.job_history import JobHistory
+from ftkit.launch.job_preflight import FOLDER as PREFLIGHT
+from ftkit.launch.job_preflight import STOP
+from ftkit.launch.job_preflight import judge as judge_preflight
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.launch.node_advice import advised
 from ftkit.launch.pace import Rest
@@ -95,6 +98,9 @@ class Coordinator:
         self._blind: frozenset[MemberId] = frozenset()
         self._scored: dict[NodeId, NodeScored] = {}
         self._advised: dict[NodeId, str] = {}
+        self._checked = False
+        """Whether all nodes were checked before ranks start."""
+        self._refused = ""
         self._led_since = float("-inf")
         """When this coordinator's plan was made."""
         self._history = None
@@ -291,7 +297,7 @@ class Coordinator:
             self._send_plan()
         elif self._stores != self._live_stores():
             self._send_plan()
-        if self._waits_for_advice(now):
+        if self._waits_for_advice(now) or self._waits_for_preflight():
             return
         facts = self._facts(now)
         self._checkpoint(now, facts.nodes_lost)
@@ -301,7 +307,7 @@ class Coordinator:
             self._disk.forget()
         else:
             on_disk = self._disk.steps()
-            refused = self._disk.refused
+            refused = self._refused or self._disk.refused
             if on_disk is None and not (facts.interrupted or refused):
                 return  # what a world is formed from is not known yet
             facts = replace(facts, snapshots=on_disk or frozenset(), refused=refused)
@@ -342,6 +348,27 @@ class Coordinator:
             and now - self._led_since < ADVICE_S
         )
 
+    def _waits_for_preflight(self) -> bool:
+        """Whether ranks are not to start yet because nodes are being checked."""
+        assert self._plan is not None, "it is what waits"
+        fresh = all(s.boot is None for s in self._plan.seats)
+        if not self._config.preflight or self._checked or self._interrupted or not fresh:
+            return False
+        results = {n: r.get("preflight") for n, r in self._reports.items() if n in self._lines}
+        if not results or any(r is None for r in results.values()):
+            return True
+        self._checked = True
+        wrong = judge_preflight(results)
+        self.trace.event("preflight", nodes=sorted(results), failed=wrong)
+        if wrong and self._config.preflight == STOP:
+            self._refused = (
+                f"{'; '.join(wrong)}. What was found is in {self._config.run_dir}/{PREFLIGHT}; "
+                "--preflight warn goes on all the same"
+            )
+        elif wrong:
+            logger.warning("the checks before the job found: %s", "; ".join(wrong))
+        return False
+
     def _tell_steps(self, now: float, *, rest: bool = False) -> None:
         for fields in self._judge.steps(now, rest=rest):
             self.trace.event("steps", **fields)
@@ -358,7 +385,7 @@ class Coordinator:
             plan = adopt(copies, term=Term(self._number))
             reason = f"coordinator {self._number} goes on from term {plan.term - 1}"
         else:
-            plan = first_plan(self._config.nodes, self._config.nproc, term=Term(self._number))
+            plan = first_plan(self._config.nodes, self._config.places, term=Term(self._number))
             reason = "the job begins"
         self.trace.event("decision", action="lead", reason=reason, term=plan.term)
         self._judge.take_plan(plan, at=now)
@@ -405,6 +432,7 @@ class Coordinator:
                 lasted_s=round(over.lasted_s, 3),
             )
         self._ask_for_tests()
+        self._ask_for_checks()
         lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)
         newest = Inventory(copies=copies).newest_complete()
@@ -416,8 +444,10 @@ class Coordinator:
             nodes_lost=lost,
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
+            refused=self._refused,
             advised=self._advised,
-            per_node=self._config.nproc,
+            per_node=self._config.places,
+            world_max=self._config.seats,
         )
 
     def _ask_for_tests(self) -> None:
@@ -438,6 +468,16 @@ class Coordinator:
         for node, tests in by_node.items():
             if (line := self._lines.get(node)) is not None:
                 self._send(node, line, {"type": "pairs", "tests": tests})
+
+    def _ask_for_checks(self) -> None:
+        """Have agents of suspects check their nodes, and record what came of it."""
+        checks = self._judge.checks
+        for found in checks.ended():
+            self.trace.event("self-check", **found.to_json())
+            self._incidents.checked(found.to_json())
+        for node in checks.orders():
+            if (line := self._lines.get(node)) is not None:
+                self._send(node, line, {"type": "check"})
 
     def _send(self, node: NodeId, line: Line, message: Mapping[str, object] | bytes) -> None:
         try:

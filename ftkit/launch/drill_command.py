@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.fault_plan import Kind, Point
-from ftkit.launch import pace_drills
+from ftkit.launch import detector_drills, pace_drills, resource_drills
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.config import new_job_id
 from ftkit.launch.drills import (
@@ -21,7 +22,9 @@ from ftkit.launch.drills import (
     JOIN,
     NODE_FAULTS,
     SHRINK_GROW,
+    SPARE,
     STAGE_LOST,
+    TWO_AT_ONCE,
     Drill,
     Job,
     choose,
@@ -33,6 +36,11 @@ from ftkit.launch.report import write_report
 
 #: Exit codes by the worst answer of a series.
 CODES = {Answer.PASS: 0, Answer.FAIL: 1, Answer.UNKNOWN: 2}
+
+#: Drills in which a step is to take a certain time.
+PACED = frozenset(
+    {*pace_drills.CATALOGUE, *detector_drills.CATALOGUE, resource_drills.LEAK, TWO_AT_ONCE}
+)
 
 #: Fewer, and the demo's job may end before the lost rank is back. The fault strikes in the first
 #: fifth, and starting Python and torch beside ranks that train took from 60 steps to 120, on a
@@ -58,8 +66,9 @@ def run_drills(
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
         job = job.for_members() if fault in (FLAP, JOIN, CHURN, SHRINK_GROW) else job
+        job = replace(job.for_pace(SPARE), spares=1) if fault == SPARE else job
         job = job.for_stages() if fault == STAGE_LOST else job
-        job = job.for_pace() if fault in pace_drills.CATALOGUE else job
+        job = job.for_pace(fault) if fault in PACED else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)

@@ -22,13 +22,14 @@ from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point, to_environ
 from ftkit.core.pace_plan import PacePlan
 from ftkit.core.trace import Trace, read_run
 from ftkit.core.verdict import Fault
-from ftkit.launch import number_drills, pace_drills, resource_drills
+from ftkit.launch import detector_drills, number_drills, pace_drills, resource_drills, rot_drills
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.job import python_command, run_job
+from ftkit.launch.rot_drills import CHECKPOINT
 from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
 from ftkit.recovery.protocol import SHARDS_BACK
@@ -42,12 +43,17 @@ KILL_IN_COLLECTIVE = "kill-in-collective"
 #: A rank whose script calls other collectives than its peers'.
 DESYNC = "desync"
 
+#: One rank is lost while another loses time.
+TWO_AT_ONCE = "two-at-once"
+
 #: Faults of members over time, struck from outside.
 FLAP, JOIN, CHURN = "flap", "join", "churn"
 #: Two ranks lost soon after one another, so that the world shrinks twice before it grows back.
 SHRINK_GROW = "shrink-grow"
 #: A stage of a pipeline.
 STAGE_LOST = "stage-lost"
+#: A rank of a job that keeps one warm to replace it.
+SPARE = "spare"
 #: Faults of the link between two ranks.
 PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
 LINK_FAULTS = (PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE)
@@ -76,6 +82,7 @@ CATALOGUE: dict[str, str] = {
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
     SHRINK_GROW: "SIGKILL to one rank and, some steps later, to another: the world shrinks, shrinks, grows",
     STAGE_LOST: "SIGKILL to one stage of a pipeline: the others take its layers until it is back",
+    SPARE: "SIGKILL to one rank of a job with a spare one: it must be in within two steps",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
@@ -83,8 +90,11 @@ CATALOGUE: dict[str, str] = {
     **pace_drills.CATALOGUE,
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
+    StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
     **number_drills.CATALOGUE,
     **resource_drills.CATALOGUE,
+    **detector_drills.CATALOGUE,
+    TWO_AT_ONCE: "SIGKILL to one rank, and another becomes slow in the same steps",
 }
 
 #: How many ranks the smallest job has that such a fault can be done to.
@@ -94,12 +104,14 @@ RANKS_MIN: dict[str, int] = {
     CHURN: 3,
     SHRINK_GROW: 3,
     STAGE_LOST: 2,
+    SPARE: 2,
     PARTITION: 3,
     SLOW_LINK: 3,
     SLOW_NIC: 3,
     BLACKHOLE: 3,
     **dict.fromkeys(pace_drills.CATALOGUE, pace_drills.RANKS_MIN),
     Kind.PAUSE: 2,
+    TWO_AT_ONCE: 4,
     **dict.fromkeys(DESYNCS, 3),
 }
 
@@ -136,11 +148,12 @@ NODE_CATALOGUE: dict[str, str] = {
 
 #: Faults after which every process may still be there.
 _NOBODY_LOST = (
-    *(KILL_COORDINATOR, StoreFaultKind.FULL, *LINK_FAULTS),
+    *(KILL_COORDINATOR, StoreFaultKind.FULL, StoreFaultKind.SLOW, *LINK_FAULTS),
     *pace_drills.CATALOGUE,
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
     *resource_drills.CATALOGUE,
+    *detector_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
@@ -150,7 +163,7 @@ STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3, SHRINK_GROW: 2}
 SHRINK_STEPS = 1
 
 #: Faults of two seats.
-_OF_TWO = (*LINK_FAULTS, SHRINK_GROW)
+_OF_TWO = (*LINK_FAULTS, SHRINK_GROW, TWO_AT_ONCE)
 
 #: Faults over time, and of links: no step has them.
 _OF_NO_POINT = (FLAP, JOIN, CHURN, *LINK_FAULTS, *pace_drills.CATALOGUE)
@@ -170,6 +183,9 @@ SHORT_HANDED_S = 0.25
 
 #: What each of three nodes of the bundled job writes in its first checkpoint, about.
 STORE_BYTES = 1_000_000
+
+#: What each has written by the time when it is known how long that takes.
+USUAL_BYTES = 4 * STORE_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +210,16 @@ class Drill:
     faults of links: the other end."""
     corruption: PlannedCorruption | None = None
     """For faults of numbers: what is falsified."""
+    place: str = ""
+    """For faults of detectors and of checkpoints: what is struck."""
 
     @property
     def where(self) -> str:
         """The phase as a person writes it."""
         if self.store_fault is not None:
             return f"byte {self.byte}"
+        if self.place:
+            return self.place
         if self.corruption is not None:
             return number_drills.place_of(self.corruption)
         if self.phase is None:
@@ -218,6 +238,11 @@ class Drill:
     @property
     def pace(self) -> PacePlan | None:
         """How the rank loses time, in drills of that."""
+        if self.fault == TWO_AT_ONCE:
+            assert self.second_seat is not None, "two ranks are hit"
+            return replace(
+                pace_drills.slowed(seed=self.seed, seat=self.second_seat), step=self.step
+            )
         if self.fault not in pace_drills.CATALOGUE:
             return None
         return pace_drills.choose_pace(self.fault, seed=self.seed, seat=self.seat)
@@ -232,7 +257,7 @@ class Drill:
             return [first, replace(second, step=self.step + SHRINK_STEPS)]
         if self.phase is None:
             return []
-        kills = (KILL_IN_COLLECTIVE, STAGE_LOST)
+        kills = (KILL_IN_COLLECTIVE, STAGE_LOST, SPARE, TWO_AT_ONCE)
         kind = Kind.KILL if self.fault in kills else Kind(self.fault)
         if self.phase is Point.RECOVERY:
             assert self.second_seat is not None, "two ranks are hit"
@@ -275,6 +300,20 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
+    if name in detector_drills.CATALOGUE or (name, at) == (number_drills.BIT_FLIP, CHECKPOINT):
+        detector = name in detector_drills.CATALOGUE
+        return Drill(
+            fault=name,
+            phase=None,
+            seat=rng.randrange(nproc),
+            step=rng.randint(3, max(3, steps // 5)),
+            bucket=0,
+            delay_s=0.0,
+            seed=seed,
+            place=detector_drills.choose_place(at, seed=seed, nproc=nproc)
+            if detector
+            else CHECKPOINT,
+        )
     if name in number_drills.CATALOGUE:
         wrong = number_drills.choose(name, at, seed=seed, nproc=nproc, steps=steps)
         return Drill(
@@ -306,6 +345,10 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         point = None
     if name in DESYNCS:
         point = Point.BACKWARD
+    if name == SPARE and point is Point.RECOVERY:
+        point = Point.FORWARD  # one spare replaces one rank
+    if name == TWO_AT_ONCE and point in (Point.RECOVERY, Point.IN_COLLECTIVE):
+        point = Point.FORWARD
     if name == STAGE_LOST and point in (Point.ALL_REDUCE, Point.IN_COLLECTIVE):
         point = Point.BACKWARD  # stages send and receive, and reduce nothing
     if name == KILL_IN_COLLECTIVE:
@@ -328,11 +371,12 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         phase=point,
         seat=first,
         second_seat=second if point is Point.RECOVERY or name in _OF_TWO else None,
-        step=rng.randint(3, max(3, steps // 5)) + (NAMED_FROM if name in NAMES else 0),
+        step=rng.randint(3, max(3, steps // 5))
+        + (NAMED_FROM if name in (*NAMES, TWO_AT_ONCE) else 0),
         bucket=bucket,
         delay_s=rng.uniform(0, 0.004),
         seed=seed,
-        byte=rng.randrange(STORE_BYTES),
+        byte=rng.randrange(STORE_BYTES) + (USUAL_BYTES if name == StoreFaultKind.SLOW else 0),
     )
 
 
@@ -399,6 +443,8 @@ class Job:
     """Ranks over which the bundled job cuts a copy of its model: 0 for none, 1 for all."""
     stages: bool = False
     """Whether the bundled job is a pipeline."""
+    spares: int = 0
+    """Ranks more on each node, kept warm."""
     workload: tuple[str, ...] = ()
     """Further arguments of the bundled job."""
 
@@ -420,11 +466,16 @@ class Job:
         """The job as a pipeline, slow while a seat is empty."""
         return replace(self.for_members(), stages=True, slots=max(self.slots, self.world_size))
 
-    def for_pace(self) -> "Job":
+    def for_pace(self, fault: str) -> "Job":
         """The job as drills of pace need it: its work does not depend on free cores."""
         if self.script is not None:
             return self
-        return replace(self, workload=(*self.workload, "--device-s", str(pace_drills.DEVICE_S)))
+        longer = {
+            resource_drills.LEAK: resource_drills.LEAK_DEVICE_S,
+            detector_drills.DETECTOR_FAULTS: detector_drills.DEVICE_S,
+        }
+        seconds = longer.get(fault, pace_drills.DEVICE_S)
+        return replace(self, workload=(*self.workload, "--device-s", str(seconds)))
 
     @property
     def world_size(self) -> int:
@@ -469,6 +520,7 @@ class Job:
             command=self.command,
             nodes=self.nodes,
             nproc=self.nproc,
+            spares=self.spares,
             parity=self.parity,
             max_stall_s=self.max_stall_s,
             run_dir=str(run_dir),
@@ -489,7 +541,8 @@ def run_drill(
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
     witness, settings = Witness(run_dir), dict[str, Any]()
-    if drill.store_fault is not None or drill.fault in resource_drills.CATALOGUE:
+    of_nodes = {*resource_drills.CATALOGUE, *detector_drills.CATALOGUE}
+    if drill.store_fault is not None or drill.fault in of_nodes:
         # A node is what is struck, so that what is left of the job is worth a look.
         job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
     if drill.store_fault is not None:
@@ -529,7 +582,20 @@ def run_drill(
         )
         ends.callback(around.close)
         striker, settings = around.poll, around.settings
-    elif drill.fault in pace_drills.CATALOGUE:
+    elif drill.fault in detector_drills.CATALOGUE:
+        shm = JobConfig(job=job_id, command=("-",)).shm_dir(drill.seat // job.nproc)
+        blinded = detector_drills.DetectorStriker(
+            drill.place, seat=drill.seat, step=drill.step, run_dir=run_dir, shm=shm
+        )
+        ends.callback(blinded.close)
+        striker = blinded.poll
+        job = replace(job, max_stall_s=min(job.max_stall_s, detector_drills.MAX_STALL_S))
+    elif drill.place == CHECKPOINT:
+        rot = rot_drills.RotStriker(
+            seed=drill.seed, nodes=job.nodes, steps=job.steps, run_dir=run_dir
+        )
+        striker, settings = rot.poll, rot.settings
+    elif drill.fault == TWO_AT_ONCE or drill.fault in pace_drills.CATALOGUE:
         pace = pace_drills.PaceStriker(drill.fault, drill.pace, run_dir)
         ends.callback(pace.close)
         striker, settings = pace.poll, pace.settings
@@ -547,7 +613,7 @@ def run_drill(
         )
     outcome = check(events, reference, _expected(drill, job, reference or events))
     if drill.store_fault is not None:
-        outcome = witness.judge(outcome, events)
+        outcome = witness.judge(outcome, events, seat=drill.seat)
     elif drill.fault == JOIN:
         from ftkit.launch.member_drills import judge_join
 
@@ -556,6 +622,10 @@ def run_drill(
         from ftkit.launch.member_drills import judge_shrink_grow
 
         outcome = judge_shrink_grow(outcome, events, job.world_size)
+    elif drill.fault == SPARE:
+        from ftkit.launch.member_drills import judge_spare
+
+        outcome = judge_spare(outcome, events)
     elif drill.fault == STAGE_LOST:
         from ftkit.launch.member_drills import judge_stage_lost
 
@@ -568,6 +638,15 @@ def run_drill(
         outcome = number_drills.judge(outcome, events, drill.corruption)
     elif drill.fault in resource_drills.CATALOGUE:
         outcome = resource_drills.judge(outcome, events, drill.seat)
+    elif drill.fault in detector_drills.CATALOGUE:
+        outcome = detector_drills.judge(outcome, events, place=drill.place, seat=drill.seat)
+    elif drill.place == CHECKPOINT:
+        outcome = rot_drills.judge(outcome, events)
+    elif drill.fault == TWO_AT_ONCE:
+        assert drill.second_seat is not None, "two ranks are hit"
+        outcome = pace_drills.judge_two(
+            outcome, events, killed=drill.seat, slowed=drill.second_seat
+        )
     elif drill.fault in pace_drills.CATALOGUE:
         outcome = pace_drills.judge_pace(outcome, events, drill.pace)
     return outcome, events
@@ -581,12 +660,13 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         phase=drill.where,
         seed=drill.seed,
         world_size=job.world_size,
+        spares=job.spares * job.nodes,
         # A script of the user's sets its own sizes; its undisturbed run tells them.
         steps=told.steps if job.script else job.steps,
         slots=told.slots if job.script else job.slots,
         slot_size=told.slot_size if job.script else job.slot_size,
         evicts=drill.fault not in _NOBODY_LOST,
-        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD),
+        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD) or drill.place == CHECKPOINT,
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=STRIKES.get(drill.fault, 1),

@@ -32,15 +32,19 @@ def rank_environment(
       restarts: processes this job has replaced so far.
       inherited: what the rank inherits beneath all that.
     """
-    local = seat.seat % config.nproc
+    node, local = divmod(seat.seat, config.places)
+    # As a job without spares counts them; those come after.
+    rank = node * config.nproc + local
+    if local >= config.nproc:
+        rank = config.seats + node * config.spares + local - config.nproc
     torchrun = {
-        "RANK": seat.seat,
+        "RANK": rank,
         "LOCAL_RANK": local,
         "WORLD_SIZE": config.seats,
         "LOCAL_WORLD_SIZE": config.nproc,
-        "GROUP_RANK": seat.seat // config.nproc,
+        "GROUP_RANK": node,
         "GROUP_WORLD_SIZE": config.nodes,
-        "ROLE_RANK": seat.seat,
+        "ROLE_RANK": rank,
         "ROLE_WORLD_SIZE": config.seats,
         "ROLE_NAME": "default",
         "MASTER_ADDR": config.env.get("MASTER_ADDR", host),

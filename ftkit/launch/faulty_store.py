@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -21,6 +22,9 @@ from ftkit.core.trace import Trace
 
 VARIABLE = "FTKIT_DRILL_STORE"
 
+#: What each operation of a slow disk takes longer.
+SLOW_S = 0.25
+
 
 class StoreFaultKind(StrEnum):
     """What happens at the byte."""
@@ -29,6 +33,8 @@ class StoreFaultKind(StrEnum):
     """SIGKILL to the agent: of the byte and all after it nothing is written."""
     FULL = "disk-full"
     """From there on the disk has no room."""
+    SLOW = "slow-disk"
+    """From there on every write and sync takes `SLOW_S` longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +87,7 @@ class FaultyStore:
     def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         if self._full:
             self._refuse(path)
+        self.drag()
         self._store.put(path, data, exclusive=exclusive)
 
     def get(self, path: str) -> bytes:
@@ -105,13 +112,22 @@ class FaultyStore:
         """Write a file, or as much of it as comes before the byte."""
         if self._full:
             self._refuse(path)
+        self.drag()
         data = b"".join(buffers)
         if self._spent or len(data) <= self._left:
             self._left -= len(data)
             batch.create(path, buffers)
             return
-        batch.create(path, [data[: self._left]])
+        if self._fault.kind is StoreFaultKind.SLOW:
+            batch.create(path, buffers)
+        else:
+            batch.create(path, [data[: self._left]])
         self._strike(path)
+
+    def drag(self) -> None:
+        """Take longer, once the disk is slow."""
+        if self._spent and self._fault.kind is StoreFaultKind.SLOW:
+            time.sleep(SLOW_S)
 
     @property
     def _full(self) -> bool:
@@ -124,7 +140,8 @@ class FaultyStore:
             trace.event("drill", fault=fault.kind.value, phase=f"byte {fault.byte}", seat=seat)
         if fault.kind is StoreFaultKind.KILL:
             os.kill(os.getpid(), signal.SIGKILL)
-        self._refuse(path)
+        if fault.kind is StoreFaultKind.FULL:
+            self._refuse(path)
 
     def _refuse(self, path: str) -> None:
         failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), f"writing {path}", self.url)
@@ -141,6 +158,7 @@ class _FaultyBatch:
         self._store.create(self._batch, path, buffers)
 
     def flush(self) -> None:
+        self._store.drag()
         self._batch.flush()
 
     def __enter__(self) -> Self:

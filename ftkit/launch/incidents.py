@@ -33,7 +33,7 @@ _CLOSELY_MAX = 3
 _VERDICTS_MAX = 64
 
 #: What is worth a look at processes and stacks.
-_LOOKED_AT = EVICT | {Fault.DESYNC, Fault.HANG_COMM, Fault.STALL}
+_LOOKED_AT = EVICT | {Fault.DESYNC, Fault.HANG_COMM, Fault.STALL, Fault.SLOW, Fault.SDC}
 
 
 class Incidents:
@@ -80,6 +80,12 @@ class Incidents:
         """A decision was made: it belongs to the incident that is going on."""
         if self._current is not None and now - self._touched <= TOGETHER_S:
             self._current["decisions"].append({"action": action, "reason": reason})
+            self._keep()
+
+    def checked(self, found: Mapping[str, Any]) -> None:
+        """A suspect's node was checked: it belongs to the newest incident, however long it took."""
+        if self._current is not None:
+            self._current.setdefault("self_checks", []).append(dict(found))
             self._keep()
 
     def close(self) -> None:

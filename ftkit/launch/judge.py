@@ -31,6 +31,8 @@ from ftkit.detection.panel import Panel
 from ftkit.detection.room import Room
 from ftkit.detection.row import Awaited, OpRecord, Row
 from ftkit.detection.rules import SUSPECTED
+from ftkit.detection.self_checks import SelfChecks
+from ftkit.detection.slow_io import SlowIo
 from ftkit.detection.step_detector import PaceConfig, StepDetector
 from ftkit.detection.told import Told
 from ftkit.launch.config import JobConfig
@@ -104,11 +106,12 @@ class Judge:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
         self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
-        around = (KnownOffenders(), Leaks(), Room(), ClockSkew(), Flapping())
+        around = (KnownOffenders(), Leaks(), Room(), SlowIo(), ClockSkew(), Flapping())
         self._panel = Panel([self._detector, self._pace, Told(), *around])
         self._steps_told_at = 0.0
         # A drill's relay stands between seats of one node, too.
         self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
+        self.checks = SelfChecks()
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._plain: set[MemberId] = set()
         self._gone_nodes: dict[NodeId, float] = {}
@@ -226,6 +229,7 @@ class Judge:
     def _ingest(self, observation: Observation) -> None:
         self._panel.ingest(observation)
         self.inquiry.ingest(observation)
+        self.checks.ingest(observation)
 
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
         """What is wrong now, and who has to go for it."""
@@ -235,7 +239,7 @@ class Judge:
             return findings
         if plan.world is None:
             self._watch_plain(plan, now)
-        said = self.inquiry.tick(now, self._panel.tick(now))
+        said = self.checks.tick(now, self.inquiry.tick(now, self._panel.tick(now)))
         said += self._lost(plan.world or self._plain_world, {v.member for v in said})
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:

@@ -7,9 +7,11 @@ will sit in a seat, and when it will be back, nobody can plan.
 import os
 import random
 import signal
+import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from ftkit.recovery.budget import BudgetConfig
 #: Between two strikes of churn, in seconds.
 PAUSE_S = (0.5, 2.0)
 CHURN_STRIKES_MAX = 12
+
+#: Steps that may be committed until a spare is in.
+SPARE_STEPS = 2
 
 
 @dataclass(slots=True)
@@ -223,3 +228,54 @@ def judge_stage_lost(outcome: Outcome, events: Iterable[Mapping[str, Any]], size
     if full := [b for b in bounds if len(b) == size + 1][1:]:
         problems.append(f"with every seat taken the layers were cut otherwise: {full}")
     return with_more(outcome, problems=problems, missing=missing, cuts=[list(b) for b in bounds])
+
+
+def judge_spare(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
+    """The outcome with the rules of spares added; pure.
+
+    * H1 a rank that stood by is let in after the fault, and was started before it;
+    * H2 at most two steps are committed without it.
+    """
+    ordered = sorted(events, key=lambda e: float(e["mono"]))
+    struck = next((e for e in ordered if e["kind"] == "drill"), None)
+    if struck is None:
+        return with_more(outcome, problems=[], missing=["the fault did not strike"])
+    at = float(struck["mono"])
+    started = {e["member"] for e in ordered if e["kind"] == "spawn" and e["mono"] < at}
+    trained = {e["member"] for e in ordered if e["kind"] == "commit" and e["mono"] < at}
+    let_in = [
+        e
+        for e in ordered
+        if e["kind"] == "admit" and e["mono"] > at and e["member"] in started - trained
+    ]
+    if not let_in:
+        return with_more(outcome, problems=["no spare was let in"], missing=[])
+    before = max(e["generation"] for e in ordered if e["kind"] == "commit" and e["mono"] <= at)
+    grown = let_in[0]["generation"]
+    smaller = {
+        e["step"] for e in ordered if e["kind"] == "commit" and before < e["generation"] < grown
+    }
+    times = sorted(
+        float(e["mono"])
+        for e in ordered
+        if e["kind"] == "commit" and e["mono"] <= at and e["member"] in trained
+        and e["member"] != struck["member"]
+    )  # fmt: skip
+    promoted_s = round(float(let_in[0]["mono"]) - at, 3)
+    problems = list[str]()
+    if len(smaller) > SPARE_STEPS:
+        problems.append(f"{len(smaller)} steps were committed before the spare was in")
+    return with_more(
+        outcome,
+        problems=problems,
+        missing=[],
+        promoted_steps=len(smaller),
+        promoted_s=promoted_s,
+        step_s=_gap_median(times),
+    )
+
+
+def _gap_median(times: Sequence[float]) -> float | None:
+    """The median time between two commits of any rank that are not of the same step, roughly."""
+    gaps = [b - a for a, b in pairwise(times) if b - a > 1e-3]
+    return round(statistics.median(gaps), 4) if gaps else None

@@ -12,7 +12,8 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -29,9 +30,12 @@ from ftkit.collectives.tournament import rounds
 from ftkit.core.errors import GenerationAborted, UsageError, WireError
 from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
 from ftkit.core.world import Member, World
+from ftkit.detection.clock_skew import OFFSET_MAX_S, offset_of
 
 #: A pair that has not connected by then is called unreachable.
 REACH_S = 5.0
+#: Exchanges of time stamps with each node; the quickest counts.
+EXCHANGES = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,18 @@ class Diagnosis:
     by_memory: frozenset[tuple[int, int]]
     """(from, to) measured by reading memory: the two are on one host."""
     ring: Ring
+    clocks: tuple[tuple[float, float], ...] = ()
+    """Of each node: how far its wall clock is ahead of node 0's, and by how much that may be wrong,
+    in seconds."""
+
+    @property
+    def skewed(self) -> list[tuple[int, float]]:
+        """Nodes whose wall clock is off, and by how much."""
+        return [
+            (rank, offset)
+            for rank, (offset, error) in enumerate(self.clocks)
+            if abs(offset) - error > OFFSET_MAX_S
+        ]
 
     @property
     def unreachable(self) -> list[tuple[int, int]]:
@@ -64,6 +80,7 @@ class Diagnosis:
             "ring": list(self.ring.order),
             "slowest": self.ring.slowest,
             "slowest_edge": list(self.ring.edge),
+            "clocks": [{"offset_s": o, "error_s": e} for o, e in self.clocks],
         }
 
 
@@ -120,6 +137,7 @@ def _take_part(
         if me == 0:
             store.set("secret", secrets.token_hex(32))
         row = _meet_all(me, size, store, host, config)
+        row["clock"] = compare_clocks(store, me, size)
         store.set(f"row/{me}", json.dumps(row))
         found = None
         if me == 0:
@@ -130,6 +148,31 @@ def _take_part(
             f"the {size} nodes did not all meet at {address}:{port}: {error}"
         ) from error
     return found
+
+
+def compare_clocks(
+    store: TCPStore, me: int, size: int, *, wall: Callable[[], float] = time.time
+) -> tuple[float, float]:
+    """How far our wall clock is ahead of node 0's, and by how much that may be wrong. Blocks.
+
+    All nodes call it; node 0 answers the others, one after another. Of several exchanges the
+    quickest counts.
+    """
+    if me:
+        found = []
+        for i in range(EXCHANGES):
+            sent = wall()
+            store.set(f"clock/{me}/{i}/ask", "")
+            received, answered = json.loads(store.get(f"clock/{me}/{i}/answer"))
+            found.append(offset_of(sent, received, answered, wall()))
+        offset, error = min(found, key=lambda f: f[1])
+        return -offset, error
+    for rank in range(1, size):
+        for i in range(EXCHANGES):
+            store.wait([f"clock/{rank}/{i}/ask"])
+            received = wall()
+            store.set(f"clock/{rank}/{i}/answer", json.dumps([received, wall()]))
+    return 0.0, 0.0
 
 
 def _meet_all(
@@ -190,7 +233,8 @@ def _diagnose(rows: Sequence[dict[str, Any]]) -> Diagnosis:
                 by_memory.add((int(partner), rank))
     np.fill_diagonal(rates, np.nan)
     filled = matrices.filled(rates, hosts)
-    return Diagnosis(hosts, rates, frozenset(by_memory), plan(filled, hosts))
+    clocks = tuple((float(row["clock"][0]), float(row["clock"][1])) for row in rows)
+    return Diagnosis(hosts, rates, frozenset(by_memory), plan(filled, hosts), clocks)
 
 
 def _all_here(store: TCPStore, what: str, size: int) -> None:
@@ -239,6 +283,15 @@ def show(found: Diagnosis) -> None:
         console.print(
             f"[red]nodes {a} ({found.hosts[a]}) and {b} ({found.hosts[b]}) cannot reach each other[/]"
         )
+    for rank, offset in found.skewed:
+        way = "ahead of" if offset > 0 else "behind"
+        console.print(
+            f"[yellow]the wall clock of node {rank} ({found.hosts[rank]}) is {abs(offset) * 1e3:.0f} ms "
+            f"{way} node 0's[/]"
+        )
+    if found.clocks and not found.skewed:
+        most = max(abs(offset) + error for offset, error in found.clocks)
+        console.print(f"all wall clocks are within {most * 1e3:.1f} ms of node 0's")
     order = " → ".join(str(rank) for rank in (*found.ring.order, found.ring.order[0]))
     a, b = found.ring.edge
     console.print(f"ring {order}; its slowest edge {a} → {b}: {speed(found.ring.slowest)}")

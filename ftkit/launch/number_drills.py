@@ -16,7 +16,7 @@ from ftkit.launch.checker import Outcome, with_more
 BIT_FLIP, NAN, LOSS_SPIKE = "bit-flip", "nan", "loss-spike"
 
 CATALOGUE: dict[str, str] = {
-    BIT_FLIP: "a bit flips in one rank's weight, optimizer or gradient (--at)",
+    BIT_FLIP: "a bit flips in one rank's weight, optimizer or gradient, or in a checkpoint (--at)",
     NAN: "a NaN in one rank's gradient: once, or whenever the same data is played (--at)",
     LOSS_SPIKE: "one rank's loss is twentyfold for three steps",
 }

@@ -72,6 +72,12 @@ def choose_pace(fault: str, *, seed: int, seat: int) -> PacePlan | None:
     )
 
 
+def slowed(*, seed: int, seat: int) -> PacePlan:
+    """A rank that becomes slow while another is lost. Pure; its step is the caller's to set."""
+    factor = random.Random(f"two {seed}").choice(_FACTORS[1:])
+    return PacePlan(fault=PaceFault.STEADY, member=seat, step=0, factor=factor)
+
+
 class PaceStriker:
     """Tells the ranks, and keeps a core busy where that is the drill. Polled while it runs."""
 
@@ -148,6 +154,25 @@ def judge_pace(
         detect_steps=steps,
         said=sorted({(v["fault"], v["seat"]) for v in verdicts}),
     )
+
+
+def judge_two(
+    outcome: Outcome, events: Iterable[Mapping[str, Any]], *, killed: int, slowed: int
+) -> Outcome:
+    """The outcome with what was said of two at once; pure.
+
+    * T1 who was killed is named for that, and who is slow for that;
+    * T2 nobody else is accused, and neither of them of anything else.
+    """
+    due = {(str(Fault.EXITED), killed), (str(Fault.SLOW), slowed)}
+    said = {
+        (str(e["fault"]), int(e["seat"]))
+        for e in events
+        if e["kind"] == "verdict" and e["fault"] in _ACCUSING
+    }
+    problems = [f"seat {seat} was never called {fault}" for fault, seat in sorted(due - said)]
+    problems += [f"seat {seat} was called {fault}" for fault, seat in sorted(said - due)]
+    return with_more(outcome, problems=problems, missing=[], said=sorted(said))
 
 
 def _steps_between(

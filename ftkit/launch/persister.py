@@ -33,9 +33,11 @@ from ftkit.core.clock import Clock, MonotonicClock
 from ftkit.core.errors import FtkitError, IntegrityError, ProtocolError, StoreError
 from ftkit.core.ids import JobId, NodeId
 from ftkit.core.trace import Trace
+from ftkit.detection.signals import IoSeen
 from ftkit.launch.checkpointing import Order, Report, Stage
 from ftkit.launch.config import JobConfig
 from ftkit.launch.faulty_store import FaultyStore, StoreFault
+from ftkit.launch.timed_store import TimedStore
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class Persister:
         self._given = store
         self._gate = gate or OpenGate()
         self._clock = clock or MonotonicClock()
-        self._store: Store | None = None
+        self._store: TimedStore | None = None
         self._lease: Lease | None = None
         self._directory = config.shm_dir(node)
         # ---- under the condition ----
@@ -320,13 +322,19 @@ class Persister:
             secret=self._secret,
         )
 
-    def _open(self) -> Store:
+    def _open(self) -> TimedStore:
         if self._store is None:
             store = self._given or open_store(self._config.checkpoint_dir)
             fault = StoreFault.from_environ(self._config.env, node=self._node)
             run_dir = Path(self._config.run_dir)
-            self._store = FaultyStore(store, fault, run_dir) if fault else store
+            store = FaultyStore(store, fault, run_dir) if fault else store
+            self._store = TimedStore(store, self._node, self._clock)
         return self._store
+
+    def io(self) -> list[IoSeen]:
+        """For how long the store was waited for since the last call. From any thread."""
+        store = self._store
+        return [] if store is None else store.take()
 
     def _counting(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
         """The same pieces; between them it is told how much is written, and the lease renewed."""
@@ -359,7 +367,7 @@ class Persister:
         self._renewed = self._clock.now()
         if self._lease is None:
             job = JobId(self._config.job)
-            self._lease = Lease.take(self._open(), job, term_s=3 * RENEW_S)
+            self._lease = Lease.take(self._open().beneath, job, term_s=3 * RENEW_S)
             return self._lease
         try:
             self._lease.check()

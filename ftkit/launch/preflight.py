@@ -204,3 +204,14 @@ def read_history(path: Path) -> list[NodeResult]:
         except (ValueError, ProtocolError):
             continue  # cut short by a crash, or another version's
     return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check this node and print the result. Arguments: a folder on the disk to try, and shm root."""
+    folder, shm_root = argv
+    print(json.dumps(check_node(Path(folder), Path(shm_root)).to_json()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

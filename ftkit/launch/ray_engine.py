@@ -112,7 +112,7 @@ class RayEngine:
         mark.parent.mkdir(exist_ok=True)
         mark.touch()
         if not self._config.rank_logs:
-            self._output = RankOutput(run_dir / "logs", self._config.seats)
+            self._output = RankOutput(run_dir / "logs", self._config.nodes * self._config.places)
         self._find_master(alive)
         for node in range(self._config.agents):
             self._start_agent(node)
@@ -204,7 +204,7 @@ class RayEngine:
                 wanted,
             )
         strategy = "STRICT_SPREAD" if len(alive) >= wanted > 1 else "SPREAD"
-        shape = bundle(alive, nodes=wanted, nproc=self._config.nproc)
+        shape = bundle(alive, nodes=wanted, nproc=self._config.places)
         self._group = placement_group([shape] * wanted, strategy=strategy)
         deadline = time.monotonic() + PLACEMENT_S
         while not self._group.wait(timeout_seconds=0.5) and not self._is_interrupted():

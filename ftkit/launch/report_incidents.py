@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from ftkit.core.pace_plan import PaceFault
 from ftkit.launch.report_history import Commit, History, Injection
 
 
@@ -43,7 +44,9 @@ def victim_of(history: History, injection: Injection) -> int | None:
     return max(sitting, default=None)  # member ids rise with every incarnation
 
 
-def read_incidents(history: History, *, evicts: bool, loses_all: bool = False) -> list[Incident]:
+def read_incidents(
+    history: History, *, evicts: bool, loses_all: bool = False, spares: bool = False
+) -> list[Incident]:
     """Follow every injection of a run, in order of time.
 
     Args:
@@ -52,10 +55,20 @@ def read_incidents(history: History, *, evicts: bool, loses_all: bool = False) -
         newer than the fault show that the world was repaired: a vote that was already
         passing may still end in a commit of the old one.
       loses_all: whether they take all ranks at once: then those that come back are waited for.
+      spares: whether ranks stand by: then one in another seat may take the place of one lost.
     """
     targets = targets_of(history)
     return [
-        _follow(history, injection, targets, evicts, loses_all) for injection in history.injections
+        # Who only loses time keeps its place, also beside one that is lost.
+        _follow(
+            history,
+            injection,
+            targets,
+            evicts and injection.fault not in set(PaceFault),
+            loses_all,
+            spares,
+        )
+        for injection in history.injections
     ]
 
 
@@ -65,6 +78,7 @@ def _follow(
     targets: frozenset[int],
     evicts: bool,
     loses_all: bool,
+    spares: bool,
 ) -> Incident:
     unknown: list[str] = []
     undone: list[str] = []
@@ -79,7 +93,7 @@ def _follow(
 
     repair_s = None
     generation, survivors = _before(history, injection, targets)
-    back = None if victim is None else _returned(history, injection, victim)
+    back = None if victim is None else _returned(history, injection, victim, spares=spares)
     if loses_all:
         repair_s = None if back is None else round(back.mono - injection.mono, 6)
     elif not survivors:
@@ -101,7 +115,8 @@ def _follow(
             undone.append(f"{name}: member {member} committed nothing after it{newer}")
 
     if evicts and victim is not None and back is None:
-        undone.append(f"{name}: the seat of member {victim} committed no step after it was lost")
+        who = "nobody new" if spares else f"the seat of member {victim}"
+        undone.append(f"{name}: {who} committed no step after it was lost")
     return Incident(
         fault=injection.fault,
         phase=injection.phase,
@@ -147,9 +162,15 @@ def _next_commit(history: History, member: int, after: float, above: int) -> flo
     return min(moments, default=None)
 
 
-def _returned(history: History, injection: Injection, victim: int) -> Commit | None:
-    """The first step that the victim's seat committed under a new member."""
+def _returned(
+    history: History, injection: Injection, victim: int, *, spares: bool
+) -> Commit | None:
+    """The first step that the victim's seat committed under a new member, or that a spare did."""
     seat = history.seat_of.get(victim, injection.seat)
+    if spares:
+        trained = {c.member for c in history.commits if c.mono <= injection.mono}
+        later = (c for c in history.commits if c.mono > injection.mono)
+        return next((c for c in later if c.member not in trained), None)
     for commit in history.commits:
         if commit.seat == seat and commit.member > victim and commit.mono > injection.mono:
             return commit

@@ -1,4 +1,4 @@
-"""Drills of what surrounds the ranks: a clock that is off, a node that comes and goes, an offender.
+"""Drills of what surrounds the ranks: clocks, nodes that come and go, offenders, memory.
 
 None of them takes a rank away, and the job must end with the same bits; what is checked is that it
 is said, of the right node, once, and of no other.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.core.errors import UsageError
+from ftkit.core.pace_plan import PaceFault, PacePlan, to_environ
 from ftkit.core.trace import Trace
 from ftkit.core.verdict import Fault
 from ftkit.core.wall_clock import VARIABLE as CLOCK
@@ -23,23 +24,34 @@ from ftkit.launch.checker import Outcome, with_more
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.history import History
+from ftkit.launch.resources import LEFT
 
 CLOCK_SKEW, FLAPPING, OFFENDER = "clock-skew", "flapping", "offender"
+LEAK = PaceFault.LEAK.value
 
 CATALOGUE: dict[str, str] = {
     CLOCK_SKEW: "one node's wall clock is off by some hundred milliseconds, or by seconds",
     FLAPPING: "one node's agent stands still for three seconds, three times",
     OFFENDER: "one node has failed again and again in earlier jobs",
+    LEAK: "one rank takes some MB of memory a second, and its node has a few hundred left",
 }
 
 SAYS: dict[str, Fault] = {
     CLOCK_SKEW: Fault.CLOCK,
     FLAPPING: Fault.FLAPPING,
     OFFENDER: Fault.OFFENDER,
+    LEAK: Fault.LEAK,
 }
 
 #: Said of a host that is busy with other things, whatever the drill does.
 LABELS = frozenset({Fault.STARVED, Fault.IMBALANCE, Fault.DATA_STALL, Fault.GC_STALL})
+
+#: A leak of so many bytes a second, on a node that has so many left.
+LEAK_BPS, LEFT_BYTES = 24 << 20, 480 << 20
+#: What a slot of the bundled job takes at least, so that there is time to see it grow.
+LEAK_DEVICE_S = 0.04
+#: How far the time to out of memory may be off.
+OOM_OFF = 0.25
 
 #: A node's agent stands still so long, so often, with so much in between.
 AWAY_S, TIMES, BACK_S = 3.0, 3, 1.5
@@ -82,6 +94,13 @@ class ResourceStriker:
         if fault == CLOCK_SKEW:
             ahead_s = rng.choice([-5.0, -0.2, 0.2, 5.0])
             self.settings = {"env": {CLOCK: f"{seat}:{ahead_s}"}}
+        elif fault == LEAK:
+            # The first member of a seat has its number.
+            plan = PacePlan(
+                fault=PaceFault.LEAK, member=seat, step=step, bytes_per_s=float(LEAK_BPS)
+            )
+            self.settings = {"env": {**to_environ(plan), LEFT: str(LEFT_BYTES)}}
+            self._began = True  # the rank does it, and says so
         elif fault == OFFENDER:
             path = run_dir.parent / f"{run_dir.name}-history.jsonl"
             _write_history(path, f"{socket.gethostname()}/{seat}", nodes)
@@ -134,11 +153,15 @@ def judge(outcome: Outcome, events: Iterable[Mapping[str, Any]], seat: int) -> O
     """The outcome with what must be said of a node; pure.
 
     * E1 the verdict is said of the node of `seat`, once;
-    * E2 no verdict of this kind is said of another, and no other verdict, but for labels.
+    * E2 no verdict of this kind is said of another, and no other verdict, but for labels;
+    * E3 of a leak the time to out of memory is about right.
     """
     due = SAYS[outcome.fault]
     said = [e for e in events if e["kind"] == "verdict" and e["fault"] not in LABELS]
     right = [e for e in said if (e["fault"], e["seat"]) == (due, seat)]
+    if due is Fault.LEAK:
+        # To take memory takes time: who leaks may well be the slower for it.
+        said = [e for e in said if (e["fault"], e["seat"]) != (Fault.SLOW, seat)]
     problems = [
         f"seat {e['seat']} is said to be {e['fault']}: {e['reason']}"
         for e in said
@@ -146,4 +169,8 @@ def judge(outcome: Outcome, events: Iterable[Mapping[str, Any]], seat: int) -> O
     ]
     if len(right) != 1:
         problems.append(f"{due} was said {len(right)} times of seat {seat}, not once")
+    if due is Fault.LEAK and right:
+        true_s, told_s = LEFT_BYTES / LEAK_BPS, right[0]["evidence"]["oom_s"][1]
+        if abs(told_s / true_s - 1) > OOM_OFF:
+            problems.append(f"it was to be out of memory in {true_s:.0f} s, and {told_s} were told")
     return with_more(outcome, problems=problems, missing=[], said=[e["reason"] for e in right])

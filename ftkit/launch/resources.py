@@ -22,6 +22,9 @@ EVERY_S = 1.0
 #: Between two questions of a coordinator for the nodes' wall clocks.
 CLOCK_S = 5.0
 
+#: In a drill of leaks, the bytes of memory that a node has left, as if there were no more.
+LEFT = "FTKIT_DRILL_MEMORY"
+
 #: What is to be left where events and logs go.
 EVENTS_BYTES = 16 << 20
 
@@ -68,10 +71,13 @@ class Resources:
         store = self._config.checkpoint_dir
         if store and "://" not in store:
             due[store] = self._state_bytes()
+        available = psutil.virtual_memory().available
+        if LEFT in self._config.env:
+            available = min(available, int(self._config.env[LEFT]))
         return NodeSeen(
             node=self._node,
             at=self._clock.now(),
-            available_bytes=psutil.virtual_memory().available,
+            available_bytes=available,
             pressure=pressure(),
             disks={p: [free, n] for p, n in due.items() if (free := free_bytes(p)) is not None},
         )

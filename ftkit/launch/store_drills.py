@@ -1,4 +1,4 @@
-"""Drills of the disk: an agent that dies while it writes a checkpoint, and a disk that is full.
+"""Drills of the disk: an agent that dies as it writes a checkpoint, a disk that is full, or slow.
 
 What the ranks did is judged as in any drill; here is what the disk holds: every checkpoint that
 was ever committed must be whole, to the last byte, right after the fault and at the end.
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.core.errors import IntegrityError
+from ftkit.core.verdict import Fault
 from ftkit.launch.checker import Outcome, with_more
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 
@@ -69,19 +70,25 @@ class Witness:
             "env": fault.to_environ(),
         }
 
-    def judge(self, outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
-        """Add what the disk says to what the checker said of the ranks."""
-        return judge(outcome, list(events), self.seen, OnDisk.read(self.folder))
+    def judge(self, outcome: Outcome, events: Iterable[Mapping[str, Any]], *, seat: int) -> Outcome:
+        """Add what the disk says to what the checker said of the ranks; the fault was `seat`'s."""
+        return judge(outcome, list(events), self.seen, OnDisk.read(self.folder), seat=seat)
 
 
 def judge(
-    outcome: Outcome, events: Sequence[Mapping[str, Any]], at_fault: OnDisk | None, at_end: OnDisk
+    outcome: Outcome,
+    events: Sequence[Mapping[str, Any]],
+    at_fault: OnDisk | None,
+    at_end: OnDisk,
+    *,
+    seat: int = 0,
 ) -> Outcome:
     """The outcome with the rules of the disk added; pure.
 
     * D1 no committed checkpoint is damaged, right after the fault or at the end;
     * D2 what was committed before the fault is still there after it;
-    * D3 a checkpoint that could not be written was reported, with the reason.
+    * D3 a checkpoint that could not be written was reported, with the reason;
+    * D4 of a slow disk it is said whose it is and where, of no other, and no checkpoint is given up.
     """
     struck = [e for e in events if e["kind"] == "drill"]
     failed = [e for e in events if e["kind"] == "checkpoint-failed"]
@@ -98,7 +105,17 @@ def judge(
         }
         if gone := sorted(done - set(held.good)):
             problems.append(f"steps {gone} were committed before the fault and are gone {when}")
-    if struck and not failed:
+    more: dict[str, Any] = {}
+    if outcome.fault == StoreFaultKind.SLOW:
+        slow = [e for e in events if e["kind"] == "verdict" and e["fault"] == Fault.SLOW_IO]
+        problems += [f"it is said of seat {e['seat']}, too" for e in slow if e["seat"] != seat]
+        if struck and not (mine := [e for e in slow if e["seat"] == seat]):
+            problems.append(f"nobody says that the disk of seat {seat}'s node is slow")
+        elif struck:
+            more = {"named_s": mine[0]["mono"] - struck[0]["mono"], "said": mine[0]["reason"]}
+            if not mine[0]["evidence"]["path"]:
+                problems.append("it is not said which storage")
+    elif struck and not failed:
         problems.append("the checkpoint that was hit was not reported")
     if outcome.fault == StoreFaultKind.FULL and not any("is full" in e["reason"] for e in failed):
         problems.append("no report says that the disk was full")
@@ -109,4 +126,5 @@ def judge(
         checkpoints=list(at_end.good),
         checkpoints_after_fault=None if at_fault is None else list(at_fault.good),
         failures=[e["reason"] for e in failed],
+        **more,
     )

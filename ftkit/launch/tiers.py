@@ -9,6 +9,7 @@ from ftkit.core.errors import FtkitError
 from ftkit.core.governor import TrafficLimits
 from ftkit.core.ids import JobId, NodeId, Seat
 from ftkit.core.trace import Trace
+from ftkit.detection.signals import IoSeen
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.ending import UNTOLD_S, limit_s
@@ -94,6 +95,10 @@ class Tiers:
             "store": list(self._server.address),
             "persister": self._persister and self._persister.report().to_json(),
         }
+
+    def io(self) -> list[IoSeen]:
+        """For how long this node's stores were waited for since the last call."""
+        return [] if self._persister is None else self._persister.io()
 
     def make_arena(
         self,

@@ -130,6 +130,8 @@ class JobFacts:
     """Nodes that nothing should be started on while another can take it, and why (`exclusion`)."""
     per_node: int = 0
     """Places for ranks on each node; 0: every seat stays on its node."""
+    world_max: int = 0
+    """The most members that a world has; those beyond stand by. 0: any number."""
     interrupted: str = ""
     """Why the user or the cluster wants the job to end; empty while nobody does."""
     refused: str = ""

@@ -294,12 +294,28 @@ def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     ready = _reshaped(plan, facts) or _all_ready(plan, facts)
     if not ready or facts.awaited:
         return None
+    seated, ready = len(ready), _chosen(plan, facts, ready)
     step = Step(max(facts.snapshots, default=0))
     if not step and (lost := _shards_lost(facts)):
         return _end(plan, Stop(code=exit_codes.UNRECOVERABLE, reason=lost))
     what = f"from the snapshot of step {step}" if step else "from the beginning"
-    who = f"{len(ready)} of {len(plan.seats)} seats are ready"
+    who = f"{seated} of {len(plan.seats)} seats are ready"
+    if seated > len(ready):
+        who += f", {seated - len(ready)} of them stand by"
     return _enter(plan, ready, step, action="form", reason=f"{who}, {what}")
+
+
+def _chosen(plan: Plan, facts: JobFacts, ready: list[MemberFacts]) -> list[MemberFacts]:
+    """As many of those who are ready as a world has; the others are spare.
+
+    First those of the last world, then as evenly over the nodes as their seats are.
+    """
+    if not facts.world_max or len(ready) <= facts.world_max:
+        return ready
+    per_node = max(facts.per_node, 1)
+    before = plan.world.member_ids if plan.world is not None else frozenset()
+    order = sorted(ready, key=lambda f: (f.member not in before, f.seat % per_node, f.seat))
+    return sorted(order[: facts.world_max], key=lambda f: f.seat)
 
 
 def _all_ready(plan: Plan, facts: JobFacts) -> list[MemberFacts]:
@@ -415,6 +431,8 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         and f.member not in world.member_ids
         and not gone(plan, facts, f.member)
     ]
+    if facts.world_max:
+        newcomers = newcomers[: max(0, facts.world_max - world.size)]
     offered = plan.joining.member_ids - world.member_ids if plan.joining else frozenset()
     # One that lost a link while it waited is READY again, until it has connected anew.
     withdraw = any(
@@ -510,7 +528,38 @@ def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     reason = f"all survivors stand still; play step {step + 1} again"
     if forward:
         reason = f"step {step} was committed by some; seats {forward} roll forward to it"
-    return _enter(plan, survivors, step, action="resume", reason=reason)
+    resumed, decision = _enter(plan, survivors, step, action="resume", reason=reason)
+    spare = _spares(facts, world, alive)[: max(0, facts.world_max - len(survivors))]
+    if spare:
+        # They are connected to all of the last world, and so to those left of it: the first vote
+        # can let them in.
+        joining = World.of(resumed.next_generation, [_address(f) for f in (*survivors, *spare)])
+        resumed = replace(
+            resumed,
+            joining=joining,
+            next_generation=Generation(resumed.next_generation + 1),
+        )
+        seats = sorted(f.seat for f in spare)
+        decision = replace(
+            decision,
+            reason=f"{reason}; spare seats {seats} are to be let in by the next vote",
+            fields={**decision.fields, "spares": seats},
+        )
+    return resumed, decision
+
+
+def _spares(facts: JobFacts, world: World, alive: list[MemberFacts]) -> list[MemberFacts]:
+    """Those who stand by, connected to every member of `world`; where there are to be any."""
+    if not facts.world_max:
+        return []
+    return [
+        f
+        for f in alive
+        if f.stage is Stage.LINKED
+        and f.stepping
+        and f.linked == world.generation
+        and world.rank_of(f.member) is None
+    ]
 
 
 def _enter(plan: Plan, members: list[MemberFacts], step: Step, *, action: str, reason: str) -> Move:

@@ -6,61 +6,55 @@ dead, and those that nobody had begun, are left to do. They go to those who have
 so a loss in mid-accumulation costs the dead rank's slots and not the step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ftkit.core.ids import Seat, Slot
+from ftkit.core.ids import Slot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Salvage:
-    """How the step goes on."""
+    """How the step goes on. By rank."""
 
-    kept: Mapping[Seat, tuple[Slot, ...]]
-    """Slots whose gradients each survivor holds already."""
-    todo: Mapping[Seat, tuple[Slot, ...]]
-    """Slots each survivor has still to play, rising."""
-    again: tuple[Slot, ...]
-    """Of these, the ones that were played before, and lost with their rank."""
+    kept: tuple[tuple[Slot, ...], ...]
+    """Slots whose gradients each holds already."""
+    todo: tuple[tuple[Slot, ...], ...]
+    """Slots each has still to play, rising."""
+
+    @property
+    def held(self) -> tuple[tuple[Slot, ...], ...]:
+        """The slots of each rank's sum once the step is played, rising."""
+        return tuple(tuple(sorted((*k, *t))) for k, t in zip(self.kept, self.todo, strict=True))
 
     @property
     def share(self) -> float:
         """The share of the step that need not be played again."""
-        kept = sum(map(len, self.kept.values()))
-        total = kept + sum(map(len, self.todo.values()))
+        kept = sum(map(len, self.kept))
+        total = kept + sum(map(len, self.todo))
         return kept / total if total else 0.0
 
 
-def salvage(
-    slots: int,
-    held: Mapping[Seat, Sequence[Slot]],
-    done: Mapping[Seat, int],
-    survivors: Sequence[Seat],
-) -> Salvage:
+def salvage(slots: int, kept: Sequence[Sequence[Slot]], begun: Sequence[Sequence[Slot]]) -> Salvage:
     """Plan the rest of a step that lost ranks in mid-accumulation.
 
     Args:
       slots: of the global batch.
-      held: the slots of each seat, in the order it plays them.
-      done: how many of them each has finished. Those of the dead are lost all the same.
-      survivors: who goes on.
+      kept: what each rank of the world that goes on has finished.
+      begun: what each has summed in part, and so must finish itself.
 
     Raises:
-      ValueError: nobody survives, or the slots are not each held once.
+      ValueError: nobody goes on, or a slot is claimed twice, or is none of the step.
     """
-    if not survivors:
+    if not kept:
         raise ValueError("a step cannot go on with nobody")
-    if sorted(s for mine in held.values() for s in mine) != list(range(slots)):
-        raise ValueError(f"{slots} slots are not each held by one seat: {dict(held)}")
-    if any(not 0 <= done.get(seat, 0) <= len(mine) for seat, mine in held.items()):
-        raise ValueError(f"nobody has finished more slots than it holds: {dict(done)}")
-    kept = {s: tuple(held[s][: done.get(s, 0)]) for s in survivors}
-    todo = {s: list(held[s][done.get(s, 0) :]) for s in survivors}
-    gone = [seat for seat in held if seat not in todo]
-    again = sorted(s for seat in gone for s in held[seat][: done.get(seat, 0)])
-    for slot in sorted(s for seat in gone for s in held[seat]):
-        least = min(survivors, key=lambda s: (len(todo[s]), len(kept[s]), s))
-        todo[least].append(slot)
+    claimed = [s for mine in (*kept, *begun) for s in mine]
+    if len(set(claimed)) < len(claimed) or not set(claimed) <= set(range(slots)):
+        raise ValueError(f"slots {sorted(claimed)} are not each one of {slots}, claimed once")
+    todo = [list(mine) for mine in begun]
+    for slot in sorted(set(range(slots)) - set(claimed)):
+        least = min(range(len(todo)), key=lambda r: (len(todo[r]), len(kept[r]), r))
+        todo[least].append(Slot(slot))
     return Salvage(
-        kept=kept, todo={s: tuple(sorted(t)) for s, t in todo.items()}, again=tuple(again)
+        kept=tuple(tuple(sorted(mine)) for mine in kept),
+        todo=tuple(tuple(sorted(mine)) for mine in todo),
     )

@@ -58,7 +58,7 @@ class Ballot:
     """Whether this rank's numbers have been looked at twice, now or at the step before."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
     costs: Mapping[int, float] = field(default_factory=dict)
-    """Seconds that this rank measured: in a pipeline by layer."""
+    """Seconds that this rank measured: in a pipeline by layer, else of a slot, as number 0."""
 
     def pack(self) -> bytes:
         head = _HEAD.pack(

@@ -57,6 +57,15 @@ class StepBuffers:
         """The first slot of the global batch has been played here: its result counts."""
         self._after_first = [place.now().detach().clone() for place in self._places]
 
+    @property
+    def after_first(self) -> list[torch.Tensor]:
+        """What slot 0 made of the buffers, if it was played here; for `resume`."""
+        return self._after_first
+
+    def resume(self, after_first: list[torch.Tensor]) -> None:
+        """Slot 0 was played here in an attempt before, and counts."""
+        self._after_first = after_first
+
     def share(self, broadcast: Callable[[torch.Tensor], None]) -> None:
         """Let every rank have what slot 0 made of the buffers.
 

@@ -10,7 +10,6 @@ from ftkit.checkpoint.shards import register_shards
 from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.sharded import ShardedReducer, assign_rounds
 from ftkit.collectives.slot_tree import SlotNode
-from ftkit.collectives.slots import assign
 from ftkit.collectives.staged import StageReducer
 from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
 from ftkit.core.ids import Slot
@@ -22,6 +21,7 @@ from ftkit.session.numbers import Numbers, OnNaN, names_of
 from ftkit.session.parts import Parts
 from ftkit.session.replicas import OnDiverged, Replicas
 from ftkit.session.schedulers import Schedulers
+from ftkit.session.shares import Shares
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
 
@@ -47,6 +47,9 @@ class Loop:
     """Steps to commit in all."""
     mean: bool = True
     """Whether gradients and losses are divided by the number of slots, or summed."""
+    rebalance: bool = False
+    """Whether ranks hold as many slots as they are fast."""
+    shares: Shares = field(init=False)
     layers: Layers | None = None
     """Of a pipeline, of which each rank holds a stage."""
     reducer: GradientReducer | ShardedReducer | StageReducer = field(init=False)
@@ -66,6 +69,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         self.sharded = not self.modules
+        self.shares = Shares(self.parts, self.slots, rebalance=self.rebalance)
         self.corrupter = Corrupter(self.parts.corruptions, self.parts.trace)
         self.replicas = Replicas(
             self.parts,
@@ -113,17 +117,15 @@ class Loop:
                 self.modules = ()
 
     def slots_of(self, world_size: int, rank: int) -> list[Slot]:
-        """What a rank plays in a step, one after another.
+        """What a rank of a model in parts plays in a step, one after another.
 
-        Of sharded models as many on every rank, whose passes need each other: from `slots` on it
-        is no slot, and what comes of it is dropped. Of a pipeline every stage plays all of them, which
-        are the last one's: it knows their losses.
+        As many on every rank, whose passes need each other: from `slots` on it is no slot, and what
+        comes of it is dropped. Of a pipeline every stage plays all of them, which are the last
+        one's: it knows their losses.
         """
         if self.layers is not None:
             return [Slot(s) for s in range(self.slots)] if rank == world_size - 1 else []
-        if self.sharded:
-            return [Slot(s) for s in assign_rounds(self.slots, world_size, rank)]
-        return [Slot(s) for s in assign(self.slots, world_size)[rank]]
+        return [Slot(s) for s in assign_rounds(self.slots, world_size, rank)]
 
     def check_parameters(self) -> None:
         """Raise StateChanged when parameters came or went since the loop began."""

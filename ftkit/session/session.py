@@ -118,6 +118,8 @@ class Session:
             if not self._newcomer:
                 parts.membership.ready(stepping=False)
                 self._worlds.settle()
+                # The first world may have formed without this rank: then it is a spare.
+                self._newcomer = not parts.membership.active
         parts.recorder.phase(Phase.SETUP)
 
     @property
@@ -272,6 +274,7 @@ class Session:
         on_diverged: OnDiverged | str = OnDiverged.REPAIR,
         on_nan: OnNaN | str = OnNaN.REPORT,
         mean: bool = True,
+        rebalance: bool = False,
     ) -> Iterator[Step]:
         """The step loop: yields the next step to play until `until` are committed.
 
@@ -297,6 +300,8 @@ class Session:
           mean: whether gradients are divided by the number of slots. False is for losses that
             are divided already, by what the whole global batch holds (its tokens, say);
             `step.loss` is then the sum too.
+          rebalance: whether slots go to ranks by how fast they are, measured every few steps. The
+            result is the same, bit for bit. Not for a model that `build` makes.
 
         Raises:
           UsageError: `protect` was not called, there are more ranks than slots, or an option is
@@ -319,6 +324,11 @@ class Session:
             raise UsageError(
                 f"{self.seats} ranks cannot share {slots} slots: some would have nothing to do; "
                 f"give slots={self.seats} or more, or start fewer ranks"
+            )
+        if rebalance and self._builder is not None:
+            raise UsageError(
+                "rebalance=True is for models that every rank holds whole: the ranks of a sharded "
+                "one play every micro-batch together, and stages are balanced by session.cut()"
             )
         self._loop = Loop(
             parts=self._parts,
@@ -343,6 +353,7 @@ class Session:
             until=until,
             mean=mean,
             layers=self._layers,
+            rebalance=rebalance,
         )
         return self._play(self._loop)
 

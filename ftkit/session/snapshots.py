@@ -83,6 +83,8 @@ class Snapshots:
         self._due = DueMark(self._env.checkpoint_every if self._env else 0, self._trace.event)
         self._capture: Capture | None = None
         self._arena: Arena | None = None
+        self.restores = 0
+        """How often the live state was replaced."""
         self._begun = Step(0)
         self._complete = Step(0)
         """A step known to be complete on all ranks: where this one was restored."""
@@ -229,16 +231,21 @@ class Snapshots:
             if item.global_shape == item.tensor.shape and not (steady and item.early)
         }
 
-    def look_ahead(self, world: World) -> None:
-        """Do early what a newcomer to `world` needs, so that the others wait less for it."""
+    def look_ahead(self, world: World) -> bool:
+        """Do early what a newcomer to `world` needs, so that the others wait less for it.
+
+        Returns whether there was something to look at.
+        """
         if self._env is None or self._control is None:
-            return
+            return False
         try:
             layout = look_ahead(self._plan(None), secret=bytes.fromhex(self._env.secret))
             room = whole_layout(layout) if self._sharded else layout
             self._control.arena(room.to_json(), _replicas_after_a_loss(world))
         except (IntegrityError, CapacityError) as error:
             logger.debug("nothing to look at yet: %s", error)
+            return False
+        return True
 
     def restore(self, step: Step, world: World, membership: Membership, *, admitted: bool) -> None:
         """Load the state of `step` from the nearest arenas that hold it, or from disk.
@@ -258,6 +265,7 @@ class Snapshots:
         if self._env is None or self._control is None:
             raise IntegrityError("a rank that is alone has nothing to restore from")
         self._release()
+        self.restores += 1
         deadline = time.monotonic() + self._env.max_stall_s
         damaged = False
         while True:

@@ -11,7 +11,7 @@ changes anything, and the step commits or is played again::
 A fault of the job inside the body is swallowed here, the user's own exceptions go through.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,7 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from ftkit.collectives.gradients import Waitable
+from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.handle import finished
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.core.errors import (
@@ -42,7 +42,8 @@ from ftkit.session.clip import clip
 from ftkit.session.layers import seed_all
 from ftkit.session.loop import Loop
 from ftkit.session.membership import Fate
-from ftkit.session.worlds import broadcast_from_first
+from ftkit.session.shares import Carried
+from ftkit.session.worlds import broadcast_from
 
 #: Votes that do not pass, one after another, after which the step is given up.
 VOTES_MAX = 3
@@ -57,8 +58,14 @@ class Step:
         self._parts = loop.parts
         self._number = number
         self._generation: Generation = self._parts.group.world.generation
-        self._plays = loop.slots_of(loop.parts.group.size, self._rank)
+        self._plays: list[Slot] = []
+        """Slots to play, one after another."""
+        self._division: tuple[tuple[Slot, ...], ...] = ()
+        """The slots of every rank's sum, where each holds the whole model."""
+        if loop.sharded:
+            self._plays = loop.slots_of(loop.parts.group.size, self._rank)
         self._held = [slot for slot in self._plays if slot < loop.slots]
+        """Slots of this rank's sum."""
         self._buffers: StepBuffers | None = None
         self._slot: Slot | None = None
         self._losses: dict[Slot, float] = {}
@@ -67,6 +74,10 @@ class Step:
         """Of the reduced gradients, once they are."""
         self._result: Tally | None = None
         """Of the vote; None before it, and where it was cut in half."""
+        self._done: set[Slot] = set()
+        """Of this rank's sum, the slots played to their end."""
+        self._carried: Carried | None = None
+        """Of an attempt before, whose sums this one goes on with."""
         self._newcomers: World | None = None
         """The world to switch to before the next step."""
         self.entered = False
@@ -99,7 +110,7 @@ class Step:
         self.entered = True
         self._loop.current = self
         self._parts.recorder.step(self._number)
-        self._loop.reducer.begin()
+        self._begin_sums()
         self._loop.numbers.begin(self._number, self._generation)
         if self._loop.corrupter.armed:
             self._loop.corrupter.state(self._number, self._loop.snapshots.replicated(steady=True))
@@ -123,6 +134,8 @@ class Step:
             raise UsageError("use step.batches() inside `with step:`, once in a step")
         if self._loop.layers is not None:
             raise UsageError("every stage of a pipeline plays all slots: use step.slots()")
+        if not self._loop.sharded:
+            self._divide()
         for slot in self._plays:
             yield self._begin_slot(slot)
             self._end_slot(slot)
@@ -266,7 +279,9 @@ class Step:
         if slip := self._parts.injector.slip(self._number, bucket=self._bucket, last=last):
             self._bucket += 1
             return self._slip(slip, nodes, out, scale)
-        handle = self._parts.group.reduce_slots(nodes, out, slots=self._loop.slots, scale=scale)
+        handle = self._parts.group.reduce_slots(
+            nodes, out, slots=self._loop.slots, scale=scale, division=self._division
+        )
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
         return handle
@@ -281,7 +296,9 @@ class Step:
         if kind is Kind.DESYNC_OP:
             return group.all_reduce(out.clone())
         fewer = [replace(node, value=node.value[:half]) for node in nodes]
-        return group.reduce_slots(fewer, out[:half], slots=self._loop.slots, scale=scale)
+        return group.reduce_slots(
+            fewer, out[:half], slots=self._loop.slots, scale=scale, division=self._division
+        )
 
     def exchange_rows(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
         """(sharded reducer) Give each rank the gradients of what it owns. Blocks."""
@@ -300,6 +317,49 @@ class Step:
     def _rank(self) -> int:
         return self._parts.group.rank
 
+    def _summed(self, done: Collection[Slot]) -> tuple[list[int], list[int]]:
+        """Slots whose gradients this rank has summed, and those it has to go through again.
+
+        Those are in the sums in part, or were not played to their end: an attempt may break in the
+        last moment of a backward pass, as the sums are handed over.
+        """
+        reducer = self._loop.reducer
+        if not isinstance(reducer, GradientReducer):
+            return [], []
+        whole, part = reducer.summed
+        kept = [slot for slot in whole if slot in done]
+        return kept, sorted({*whole, *part} - {*kept})
+
+    def _begin_sums(self) -> None:
+        """A new attempt begins with no gradients, or with those of one whose world broke."""
+        reducer, shares = self._loop.reducer, self._loop.shares
+        carried, shares.carried = shares.carried, None
+        if carried is None or not isinstance(reducer, GradientReducer):
+            reducer.begin()
+            return
+        same = (carried.step, carried.restores) == (self._number, self._loop.snapshots.restores)
+        reducer.begin(keep=same)
+        self._carried = carried if same else None
+
+    def _divide(self) -> None:
+        """Find out which slots to play, and which need not be. Blocks in the first step of a world."""
+        reducer, carried = self._loop.reducer, self._carried
+        assert isinstance(reducer, GradientReducer), "every rank holds the whole model"
+        assert self._buffers is not None, "batches() runs inside the step"
+        self._check()
+        summed = self._summed(carried.done) if carried else ([], [])
+        share = self._loop.shares.divide(self._number, self._generation, summed)
+        if carried is not None and not share.kept:
+            # Also what was summed in part: it is played from its beginning.
+            reducer.begin()
+        elif carried is not None:
+            self._done.update(share.kept)
+            self._losses.update({s: v for s, v in carried.losses.items() if s in share.kept})
+            if 0 in share.kept:
+                self._buffers.resume(carried.after_first)
+        self._division, self._plays = share.division, list(share.todo)
+        self._held = sorted((*share.kept, *share.todo))
+
     def _begin_slot(self, slot: Slot) -> Any:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
@@ -311,6 +371,7 @@ class Step:
         drawn = slot if slot < self._loop.slots else self._held[0]
         seed_all(rng_key(self._loop.seed, self._number, drawn))
         self._buffers.rewind()
+        self._loop.shares.began()
         batch = self._loop.feed.batch(self._number, drawn)
         self._loop.note_batch(self._number, drawn, batch)
         self._loop.reducer.start_slot(slot, last=slot == self._plays[-1])
@@ -324,17 +385,19 @@ class Step:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.drag.ended(self._number)
+        self._loop.shares.ended()
         self._loop.reducer.end_slot()
         if slot == 0:
             self._buffers.keep()
+        self._done.add(slot)
 
     def _reduce(self) -> None:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.recorder.phase(Phase.REDUCE)
         digest = self._loop.reducer.finish(held=len(self._held))
-        # Slot 0 is always rank 0's.
-        self._buffers.share(lambda buffer: broadcast_from_first(self._parts.group, buffer))
+        root = next((r for r, held in enumerate(self._division) if 0 in held), 0)
+        self._buffers.share(lambda buffer: broadcast_from(self._parts.group, buffer, root))
         self._digest = digest
         self._slot = None
         self._loop.numbers.weigh(len(self._held))
@@ -381,7 +444,7 @@ class Step:
             bad_bucket=self._loop.numbers.bad_bucket,
             again=self._loop.numbers.final,
             losses=self._losses,
-            costs=self._loop.layers.seconds if self._loop.layers else {},
+            costs=self._loop.layers.seconds if self._loop.layers else self._loop.shares.costs,
         )
         data = derive(*(self._loop.read[number, slot] for slot in self._held))
         parts.trace.event(
@@ -397,6 +460,8 @@ class Step:
             self._loop.snapshots.agree(b.layout for b in ballots)
             if self._loop.layers is not None:
                 self._loop.layers.hear(b.costs for b in ballots)
+            else:
+                self._loop.shares.hear([b.costs for b in ballots], self._number)
         except GenerationAborted:
             pass  # cut in half: what became of it is decided below, with the others
         if result is not None:
@@ -477,9 +542,31 @@ class Step:
             self._loop.worlds.switch(self._newcomers, self._number)
 
     def _roll_back(self, error: BaseException) -> None:
-        """Note that the attempt is undone: gradients and buffers are all it changed."""
+        """Note that the attempt is undone: gradients and buffers are all it changed.
+
+        When its world broke, what was summed may be of use in the next one.
+        """
+        group, summed = self._parts.group, list[int]()
+        active = self._parts.membership.active
+        broken = group.world.generation != self._generation or not active or group.aborted
+        if broken and self._division and not self._loop.numbers.again and self._buffers:
+            self._loop.shares.carried = Carried(
+                step=self._number,
+                restores=self._loop.snapshots.restores,
+                done=frozenset(self._done),
+                losses=dict(self._losses),
+                after_first=self._buffers.after_first,
+            )
+            summed = self._summed(self._done)[0]
+        elif broken and self._carried is not None:
+            # This one broke before it came to play: what it brought is still there.
+            self._loop.shares.carried = self._carried
         self._parts.trace.event(
-            "rollback", step=self._number, generation=self._generation, reason=str(error)[:300]
+            "rollback",
+            step=self._number,
+            generation=self._generation,
+            reason=str(error)[:300],
+            summed=summed,
         )
 
     def _check(self) -> None:

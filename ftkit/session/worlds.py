@@ -38,6 +38,7 @@ class Worlds:
         self._snapshots: Snapshots | None = None
         self._build: Callable[[World], None] | None = None
         self._stages = False
+        self._looked_ahead = False
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
@@ -87,8 +88,9 @@ class Worlds:
             parts.recorder.phase(Phase.RECOVERY)
             match task:
                 case Link(world):
-                    if self._snapshots is not None:
-                        self._snapshots.look_ahead(world)
+                    if self._snapshots is not None and not self._looked_ahead:
+                        # Once: a spare is linked to world after world, and has to be quick.
+                        self._looked_ahead = self._snapshots.look_ahead(world)
                     try:
                         parts.group.connect(world.members, timeout_s=parts.stall_s)
                     except WireError:
@@ -204,17 +206,17 @@ class Worlds:
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:
                 if not is_dtensor(tensor):
-                    broadcast_from_first(group, tensor.detach())
+                    broadcast_from(group, tensor.detach())
 
 
-def broadcast_from_first(group: Group, tensor: torch.Tensor) -> None:
-    """Rank 0's `tensor` to all ranks, in place and whatever its strides. Blocks.
+def broadcast_from(group: Group, tensor: torch.Tensor, root: int = 0) -> None:
+    """The `tensor` of rank `root` to all ranks, in place and whatever its strides. Blocks.
 
     Raises:
       GenerationAborted: the generation ended meanwhile.
     """
     # A model in channels_last has parameters that are not contiguous; the wire needs them so.
     flat = tensor.contiguous()
-    group.broadcast(flat, 0).wait()
+    group.broadcast(flat, root).wait()
     if flat is not tensor:
         tensor.copy_(flat)

@@ -36,6 +36,7 @@ SMALL = {
         *("--only", "bandwidth", "kill", "--worlds", "2", "--sizes", "65536"),
         *("--blocks", "1", "--kills", "1"),
     ],
+    "exits": ["--gigabytes", "0.05", "--kills", "1"],
     "persist": ["--mib", "1", "--rounds", "1"],
     "rings": ["--megabytes", "2", "--rounds", "1"],
     "quantized": ["--worlds", "2", "--repetitions", "1"],

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.collectives.slot_tree import SlotTree
-from ftkit.collectives.slots import Add, Take, assign, fold_plan, nodes_of, plan_of
+from ftkit.collectives.slots import (
+    Add,
+    Take,
+    assign,
+    fold_plan,
+    nodes_among,
+    nodes_of,
+    plan_of,
+)
 
 
 def expression(low, high):
@@ -94,12 +102,48 @@ def test_a_second_step_allocates_nothing():
     assert len(seen) <= 4
 
 
-def test_slots_out_of_order_or_of_another_shape_are_refused():
+def test_a_slot_twice_or_of_another_shape_is_refused():
     tree = SlotTree(4)
     tree.push(1, torch.zeros(2))
-    with pytest.raises(ValueError, match="rising order"):
+    with pytest.raises(ValueError, match="covered already"):
         tree.push(1, torch.zeros(2))
     with pytest.raises(ValueError, match="slot 2 has"):
         tree.push(2, torch.zeros(3))
     with pytest.raises(ValueError, match="does not exist"):
         tree.push(4, torch.zeros(2))
+
+
+@given(st.integers(1, 20), st.data())
+def test_any_division_in_any_order_comes_to_the_same_bits(slots, data):
+    """Values that floating point adds up differently in another order."""
+    size = data.draw(st.integers(1, slots))
+    owner = data.draw(st.lists(st.integers(0, size - 1), min_size=slots, max_size=slots))
+    division = tuple(tuple(s for s in range(slots) if owner[s] == r) for r in range(size))
+    leaves = [torch.tensor([1.0 / (3 + s), 1e8 / (1 + s * s)]) for s in range(slots)]
+    brought = []
+    for held in division:
+        tree = SlotTree(slots)
+        for slot in data.draw(st.permutations(held)):
+            assert slot not in tree
+            tree.push(slot, leaves[slot].clone())
+            assert slot in tree
+        assert [n.node for n in tree.nodes] == nodes_among(held, slots)
+        brought.append(tree.nodes)
+    stack = []
+    for move in fold_plan(slots, size, division):
+        if isinstance(move, Take):
+            stack.append(brought[move.rank][move.position].value)
+        else:
+            right = stack.pop()
+            stack.append(stack.pop() + right)
+    whole = SlotTree(slots)
+    for slot, value in enumerate(leaves):
+        whole.push(slot, value.clone())
+    assert torch.equal(stack[0], whole.nodes[0].value)
+
+
+def test_a_division_must_have_every_slot_once():
+    with pytest.raises(ValueError, match="do not cover"):
+        fold_plan(4, 2, ((0, 1), (3,)))
+    with pytest.raises(ValueError, match="do not cover"):
+        fold_plan(4, 2, ((0, 1), (1, 2, 3)))

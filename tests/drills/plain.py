@@ -13,7 +13,7 @@ model = DistributedDataParallel(torch.nn.Linear(8, 8))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 for step in range(10_000):
     time.sleep(0.02)
-    if step == 40 and dist.get_rank() == who:
+    if step == 100 and dist.get_rank() == who:
         if how == "hang":
             time.sleep(10_000)
         elif how == "skip":

@@ -148,7 +148,7 @@ def test_an_agent_is_killed_at_a_byte_of_a_checkpoint(
         settings=more,
         on_poll=lambda _: witness.poll(),
     )
-    outcome = witness.judge(judge(done, reference, seats=3), done.events)
+    outcome = witness.judge(judge(done, reference, seats=3), done.events, seat=fault.seat)
     assert outcome.outcome is Answer.PASS, f"{outcome.evidence}\n{done.stop}\n{done.log}"
     assert outcome.steps_lost == 0
     assert outcome.evidence["checkpoints"]
@@ -168,7 +168,8 @@ def test_a_full_disk_is_reported_and_costs_no_step(reference: Run, tmp_path: Pat
         on_poll=lambda _: witness.poll(),
     )
     ranks = judge(done, reference, seats=2, evicts=False)
-    outcome = witness.judge(replace(ranks, fault=StoreFaultKind.FULL), done.events)
+    full = replace(ranks, fault=StoreFaultKind.FULL)
+    outcome = witness.judge(full, done.events, seat=fault.seat)
     assert outcome.outcome is Answer.PASS, f"{outcome.evidence}\n{done.stop}\n{done.log}"
     assert outcome.steps_lost == 0
     assert outcome.params_equal

@@ -16,7 +16,7 @@ STEPS = 80
 
 def test_a_slow_rank_is_named_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HERE.parents[1]))
-    job = Job(steps=STEPS).for_pace()
+    job = Job(steps=STEPS).for_pace("slow-steady")
     drill = choose(PaceFault.STEADY, None, seed=5, nproc=3, steps=STEPS)
     outcome, events = run_drill(drill, job, None, tmp_path / "run")
     # Without an undisturbed run nothing can be said of the parameters.

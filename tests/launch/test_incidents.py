@@ -60,8 +60,19 @@ def test_what_is_found_later_is_another_and_the_next_coordinator_counts_on(tmp_p
 
 def test_what_says_nothing_of_processes_is_not_looked_at(tmp_path: Path) -> None:
     incidents = Incidents(tmp_path)
-    assert incidents.take([verdict(1, Fault.SLOW)], None, {}, 0.0) is None
+    assert incidents.take([verdict(1, Fault.DISK)], None, {}, 0.0) is None
     assert read_bundles(tmp_path) == []
+
+
+def test_what_a_self_check_found_belongs_to_the_newest_incident(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path)
+    incidents.checked({"said": "of nothing"})
+    assert incidents.take([verdict(1, Fault.SLOW)], None, {}, 0.0) is not None
+    incidents.checked({"node": 1, "said": "vm1: gemm the product is wrong"})
+    incidents.close()
+    ((incident, nodes),) = read_bundles(tmp_path)
+    assert [c["node"] for c in incident["self_checks"]] == [1]
+    assert "Self-check: vm1: gemm the product is wrong." in paragraph(incident, nodes)
 
 
 def test_a_disk_that_cannot_be_written_does_no_harm(tmp_path: Path) -> None:

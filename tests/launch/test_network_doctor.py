@@ -5,25 +5,38 @@ import socket
 import subprocess
 import sys
 import threading
+import time
+from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not listed
 
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
 from ftkit.core.errors import UsageError, WireError
 from ftkit.launch import network_doctor
 from ftkit.launch.cli import main
-from ftkit.launch.network_doctor import Diagnosis, _diagnose, examine, speed
+from ftkit.launch.network_doctor import Diagnosis, _diagnose, compare_clocks, examine, speed
 
 
 def test_rows_become_a_matrix_and_a_ring_around_what_cannot_be_reached():
     rows = [
-        {"host": "a", "sent": {"1": 0.0, "2": 1e9, "3": 1e9}, "read": {"1": 0.0}},
-        {"host": "b", "sent": {"0": 0.0, "2": 1e9, "3": 5e8}, "read": {}},
-        {"host": "c", "sent": {"0": 1e9, "1": 1e9, "3": 1e9}, "read": {}},
-        {"host": "d", "sent": {"0": 1e9, "1": 1e9, "2": None}, "read": {"2": 7e9}},
+        {
+            "host": "a",
+            "sent": {"1": 0.0, "2": 1e9, "3": 1e9},
+            "read": {"1": 0.0},
+            "clock": [0.0, 0.001],
+        },
+        {"host": "b", "sent": {"0": 0.0, "2": 1e9, "3": 5e8}, "read": {}, "clock": [0.0, 0.001]},
+        {"host": "c", "sent": {"0": 1e9, "1": 1e9, "3": 1e9}, "read": {}, "clock": [0.0, 0.001]},
+        {
+            "host": "d",
+            "sent": {"0": 1e9, "1": 1e9, "2": None},
+            "read": {"2": 7e9},
+            "clock": [0.0, 0.001],
+        },
     ]
     found = _diagnose(rows)
     assert found.unreachable == [(0, 1)]
@@ -36,10 +49,41 @@ def test_rows_become_a_matrix_and_a_ring_around_what_cannot_be_reached():
     assert told["slowest"] == 1e9
 
 
+def test_a_clock_that_is_off_is_said_beyond_what_the_exchange_may_be_wrong_by():
+    rows: list[dict[str, Any]] = [
+        {"host": h, "sent": {}, "read": {}, "clock": clock}
+        for h, clock in (("a", [0.0, 0.0]), ("b", [0.2, 0.01]), ("c", [-0.2, 0.19]), ("d", [-9, 1]))
+    ]
+    found = _diagnose(rows)
+    assert found.skewed == [(1, 0.2), (3, -9.0)]
+    told: Any = found.to_json()["clocks"]
+    assert told[1] == {"offset_s": 0.2, "error_s": 0.01}
+
+
+def test_clocks_are_compared_with_node_0s():
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    found, stores = {}, []
+
+    def node(rank, ahead):
+        store = TCPStore("127.0.0.1", port, 3, is_master=rank == 0)
+        stores.append(store)  # node 0's has to stay until all have read
+        found[rank] = compare_clocks(store, rank, 3, wall=lambda: time.time() + ahead)
+
+    threads = [threading.Thread(target=node, args=(r, a)) for r, a in enumerate((1.0, 1.0, 4.5))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert found[0] == (0.0, 0.0)
+    assert abs(found[1][0]) <= found[1][1] + 1e-3
+    assert abs(found[2][0] - 3.5) <= found[2][1] + 1e-3
+
+
 def test_memory_is_where_nothing_was_sent():
     rows = [
-        {"host": "a", "sent": {"1": None}, "read": {"1": 3e9}},
-        {"host": "a", "sent": {"0": None}, "read": {"0": 4e9}},
+        {"host": "a", "sent": {"1": None}, "read": {"1": 3e9}, "clock": [0.0, 0.001]},
+        {"host": "a", "sent": {"0": None}, "read": {"0": 4e9}, "clock": [0.0, 0.001]},
     ]
     found = _diagnose(rows)
     assert found.by_memory == {(0, 1), (1, 0)}

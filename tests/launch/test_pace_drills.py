@@ -11,7 +11,7 @@ from ftkit.core.pace_plan import PaceFault, PacePlan
 from ftkit.core.trace import Trace
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.drills import choose
-from ftkit.launch.pace_drills import CATALOGUE, CLEAN, SLOW_RANK, choose_pace, judge_pace
+from ftkit.launch.pace_drills import CATALOGUE, CLEAN, SLOW_RANK, choose_pace, judge_pace, judge_two
 from ftkit.session.drag import Drag
 
 PLAN = PacePlan(fault=PaceFault.STEADY, member=1, step=30, factor=1.5)
@@ -149,3 +149,52 @@ def test_a_rank_loses_time_once_and_tells_the_history(tmp_path: Path, monkeypatc
         assert len(slept) == 2
         assert 0 <= slept[1] < 60
     Drag(None, trace, float).ended(9)
+
+
+TWO = [said(2.0, "exited", 1), said(3.0, "slow", 2)]
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "answer"),
+    [
+        (TWO, Answer.PASS),
+        ([*TWO, said(4.0, "starved", 0)], Answer.PASS),
+        (TWO[:1], Answer.FAIL),
+        (TWO[1:], Answer.FAIL),
+        ([*TWO, said(4.0, "slow", 0)], Answer.FAIL),
+        ([*TWO, said(4.0, "hang-busy", 2)], Answer.FAIL),
+    ],
+)
+def test_of_two_at_once_each_is_called_what_it_is(
+    verdicts: list[dict[str, Any]], answer: Answer
+) -> None:
+    assert judge_two(BEFORE, verdicts, killed=1, slowed=2).outcome is answer
+
+
+def test_two_at_once_are_two_ranks_in_the_same_steps() -> None:
+    drill = choose("two-at-once", None, seed=3, nproc=4, steps=200)
+    (kill,) = drill.faults()
+    assert drill.pace is not None
+    assert (kill.kind, kill.seat, kill.step) == ("kill", drill.seat, drill.pace.step)
+    assert drill.pace.member == drill.second_seat != drill.seat
+    assert drill.pace.factor >= 2
+    with pytest.raises(UsageError, match="--nproc 4"):
+        choose("two-at-once", None, seed=3, nproc=3, steps=200)
+
+
+def test_a_leak_takes_what_is_due_by_the_clock_and_then_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("ftkit.session.drag.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ftkit.session.drag.LEAKED_BYTES_MAX", 3000)
+    plan = PacePlan(fault=PaceFault.LEAK, member=1, step=5, bytes_per_s=1000.0)
+    with Trace(tmp_path / "events.jsonl") as trace:
+        drag = Drag(plan, trace, lambda: 0.0)
+        held = []
+        for step, at in ((4, 100.0), (5, 101.0), (6, 102.0), (7, 102.5), (8, 200.0)):
+            now[0] = at
+            drag.began(step)
+            drag.ended(step)
+            held.append(sum(map(len, drag._leaked)))
+    assert held == [0, 0, 1000, 1500, 3000]

@@ -1,5 +1,6 @@
 """What a drill of the disk is made of, and what its judge says of the disk."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +129,28 @@ def test_the_witness_looks_once_and_only_after_the_fault(tmp_path: Path) -> None
 
 def _fields(outcome: Outcome) -> dict[str, Any]:
     return {name: getattr(outcome, name) for name in outcome.__slots__}
+
+
+def slow_io(seat: int) -> dict[str, Any]:
+    told = {"seat": seat, "reason": "slow", "evidence": {"path": "/d"}}
+    return {"kind": "verdict", "mono": 5.0, "fault": "slow-io", **told}
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "answer"),
+    [
+        ([slow_io(1)], Answer.PASS),
+        ([], Answer.FAIL),
+        ([slow_io(0)], Answer.FAIL),
+        ([slow_io(1), slow_io(0)], Answer.FAIL),
+    ],
+)
+def test_of_a_slow_disk_the_node_is_named_and_no_other(
+    verdicts: list[dict[str, Any]], answer: Answer
+) -> None:
+    slow = replace(PASSED, fault="slow-disk")
+    events = [EVENTS[0], {**EVENTS[1], "fault": "slow-disk"}, *verdicts]
+    outcome = judge(slow, events, ONE, ONE, seat=1)
+    assert outcome.outcome is answer
+    if answer is Answer.PASS:
+        assert outcome.evidence["named_s"] == 3.0

@@ -501,3 +501,76 @@ def test_a_member_that_had_finished_does_not_run_again_with_a_new_agent() -> Non
     assert story.moves() == ["respawn"]
     assert [s.member for s in story.plan.seats] == [0, 4, 2, 3]
     assert [s.boot for s in story.plan.seats] == [A, C, B, B]
+
+
+def spare() -> Story:
+    """Three ranks train, a fourth stands by, connected to them."""
+    story = Story(seats=4).knows(world_max=3, per_node=4)
+    story.all_say(Stage.READY)
+    assert story.moves() == ["form"]
+    for member in (0, 1, 2):
+        story.says(member, Stage.ACTIVE, generation=Generation(1), step=Step(5), stepping=True)
+    return story.says(3, Stage.LINKED, linked=Generation(1), stepping=True)
+
+
+def test_who_is_one_too_many_stands_by() -> None:
+    story = spare()
+    assert story.world == [0, 1, 2]
+    assert story.moves() == [], "linked, and not let in"
+
+
+def test_a_spare_is_let_in_as_soon_as_there_is_room() -> None:
+    story = spare()
+    story.says(1, Stage.DEAD, exit_code=-9)
+    story.says(0, Stage.HALTED).says(2, Stage.HALTED)
+    assert story.moves() == ["respawn"], "the spare may still act on the older plan"
+    story.says(3, Stage.LINKED, generation=Generation(1))
+    assert story.moves() == ["resume"]
+    assert story.world == [0, 2]
+    assert story.plan.joining is not None, "connected to more, it needs not connect again"
+    assert sorted(m.member for m in story.plan.joining.members) == [0, 2, 3]
+    for member in (0, 2):
+        story.says(member, Stage.ACTIVE, generation=Generation(2))
+    assert story.moves() == []
+    for member in (0, 2, 3):
+        story.says(member, Stage.ACTIVE, generation=Generation(3), step=Step(6))
+    assert story.moves() == ["grown"]
+    assert sorted(story.world) == [0, 2, 3]
+    # The process that was started in the lost one's seat is the next to stand by.
+    story.says(4, Stage.READY, seat=1, generation=Generation(3), stepping=True)
+    story.says(4, Stage.LINKED, linked=Generation(3))
+    assert story.moves() == []
+
+
+def test_a_spare_that_dies_breaks_nothing() -> None:
+    story = spare()
+    story.says(3, Stage.DEAD, exit_code=-9)
+    assert story.moves() == ["respawn"]
+    assert story.plan.mode is Mode.RUNNING
+
+
+def test_spares_of_two_nodes_leave_the_first_world_even() -> None:
+    story = Story(nodes=2, seats=3).knows(world_max=4, per_node=3)
+    story.all_say(Stage.READY)
+    assert story.moves() == ["form"]
+    assert story.world == [0, 1, 3, 4]
+
+
+def test_a_spare_that_is_lost_with_a_rank_is_not_waited_for() -> None:
+    story = spare()
+    story.says(1, Stage.DEAD, exit_code=-9).says(3, Stage.DEAD, exit_code=-9)
+    story.says(0, Stage.HALTED).says(2, Stage.HALTED)
+    assert story.moves() == ["respawn", "respawn", "resume"]
+    assert story.plan.joining is None
+
+
+def test_a_spare_that_dies_before_it_is_let_in_is_given_up() -> None:
+    story = spare()
+    story.says(1, Stage.DEAD, exit_code=-9)
+    story.says(0, Stage.HALTED).says(2, Stage.HALTED)
+    story.says(3, Stage.LINKED, generation=Generation(1)).moves()
+    for member in (0, 2):
+        story.says(member, Stage.ACTIVE, generation=Generation(2))
+    story.says(3, Stage.DEAD, exit_code=-9)
+    assert story.moves() == ["respawn", "withdraw"]
+    assert story.plan.joining is None

@@ -4,54 +4,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftkit.core.ids import Seat, Slot
+from ftkit.core.ids import Slot
 from ftkit.recovery.salvage import salvage
 
 
-def division(slots: int, seats: int) -> dict[Seat, list[Slot]]:
-    return {
-        Seat(r): [Slot(s) for s in range(r * slots // seats, (r + 1) * slots // seats)]
-        for r in range(seats)
-    }
+def slots_of(*numbers: int) -> list[Slot]:
+    return [Slot(n) for n in numbers]
 
 
 def test_sixteen_slots_on_four_ranks_lose_four_and_not_sixteen() -> None:
-    held = division(16, 4)
-    done = {Seat(s): 3 for s in range(4)}
-    plan = salvage(16, held, done, [Seat(0), Seat(2), Seat(3)])
-    assert plan.again == (4, 5, 6)
+    """Each has played three of its four when rank 1, which held 4 to 7, dies."""
+    plan = salvage(16, [slots_of(0, 1, 2), slots_of(8, 9, 10), slots_of(12, 13, 14)], [[], [], []])
     # 12 slots were played, 9 of them count; 4 + 3 are left, and 16 + 3 passes are made in all.
-    assert sum(map(len, plan.todo.values())) == 7
+    assert sum(map(len, plan.todo)) == 7
+    assert max(map(len, plan.todo)) == 3
     assert plan.share == pytest.approx(9 / 16)
-    assert plan.todo == {0: (3, 4, 7), 2: (5, 11), 3: (6, 15)}
+    assert sorted(s for mine in plan.held for s in mine) == list(range(16))
 
 
-@given(st.integers(1, 40), st.integers(2, 6), st.data())
+def test_what_a_rank_has_summed_in_part_stays_its_own() -> None:
+    plan = salvage(4, [[], slots_of(2)], [slots_of(3), []])
+    assert plan.todo == ((1, 3), (0,))
+
+
+@given(st.integers(1, 40), st.integers(1, 6), st.data())
 def test_every_slot_is_kept_or_played_once_and_nobody_does_much_more(
-    slots: int, seats: int, data: st.DataObject
+    slots: int, size: int, data: st.DataObject
 ) -> None:
-    held = division(slots, seats)
-    done = {s: data.draw(st.integers(0, len(mine))) for s, mine in held.items()}
-    survivors = sorted(data.draw(st.sets(st.sampled_from(sorted(held)), min_size=1)))
-    plan = salvage(slots, held, done, survivors)
-    every = [s for part in (plan.kept, plan.todo) for mine in part.values() for s in mine]
-    assert sorted(every) == list(range(slots))
-    for seat in survivors:
-        assert set(held[seat]) <= set(plan.kept[seat]) | set(plan.todo[seat]), "nobody gives away"
-    given_away = {s for seat in survivors for s in plan.todo[seat]} - {
-        s for seat in survivors for s in held[seat]
-    }
-    left = {s: len(plan.todo[s]) for s in survivors}
-    takers = [s for s in survivors if set(plan.todo[s]) & given_away]
-    if takers:
-        assert max(left[s] for s in takers) - min(left.values()) <= 1
+    owner = data.draw(st.lists(st.integers(-1, size - 1), min_size=slots, max_size=slots))
+    begun: list[list[Slot]] = [[] for _ in range(size)]
+    kept = [[Slot(s) for s in range(slots) if owner[s] == r] for r in range(size)]
+    for rank in range(size):
+        if data.draw(st.booleans()) and kept[rank]:
+            begun[rank] = [kept[rank].pop()]
+    plan = salvage(slots, kept, begun)
+    assert sorted(s for mine in plan.held for s in mine) == list(range(slots))
+    assert [set(b) <= set(t) for b, t in zip(begun, plan.todo, strict=True)] == [True] * size
+    left = [len(mine) for mine in plan.todo]
+    assert max(left) - min(left) <= 1
 
 
 def test_nonsense_is_refused() -> None:
-    held = division(4, 2)
     with pytest.raises(ValueError, match="nobody"):
-        salvage(4, held, {}, [])
-    with pytest.raises(ValueError, match="not each held"):
-        salvage(5, held, {}, [Seat(0)])
-    with pytest.raises(ValueError, match="more slots than it holds"):
-        salvage(4, held, {Seat(0): 3}, [Seat(0)])
+        salvage(4, [], [])
+    with pytest.raises(ValueError, match="claimed once"):
+        salvage(4, [slots_of(1), slots_of(1)], [[], []])
+    with pytest.raises(ValueError, match="claimed once"):
+        salvage(4, [slots_of(4)], [[]])

@@ -1,6 +1,7 @@
 """GradientReducer on several ranks at once, with a reduction that only adds."""
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from ftkit.collectives.handle import Handle
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.slots import Add, assign, fold_plan
 from ftkit.core.errors import GenerationAborted, StateChanged, UsageError
+from ftkit.core.ids import Slot
+from ftkit.session.step import Step
 
 SLOTS = 6
 
@@ -388,3 +391,83 @@ def test_buffers_are_used_again_unless_a_reduction_may_still_read_them(handle: D
         reducer.end_slot()
     kept = outs[0].data_ptr() == outs[1].data_ptr()
     assert kept == handle.done()
+
+
+def test_what_was_summed_before_a_break_is_played_no_second_time() -> None:
+    """Slot 0 is summed, slot 1 as far as the last layer, when the attempt is cut off."""
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+
+    def batch(slot: int) -> torch.Tensor:
+        return torch.full((2, 3), 1.0 / (3 + slot))
+
+    def attempt(reducer: GradientReducer, model: nn.Sequential, slots: Sequence[int]) -> None:
+        for slot in slots:
+            reducer.start_slot(slot, last=slot == slots[-1])
+            model(batch(slot)).square().sum().backward()
+            reducer.end_slot()
+        reducer.finish(held=4)
+
+    def summed(nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Done:
+        (whole,) = nodes
+        out.copy_(whole.value * scale)
+        return Done()
+
+    undisturbed, model = build(), build()
+    reducer = GradientReducer(undisturbed.parameters(), slots=4, reduce=summed, bucket_bytes=8)
+    reducer.begin()
+    attempt(reducer, undisturbed, range(4))
+
+    reducer = GradientReducer(model.parameters(), slots=4, reduce=summed, bucket_bytes=8)
+    reducer.begin()
+    reducer.start_slot(0, last=False)
+    model(batch(0)).square().sum().backward()
+    reducer.end_slot()
+    reducer.start_slot(1, last=False)
+    model[1](model[0](batch(1)).detach()).square().sum().backward()
+    assert reducer.summed == ([0], [1])
+    reducer.begin(keep=True)
+    assert reducer.summed == ([0], [1])
+    attempt(reducer, model, [3, 1, 2])
+    for mine, other in zip(model.parameters(), undisturbed.parameters(), strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert torch.equal(mine.grad, other.grad)
+
+    reducer.begin()
+    assert reducer.summed == ([], [])
+
+
+def test_sums_that_are_still_read_are_not_kept() -> None:
+    model = nn.Linear(2, 1)
+    reducer = GradientReducer(model.parameters(), slots=1, reduce=lambda *_: Running())
+    reducer.begin()
+    reducer.start_slot(0, last=True)
+    model(torch.ones(1, 2)).sum().backward()
+    reducer.end_slot()
+    assert reducer.summed == ([], [])
+    reducer.begin(keep=True)
+    assert reducer.summed == ([], [])
+
+
+def test_a_slot_cut_off_as_its_sums_are_handed_over_is_gone_through_again() -> None:
+    """All of it is summed, and nobody has noted its loss, or what it made of the buffers."""
+
+    def broken(*_: object) -> Done:
+        raise GenerationAborted("the generation is over")
+
+    model = nn.Linear(2, 1)
+    reducer = GradientReducer(model.parameters(), slots=3, reduce=broken)
+    reducer.begin()
+    reducer.start_slot(1, last=False)
+    model(torch.ones(1, 2)).sum().backward()
+    reducer.end_slot()
+    reducer.start_slot(0, last=True)
+    with pytest.raises((GenerationAborted, RuntimeError)):
+        model(torch.ones(1, 2)).sum().backward()
+    assert reducer.summed == ([0, 1], [])
+    step = object.__new__(Step)
+    step._loop = SimpleNamespace(reducer=reducer)  # type: ignore[assignment]
+    assert step._summed({Slot(1)}) == ([1], [0])

@@ -8,11 +8,14 @@ from ftkit.collectives.overlap.linear import (
     linear_replicated,
 )
 from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
+from ftkit.collectives.overlap.weave import Layer, Weave
 
 __all__ = [
     "ColumnParallelLinear",
     "ContextParallel",
+    "Layer",
     "RowParallelLinear",
+    "Weave",
     "all_gather_linear",
     "context_parallel_attention",
     "linear_all_reduce",

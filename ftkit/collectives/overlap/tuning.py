@@ -123,3 +123,50 @@ class ChunkTuner:
 
     def _settle(self, cut: Cut) -> None:
         self._plan, self._calls = [cut], 1
+
+
+class SplitTuner:
+    """Decides whether a batch is woven in two halves. Told of each call, in order, as `ChunkTuner`.
+
+    A call takes C to compute and W to wait for what it sends. In halves, one half's sending hides
+    behind the other's computing, except at both ends. Where even all of W hidden would be no gain,
+    halves are not tried.
+    """
+
+    def __init__(self) -> None:
+        """Begin to measure."""
+        self._plan = [False] * _TRIES
+        self._calls = 0
+        self._noted: list[tuple[float, float]] = []
+        self._whole_s: float | None = None
+
+    @property
+    def split(self) -> bool:
+        """Whether to split the next call."""
+        return self._plan[min(self._calls, len(self._plan) - 1)]
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is measured any more."""
+        return self._calls >= len(self._plan)
+
+    def note(self, waited_s: float, total_s: float) -> list[float]:
+        """How long the call took, and how much of that it waited; as `ChunkTuner.note`."""
+        if self._calls >= len(self._plan):
+            return []
+        self._noted.append((waited_s, total_s))
+        self._calls += 1
+        if self._calls < len(self._plan):
+            return []
+        (_, *warm), self._noted = self._noted, []
+        return [min(waited for waited, _ in warm), min(total for _, total in warm)]
+
+    def agree(self, values: Sequence[float]) -> None:
+        """As `ChunkTuner.agree`."""
+        waited_s, total_s = values
+        if self._whole_s is None and waited_s > 2 * GAIN * total_s:
+            self._whole_s = total_s
+            self._plan, self._calls = [True] * _TRIES, 0
+        else:
+            split = self._whole_s is not None and total_s < (1 - GAIN) * self._whole_s
+            self._plan, self._calls = [split], 1

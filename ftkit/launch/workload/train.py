@@ -52,6 +52,8 @@ class Options:
     """Ranks over which a copy of the model is cut: 0 for none, 1 for all there are."""
     clip: float
     """Longest gradient; 0 for any."""
+    rebalance: bool = False
+    """Whether ranks play as many slots as they are fast. No part of the outcome."""
     stages: bool = False
     """Whether the model is a pipeline, one stage on each rank."""
 
@@ -143,6 +145,7 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
         seed=options.seed,
         verify_every=options.verify_every,
         on_nan=options.on_nan,
+        rebalance=options.rebalance,
     ):
         if built:
             model, optimizer = session.model, session.optimizer
@@ -203,6 +206,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         "--sharded", type=int, nargs="?", const=1, default=0, metavar="RANKS",
         help="cut the model over all ranks (FSDP2), or each copy of it over RANKS (HSDP)",
     )  # fmt: skip
+    parser.add_argument("--rebalance", action="store_true", help="slots to ranks by their speed")
     parser.add_argument("--stages", action="store_true", help="a pipeline, a stage on each rank")
     parser.add_argument("--clip", type=float, default=0.0, help="longest gradient; 0 for any")
     parser.add_argument(
@@ -238,6 +242,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         threads=given.threads,
         sharded=max(given.sharded, 0),
         clip=max(given.clip, 0.0),
+        rebalance=given.rebalance,
         stages=given.stages,
         verify_every=given.verify_every,
         on_nan=given.on_nan,

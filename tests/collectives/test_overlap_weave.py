@@ -1,0 +1,298 @@
+"""A woven stack of layers computes what the plain one does; what it hides, and when it does not."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ftkit.collectives.modelled import ModelledGroup, Network
+from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
+from ftkit.collectives.overlap.tuning import SplitTuner
+from ftkit.collectives.overlap.weave import Layer, Weave
+from ftkit.core.errors import GenerationAborted
+
+from .ranks import everywhere, on
+
+WIDTH, HEADS, HIDDEN = 12, 6, 24
+
+
+class Attention(nn.Module):
+    """Some heads of causal attention; their part of the output projection."""
+
+    def __init__(self, into: torch.Tensor, out: torch.Tensor) -> None:
+        super().__init__()
+        self.into, self.out = nn.Parameter(into), nn.Parameter(out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        width = WIDTH // HEADS
+        q, k, v = functional.linear(x, self.into).unflatten(-1, (3, -1, width)).movedim(2, 0)
+        y = functional.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True
+        )
+        return functional.linear(y.transpose(1, 2).flatten(2), self.out)
+
+
+class Mlp(nn.Module):
+    def __init__(self, up: torch.Tensor, down: torch.Tensor) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(up), nn.Parameter(down)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(functional.gelu(functional.linear(x, self.up)), self.down)
+
+
+def layers(rank: int, size: int, dtype: torch.dtype) -> list[Layer]:
+    """Two blocks, of which each rank has some heads and some of the hidden."""
+    made = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=made, dtype=torch.float64).to(dtype) * 0.3
+
+    found = []
+    for _ in range(2):
+        into, out = random(3, HEADS, WIDTH // HEADS, WIDTH), random(WIDTH, HEADS, WIDTH // HEADS)
+        heads = slice(rank * HEADS // size, (rank + 1) * HEADS // size)
+        attention = Attention(
+            into[:, heads].flatten(0, 2).clone(), out[:, heads].flatten(1).clone()
+        )
+        up, down = random(HIDDEN, WIDTH), random(WIDTH, HIDDEN)
+        hidden = slice(rank * HIDDEN // size, (rank + 1) * HIDDEN // size)
+        found += [
+            Layer(1 + random(WIDTH), attention),
+            Layer(1 + random(WIDTH), Mlp(up[hidden].clone(), down[:, hidden].clone())),
+        ]
+    return found
+
+
+def plain(x: torch.Tensor, stack: list[Layer]) -> torch.Tensor:
+    for layer in stack:
+        x = x + layer.body(functional.rms_norm(x, (WIDTH,), layer.weight, 1e-6))
+    return x
+
+
+class Beside:
+    """What is done aside on a modelled network: a thread that has entered it."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+        self._last: Any = None
+
+    def submit(self, act: Callable[[], Any]) -> Any:
+        one = self._last = _Doing(self._network, act, self._last)
+        return one
+
+    def shutdown(self) -> None:
+        pass
+
+
+class _Doing:
+    def __init__(self, network: Network, act: Callable[[], Any], before: Any) -> None:
+        self._network, self._done = network, network.event()
+        self._value: Any = None
+        self._error: BaseException | None = None
+        network.enter()
+
+        def run() -> None:
+            try:
+                if before is not None:
+                    network.wait(before._done)
+                self._value = act()
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                self._error = error
+            finally:
+                network.happened(self._done)
+                network.leave()
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def result(self) -> Any:
+        self._network.wait(self._done)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+def woven(group: ModelledGroup, stack: list[Layer], split: Any) -> Weave:
+    network = group.network
+    return Weave(stack, group=group, split=split, clock=network.now, aside=lambda: Beside(network))
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+    ("size", "batch", "tokens", "dtype", "tolerance"),
+    [
+        (2, 4, 5, torch.float64, 1e-12),
+        (3, 3, 7, torch.float32, 1e-4),  # halves of one and of two samples; rows of padding
+        (2, 1, 3, torch.float32, 1e-4),  # nothing to split
+        (1, 2, 3, torch.float64, 1e-12),
+        (2, 4, 6, torch.bfloat16, 0.06),
+    ],
+)
+def test_a_woven_stack_is_the_plain_one(
+    split: bool, size: int, batch: int, tokens: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    made = torch.Generator().manual_seed(7)
+    x, grad = (torch.randn(batch, tokens, WIDTH, generator=made, dtype=torch.float64) for _ in "xg")
+    whole = [layer.double() for layer in layers(0, 1, dtype)]
+    leaf = x.to(dtype).double().requires_grad_()
+    y = plain(leaf, whole)
+    y.backward(grad)
+
+    def rank(group: ModelledGroup) -> Any:
+        stack = layers(group.rank(), size, dtype)
+        ours = x.to(dtype).requires_grad_()
+        out = woven(group, stack, split)(ours)
+        out.backward(grad.to(dtype))
+        return out.detach(), ours.grad, [[p.grad for p in one.parameters()] for one in stack]
+
+    def close(got: Any, wanted: Any) -> None:
+        off = (got.double() - wanted).abs().max().item()
+        assert off <= tolerance * wanted.abs().max().item()
+
+    results = everywhere(size, rank)
+    for out, of_x, _ in results:
+        close(out, y.detach())
+        close(of_x, leaf.grad)
+    for number, layer in enumerate(whole):
+        weights = [grads[number] for _, _, grads in results]
+        for of_norm, *_ in weights:
+            close(of_norm, layer.weight.grad)
+        if isinstance(layer.body, Mlp):
+            close(torch.cat([g[1] for g in weights]), layer.body.up.grad)
+            close(torch.cat([g[2] for g in weights], 1), layer.body.down.grad)
+        else:
+            close(torch.cat([g[2] for g in weights], 1), layer.body.out.grad)
+
+
+def test_parameters_accumulate_once_a_backward() -> None:
+    """Hooks of DDP, FSDP and the gradient reducer would otherwise see half a gradient."""
+    fired: list[int] = []
+
+    def rank(group: ModelledGroup) -> None:
+        stack = layers(group.rank(), 2, torch.float32)
+        for p in (p for one in stack for p in one.parameters()):
+            p.register_post_accumulate_grad_hook(lambda p: fired.append(id(p)))
+        woven(group, stack, split=True)(torch.randn(4, 3, WIDTH)).sum().backward()
+
+    everywhere(2, rank)
+    assert len(fired) == len(set(fired)) == 2 * 4 * 3
+
+
+class Slow(nn.Module):
+    """A layer that takes a time of its own for each sample, and as long twice in backward."""
+
+    def __init__(self, network: Network, sample_s: float) -> None:
+        super().__init__()
+        self.network, self.sample_s = network, sample_s
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        class Sleep(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+                self.network.sleep(self.sample_s * x.shape[0])
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+                self.network.sleep(2 * self.sample_s * grad.shape[0])
+                return grad
+
+        result: torch.Tensor = Sleep.apply(x)
+        return result
+
+
+BATCH, TOKENS, DEEP = 8, 16, 8
+#: Bytes that each of two ranks sends and receives around a layer: a scatter and a gather.
+AROUND = BATCH * TOKENS * WIDTH * 4
+
+
+def step_s(split: Any, *, compute_s: float, exchange_s: float, steps: int = 1) -> list[float]:
+    """Seconds of each training step of a stack whose layers compute and exchange for so long."""
+    network = Network(2, rate=AROUND / exchange_s)
+
+    def rank(group: ModelledGroup) -> list[float]:
+        stack = [Layer(torch.ones(WIDTH), Slow(network, compute_s / BATCH)) for _ in range(DEEP)]
+        model, took = woven(group, stack, split), []
+        for _ in range(steps):
+            x = torch.randn(BATCH, TOKENS, WIDTH, requires_grad=True)
+            began = network.now()
+            model(x).sum().backward()
+            took.append(network.now() - began)
+        return took
+
+    return [max(both) for both in zip(*on(network, rank), strict=True)]
+
+
+@pytest.mark.parametrize("exchange_s", [0.006, 0.010, 0.014])
+def test_two_halves_hide_three_quarters_of_the_communication(exchange_s: float) -> None:
+    """Where the bound, computing beside communicating, is 1.3 and more."""
+    (whole,) = step_s(False, compute_s=0.010, exchange_s=exchange_s)
+    (halves,) = step_s(True, compute_s=0.010, exchange_s=exchange_s)
+    computing, exchanging = 3 * DEEP * 0.010, 2 * DEEP * exchange_s
+    hideable = min(computing, exchanging)
+    assert (whole - halves) / hideable >= 0.75
+
+
+def test_auto_splits_where_it_pays_and_not_where_it_does_not() -> None:
+    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.010, steps=8)
+    (halves,) = step_s(True, compute_s=0.010, exchange_s=0.010)
+    assert last == pytest.approx(halves)
+    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.0001, steps=8)
+    (whole,) = step_s(False, compute_s=0.010, exchange_s=0.0001)
+    assert last == pytest.approx(whole)
+
+
+def test_halves_that_turn_out_slower_are_given_up() -> None:
+    tuner = SplitTuner()
+    for total_s in (9.0, 2.0, 2.1):
+        assert not tuner.split
+        ask = tuner.note(0.5, total_s)
+    assert ask == [0.5, 2.0]
+    tuner.agree(ask)
+    for _ in range(3):
+        assert tuner.split
+        ask = tuner.note(0.1, 1.99)
+    tuner.agree(ask)
+    assert tuner.settled
+    assert not tuner.split
+    assert tuner.note(1.0, 1.0) == []
+
+
+def test_a_fault_on_the_way_ends_it_on_all_ranks() -> None:
+    def rank(group: ModelledGroup) -> str:
+        stack = layers(group.rank(), 3, torch.float32)
+        if group.rank() == 2:
+            group.network.sleep(0.001)
+            group.abort()
+            return "aborted"
+        try:
+            woven(group, stack, split=True)(torch.randn(4, 3, WIDTH))
+        except GenerationAborted as error:
+            return str(error)
+        return "done"
+
+    first, second, third = everywhere(3, rank, rate=1e6)
+    assert third == "aborted"
+    assert all("abort() was called" in words for words in (first, second))
+
+
+def test_the_norms_own_gradient() -> None:
+    made = torch.Generator().manual_seed(0)
+    x, residual, grad = (torch.randn(5, 7, generator=made, dtype=torch.float64) for _ in range(3))
+    weight = torch.randn(7, generator=made, dtype=torch.float64).requires_grad_()
+    total = (x + residual).requires_grad_()
+    y = functional.rms_norm(total, (7,), weight, 1e-6)
+    y.backward(grad)
+    got, kept = add_rms_norm(x, residual, weight.detach(), 1e-6)
+    torch.testing.assert_close(got, y.detach())
+    torch.testing.assert_close(kept, total.detach())
+    of_total, of_weight = rms_norm_backward(grad, kept, weight.detach(), 1e-6)
+    torch.testing.assert_close(of_total, total.grad)
+    torch.testing.assert_close(of_weight, weight.grad)
+    half, _ = add_rms_norm(x.bfloat16(), residual.bfloat16(), weight.detach().bfloat16(), 1e-6)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.double(), y.detach(), rtol=0.05, atol=0.05)
