@@ -249,6 +249,22 @@ class CommSeen:
     worked_s: Sequence[float]
     """From leaving the collective before it, of whatever group, to entering it."""
 
+    def __post_init__(self) -> None:
+        # Of what a peer says nothing is taken on trust.
+        whose = [int(n) for n in (self.seat, self.generation, self.group)]
+        seqs = [int(seq) for seq in self.seqs]
+        spent, worked = ([float(s) for s in told] for told in (self.spent_s, self.worked_s))
+        if not len(seqs) == len(spent) == len(worked):
+            raise ValueError(f"{len(seqs)} collectives, {len(spent)} and {len(worked)} durations")
+        if min(whose + seqs) < 0 or not all(0 <= s < float("inf") for s in spent + worked):
+            raise ValueError("numbers of collectives and durations are 0 or more, and finite")
+        object.__setattr__(self, "seat", Seat(whose[0]))
+        object.__setattr__(self, "generation", Generation(whose[1]))
+        object.__setattr__(self, "group", whose[2])
+        object.__setattr__(self, "seqs", seqs)
+        object.__setattr__(self, "spent_s", spent)
+        object.__setattr__(self, "worked_s", worked)
+
 
 Signal = (
     CommSeen
