@@ -233,6 +233,32 @@ class NodeGap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReachSeen:
+    """What came of an attempt to connect to the agent of another node (`reach`)."""
+
+    KIND: ClassVar[str] = "reach"
+
+    order: int
+    node: NodeId
+    """The one that was tried."""
+    via: NodeId
+    """The one that tried."""
+    at: float
+    reached: bool
+    error: str = ""
+    """Why not."""
+
+    def __post_init__(self) -> None:
+        # Of what a peer says nothing is taken on trust.
+        if self.reached not in (True, False):
+            raise ValueError(f"reached is {self.reached!r}, must be true or false")
+        object.__setattr__(self, "reached", bool(self.reached))
+        object.__setattr__(self, "error", str(self.error)[:200])
+        for name in ("order", "node", "via"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommSeen:
     """How long one rank was in some collectives of one group: a sample, the same on all ranks."""
 
@@ -268,6 +294,7 @@ class CommSeen:
 
 Signal = (
     CommSeen
+    | ReachSeen
     | StepSeen
     | PathsSeen
     | PairSeen
