@@ -68,11 +68,12 @@ def run_drills(
         job = job.for_members() if fault in (FLAP, JOIN, CHURN, SHRINK_GROW) else job
         job = replace(job.for_pace(SPARE), spares=1) if fault == SPARE else job
         job = job.for_stages() if fault == STAGE_LOST else job
-        job = job.for_pace(fault) if fault in PACED else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
+    # What a step takes is no part of the outcome.
     reference = _undisturbed(job, root / "reference", console, quiet=as_json)
+    job = job.for_pace(fault) if fault in PACED else job
     answers: Counter[Answer] = Counter()
     results = []
     for drill in drills:

@@ -92,8 +92,9 @@ class JobHistory:
         """
         died = verdict.fault is Fault.EXITED and verdict.evidence.get("signal") is not None
         name = None if node is None else self._names.get(node)
-        if name is None or not (died or verdict.fault in OF_NODES):
-            return []
+        shared = verdict.fault is Fault.SLOW_IO and verdict.evidence.get("others")
+        if name is None or shared or not (died or verdict.fault in OF_NODES):
+            return []  # storage that is slow for all says nothing of one
         found = []
         with self._lock:
             if self._fleet is not None:

@@ -43,6 +43,10 @@ def test_anything_else_is_no_job(text: str) -> None:
 def test_a_job_of_nobody_or_of_nothing_is_refused() -> None:
     with pytest.raises(UsageError, match="count from 1, got 1 and 0"):
         JobConfig(job="a", command=("x",), nproc=0)
+    with pytest.raises(UsageError, match="--spare-nodes is -1"):
+        JobConfig(job="j", command=("x",), spare_nodes=-1)
+    with pytest.raises(UsageError, match="needs a --history"):
+        JobConfig(job="j", command=("x",), spare_nodes=1)
     with pytest.raises(UsageError, match="no command"):
         JobConfig(job="a", command=())
 

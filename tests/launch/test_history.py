@@ -141,6 +141,7 @@ def test_a_job_leaves_its_faults_of_nodes_and_its_end(tmp_path: Path) -> None:
     assert not history.verdict(verdict(Fault.EXITED, signal=None, code=1), NodeId(0))
     assert not history.verdict(verdict(Fault.NUMERIC), NodeId(0))
     assert not history.verdict(verdict(Fault.SDC), None)
+    assert not history.verdict(verdict(Fault.SLOW_IO, others=[0]), NodeId(1))
     history.end(code=0, trained=True)
     records = History(str(path), "").read()
     assert [(r["kind"], r.get("node"), r.get("fault")) for r in records] == [
