@@ -62,6 +62,12 @@ SPAWN_LATEST_S = 0.5
 PRELOAD_LATEST_S = 30.0
 
 
+#: The longest that a node which is about to be taken away waits for its ranks to leave.
+DRAIN_S = 20.0
+
+#: For so long after they have left, others may still read what they captured last.
+LINGER_S = 1.0
+
 #: For so long after a member was halted what it called before is told: they may have differed.
 HALTED_S = 1.0
 
@@ -176,6 +182,10 @@ class Agent:
         self._halted_at = float("-inf")
         self._ending_since: float | None = None
         self._missing_since: float | None = None
+        self._draining_since: float | None = None
+        """When it was said that this node is about to be taken away."""
+        self._left_at: float | None = None
+        """When the last rank of a node that is drained had left."""
         self._stopped = False
 
     @property
@@ -216,6 +226,7 @@ class Agent:
                     next_tick = now + self._config.times.tick_s
                     self._memory.sample(now)
                     self._end_if_due()
+                    self._end_if_drained(now)
                     self._spawn_missing()
                 if self._pace.woke(now) and self._pace.tells(now, self._still_s(now)):
                     self._tell_coordinator()
@@ -229,6 +240,10 @@ class Agent:
     def stop(self) -> None:
         """End at once, killing every rank. From any thread or signal handler."""
         self._inbox.put(("stop", None))
+
+    def drain(self) -> None:
+        """This node is about to be taken away: have its ranks leave, then end. As `stop`."""
+        self._inbox.put(("drain", None))
 
     def close(self) -> None:
         """Kill what runs and remove what this node holds. Safe to call twice."""
@@ -292,6 +307,8 @@ class Agent:
                 self._metrics.set("ftkit_agent_coordinator_connected", heard)
                 paths = {self._config.run_dir: "run", self._config.checkpoint_dir: "checkpoint"}
                 self._metrics.take_node(value, paths)
+            case "drain":
+                self._begin_drain()
             case "stop":
                 self._stopped = True
 
@@ -604,7 +621,7 @@ class Agent:
             for s in self._plan.seats
             if s.node == self._node and s.boot == self._boot and s.member not in self._facts
         ]
-        if not missing or self._plan.stop:
+        if not missing or self._plan.stop or self._draining_since is not None:
             self._missing_since = None
             return
         if self._missing_since is None:
@@ -645,6 +662,26 @@ class Agent:
             for member, rank in self._ranks.items():
                 self._killed.add(member)
                 rank.signal(signal.SIGKILL)
+
+    def _begin_drain(self) -> None:
+        if self._plan.mode is Mode.ENDED or self._draining_since is not None:
+            self._stopped = True  # asked twice: at once
+            return
+        self._draining_since = self._clock.now()
+        logger.warning("node %s is about to be taken away: its ranks leave", self._node)
+        self.trace.event("drain")
+        self._tell_coordinator()
+
+    def _end_if_drained(self, now: float) -> None:
+        """Of a node that is about to be taken away: end once its ranks have left, or time is up."""
+        since = self._draining_since
+        if since is None:
+            return
+        if self._left_at is None and all(r.exit_code is not None for r in self._ranks.values()):
+            self._left_at = now
+            self.trace.event("drained", seconds=now - since)
+        left = self._left_at is not None and now - self._left_at > LINGER_S
+        self._stopped = self._stopped or left or now - since > DRAIN_S
 
     def _through(self) -> bool:
         """Whether, the job being over, nothing is left to wait for: no rank, no last checkpoint."""
@@ -704,6 +741,7 @@ class Agent:
                 "signals": [self._signals.popleft() for _ in range(len(self._signals))],
                 "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
+                "draining": self._draining_since is not None,
                 "clock": self._told_clock(),
                 # Of interest before ranks start, and to nobody afterwards.
                 "preflight": self._preflight.result

@@ -437,6 +437,7 @@ class Coordinator:
         lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)
         newest = Inventory(copies=copies).newest_complete()
+        draining = frozenset(n for n, r in self._reports.items() if r.get("draining"))
         return JobFacts(
             awaited=self._awaited(copies, lost),
             members=self._members,
@@ -446,7 +447,8 @@ class Coordinator:
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
             refused=self._refused,
-            advised=self._advised,
+            advised={**self._advised, **dict.fromkeys(draining, "it is about to be taken away")},
+            draining=draining,
             per_node=self._config.places,
             world_max=self._config.seats,
         )

@@ -21,6 +21,7 @@ from ftkit.launch.drills import (
     FLAP,
     JOIN,
     NODE_FAULTS,
+    PREEMPT,
     SHRINK_GROW,
     SPARE,
     STAGE_LOST,
@@ -65,7 +66,7 @@ def run_drills(
         job = job.for_nodes(fault)
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
-        job = job.for_members() if fault in (FLAP, JOIN, CHURN, SHRINK_GROW) else job
+        job = job.for_members() if fault in (FLAP, JOIN, CHURN, PREEMPT, SHRINK_GROW) else job
         job = replace(job.for_pace(SPARE), spares=1) if fault == SPARE else job
         job = job.for_stages() if fault == STAGE_LOST else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]

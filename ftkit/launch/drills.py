@@ -52,6 +52,8 @@ FLAP, JOIN, CHURN = "flap", "join", "churn"
 SHRINK_GROW = "shrink-grow"
 #: A stage of a pipeline.
 STAGE_LOST = "stage-lost"
+#: A node that is about to be taken away, and says so.
+PREEMPT = "preempt"
 #: A rank of a job that keeps one warm to replace it.
 SPARE = "spare"
 #: Faults of the link between two ranks.
@@ -82,6 +84,7 @@ CATALOGUE: dict[str, str] = {
     CHURN: "SIGKILL to random ranks at random moments, for as long as there are steps left",
     SHRINK_GROW: "SIGKILL to one rank and, some steps later, to another: the world shrinks, shrinks, grows",
     STAGE_LOST: "SIGKILL to one stage of a pipeline: the others take its layers until it is back",
+    PREEMPT: "SIGTERM to one node's agent: its ranks must leave without a step played again",
     SPARE: "SIGKILL to one rank of a job with a spare one: it must be in within two steps",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
@@ -105,6 +108,7 @@ RANKS_MIN: dict[str, int] = {
     SHRINK_GROW: 3,
     STAGE_LOST: 2,
     SPARE: 2,
+    PREEMPT: 2,
     PARTITION: 3,
     SLOW_LINK: 3,
     SLOW_NIC: 3,
@@ -148,7 +152,7 @@ NODE_CATALOGUE: dict[str, str] = {
 
 #: Faults after which every process may still be there.
 _NOBODY_LOST = (
-    *(KILL_COORDINATOR, StoreFaultKind.FULL, StoreFaultKind.SLOW, *LINK_FAULTS),
+    *(KILL_COORDINATOR, PREEMPT, StoreFaultKind.FULL, StoreFaultKind.SLOW, *LINK_FAULTS),
     *pace_drills.CATALOGUE,
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
@@ -166,7 +170,7 @@ SHRINK_STEPS = 1
 _OF_TWO = (*LINK_FAULTS, SHRINK_GROW, TWO_AT_ONCE)
 
 #: Faults over time, and of links: no step has them.
-_OF_NO_POINT = (FLAP, JOIN, CHURN, *LINK_FAULTS, *pace_drills.CATALOGUE)
+_OF_NO_POINT = (FLAP, JOIN, CHURN, PREEMPT, *LINK_FAULTS, *pace_drills.CATALOGUE)
 
 #: What a training thread does to itself.
 _USERS = frozenset(set(Kind) - {Kind.KILL, Kind.STOP, Kind.HANG})
@@ -556,6 +560,11 @@ def run_drill(
     ends = contextlib.ExitStack()
     if drill.fault == KILL_COORDINATOR:
         striker = CoordinatorKiller(drill, run_dir).poll
+    elif drill.fault == PREEMPT:
+        from ftkit.launch.member_drills import Preempter
+
+        job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
+        striker = Preempter(drill, job, run_dir).poll
     elif drill.fault in NODE_FAULTS:
         from ftkit.launch.node_drills import NodeStriker
 
@@ -622,6 +631,10 @@ def run_drill(
         from ftkit.launch.member_drills import judge_shrink_grow
 
         outcome = judge_shrink_grow(outcome, events, job.world_size)
+    elif drill.fault == PREEMPT:
+        from ftkit.launch.member_drills import judge_preempt
+
+        outcome = judge_preempt(outcome, events)
     elif drill.fault == SPARE:
         from ftkit.launch.member_drills import judge_spare
 

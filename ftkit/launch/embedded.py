@@ -5,6 +5,7 @@ import logging
 import os
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -107,6 +108,9 @@ class EmbeddedEngine:
         agent.wait()
         shutil.rmtree(self._config.shm_dir(node), ignore_errors=True)
 
+    def drain_node(self, node: int) -> None:
+        self._agents[node].process.terminate()
+
     def close(self) -> None:
         self._closed = True
         running = [a.process for a in self._agents if a.process.poll() is None]
@@ -114,7 +118,7 @@ class EmbeddedEngine:
             self._coordinator.kill()
             self._coordinator.wait()
         for agent in running:
-            agent.terminate()
+            agent.send_signal(signal.SIGHUP)
         for agent in running:
             try:
                 agent.wait(timeout=self._config.times.grace_s)

@@ -32,5 +32,8 @@ class Engine(Protocol):
     def kill_node(self, node: int) -> None:
         """(drills) Lose a node: SIGKILL its agent, and its ranks and shared memory with it."""
 
+    def drain_node(self, node: int) -> None:
+        """Tell a node that it is about to be taken away: SIGTERM to its agent, or the like."""
+
     def close(self) -> None:
         """End whatever still runs and remove what it held. Safe to call twice."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from ftkit.core.trace import Trace
 from ftkit.launch.checker import Outcome, with_more
-from ftkit.launch.drills import CHURN, FLAP, JOIN, STRIKES, Drill, Job
+from ftkit.launch.drills import CHURN, FLAP, JOIN, PREEMPT, STRIKES, Drill, Job
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.recovery.budget import BudgetConfig
@@ -126,6 +126,71 @@ class MemberStriker:
             os.kill(one.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass  # it ended this instant, which the checker will have something to say about
+
+
+class Preempter:
+    """Tells one node that it is about to be taken away, once the job has committed the drill's step."""
+
+    def __init__(self, drill: Drill, job: Job, run_dir: Path) -> None:
+        self._drill, self._run_dir = drill, run_dir
+        self._node = drill.seat // job.nproc
+        self._seats = range(self._node * job.nproc, (self._node + 1) * job.nproc)
+        self._tail = EventTail(run_dir)
+        self._members: dict[int, int] = {}
+        self._done = False
+
+    def poll(self, engine: Engine) -> None:
+        """Strike when it is time."""
+        reached = False
+        for event in self._tail.poll():
+            if event["kind"] == "spawn":
+                self._members[event["seat"]] = event["member"]
+            reached |= event["kind"] == "commit" and event["step"] >= self._drill.step
+        if self._done or not reached:
+            return
+        self._done = True
+        with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
+            for seat in self._seats:
+                trace.event(
+                    "drill",
+                    fault=PREEMPT,
+                    phase="any",
+                    seat=seat,
+                    member=self._members[seat],
+                    step=self._drill.step,
+                )
+        engine.drain_node(self._node)
+
+
+def judge_preempt(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
+    """The outcome with the rules of notices added; pure.
+
+    * N1 the ranks of the node leave by themselves, at the end of a step;
+    * N2 until they have, nobody stands still and nobody plays a step again;
+    * N3 once another agent has come for the node, its seats are filled again.
+    """
+    ordered = sorted(events, key=lambda e: float(e["mono"]))
+    struck = [e for e in ordered if e["kind"] == "drill"]
+    if not struck:
+        return with_more(outcome, problems=[], missing=["the notice was not given"])
+    at, members = float(struck[0]["mono"]), {e["member"] for e in struck}
+    left = {e["member"]: e for e in ordered if e["kind"] == "left"}
+    problems = [f"member {m} did not leave by itself" for m in sorted(members - left.keys())]
+    until = max((float(e["mono"]) for m, e in left.items() if m in members), default=at)
+    problems += [
+        f"a {e['kind']} ({e.get('reason', '')}) before the node was left"
+        for e in ordered
+        if e["kind"] in ("report", "rollback", "halt") and at < float(e["mono"]) <= until
+    ]
+    back = {e["seat"] for e in ordered if e["kind"] == "commit" and float(e["mono"]) > until}
+    away = sorted({e["seat"] for e in struck} - back)
+    return with_more(
+        outcome,
+        problems=problems,
+        missing=[f"seats {away} were not back before the job ended"] if away else [],
+        left_at_steps=sorted(e["step"] for m, e in left.items() if m in members),
+        left_s=round(until - at, 3),
+    )
 
 
 def judge_join(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:

@@ -44,7 +44,9 @@ def _agent(config: JobConfig, node: NodeId, secret: str, port: int, pipe_fd: int
     from ftkit.launch.agent import Agent
 
     agent = Agent(config, node, secret, host=HOST, port=port)
-    signal.signal(signal.SIGTERM, lambda *_: agent.stop())
+    # Who takes a machine away says so by SIGTERM; the engine ends its agents by SIGHUP.
+    signal.signal(signal.SIGTERM, lambda *_: agent.drain())
+    signal.signal(signal.SIGHUP, lambda *_: agent.stop())
     with os.fdopen(pipe_fd, "w", buffering=1) as pipe:
         print(json.dumps(agent.address), file=pipe)
         agent.run()

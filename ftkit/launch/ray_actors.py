@@ -128,6 +128,11 @@ class AgentHost:
         stop = self._agent.outcome
         return None if stop is None else (stop.code, stop.reason)
 
+    def drain(self) -> None:
+        """The machine is about to be taken away: the agent's ranks leave, and then it ends."""
+        if self._agent is not None:
+            self._agent.drain()
+
     def stop(self) -> None:
         """End the agent at once, killing its ranks; its shared memory is removed."""
         if self._agent is not None:

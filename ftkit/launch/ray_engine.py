@@ -59,6 +59,8 @@ PLACEMENT_S = 300.0
 START_S = 120.0
 #: Coordinators that end by an error before we give up.
 COORDINATOR_TRIES = 10
+#: Between two questions which machines are about to be taken away.
+NOTICE_S = 1.0
 #: Share of a CPU that Ray books for an agent: a bundle may not be empty, and ranks are
 #: wanted even where Ray counts fewer CPUs than there are ranks.
 AGENT_CPUS = 0.01
@@ -76,6 +78,8 @@ class _Agent:
     """Where coordinators look for the agent of this node."""
     outcome: Stop | None = None
     """It ended in order, as the job did."""
+    drained: bool = False
+    """Whether it was told that its machine is about to be taken away."""
 
 
 class RayEngine:
@@ -95,6 +99,7 @@ class RayEngine:
         self._interrupted_at: float | None = None
         self._through_at: float | None = None
         self._told: Any = None
+        self._next_notice_at = 0.0
         self._output: RankOutput | None = None
         self._connected = False
         self._closed = False
@@ -146,6 +151,7 @@ class RayEngine:
                 self._coordinator.interrupt.remote(reason)
         for node in self._agents:
             self._look_after(node)
+        self._pass_on_notices()
         if (stop := self._outcome()) is not None:
             return stop
         if _is_ready(self._running):
@@ -172,6 +178,21 @@ class RayEngine:
     def kill_node(self, node: int) -> None:
         # The kernel ends its ranks; the next agent there removes what is left in memory.
         ray.kill(self._agents[node].actor)
+
+    def drain_node(self, node: int) -> None:
+        self._agents[node].actor.drain.remote()
+        self._agents[node].drained = True
+
+    def _pass_on_notices(self) -> None:
+        """Tell agents whose nodes Ray is about to take away."""
+        if time.monotonic() < self._next_notice_at:
+            return
+        self._next_notice_at = time.monotonic() + NOTICE_S
+        draining = draining_nodes()
+        for node, agent in self._agents.items() if draining else ():
+            if agent.known is not None and not agent.drained and self._node_id(node) in draining:
+                logger.warning("Ray is about to take away the machine of node %s", node)
+                self.drain_node(node)
 
     def close(self) -> None:
         if self._closed:
@@ -433,6 +454,20 @@ def connect(environ: Mapping[str, str]) -> bool:
     if failures:
         raise UsageError(f"cannot use the Ray cluster at {address}: {failures[0]}; {advice}")
     return True
+
+
+def draining_nodes() -> frozenset[str]:
+    """Ray's names of machines that it is about to take away: spot notices, downscaling.
+
+    Ray has no public call for it. Where the private one is gone, nobody is told, and such a machine
+    is lost as any other.
+    """
+    try:
+        client = ray._private.worker.global_worker.gcs_client  # type: ignore[attr-defined]  # set as it connects
+        return frozenset(str(name) for name in client.get_draining_nodes())
+    except (AttributeError, RuntimeError, ray_errors.RayError) as error:
+        logger.debug("Ray tells nothing of machines that go: %s", error)
+        return frozenset()
 
 
 def bundle(alive: list[dict[str, Any]], *, nodes: int, nproc: int) -> dict[str, float]:

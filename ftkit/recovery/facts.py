@@ -132,6 +132,8 @@ class JobFacts:
     """Places for ranks on each node; 0: every seat stays on its node."""
     world_max: int = 0
     """The most members that a world has; those beyond stand by. 0: any number."""
+    draining: frozenset[NodeId] = frozenset()
+    """Nodes that are about to be taken away: their members are to leave at the end of a step."""
     interrupted: str = ""
     """Why the user or the cluster wants the job to end; empty while nobody does."""
     refused: str = ""

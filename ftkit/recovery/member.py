@@ -68,7 +68,7 @@ def react(me: Standing, plan: Plan) -> tuple[Duty, World | None]:
         and me.stage is Stage.ACTIVE
         and me.generation == world.generation
         and me.prepared < joining.generation
-        and joining.rank_of(me.member) is not None
     ):
+        # Also who is not in it: it leaves as the others switch.
         return Duty.PREPARE, joining
     return Duty.NOTHING, None

@@ -218,7 +218,8 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
                     "before it joined the job" + (f":\n{dead.error}" if dead.error else ""),
                 ),
             )
-        blameless = plan.evicted.get(seat.member) == RESTART
+        drained = seat.node in facts.draining and dead.exit_code == exit_codes.STOPPED
+        blameless = drained or plan.evicted.get(seat.member) == RESTART
         step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
         next_seat = respawn(
             replace(seat, failures=seat.failures - 1) if blameless else seat,
@@ -231,6 +232,8 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
         if isinstance(next_seat, Stop):
             return _end(plan, next_seat)
         node, why = place(plan, next_seat, facts)
+        if node in facts.draining:
+            continue  # once its agent is gone, and another has come
         next_seat = replace(next_seat, node=node, boot=facts.boots.get(node))
         reason = plan.evicted.get(seat.member, describe_exit(dead.exit_code))
         reason += f"; on node {node} now: {why}" if why else ""
@@ -416,9 +419,13 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
     ):
         new = plan.joining
         added = sorted(m.seat for m in new.members if m.member not in world.member_ids)
+        left = sorted(m.seat for m in world.members if m.member not in new.member_ids)
+        reason = f"seats {added} are in the world" if added or not left else ""
+        if left:
+            reason += f"{'; ' if reason else ''}seats {left} have left it"
         return plan.revised(world=new, joining=None), Decision(
-            action="grown",
-            reason=f"seats {added} are in the world",
+            action="drained" if left and not added else "grown",
+            reason=reason,
             fields={"generation": new.generation, "members": [m.seat for m in new.members]},
         )
 
@@ -431,18 +438,30 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
         and f.member not in world.member_ids
         and not gone(plan, facts, f.member)
     ]
+    newcomers = [f for f in newcomers if f.node not in facts.draining]
+    stay = _staying(plan, facts, world)
     if facts.world_max:
-        newcomers = newcomers[: max(0, facts.world_max - world.size)]
+        newcomers = newcomers[: max(0, facts.world_max - len(stay))]
     offered = plan.joining.member_ids - world.member_ids if plan.joining else frozenset()
     # One that lost a link while it waited is READY again, until it has connected anew.
     withdraw = any(
         gone(plan, facts, m) or (m in facts.members and facts.members[m].stage is Stage.READY)
         for m in offered
     )
-    if newcomers and (withdraw or not offered):
-        joining = World.of(
-            plan.next_generation, [*world.members, *(_address(f) for f in newcomers)]
+    going = world.member_ids - {m.member for m in stay}
+    if going and (plan.joining is None or going & plan.joining.member_ids):
+        joining = World.of(plan.next_generation, [*stay, *(_address(f) for f in newcomers)])
+        seats = sorted(m.seat for m in world.members if m.member in going)
+        return plan.revised(
+            joining=joining, next_generation=Generation(plan.next_generation + 1)
+        ), Decision(
+            action="drain",
+            reason=f"the nodes of seats {seats} are about to be taken away: they leave at the end "
+            "of a step",
+            fields={"generation": joining.generation, "seats": seats},
         )
+    if newcomers and (withdraw or not offered):
+        joining = World.of(plan.next_generation, [*stay, *(_address(f) for f in newcomers)])
         return plan.revised(
             joining=joining, next_generation=Generation(plan.next_generation + 1)
         ), Decision(
@@ -455,6 +474,12 @@ def _run(plan: Plan, facts: JobFacts) -> Move | None:
             action="withdraw", reason="a newcomer was lost, or lost a link, before it was let in"
         )
     return None
+
+
+def _staying(plan: Plan, facts: JobFacts, world: World) -> list[Member]:
+    """The members of `world` whose nodes stay; all of them where none would."""
+    draining = {s.member for s in plan.seats if s.node in facts.draining}
+    return [m for m in world.members if m.member not in draining] or list(world.members)
 
 
 def _halt(plan: Plan, reason: str) -> Move:

@@ -17,7 +17,7 @@ from ftkit.core.trace import Trace
 from ftkit.core.world import World
 from ftkit.recovery.facts import Stage
 from ftkit.recovery.member import Duty, Standing, react
-from ftkit.recovery.plan import Plan
+from ftkit.recovery.plan import Mode, Plan
 
 
 class Fate(StrEnum):
@@ -289,6 +289,30 @@ class Membership:
                     return Fate.BACK
                 if duty is Duty.LINK:
                     return Fate.BACK
+                self._changed.wait()
+
+    def gone_on(self, generation: Generation) -> bool:
+        """Wait until the others are in `generation`, which is a world without this rank. Blocks.
+
+        Returns False when they are not: the world they leave has ended otherwise.
+
+        Raises:
+          JobStopped: the job is over for this rank.
+        """
+        with self._changed:
+            mine = self._me.generation
+            while True:
+                self._raise_if_stopped()
+                world = self._plan.world
+                if (
+                    self._plan.mode is Mode.RUNNING
+                    and world is not None
+                    and world.generation >= generation
+                    and world.rank_of(self._me.member) is None
+                ):
+                    return True
+                if self._me.stage is not Stage.ACTIVE and self._plan.halted >= mine:
+                    return False
                 self._changed.wait()
 
     def done(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from ftkit.checkpoint.restore_shards import Incomplete
 from ftkit.checkpoint.shards import is_dtensor
 from ftkit.collectives.group import Group
-from ftkit.core.errors import GenerationAborted, Unreachable, UsageError, WireError
+from ftkit.core.errors import GenerationAborted, JobStopped, Unreachable, UsageError, WireError
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
@@ -106,7 +106,11 @@ class Worlds:
                     parts.membership.gave_up()
 
     def switch(self, world: World, step: Step) -> None:
-        """Enter the newcomers' world with all other members, after `step`."""
+        """Enter the newcomers' world with all other members, after `step`; or leave, if not in it.
+
+        Raises:
+          JobStopped: this rank is not in it: its node is about to be taken away.
+        """
         group = self._parts.group
         if self._build is not None:
             # Everybody loads its new shards from what was captured here.
@@ -117,6 +121,12 @@ class Worlds:
                 group.abort(group.world.generation, str(error))
                 return
             self._snapshots.give_up()
+        if self._parts.member not in world.member_ids:
+            # To exit earlier would break the world that the others are about to leave.
+            if self._parts.membership.gone_on(world.generation):
+                self._parts.trace.event("left", step=step, generation=world.generation)
+                raise JobStopped(f"its node is about to be taken away; it left after step {step}")
+            return
         for member in world.members:
             if member.member not in group.world.member_ids:
                 try:

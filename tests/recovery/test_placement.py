@@ -1,6 +1,12 @@
 """Where a seat's next process starts: where it was, unless that is advised against."""
 
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
 from ftkit.core.ids import Boot, NodeId
+from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import JobFacts, Stage
 from ftkit.recovery.placement import place
 from ftkit.recovery.plan import Plan, first_plan
@@ -77,3 +83,30 @@ def test_a_rank_that_dies_on_a_bad_node_starts_elsewhere_and_the_others_stay() -
     assert story.moves() == ["respawn"]
     assert [s.node for s in story.plan.seats] == [0, 0, 2, 2]
     assert before.seats[0] == story.plan.seats[0]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 3), st.sets(st.integers(0, 4)), st.sets(st.integers(0, 4))),
+        max_size=12,
+    )
+)
+def test_whoever_dies_under_whatever_advice_no_place_is_taken_twice(
+    losses: list[tuple[int, set[int], set[int]]],
+) -> None:
+    story = training(5, nodes=2, seats=2)
+    story.budget = BudgetConfig(same_place_max=100)
+    boots = {NodeId(n): Boot(f"b{n}") for n in range(5)}
+    story.knows(boots=boots, per_node=2).moves()
+    for seat, advised, lost in losses:
+        before = story.plan.seats[seat]
+        nodes_lost = frozenset(NodeId(n) for n in lost - {before.node})
+        story.knows(advised={NodeId(n): WHY for n in advised}, nodes_lost=nodes_lost)
+        story.says(before.member, Stage.DEAD, seat=seat, exit_code=-9).moves()
+        after = story.plan.seats[seat]
+        places = Counter((s.node, s.seat % 2) for s in story.plan.seats)
+        assert max(places.values()) == 1
+        if after.node != before.node:
+            assert before.node in advised
+            assert after.node not in advised | lost
+        assert after.boot == boots[after.node]

@@ -574,3 +574,71 @@ def test_a_spare_that_dies_before_it_is_let_in_is_given_up() -> None:
     story.says(3, Stage.DEAD, exit_code=-9)
     assert story.moves() == ["respawn", "withdraw"]
     assert story.plan.joining is None
+
+
+def notice(*, nodes: int = 3) -> Story:
+    """One rank on each node; node 1 is about to be taken away."""
+    story = training(5, nodes=nodes, seats=1)
+    return story.knows(draining=frozenset({NodeId(1)}))
+
+
+def test_the_ranks_of_a_node_that_goes_leave_by_a_vote() -> None:
+    story = notice()
+    assert story.moves() == ["drain"]
+    assert story.plan.mode is Mode.RUNNING
+    assert story.plan.joining is not None
+    assert [m.member for m in story.plan.joining.members] == [0, 2]
+    for member in (0, 2):
+        story.says(member, Stage.ACTIVE, generation=Generation(2), step=Step(6))
+    assert story.moves() == ["drained"]
+    assert story.world == [0, 2]
+    story.says(1, Stage.DEAD, exit_code=exit_codes.STOPPED)
+    assert story.moves() == [], "nothing is started where it would be taken away"
+
+
+def test_its_seat_is_filled_once_another_agent_has_come() -> None:
+    story = notice()
+    story.moves()
+    for member in (0, 2):
+        story.says(member, Stage.ACTIVE, generation=Generation(2), step=Step(6))
+    story.moves()
+    story.says(1, Stage.DEAD, exit_code=exit_codes.STOPPED)
+    assert story.moves() == []
+    story.knows(draining=frozenset())
+    assert story.moves() == ["respawn"]
+    assert story.plan.seats[1].member == 3
+
+
+def test_its_seat_moves_to_a_node_that_stays() -> None:
+    story = notice().knows(
+        per_node=1,
+        boots={NodeId(n): Boot(f"b{n}") for n in range(4)},
+        advised={NodeId(1): "it is about to be taken away"},
+    )
+    story.moves()
+    for member in (0, 2):
+        story.says(member, Stage.ACTIVE, generation=Generation(2), step=Step(6))
+    story.moves()
+    story.says(1, Stage.DEAD, exit_code=exit_codes.STOPPED)
+    assert story.moves() == ["respawn"]
+    assert story.plan.seats[1].node == 3
+
+
+def test_a_job_whose_every_node_goes_stays_to_the_end() -> None:
+    story = training(5, nodes=2, seats=1)
+    story.knows(draining=frozenset({NodeId(0), NodeId(1)}))
+    assert story.moves() == []
+    assert story.world == [0, 1]
+
+
+def test_a_rank_lost_while_others_are_to_leave() -> None:
+    """The world is repaired with whoever is there, and then left."""
+    story = notice()
+    story.moves()
+    story.says(0, Stage.DEAD, exit_code=-9)
+    story.says(1, Stage.HALTED, generation=Generation(2))
+    story.says(2, Stage.HALTED, generation=Generation(2))
+    assert story.moves() == ["respawn", "resume", "drain"]
+    assert story.world == [1, 2]
+    assert story.plan.joining is not None
+    assert [m.member for m in story.plan.joining.members] == [2]
