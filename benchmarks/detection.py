@@ -195,15 +195,15 @@ def false_alarms(name: str, noise: Noise, rank_steps: float) -> list[Figure]:
         threshold = calibrate(noise, effect=effect, steps_between=2 * day / alarms_per_day)
         count, played = _crossings(blocks_of(noise), threshold, rank_steps)
         days = played / day
-        high = _poisson_high(count) / days
+        low, high = poisson_interval(count)
         figures.append(
             Figure(
                 name=f"{name}, from {100 * effect:.0f} %: false alarms a day at most",
-                value=high,
+                value=high / days,
                 unit="a day",
                 at_most=1.0,
-                against=f"{count} in {days:.1f} days of {RANKS} ranks and {STEP_S:g} s steps; "
-                f"97.5 % bound",
+                against=f"{count} in {days:.1f} days of {RANKS} ranks and {STEP_S:g} s steps: "
+                f"{count / days:.2g} a day, 95 % interval {low / days:.2g} to {high / days:.2g}",
             )
         )
     return figures
@@ -215,7 +215,7 @@ def _crossings(
     """How often sums of drawn residuals pass h, and in how many rank-steps."""
     rng = np.random.default_rng(0)
     pool = np.array(blocks, dtype=np.float32)
-    most = threshold.h / 3
+    most = threshold.h / threshold.steps
     pool = np.clip(pool - np.float32(threshold.k), -most, most).astype(np.float32)
     width = 50_000
     sums = np.zeros(width, dtype=np.float32)
@@ -233,10 +233,13 @@ def _crossings(
     return count, float(played)
 
 
-def _poisson_high(count: int) -> float:
-    """Upper end of the 95 % interval of a Poisson mean (Wilson and Hilferty)."""
-    n = count + 1
-    return float(n * (1 - 1 / (9 * n) + 1.96 / (3 * math.sqrt(n))) ** 3)
+def poisson_interval(count: int) -> tuple[float, float]:
+    """The 95 % interval of a Poisson mean of which `count` were seen (Wilson and Hilferty 1931)."""
+
+    def cube(n: int, z: float) -> float:
+        return float(n * (1 - 1 / (9 * n) + z / (3 * math.sqrt(n))) ** 3)
+
+    return cube(count, -1.96) if count else 0.0, cube(count + 1, 1.96)
 
 
 def overhead(repetitions: int) -> list[Figure]:

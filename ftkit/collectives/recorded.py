@@ -11,10 +11,10 @@ its flight recorder knows no end of an operation (as of 2.13).
 
 import threading
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -134,31 +134,44 @@ class _Watched(dist.Work):
 
 
 def _method(name: str) -> Callable[..., Any]:
+    """What stands in for torch's `name`. It is in the way of every collective: each line counts."""
     called, place = _NAMES[name], 1 if name in _INPUT_SECOND else 0
     reduces = "reduce" in called
     issue = getattr(dist.ProcessGroup, name)
+    #: dtype -> number of the reduction, 0 for what has none -> what it is called in records
+    names: dict[torch.dtype, dict[int, str]] = defaultdict(dict)
 
     def call(self: RecordedGroup, *args: Any, **more: Any) -> Any:
-        op, nbytes = called, 0
-        if len(args) > place and (tensor := _first(args[place])) is not None:
-            reduction = getattr(args[-1], "reduceOp", None) if reduces else None
-            op = _signature(called, tensor.dtype, reduction and reduction.op)
-            nbytes = tensor.nbytes
+        op, nbytes, options = called, 0, args[-1] if args else None
+        if len(args) > place:
+            tensor = args[place]
+            if type(tensor) is list and len(tensor) == 1:
+                tensor = tensor[0]
+            if isinstance(tensor, torch.Tensor) or (tensor := _first(tensor)) is not None:
+                reduction = getattr(options, "reduceOp", None) if reduces else None
+                dtype = tensor.dtype
+                known = names[dtype]
+                # Its hash is its number; to compare two of torch's takes longer than all the rest.
+                number = 0 if reduction is None else 1 + hash(reduction)
+                op = known.get(number) or known.setdefault(
+                    number, _signature(called, dtype, reduction)
+                )
+                nbytes = tensor.nbytes
         group, seq = self._number, self._next()
         if group is None:
             group = self.number()
         self._enter(group, seq, op, nbytes)
-        leave = self._leave
         try:
             work = issue(self._inner, *args, **more)
-            if not getattr(args[-1] if args else None, "asyncOp", True):
+            if not getattr(options, "asyncOp", True):
                 # Who calls waits at once: so do we, and spare gloo's thread the interpreter.
                 work.wait()
-                leave(group, seq, True)
+                self._leave(group, seq, True)
                 return work
         except BaseException:
-            leave(group, seq, False)
+            self._leave(group, seq, False)
             raise
+        leave = self._leave
         try:
             work.get_future().add_done_callback(lambda future: leave(group, seq, True))
         except RuntimeError:
@@ -186,13 +199,12 @@ for _name in ("send", "recv", "recv_anysource", "monitored_barrier"):
         setattr(RecordedGroup, _name, _passed_on(_name))
 
 
-@lru_cache(maxsize=1024)
 def _signature(called: str, dtype: torch.dtype, reduction: Any) -> str:
     """What the recorder calls it: all that ranks must agree on but the size."""
     kind = str(dtype).removeprefix("torch.")
     if reduction is None:
         return f"{called} {kind}"
-    return f"{called} {str(reduction).rpartition('.')[2].lower()} {kind}"
+    return f"{called} {str(reduction.op).rpartition('.')[2].lower()} {kind}"
 
 
 def _first(value: Any) -> torch.Tensor | None:

@@ -22,7 +22,7 @@ def awaited(members: Iterable[Track]) -> dict[Seat, tuple[Seat, ...]]:
     found: dict[Seat, tuple[Seat, ...]] = {}
     for one in known:
         told = one.awaited
-        if told is not None and (told.group & 0xFFFF, told.seq) == one.pending:
+        if told is not None and (told.group, told.seq) == one.pending:
             found[one.seat] = tuple(sorted(seats[m] for m in told.members if m in seats))
     return found
 

@@ -7,8 +7,13 @@ the normal one was 35 to 340 times too optimistic on recorded jobs.
 
 By Wald's identity an excursion of S passes h with a probability of at most exp(-theta h), where
 theta > 0 solves E[exp(theta x)] = 1, and it takes a step with x > 0 to begin one. So h =
-log(rank-steps between false alarms * P[x > 0]) / theta keeps the budget. Residuals of neighbouring steps may be correlated: theta is also solved for sums over
-blocks of steps, and the smaller one counts.
+log(rank-steps between false alarms * P[x > 0]) / theta keeps the budget. Residuals of neighbouring
+steps may be correlated: theta is also solved for sums over blocks of steps, and the smaller one
+counts.
+
+What was not among n residuals may still come, with a probability of about 1 / (n + 1). So one step
+adds at most an m-th part of h, with m such that m of them in a row keep the budget as well: eight
+after six residuals, three once there are some hundred.
 """
 
 import math
@@ -43,10 +48,12 @@ class Threshold:
     """Of the residuals, from their median absolute deviation."""
     samples: int
     """Residuals that it was calibrated on."""
+    steps: int = STEPS_MIN
+    """That have to speak, whatever they say."""
 
     def increment(self, residual: float) -> float:
-        """What one residual adds: at most a third of h, so that three are needed."""
-        most = self.h / STEPS_MIN
+        """What one residual adds: at most so small a part of h that `steps` are needed."""
+        most = self.h / self.steps
         return min(most, max(-most, residual - self.k))
 
 
@@ -69,7 +76,7 @@ class Cusum:
             self.sum, self.steps = 0.0, 0
             return False
         self.steps += 1
-        # Three thirds of h are h, but for the rounding.
+        # So many parts of h are h, but for the rounding.
         return self.sum >= threshold.h * (1 - 1e-9)
 
 
@@ -84,19 +91,20 @@ def calibrate(
       steps_between: rank-steps for each false alarm that is allowed.
 
     Returns:
-      A threshold that is never below what three steps of `effect` add up to: the tail of few
+      A threshold that is never below what its `steps` of `effect` add up to: the tail of few
       residuals says nothing of what was not among them. Costs about 50 passes over them.
     """
     values = [e for series in residuals for e in series]
     sigma = spread(values)
     k = max(0.5 * math.log1p(effect), 0.5 * sigma)
-    h = floor = STEPS_MIN * 0.5 * math.log1p(effect)
+    least = steps_needed(len(values), steps_between)
+    h = floor = least * 0.5 * math.log1p(effect)
     shortage = 1.0 + _SHORTAGE / math.sqrt(len(values)) if values else math.inf
     if not values:
         return Threshold(k=k, h=math.inf, sigma=sigma, samples=0)
     # The clip depends on h: three rounds settle it.
     for _ in range(3):
-        trial = Threshold(k=k, h=h, sigma=sigma, samples=len(values))
+        trial = Threshold(k=k, h=h, sigma=sigma, samples=len(values), steps=least)
         steps = [[trial.increment(e) for e in series] for series in residuals]
         flat = [x for series in steps for x in series]
         theta = _root(flat)
@@ -116,7 +124,19 @@ def calibrate(
         h = max(floor, needed)
         if math.isinf(h):
             break
-    return Threshold(k=k, h=h, sigma=sigma, samples=len(values))
+    return Threshold(k=k, h=h, sigma=sigma, samples=len(values), steps=least)
+
+
+def steps_needed(samples: int, steps_between: float) -> int:
+    """How many odd steps in a row are no accident, after so many residuals that were not odd.
+
+    One comes with a probability of up to 1 / (samples + 1), and any of `steps_between` rank-steps
+    may begin a row: m >= log(steps_between / samples) / log(samples + 1).
+    """
+    if samples < 1:
+        return STEPS_MIN
+    wanted = math.log(max(1.0, steps_between / samples)) / math.log(samples + 1)
+    return max(STEPS_MIN, math.ceil(wanted - 1e-9))
 
 
 def spread(values: Sequence[float]) -> float:

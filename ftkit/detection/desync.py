@@ -9,9 +9,10 @@ The first difference counts. What comes after it follows from it.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 from typing import Final
 
 from ftkit.core.ids import Generation, MemberId
@@ -19,6 +20,9 @@ from ftkit.detection.row import OpRecord
 
 #: Collectives of which every member has the same number of bytes. In others ranks may differ.
 _SIZED: Final = frozenset({"all_reduce", "reduce", "reduce_scatter", "broadcast", "all_gather"})
+
+#: Of calls that came before alike, fewer say nothing.
+_SAME_MIN: Final = 2
 
 _REDUCTIONS: Final = frozenset({"sum", "avg", "product", "min", "max", "band", "bor", "bxor"})
 
@@ -61,15 +65,27 @@ class Disagreement:
     group: int
     seq: int
     usual: Call
-    """What most called; of two members, what the other one did."""
+    """What most called, or what used to be called there; else what one of them did."""
     members: int
     """Who has come so far: those that are counted."""
+    awaited: int
+    """Who calls collectives of this group, and has not come to this one."""
     at_ns: int
     """When the last of them entered it, in its own monotonic ns."""
     slips: Mapping[MemberId, tuple[Slip, Call]]
-    """Who called something else, and what. Everybody, where there is no majority."""
+    """Who called something else, and what. Everybody, where nobody can say what is right."""
     majority: bool
     """Whether most members called the same."""
+    by_history: bool
+    """Whether, without a majority, what came before says what is right."""
+
+    @property
+    def decided(self) -> bool:
+        """Whether it is known what is right."""
+        return self.majority or self.by_history
+
+
+_Calls = Mapping[MemberId, Mapping[int, OpRecord]]
 
 
 def disagreements(histories: Mapping[MemberId, Iterable[OpRecord]]) -> list[Disagreement]:
@@ -85,12 +101,16 @@ def disagreements(histories: Mapping[MemberId, Iterable[OpRecord]]) -> list[Disa
                 continue  # counted for each pair apart
             calls = groups.setdefault((r.generation, r.group), {})
             calls.setdefault(member, {})[r.seq] = r
-    found = [_first(*key, calls) for key, calls in groups.items() if len(calls) > 1]
-    return [one for one in found if one is not None]
+    found = list[Disagreement]()
+    for (generation, group), calls in groups.items():
+        before = [c for (g, other), c in groups.items() if other == group and g < generation]
+        if len(calls) > 1 and (one := _first(generation, group, calls, before)) is not None:
+            found.append(one)
+    return found
 
 
 def _first(
-    generation: Generation, group: int, calls: Mapping[MemberId, Mapping[int, OpRecord]]
+    generation: Generation, group: int, calls: _Calls, before: Sequence[_Calls]
 ) -> Disagreement | None:
     for seq in sorted({seq for records in calls.values() for seq in records}):
         here = {m: records[seq] for m, records in calls.items() if seq in records}
@@ -98,12 +118,19 @@ def _first(
         if len(told) < 2:
             continue
         usual, most = told.most_common(1)[0]
-        majority = most * 2 > len(here)
+        majority, foretold = most * 2 > len(here), None
+        if not majority:
+            past = [
+                _line(other, max(max(records) for records in other.values())) for other in before
+            ]
+            foretold = _foretold(_line(calls, seq - 1), past, told.keys())
+            usual = foretold or usual
+        decided = majority or foretold is not None
         model = next(calls[m] for m, r in here.items() if Call.of(r) == usual)
         slips = {
             m: (_slip(calls[m], model, seq), Call.of(r))
             for m, r in here.items()
-            if not majority or Call.of(r) != usual
+            if not decided or Call.of(r) != usual
         }
         return Disagreement(
             generation=generation,
@@ -111,11 +138,49 @@ def _first(
             seq=seq,
             usual=usual,
             members=len(here),
+            awaited=len(calls) - len(here),
             at_ns=max(r.t_enter_ns for r in here.values()),
             slips=slips,
             majority=majority,
+            by_history=foretold is not None,
         )
     return None
+
+
+def _line(calls: _Calls, last: int) -> list[Call]:
+    """What was called up to `last`, as far back as it is known without a gap. The newest first."""
+    known = {seq: r for records in calls.values() for seq, r in records.items()}
+    line = list[Call]()
+    while (record := known.get(last)) is not None:
+        line.append(Call.of(record))
+        last -= 1
+    return line
+
+
+def _foretold(
+    line: Sequence[Call], before: Sequence[Sequence[Call]], told: Collection[Call]
+) -> Call | None:
+    """Which of `told` came next, the last times that the same calls had come before.
+
+    For each the longest run of calls is looked for that ends `line`, and that it has followed. One
+    of them has to have followed a longer one than all others.
+
+    Args:
+      line: what came before, the newest first.
+      before: likewise, of generations before.
+      told: the calls in question.
+    """
+    longest = dict.fromkeys(told, 0)
+    for known in (line, *before):
+        for i, call in enumerate(known):
+            if call in longest:
+                pairs = zip(known[i + 1 :], line, strict=False)
+                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+                longest[call] = max(longest[call], same)
+    best, second = sorted(longest.values(), reverse=True)[:2]
+    if best < _SAME_MIN or best == second:
+        return None
+    return max(longest, key=longest.__getitem__)
 
 
 def _slip(mine: Mapping[int, OpRecord], model: Mapping[int, OpRecord], seq: int) -> Slip:
@@ -163,6 +228,11 @@ def reason(found: Disagreement, member: MemberId, seat: int) -> str:
     """One sentence about one member."""
     slip, call = found.slips[member]
     place = f"collective {found.seq} of group {found.group}"
+    if found.by_history:
+        return (
+            f"at {place}, where {found.usual} came next each time before, seat {seat} (member "
+            f"{member}) {_DID[slip]} {call}: the script's ranks call different collectives"
+        )
     if not found.majority:
         others = sorted({str(c) for _, c in found.slips.values() if c != call})
         return (
@@ -193,4 +263,5 @@ def evidence(found: Disagreement, member: MemberId) -> dict[str, object]:
         "members": found.members,
         "slipped": sorted(found.slips),
         "majority": found.majority,
+        "by_history": found.by_history,
     }

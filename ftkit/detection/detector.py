@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 #: Records are told by agents only now and then; older ones speak of what is over.
 _TAILS_S = 2.0
 
+#: Where members differ and there is no majority, so long others may come to that collective.
+_AWAIT_S = 0.5
+
 #: Steps are counted to know how often something occurs: a leap in their number is no history.
 _STEPS_A_LOOK = 1000
 
@@ -72,6 +75,8 @@ class Detector:
         self._blind: dict[MemberId, float] = {}
         self._tails: dict[MemberId, tuple[float, Sequence[OpRecord]]] = {}
         self._settled: dict[tuple[Generation, int, int], Disagreement] = {}
+        #: When it was first seen that members differ at a collective.
+        self._parted_at: dict[tuple[Generation, int, int], float] = {}
         self._tempo = Tempo()
         self._still: _Still | None = None
         self._newest_step: Step | None = None
@@ -107,6 +112,7 @@ class Detector:
                     self._still = None
                     recent = world.generation - 2
                     self._settled = {k: d for k, d in self._settled.items() if k[0] >= recent}
+                    self._parted_at = {k: t for k, t in self._parted_at.items() if k[0] >= recent}
             case ObserverLate(by_s=by_s):
                 self._late_reported_s = max(self._late_reported_s, by_s)
             case _:
@@ -147,7 +153,7 @@ class Detector:
             verdicts = {
                 m: v
                 for m, v in verdicts.items()
-                if not v.suspected and v.fault not in (Fault.HANG_COMM, Fault.STALL)
+                if not v.suspected and v.fault not in (Fault.HANG_COMM, Fault.STALL, Fault.DESYNC)
             } | desynced
         return sorted(verdicts.values(), key=lambda v: v.seat)
 
@@ -158,9 +164,12 @@ class Detector:
         for found in disagreements({m: records for m, (_, records) in self._tails.items()}):
             place = (found.generation, found.group, found.seq)
             # With one of the majority gone there may be none any more: what was found then holds.
-            if found.majority:
+            if found.majority or (found.by_history and place not in self._settled):
                 self._settled[place] = found
             found = self._settled.get(place, found)
+            since = self._parted_at.setdefault(place, now)
+            if found.awaited and not found.majority and now - since < _AWAIT_S:
+                continue  # with one more there may be a majority
             for member in found.slips.keys() & self._members.keys():
                 seat = self._members[member].seat
                 track = self._tracks.get(member)
@@ -172,7 +181,7 @@ class Detector:
                     since_s=found.at_ns / 1e9,
                     evidence=(wording.evidence(track) if track else {})
                     | desync.evidence(found, member),
-                    confidence=1.0 if found.majority else 1 / found.members,
+                    confidence=_confidence(found),
                 )
         return verdicts
 
@@ -323,3 +332,10 @@ class Detector:
         """Where a member that is gone was last seen."""
         one = self._tracks.get(member)
         return {} if one is None else wording.evidence(one)
+
+
+def _confidence(found: Disagreement) -> float:
+    """That a member which differs is the one that is wrong."""
+    if found.majority:
+        return 1.0
+    return rules.SUSPECTED if found.by_history else 1 / found.members

@@ -16,8 +16,8 @@ from typing import Self
 from ftkit.core.clock import Clock, MonotonicClock
 from ftkit.core.ids import Generation, Step
 from ftkit.detection.meter import Gauges, StepMeter
-from ftkit.detection.row import WARM, Phase, op_bytes, op_code
-from ftkit.detection.status import SeatWriter
+from ftkit.detection.row import WARM, Phase, op_bytes
+from ftkit.detection.seat_writer import SeatWriter
 from ftkit.detection.step_record import PLACE_BYTES, ROLE_BYTES, label
 
 #: Names of ops that are kept.
@@ -54,11 +54,10 @@ class Recorder:
             else lambda: int(clock.now() * 1e9)
         )
         self._lock = threading.Lock()
-        #: (group, seq) of every pending collective, oldest first -> (ticket, t_enter, op code)
-        self._pending: dict[tuple[int, int], tuple[int, int, int]] = {}
-        self._entered: dict[int, int] = {}
-        #: op -> (its name as it is stored, its code)
-        self._ops: dict[str, tuple[bytes, int]] = {}
+        #: (group, seq) of every pending collective -> its place in the ring
+        self._pending: dict[tuple[int, int], int] = {}
+        #: op -> its name as it is stored
+        self._ops: dict[str, bytes] = {}
         self._stepped = False
         self._meter = StepMeter(gauges or Gauges(), Phase.STARTING, clock.now())
         self._role = self._place = ""
@@ -80,13 +79,10 @@ class Recorder:
             if self._closed:
                 return
             writer, now = self._writer, self._now_ns()
-            for ticket, _, _ in self._pending.values():
-                writer.record_leave(ticket, t_ns=now, ok=False)
+            for place in self._pending.values():
+                writer.record_leave(place, now, False)
             self._pending.clear()
-            self._entered.clear()
             writer.generation = generation
-            writer.group = writer.op_code = writer.t_enter_ns = 0
-            writer.entered = writer.left = -1
             writer.publish(now)
 
     def phase(self, phase: Phase) -> None:
@@ -163,21 +159,17 @@ class Recorder:
 
     def enter(self, group: int, seq: int, op: str, nbytes: int) -> None:
         """Collective `seq` of `group` begins; the seqs of a group rise by one."""
+        key = group, seq
         with self._lock:
             if self._closed:
                 return
-            writer, now = self._writer, self._now_ns()
-            name, code = self._ops.get(op) or self._learn(op)
-            ticket = writer.record_enter(group=group, seq=seq, op=name, nbytes=nbytes, t_ns=now)
-            self._pending[group, seq] = (ticket, now, code)
-            if seq > self._entered.get(group, -1):
-                self._entered[group] = seq
-            if len(self._pending) == 1:
-                writer.group, writer.op_code, writer.t_enter_ns = group, code, now
-                writer.entered, writer.left = self._entered[group], seq - 1
-            else:
-                self._show()
-            writer.publish(now)
+            pending, writer = self._pending, self._writer
+            now = self._now_ns()
+            if key in pending:  # of a group that was made anew under the same number
+                writer.record_leave(pending[key], now, False)
+            pending[key] = writer.record_enter(
+                group, seq, self._ops.get(op) or self._learn(op), nbytes, now
+            )
 
     def leave(self, group: int, seq: int, ok: bool) -> None:
         """Collective `seq` of `group` is over, with success or not.
@@ -185,18 +177,8 @@ class Recorder:
         One that is not pending is passed over: it belongs to a generation that is gone.
         """
         with self._lock:
-            if self._closed:
-                return
-            if (entry := self._pending.pop((group, seq), None)) is None:
-                return
-            writer, now = self._writer, self._now_ns()
-            writer.record_leave(entry[0], t_ns=now, ok=ok)
-            if self._pending:
-                self._show()
-            else:
-                writer.group, writer.op_code, writer.t_enter_ns = group, entry[2], 0
-                writer.entered = writer.left = self._entered[group]
-            writer.publish(now)
+            if not self._closed and (place := self._pending.pop((group, seq), None)) is not None:
+                self._writer.record_leave(place, self._now_ns(), ok)
 
     def awaiting(self, group: int, seq: int, members: Sequence[int]) -> None:
         """Collective `seq` of `group` waits for bytes of these members, for some time now."""
@@ -238,18 +220,11 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def _show(self) -> None:
-        """Have the row show the oldest pending collective: the one that is waited for."""
-        (group, seq), (_, t_enter, code) = next(iter(self._pending.items()))
-        writer = self._writer
-        writer.group, writer.op_code, writer.t_enter_ns = group, code, t_enter
-        writer.entered, writer.left = self._entered[group], seq - 1
-
-    def _learn(self, op: str) -> tuple[bytes, int]:
+    def _learn(self, op: str) -> bytes:
         """Note how `op` is stored. A script makes up few names, and one that does not is bounded."""
         if len(self._ops) >= _OPS_MAX:
             self._ops.clear()
-        known = self._ops[op] = (op_bytes(op), op_code(op))
+        known = self._ops[op] = op_bytes(op)
         return known
 
     def _beat(self, interval_s: float) -> None:

@@ -6,8 +6,9 @@ A row is 128 bytes, sixteen aligned 64-bit words, little endian::
             1  member (low) and pid (high)                          written at attach
             2  t_heartbeat                                          heartbeat thread
             3  allowance                                            `Recorder.allow`
-        4..9   copy 0 of the fields that change together
-       10..15  copy 1
+         4..6  copy 0 of the fields that change together
+         7..9  copy 1
+       10..15  free
 
 A writer fills the copy that is not published, then stores word 0, whose version picks the
 copy (its parity) and whose checksum covers version, word 1 and that copy. So:
@@ -16,6 +17,9 @@ copy (its parity) and whose checksum covers version, word 1 and that copy. So:
 * a reader that was overtaken by two writes, or meets stores out of order, or flipped bytes,
   sees a wrong checksum and never a mixed row;
 * words 2 and 3 mean something alone and are single aligned stores.
+
+A row changes at each phase. Where a member stands in its collectives it does not hold: that is
+read off their ring (`ring`), where each is written once as it begins, and one word as it ends.
 """
 
 import struct
@@ -29,13 +33,13 @@ from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, Step
 
 ROW_BYTES: Final = 128
-COPY_BYTES: Final = 48
+COPY_BYTES: Final = 24
 WORD: Final = 0xFFFFFFFF
 
-#: generation, crc of op, step, phase, flags, group, entered, left, t_progress, t_enter
-COPY: Final = struct.Struct("<IIIBBHqqQQ")
+#: generation, step, t_progress, phase, flags
+COPY: Final = struct.Struct("<IIQBB6x")
 #: version and word 1, and then the copy: what the checksum of a row covers.
-STAMPED: Final = struct.Struct("<IQIIIBBHqqQQ")
+STAMPED: Final = struct.Struct("<IQIIQBB6x")
 _STAMP: Final = struct.Struct("<IQ")
 assert COPY.size == COPY_BYTES
 assert STAMPED.size == _STAMP.size + COPY_BYTES
@@ -103,11 +107,11 @@ class Row:
     step: Step
     phase: Phase
     group: int
-    """The group of the collective described, modulo 65536."""
+    """The group of the collective described: the oldest pending, or the last that ended."""
     entered: int
     """The highest collective of `group` that was entered; -1: none."""
     left: int
-    """Every collective of `group` up to this one was left. Pending: the next one."""
+    """Pending: the one before. Else: `entered`."""
     op: str
     """Name of the collective described, "" before the first."""
     t_progress_ns: int
@@ -247,11 +251,6 @@ def op_bytes(op: str) -> bytes:
     return op.encode("ascii", "replace")[:OP_BYTES]
 
 
-def op_code(op: str) -> int:
-    """The 32 bits that stand for an op in a row; 0 only for the empty name."""
-    return zlib.crc32(op_bytes(op))
-
-
 def stamp(version: int, identity: int, copy: bytes) -> int:
     """Word 0 of a row: `version`, and the checksum over it, the identity word and the copy."""
     return version | zlib.crc32(copy, zlib.crc32(_STAMP.pack(version, identity))) << 32
@@ -264,6 +263,8 @@ def decode_record(data: bytes) -> OpRecord | None:
     t_leave, crc = _RECORD_HEAD.unpack_from(data)
     if not t_enter or crc != zlib.crc32(rest):
         return None
+    if 0 < abs(t_leave) < t_enter:
+        return None  # of the one that was here before: its place was taken while we looked
     return OpRecord(
         member=MemberId(member),
         generation=Generation(generation),

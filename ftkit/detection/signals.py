@@ -233,6 +233,32 @@ class NodeGap:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReachSeen:
+    """What came of an attempt to connect to the agent of another node (`reach`)."""
+
+    KIND: ClassVar[str] = "reach"
+
+    order: int
+    node: NodeId
+    """The one that was tried."""
+    via: NodeId
+    """The one that tried."""
+    at: float
+    reached: bool
+    error: str = ""
+    """Why not."""
+
+    def __post_init__(self) -> None:
+        # Of what a peer says nothing is taken on trust.
+        if self.reached not in (True, False):
+            raise ValueError(f"reached is {self.reached!r}, must be true or false")
+        object.__setattr__(self, "reached", bool(self.reached))
+        object.__setattr__(self, "error", str(self.error)[:200])
+        for name in ("order", "node", "via"):
+            object.__setattr__(self, name, int(getattr(self, name)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CommSeen:
     """How long one rank was in some collectives of one group: a sample, the same on all ranks."""
 
@@ -249,9 +275,26 @@ class CommSeen:
     worked_s: Sequence[float]
     """From leaving the collective before it, of whatever group, to entering it."""
 
+    def __post_init__(self) -> None:
+        # Of what a peer says nothing is taken on trust.
+        whose = [int(n) for n in (self.seat, self.generation, self.group)]
+        seqs = [int(seq) for seq in self.seqs]
+        spent, worked = ([float(s) for s in told] for told in (self.spent_s, self.worked_s))
+        if not len(seqs) == len(spent) == len(worked):
+            raise ValueError(f"{len(seqs)} collectives, {len(spent)} and {len(worked)} durations")
+        if min(whose + seqs) < 0 or not all(0 <= s < float("inf") for s in spent + worked):
+            raise ValueError("numbers of collectives and durations are 0 or more, and finite")
+        object.__setattr__(self, "seat", Seat(whose[0]))
+        object.__setattr__(self, "generation", Generation(whose[1]))
+        object.__setattr__(self, "group", whose[2])
+        object.__setattr__(self, "seqs", seqs)
+        object.__setattr__(self, "spent_s", spent)
+        object.__setattr__(self, "worked_s", worked)
+
 
 Signal = (
     CommSeen
+    | ReachSeen
     | StepSeen
     | PathsSeen
     | PairSeen

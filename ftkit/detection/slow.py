@@ -36,6 +36,10 @@ _EFFECT_SHARE: Final = 0.9
 #: In a group of two kinds a member is held against its past alone, which drifts: it takes more.
 _MIXED_SHARE: Final = 2.0
 
+#: What slows one rank down for less time than this is some other process having its turn. Peers would
+#: show how common that is; a member's past does not.
+_MOMENT_S: Final = 0.5
+
 #: How many members of a healthy job may differ from their peers for good by so much that they
 #: pass for outliers. Such differences last: this is for the job, not for a day.
 _MISTAKEN: Final = 0.01
@@ -135,7 +139,7 @@ class Slowness:
         against_past = self._against_past(work, keys)
         over = self._past.push(against_past, at=at, steps_between=steps_between)
         alone = {m for m in work if m not in against_peers} | mixed
-        found += [f for m in sorted(over & alone) if (f := self._changed(m, work, m in mixed))]
+        found += [f for m in sorted(over & alone) if (f := self._changed(m, work, m in mixed, at))]
         self._follow(work)
         return found
 
@@ -200,12 +204,17 @@ class Slowness:
         return known
 
     def _changed(
-        self, member: MemberId, work: Mapping[MemberId, float], mixed: bool
+        self, member: MemberId, work: Mapping[MemberId, float], mixed: bool, at: float
     ) -> Finding | None:
-        """The finding against its past, if that is large enough."""
+        """The finding against its past, if that is large enough and no mere moment."""
+        if at - self._past.cusum(member).since < _MOMENT_S:
+            return None
         finding = self._finding(member, self._past, "past", len(work) - 1)
+        # A burst moves the mean of what came with it and after it; most of it has to be slow.
+        usual = self._past.usual(member, max(STEPS_MIN, finding.steps))
         share = _MIXED_SHARE if mixed else _EFFECT_SHARE
-        return finding if math.log(finding.factor) >= share * self._effect else None
+        enough = min(usual, math.log(finding.factor)) >= share * self._effect
+        return finding if enough else None
 
     def _finding(self, member: MemberId, sums: Sums, against: str, others: int) -> Finding:
         cusum = sums.cusum(member)

@@ -15,68 +15,44 @@ import mmap
 import os
 import struct
 import sys
-import zlib
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, MemberId, Step
+from ftkit.detection.ring import RING_BYTES, RING_RECORDS, standing
 from ftkit.detection.row import (
     AWAITED_BYTES,
     COPY,
     COPY_BYTES,
-    PHASE_CODE,
     PHASES,
     PLAIN,
-    RECORD,
     RECORD_BYTES,
-    RECORD_HEAD_BYTES,
     ROW_BYTES,
-    STAMPED,
     WARM,
     WORD,
     Awaited,
     OpRecord,
-    Phase,
     Row,
     decode_awaited,
     decode_record,
-    encode_awaited,
-    op_code,
     stamp,
 )
-from ftkit.detection.step_record import (
-    STEP_BYTES,
-    STEPS_KEPT,
-    StepRecord,
-    decode_step,
-    encode_step,
-)
+from ftkit.detection.seat_writer import Place, SeatWriter
+from ftkit.detection.step_record import STEP_BYTES, STEPS_KEPT, StepRecord, decode_step
 
-RING_RECORDS: Final = 256
 SEATS_MAX: Final = 4096
 
 _HEADER: Final = struct.Struct("<8sIIII")
 #: The board's file name in a node's folder of shared memory.
 BOARD: Final = "board"
 _MAGIC: Final = b"ftkboard"
-_FORMAT: Final = 2
-_RING_BYTES: Final = RING_RECORDS * RECORD_BYTES
+_FORMAT: Final = 3
 _STEPS_BYTES: Final = STEPS_KEPT * STEP_BYTES
 #: A read fails only when two writes overtake it; a rank that does nothing but write fails
 #: about one read in two, so a hundred in a row mean damage.
 _READ_TRIES: Final = 100
-
-
-class _Place(NamedTuple):
-    """Where on the board the parts of one seat begin, in bytes."""
-
-    row: int
-    ring: int
-    steps: int
-    awaited: int
 
 
 class StatusBoard:
@@ -89,7 +65,6 @@ class StatusBoard:
         self._memory = memory
         self._bytes = memoryview(memory)
         self._words = self._bytes.cast("Q")
-        self._names: dict[int, str] = {0: ""}
 
     @classmethod
     def create(cls, path: Path, *, seats: int) -> Self:
@@ -149,7 +124,7 @@ class StatusBoard:
             os.close(fd)
         return cls(path, memory, seats)
 
-    def attach(self, seat: int, member: MemberId, *, pid: int | None = None) -> "SeatWriter":
+    def attach(self, seat: int, member: MemberId, *, pid: int | None = None) -> SeatWriter:
         """Take the row of local `seat` for `member`: called once, in the member's process.
 
         The row is replaced whole, with the phase STARTING. The ring keeps what a member before
@@ -187,21 +162,22 @@ class StatusBoard:
             copy = bytes(self._bytes[start : start + COPY_BYTES])
             if stamp(head & WORD, identity, copy) != head:
                 continue
-            generation, op, step, phase, flags, group, entered, left, t_progress, t_enter = (
-                COPY.unpack(copy)
-            )
+            generation, step, t_progress, phase, flags = COPY.unpack(copy)
+            member = MemberId(identity & WORD)
+            records = bytes(self._bytes[ring : ring + RING_BYTES])
+            stands = standing(records, member, Generation(generation))
             return Row(
-                member=MemberId(identity & WORD),
+                member=member,
                 pid=identity >> 32,
                 generation=Generation(generation),
                 step=Step(step),
                 phase=PHASES[phase],
-                group=group,
-                entered=entered,
-                left=left,
-                op=self._name(op, ring),
-                t_progress_ns=t_progress,
-                t_enter_ns=t_enter,
+                group=stands.group,
+                entered=stands.entered,
+                left=stands.left,
+                op=stands.op,
+                t_progress_ns=max(t_progress, stands.t_moved_ns),
+                t_enter_ns=stands.t_enter_ns,
                 t_heartbeat_ns=heartbeat,
                 allowance_ns=allowance,
                 warm=bool(flags & WARM),
@@ -218,7 +194,7 @@ class StatusBoard:
         Records that are being written, or whose bytes flipped, are left out.
         """
         ring = self._place(seat).ring
-        data = bytes(self._bytes[ring : ring + _RING_BYTES])
+        data = bytes(self._bytes[ring : ring + RING_BYTES])
         found = (
             decode_record(data[i : i + RECORD_BYTES]) for i in range(0, len(data), RECORD_BYTES)
         )
@@ -281,15 +257,15 @@ class StatusBoard:
     ) -> None:
         self.close()
 
-    def _place(self, seat: int) -> "_Place":
+    def _place(self, seat: int) -> Place:
         if not 0 <= seat < self.seats:
             raise ValueError(f"seat {seat} is not on this board of {self.seats} seats")
         rings = (1 + self.seats) * ROW_BYTES
-        steps = rings + self.seats * _RING_BYTES
+        steps = rings + self.seats * RING_BYTES
         awaited = steps + self.seats * _STEPS_BYTES
-        return _Place(
+        return Place(
             row=(1 + seat) * ROW_BYTES,
-            ring=rings + seat * _RING_BYTES,
+            ring=rings + seat * RING_BYTES,
             steps=steps + seat * _STEPS_BYTES,
             awaited=awaited + seat * AWAITED_BYTES,
         )
@@ -298,132 +274,6 @@ class StatusBoard:
         at = start + place * STEP_BYTES
         return decode_step(bytes(self._bytes[at : at + STEP_BYTES]))
 
-    def _name(self, code: int, ring: int) -> str:
-        """The op a row means by `code`: the ring beside it spells it out."""
-        name = self._names.get(code)
-        if name is None:
-            for start in range(ring, ring + _RING_BYTES, RECORD_BYTES):
-                record = decode_record(bytes(self._bytes[start : start + RECORD_BYTES]))
-                if record and op_code(record.op) == code:
-                    self._names[code] = record.op
-                    return record.op
-            return f"op {code:08x}"
-        return name
-
-
-class SeatWriter:
-    """The one writer of a seat's row and ring. Not thread-safe: `Recorder` holds a lock.
-
-    The fields are set as attributes and take effect together in `publish`, in about 1 µs.
-    """
-
-    def __init__(
-        self,
-        data: memoryview,
-        words: memoryview,
-        place: _Place,
-        member: MemberId,
-        pid: int,
-    ) -> None:
-        """Use `StatusBoard.attach`."""
-        self._bytes, self._words = data, words
-        self._base, self._first, self._ring = place.row, place.row // 8, place.ring
-        self._steps, self._awaited = place.steps, place.awaited
-        self.member = member
-        self.generation = 0
-        self.step = 0
-        self._phase_code = PHASE_CODE[Phase.STARTING]
-        self.flags = 0
-        self.group = 0
-        self.entered = -1
-        self.left = -1
-        self.op_code = 0
-        self.t_enter_ns = 0
-        self._identity = member | pid << 32
-        self._version = int(words[self._first]) & WORD
-        self._count = 0
-
-        head = self._fill(0)
-        # Between these stores the row is refused by readers rather than given to the wrong one.
-        words[self._first + 1] = self._identity
-        words[self._first + 2] = 0
-        words[self._first + 3] = 0
-        words[self._first] = head
-
-    @property
-    def phase(self) -> Phase:
-        """The phase of the row; it changes a few times a step, and is packed far more often."""
-        return PHASES[self._phase_code]
-
-    @phase.setter
-    def phase(self, phase: Phase) -> None:
-        self._phase_code = PHASE_CODE[phase]
-
-    def publish(self, t_progress_ns: int) -> None:
-        """Make the fields, as they are now, the row that readers see."""
-        self._words[self._first] = self._fill(t_progress_ns)
-
-    def beat(self, t_ns: int) -> None:
-        """Stamp the heartbeat. The one method that may run beside another."""
-        self._words[self._first + 2] = t_ns
-
-    def allow(self, until_ns: int) -> None:
-        """Permit a stall until then; 0 withdraws it."""
-        self._words[self._first + 3] = until_ns
-
-    def record_enter(self, *, group: int, seq: int, op: bytes, nbytes: int, t_ns: int) -> int:
-        """Put a pending record into the ring; returns the ticket for `record_leave`."""
-        ticket = self._count
-        self._count += 1
-        start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
-        rest = RECORD.pack(seq, t_ns, nbytes, self.member, self.generation, group & WORD, op)
-        words, first = self._words, start // 8
-        words[first + 1] = 0  # until the checksum is there, it is no record
-        self._bytes[start + RECORD_HEAD_BYTES : start + RECORD_BYTES] = rest
-        words[first] = 0
-        words[first + 1] = zlib.crc32(rest)
-        return ticket
-
-    def record_leave(self, ticket: int, *, t_ns: int, ok: bool) -> None:
-        """Complete a record, unless 256 younger ones have pushed it out."""
-        if self._count - ticket <= RING_RECORDS:
-            start = self._ring + ticket % RING_RECORDS * RECORD_BYTES
-            # One aligned word: the sign carries the outcome.
-            self._words[start // 8] = t_ns if ok else -t_ns & 0xFFFFFFFFFFFFFFFF
-
-    def record_step(self, record: StepRecord) -> None:
-        """Put a finished step into the ring of steps, over the oldest."""
-        start = self._steps + record.number % STEPS_KEPT * STEP_BYTES
-        self._bytes[start : start + STEP_BYTES] = encode_step(record)
-
-    def await_(self, group: int, seq: int, members: Sequence[int], *, t_ns: int) -> None:
-        """Say whose bytes a pending collective waits for."""
-        start = self._awaited
-        told = encode_awaited(group, seq, t_ns, members)
-        self._bytes[start : start + AWAITED_BYTES] = told
-
-    def _fill(self, t_progress_ns: int) -> int:
-        """Fill the copy that is not published. Returns the word that publishes it."""
-        version = (self._version + 1) & WORD or 2  # 0 says "never attached"
-        self._version = version
-        stamped = STAMPED.pack(
-            version,
-            self._identity,
-            self.generation,
-            self.op_code,
-            self.step,
-            self._phase_code,
-            self.flags,
-            self.group & 0xFFFF,
-            self.entered,
-            self.left,
-            t_progress_ns,
-            self.t_enter_ns,
-        )
-        start = self._base + 32 + (version & 1) * COPY_BYTES
-        self._bytes[start : start + COPY_BYTES] = stamped[-COPY_BYTES:]
-        return version | zlib.crc32(stamped) << 32
-
 
 def identity_offset(seat: int) -> int:
     """Where in the file it says whose the row of local `seat` is; a drill falsifies that."""
@@ -431,7 +281,7 @@ def identity_offset(seat: int) -> int:
 
 
 def _size(seats: int) -> int:
-    return ROW_BYTES + (ROW_BYTES + _RING_BYTES + _STEPS_BYTES + AWAITED_BYTES) * seats
+    return ROW_BYTES + (ROW_BYTES + RING_BYTES + _STEPS_BYTES + AWAITED_BYTES) * seats
 
 
 def _little_endian() -> None:

@@ -38,8 +38,8 @@ from ftkit.launch.job_preflight import JobPreflight
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.metrics import Metrics, MetricsServer
 from ftkit.launch.pace import STILL_S, Pace
+from ftkit.launch.prober import REACH, Prober
 from ftkit.launch.prober import ROLE as PAIR_TEST
-from ftkit.launch.prober import Prober
 from ftkit.launch.ranks import RankProcess, execute
 from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
 from ftkit.launch.self_checker import SelfChecker
@@ -337,6 +337,9 @@ class Agent:
         if kind != "rank" and hello.get("role") == PAIR_TEST:
             self._prober.serve(sock, hello)
             return
+        if kind != "rank" and hello.get("role") == REACH:
+            sock.close()  # it knows now that there is somebody
+            return
         line = Line(sock, hello)
         if kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
@@ -523,6 +526,8 @@ class Agent:
                 self._look_closely(message)
             case "pairs":
                 self._prober.take(message.get("tests"))
+            case "reach":
+                self._prober.reach(self._node, message.get("tests"))
             case "check":
                 self._checker.start()
             case "clock":

@@ -53,7 +53,7 @@ def main() -> None:
     "--spare-nodes",
     default=0,
     show_default=True,
-    help="Nodes more, for ranks of nodes that --history advises against.",
+    help="Nodes more, for ranks of nodes that --history advises against, or that are taken away.",
 )
 @click.option(
     "--engine", type=click.Choice(["embedded", "ray"]), help="Default: Ray if there is one."

@@ -141,10 +141,6 @@ class JobConfig:
             raise UsageError(f"--spares is {self.spares}, not a number of ranks")
         if self.spare_nodes < 0:
             raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
-        if self.spare_nodes and not self.history:
-            raise UsageError(
-                "--spare-nodes needs a --history: ranks go there from nodes that it advises against"
-            )
         if self.preflight not in ("", "stop", "warn"):
             raise UsageError(f"--preflight is stop or warn, not {self.preflight!r}")
         if not self.command:

@@ -141,6 +141,7 @@ class Coordinator:
                     next_tick = now + tick_s
                     self._dial_missing()
                     self._ask_clocks(now)
+                    self._ask_others(now)
                 if not self._rest.due(now):
                     continue
                 self._lead(now)
@@ -530,11 +531,28 @@ class Coordinator:
         return {str(n): r["store"] for n, r in self._reports.items() if n in self._lines}
 
     def _lost_nodes(self, now: float) -> frozenset[NodeId]:
-        """Nodes whose agent cannot be reached, or is reached and says nothing, for too long."""
-        limit = self._config.times.node_s
+        """Nodes whose agent cannot be reached, or is reached and says nothing, for too long.
+
+        Nor do others reach it (`detection.reach`).
+        """
+        return self._judge.reach.lost(self._unheard(now), now)
+
+    def _unheard(self, now: float) -> dict[NodeId, float]:
+        """For how long nothing has come from each node."""
         silent = {n: now - since for n, since in self._silent_since.items()}
-        mute = {n: now - at for n, at in self._heard.items() if n not in silent}
-        return frozenset(n for n, spent in {**silent, **mute}.items() if spent > limit)
+        return {**{n: now - at for n, at in self._heard.items()}, **silent}
+
+    def _ask_others(self, now: float) -> None:
+        """Have other nodes try to reach those from which nothing comes."""
+        unheard, told = self._unheard(now), dict[NodeId, list[dict[str, object]]]()
+        others = {n for n in self._lines if unheard.get(n, 0.0) < PAUSE_S}
+        for order in self._judge.reach.orders(unheard, others, now):
+            host, port = self._agents[order.node]
+            test = {"number": order.number, "node": order.node, "limit_s": order.limit_s}
+            told.setdefault(order.via, []).append(test | {"host": host, "port": port})
+            self.trace.event("ask", node=order.node, via=order.via)
+        for via, tests in told.items():
+            self._send(via, self._lines[via], {"type": "reach", "tests": tests})
 
     def _send_plan(self, only: NodeId | None = None) -> None:
         """Send the plan to every agent, or to one that has just been reached."""

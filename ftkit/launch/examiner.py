@@ -96,7 +96,7 @@ class Examiner:
         for p in patients:
             if p.closely and p.alive:
                 text = stacks.ask(p.pid, stacks.path(self._shm_dir, p.member))
-                native = _py_spy(p.pid) if text else ""
+                native = _py_spy(p.pid)  # also of one that is stopped, and answers to nobody
                 if text or native:
                     found["stacks"][str(p.seat)] = {"text": text, "py_spy": native}
         found["collectives"] = {str(seat): told for seat, told in records.items()}

@@ -28,6 +28,7 @@ from ftkit.detection.observations import (
     WorldChanged,
 )
 from ftkit.detection.panel import Panel
+from ftkit.detection.reach import Reach
 from ftkit.detection.room import Room
 from ftkit.detection.row import Awaited, OpRecord, Row
 from ftkit.detection.rules import SUSPECTED
@@ -112,6 +113,7 @@ class Judge:
         # A drill's relay stands between seats of one node, too.
         self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)
         self.checks = SelfChecks()
+        self.reach = Reach(config.times.node_s)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._plain: set[MemberId] = set()
         self._gone_nodes: dict[NodeId, float] = {}
@@ -229,6 +231,8 @@ class Judge:
     def _ingest(self, observation: Observation) -> None:
         self._panel.ingest(observation)
         self.inquiry.ingest(observation)
+        if isinstance(observation, signals.ReachSeen):
+            self.reach.take(observation)
         self.checks.ingest(observation)
 
     def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:

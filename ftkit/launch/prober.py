@@ -1,4 +1,4 @@
-"""Prober: carries out an agent's part of pair tests, beside the training. Decides nothing.
+"""Prober: an agent's part of pair tests, and of finding out who is there. Decides nothing.
 
 The agent of the first seat dials that of the second, on the way that ranks take (in a drill of
 links, through the relay). Each end reports what it received; the one that dialled also reports
@@ -18,12 +18,14 @@ from ftkit.core.errors import WireError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.wire import authenticate
 from ftkit.core.world import Member
-from ftkit.detection.signals import PairSeen, to_json
+from ftkit.detection.signals import PairSeen, ReachSeen, to_json
 from ftkit.launch.pair_test import meet
 
 logger = logging.getLogger(__name__)
 
 ROLE = "pair"
+#: Of who only wants to know whether somebody answers.
+REACH = "reach"
 #: Tests an agent has under way at a time; more are refused, as nobody in order asks for them.
 TESTS_MAX = 16
 
@@ -75,6 +77,51 @@ class Prober:
             threading.Thread(
                 target=self._dial, args=arguments, name="ftkit-pair", daemon=True
             ).start()
+
+    def reach(self, node: NodeId, tests: object) -> None:
+        """Try to connect to other agents, each on a thread, for this one of `node`. Does not block."""
+        for test in tests if isinstance(tests, list) else []:
+            try:
+                number, other = int(test["number"]), NodeId(int(test["node"]))
+                address = str(test["host"]), int(test["port"])
+                limit_s = float(test["limit_s"])
+            except (KeyError, TypeError, ValueError) as error:
+                logger.warning("not a node to reach: %s", error)
+                continue
+            if not self._slots.acquire(blocking=False):
+                logger.warning("too many tests at a time: node %s is not tried", other)
+                continue
+            threading.Thread(
+                target=self._reach,
+                args=(number, node, other, address, limit_s),
+                name="ftkit-reach",
+                daemon=True,
+            ).start()
+
+    def _reach(
+        self, number: int, node: NodeId, other: NodeId, address: tuple[str, int], limit_s: float
+    ) -> None:
+        error = ""
+        try:
+            sock = socket.create_connection(address, limit_s)
+            with self._using(sock):
+                # That the kernel takes a connection says nothing of the process.
+                authenticate(
+                    sock, self._secret, server=False, hello={"role": REACH}, timeout_s=limit_s
+                )
+        except (WireError, OSError) as failed:
+            error = str(failed)[:200] or type(failed).__name__
+        finally:
+            self._slots.release()
+        seen = ReachSeen(
+            order=number,
+            node=other,
+            via=node,
+            at=self._clock.now(),
+            reached=not error,
+            error=error,
+        )
+        self._report(to_json(seen))
 
     def serve(self, sock: socket.socket, hello: Mapping[str, Any]) -> None:
         """Be the second end, for a peer that has said `hello`. Blocks; closes the socket."""

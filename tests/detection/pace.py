@@ -27,7 +27,10 @@ class Pace:
         seed: int = 0,
         config: PaceConfig | None = None,
         slots: Callable[[int], int] = lambda _: 2,
+        step_s: float = 1.0,
     ) -> None:
+        """Steps end every `step_s`; what ranks say of their durations is in units of that."""
+        self.step_s = step_s
         self.size, self.stages, self.noise = size, stages, noise
         self.rng = random.Random(seed)
         self.slots = slots
@@ -46,8 +49,11 @@ class Pace:
             "generation": Generation(self.generation),
             "step": Step(self.step),
             "at": self.now,
-            "seconds": {"data": 0.01, "forward": work * self.slots(seat)},
-            "waited_s": 0.1,
+            "seconds": {
+                "data": 0.01 * self.step_s,
+                "forward": work * self.slots(seat) * self.step_s,
+            },
+            "waited_s": 0.1 * self.step_s,
             "slots": self.slots(seat),
             "role": f"pp={stage}" if self.stages > 1 else "",
             "place": f"dp={seat // self.stages} pp={stage}",
@@ -65,7 +71,7 @@ class Pace:
         """Play steps; yields what stands after each. `factor` of a seat in a step of this call."""
         for n in range(steps):
             self.step += 1
-            self.now += 1.0
+            self.now += self.step_s
             for seat in range(self.size):
                 if missing(seat, n):
                     continue

@@ -86,6 +86,48 @@ def test_of_two_both_are_named_and_nobody_is_blamed() -> None:
     assert "nobody can say" in reason(found, MemberId(0), 0)
 
 
+LAYERS = ["all_gather"] * 3 + ["reduce_scatter"] * 3 + ["all_reduce sum float32"]
+
+
+@pytest.mark.parametrize("at", range(len(LAYERS)))
+@pytest.mark.parametrize("fault", ["skip", "repeat", "other"])
+def test_without_a_majority_what_used_to_follow_is_right(at, fault) -> None:
+    right = LAYERS * 4
+    begin = 2 * len(LAYERS) + at
+    wrong = list(right)
+    match fault:
+        case "skip":
+            del wrong[begin]
+        case "repeat":
+            wrong.insert(begin, right[begin])
+        case "other":
+            wrong[begin] = "barrier"
+    parted = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
+    for sides in ((right, wrong), (wrong, right)):
+        # The third has not come to it.
+        (found,) = disagreements(of(*(ops[: parted + 1] for ops in sides), right[:begin]))
+        assert (found.majority, found.by_history, found.decided) == (False, True, True)
+        assert (found.members, found.awaited) == (2, 1)
+        assert set(found.slips) == {sides.index(wrong)}
+        assert "each time before" in reason(found, MemberId(sides.index(wrong)), 0)
+
+
+def test_a_generation_before_tells_what_follows_as_well() -> None:
+    told = of([STEP[0], STEP[1], STEP[2]], [STEP[0], STEP[1], STEP[3]])
+    told[MemberId(0)] += records(0, STEP * 2, generation=0)
+    (found,) = disagreements(told)
+    assert found.by_history
+    assert set(found.slips) == {1}
+
+
+def test_what_followed_both_ways_says_nothing() -> None:
+    past = ["all_gather", "barrier", "all_reduce", "all_gather", "barrier", "broadcast"]
+    told = of(*([*past, "all_gather", "barrier", last] for last in ("all_reduce", "broadcast")))
+    (found,) = disagreements(told)
+    assert not found.decided
+    assert set(found.slips) == {0, 1}
+
+
 def test_only_the_first_difference_counts() -> None:
     (found,) = disagreements(of(STEP * 2, STEP * 2, [STEP[0], *STEP[2:], *STEP]))
     assert found.seq == 1
@@ -124,6 +166,49 @@ def test_the_detector_says_it_while_all_wait_and_of_nobody_else() -> None:
     assert verdict.evidence["theirs"] == {"op": "broadcast", "nbytes": 100}
     # Nobody tells records any more: what they showed is over.
     assert scene.until(3.0) == []
+
+
+def _tell(scene: Scene, told: dict[int, list[str]]) -> None:
+    for seat, ops in told.items():
+        now = scene.clock.now()
+        scene.detector.ingest(
+            RowSeen(
+                member=MemberId(100 + seat),
+                seat=Seat(seat),
+                row=row(100 + seat, moved=now, pending_since=now, entered=51),
+                facts=facts(),
+                at=now,
+                ops=records(100 + seat, ops),
+            )
+        )
+
+
+def test_one_against_one_waits_for_the_third_who_decides() -> None:
+    scene = Scene(3)
+    scene.wait(0, 1, 2)
+    _tell(scene, {0: STEP[:2], 1: [STEP[0], STEP[2]], 2: STEP[:1]})
+    assert scene.tick(0.2) == []
+    _tell(scene, {0: STEP[:2], 1: [STEP[0], STEP[2]], 2: STEP[:2]})
+    assert [(v.seat, v.confidence) for v in scene.tick(0.1)] == [(1, 1.0)]
+
+
+def test_who_does_not_come_is_not_waited_for_long() -> None:
+    scene = Scene(3)
+    scene.wait(0, 1, 2)
+    told = {0: STEP[:2], 1: [STEP[0], STEP[2]], 2: STEP[:1]}
+    said = list[int]()
+    for _ in range(6):
+        _tell(scene, told)
+        said.append(len(scene.tick(0.1)))
+    assert said == [0, 0, 0, 0, 0, 2]
+    # What used to follow says it, where it was told before.
+    scene = Scene(3)
+    scene.wait(0, 1, 2)
+    for _ in range(6):
+        _tell(scene, {seat: [*STEP * 2, *ops] for seat, ops in told.items()})
+        verdicts = scene.tick(0.1)
+    assert [(v.seat, v.evidence["by_history"]) for v in verdicts] == [(1, True)]
+    assert 0.5 < verdicts[0].confidence < 1
 
 
 def test_what_a_majority_decided_holds_when_one_of_it_is_gone() -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.detection.lateness import Lateness, join
 from ftkit.detection.node_ops import STRIDE, NodeOps
@@ -102,3 +103,28 @@ def test_a_node_tells_each_of_its_samples_once() -> None:
     assert ops.take(Seat(3), records) == []
     (more,) = ops.take(Seat(3), [*records, record(20, 8.0, 9.0)])
     assert (more.seqs, more.worked_s) == ([20], [1.0])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seqs": ["a"]},
+        {"seqs": [-4]},
+        {"seqs": 4},
+        {"seqs": [4, 8]},
+        {"spent_s": [float("nan")]},
+        {"spent_s": [-0.1]},
+        {"spent_s": ["long"]},
+        {"worked_s": [float("inf")]},
+        {"worked_s": None},
+        {"seat": None},
+        {"group": -1},
+        {"generation": "two"},
+        {"at": "noon"},
+    ],
+)
+def test_what_is_no_sample_is_refused_where_it_comes_in(wrong: dict[str, object]) -> None:
+    told = to_json(seen(0, [4], [1.0], [0.5]))
+    assert from_json(told) == seen(0, [4], [1.0], [0.5])
+    with pytest.raises(ProtocolError, match="not a signal"):
+        from_json(told | wrong)

@@ -1,11 +1,13 @@
 """Who is slow: named, alone and soon. And who is not: never named."""
 
 import math
+import random
 from typing import Any
 
 import pytest
 
 from ftkit.core.verdict import EVICT, Fault
+from ftkit.detection.cusum import calibrate, steps_needed
 from ftkit.detection.observations import WorldChanged
 from ftkit.detection.step_detector import PaceConfig
 from tests.detection.pace import FIRST, Pace, slow
@@ -106,6 +108,16 @@ def test_a_wide_field_has_a_last_one_who_is_no_outlier() -> None:
     assert Pace(10).ever(100, lambda seat, step: wide[seat]) == set()
 
 
+def test_few_residuals_say_little_of_what_may_come() -> None:
+    day = 2 * 2 * 86400 / 0.005 / 0.5  # rank-steps of two ranks with steps of 5 ms
+    assert [steps_needed(n, day) for n in (6, 20, 64, 128, 4096)] == [9, 6, 4, 3, 3]
+    assert steps_needed(10_000, 1.0) == 3
+    quiet = calibrate([[0.0] * 10] * 2, effect=0.1, steps_between=day)
+    assert quiet.steps == 6
+    assert quiet.h == pytest.approx(6 * 0.5 * math.log(1.1))
+    assert quiet.increment(9.9) == pytest.approx(quiet.h / 6)
+
+
 class TestWithoutAMajority:
     def test_a_group_of_two_kinds_is_reported_and_nobody_named(self) -> None:
         kinds = lambda seat, step: 3.5 if seat % 2 else 1.0
@@ -119,6 +131,32 @@ class TestWithoutAMajority:
         pace = Pace(2)
         assert pace.ever(40) == set()
         assert pace.ever(20, slow(1)) == {(Fault.SLOW, 1)}
+
+    def test_of_two_ranks_a_few_steps_of_some_milliseconds_are_a_moment(self) -> None:
+        burst = slow(1, by=2.0)
+        for quiet in (19, 24, 40, 200):
+            pace = Pace(2, step_s=0.005)
+            assert pace.ever(quiet) == set()
+            assert pace.ever(12, burst) == set(), f"after {quiet} quiet steps"
+            assert pace.ever(100) == set()
+        # One that lasts is none.
+        assert pace.ever(130, burst) == {(Fault.SLOW, 1)}
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_of_two_ranks_none_is_slow_for_what_else_runs_on_the_host(self, seed) -> None:
+        rng = random.Random(seed)
+        busy: dict[int, tuple[int, float]] = {}
+
+        def factor(seat: int, step: int) -> float:
+            left, by = busy.get(seat, (0, 1.0))
+            if not left:
+                left, by = (0, 1.0)
+                if rng.random() < 0.005:
+                    left, by = rng.randint(1, 12), rng.uniform(1.2, 4.0)
+            busy[seat] = (max(0, left - 1), by)
+            return by
+
+        assert Pace(2, noise=0.02, seed=seed, step_s=0.005).ever(4000, factor) == set()
 
     def test_of_two_ranks_none_is_slow_because_the_other_became_faster(self) -> None:
         pace = Pace(2)

@@ -45,8 +45,6 @@ def test_a_job_of_nobody_or_of_nothing_is_refused() -> None:
         JobConfig(job="a", command=("x",), nproc=0)
     with pytest.raises(UsageError, match="--spare-nodes is -1"):
         JobConfig(job="j", command=("x",), spare_nodes=-1)
-    with pytest.raises(UsageError, match="needs a --history"):
-        JobConfig(job="j", command=("x",), spare_nodes=1)
     with pytest.raises(UsageError, match="no command"):
         JobConfig(job="a", command=())
 

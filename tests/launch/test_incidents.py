@@ -3,11 +3,15 @@
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.bundle import paragraph
+from ftkit.launch import examiner
 from ftkit.launch.examiner import Examiner, Patient, pressure
 from ftkit.launch.incidents import TOGETHER_S, Incidents, read_bundles
 from tests.detection.scene import world
@@ -99,8 +103,11 @@ def patient(*, alive: bool, pid: int) -> Patient:
     return Patient(seat=Seat(0), member=MemberId(1), pid=pid, alive=alive, closely=True)
 
 
-def test_an_agent_keeps_processes_collectives_and_pressure(tmp_path: Path) -> None:
-    # This process answers to no signal: it is not asked for its stacks.
+def test_an_agent_keeps_processes_collectives_and_pressure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # This process answers to no signal: it is not asked for its stacks. Nor is there a py-spy.
+    monkeypatch.setenv("PATH", str(tmp_path))
     found = examined(tmp_path, [patient(alive=True, pid=os.getpid())])
     assert found["node"] == 3
     assert found["stacks"] == {}
@@ -113,6 +120,46 @@ def test_the_dead_leave_their_collectives(tmp_path: Path) -> None:
     found = examined(tmp_path, [patient(alive=False, pid=1)])
     assert found["processes"] == {"0": None}
     assert found["collectives"] == {"0": [{"op": "all_reduce", "seq": 0}]}
+
+
+FAKE_PY_SPY = """#!/bin/sh
+[ "$1 $2 $3" = "dump --nonblocking --pid" ] || exit 2
+echo "Process $4: python train.py"
+echo "    forward (train.py:4)"
+"""
+
+
+def fake_py_spy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    """Put a py-spy on PATH that is none: it says what `script` says."""
+    tool = tmp_path / "bin" / "py-spy"
+    tool.parent.mkdir()
+    tool.write_text(script)
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+
+
+@pytest.mark.multiproc
+def test_what_a_fake_py_spy_says_of_the_culprit_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_py_spy(tmp_path, monkeypatch, FAKE_PY_SPY)
+    others = replace(patient(alive=True, pid=os.getpid()), seat=Seat(1), closely=False)
+    found = examined(tmp_path, [patient(alive=True, pid=os.getpid()), others])
+    said = f"Process {os.getpid()}: python train.py\n    forward (train.py:4)\n"
+    assert found["stacks"] == {"0": {"text": "", "py_spy": said}}
+    assert (tmp_path / "incidents/1/stacks-seat-0.txt").read_text() == said
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho no >&2; exit 1\n", "#!/bin/nowhere\n", None])
+def test_a_fake_py_spy_that_fails_costs_nothing_but_its_view(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str | None
+) -> None:
+    monkeypatch.setattr(examiner, "_PY_SPY_S", 0.1)
+    fake_py_spy(tmp_path, monkeypatch, script or "#!/bin/sh\nexec sleep 60\n")
+    found = examined(tmp_path, [patient(alive=True, pid=os.getpid())])
+    assert found["stacks"] == {}
+    assert found["processes"]["0"] is not None  # type: ignore[index]
 
 
 def test_a_second_look_keeps_the_stacks_of_the_first(tmp_path: Path) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.detour import VARIABLE
-from ftkit.core.ids import Seat
+from ftkit.core.ids import NodeId, Seat
 from ftkit.core.wire import authenticate, listen
-from ftkit.detection.signals import PairSeen, from_json
+from ftkit.detection.signals import PairSeen, ReachSeen, from_json
 from ftkit.launch import pair_test
 from ftkit.launch.pair_test import BYTES_MAX, BYTES_MIN, Transfers, meet
-from ftkit.launch.prober import Prober
+from ftkit.launch.prober import REACH, Prober
 from ftkit.launch.relay import Relay
 
 SECRET = b"s" * 32
@@ -111,6 +111,9 @@ class Node:
             except OSError:
                 return
             hello = authenticate(sock, SECRET, server=True, hello={})
+            if hello.get("role") == REACH:
+                sock.close()
+                continue
             self.prober.serve(sock, hello)
 
     def close(self) -> None:
@@ -165,6 +168,37 @@ def test_through_a_relay_that_is_slow_and_one_that_is_cut():
         one.close()
         other.close()
         relay.close()
+
+
+def test_a_node_is_reached_when_its_agent_answers_and_not_when_only_its_kernel_does(monkeypatch):
+    said: list[ReachSeen] = []
+
+    def take(value: object) -> None:
+        signal = from_json(value)
+        assert isinstance(signal, ReachSeen)
+        said.append(signal)
+
+    other, one = Node({}), Prober(SECRET, {}, MonotonicClock(), take)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        nobody = closed.getsockname()
+    stopped = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setattr(threading, "Thread", Inline)
+    try:
+        addresses = [other.address, stopped.getsockname(), nobody]
+        one.reach(
+            NodeId(3),
+            [
+                {"number": n, "node": 7 + n, "host": host, "port": port, "limit_s": 0.2}
+                for n, (host, port) in enumerate(addresses)
+            ]
+            + [{"node": "?"}],
+        )
+        assert [(s.order, s.node, s.via) for s in said] == [(0, 7, 3), (1, 8, 3), (2, 9, 3)]
+        assert [s.reached for s in said] == [True, False, False]
+        assert [bool(s.error) for s in said] == [False, True, True]
+    finally:
+        stopped.close()
+        other.close()
 
 
 def test_nobody_at_the_other_end_is_no_word_on_the_path(monkeypatch):

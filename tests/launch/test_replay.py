@@ -160,7 +160,7 @@ def test_our_own_signals_and_what_else_stands_between_them(tmp_path) -> None:
     ]
     assert (told["ranks"], told["steps"], told["alarms_per_day"]) == (8, 20, 0.5)
     shown = CliRunner().invoke(main, ["detect", "replay", str(path), "--format", "jsonl"])
-    assert "SLOW from step 112 on: seat 0" in shown.output
+    assert "SLOW from step 115 on: seat 0" in shown.output
 
 
 @pytest.mark.parametrize(
