@@ -36,7 +36,7 @@ from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.job import python_command, run_job
-from ftkit.launch.rot_drills import CHECKPOINT
+from ftkit.launch.rot_drills import ALL_NODES, CHECKPOINT
 from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
 from ftkit.recovery.protocol import SHARDS_BACK
@@ -105,6 +105,7 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
     **multi_drills.CATALOGUE,
+    **rot_drills.CATALOGUE,
     **number_drills.CATALOGUE,
     **resource_drills.CATALOGUE,
     **detector_drills.CATALOGUE,
@@ -171,6 +172,8 @@ _NOBODY_LOST = (
     *number_drills.CATALOGUE,
     *resource_drills.CATALOGUE,
     *detector_drills.CATALOGUE,
+    # Nobody is left to be told of a loss: what becomes of it is judged by rules of its own.
+    *rot_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
@@ -321,7 +324,10 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
-    if name in detector_drills.CATALOGUE or (name, at) == (number_drills.BIT_FLIP, CHECKPOINT):
+    if name in rot_drills.CATALOGUE and at is not None:
+        raise UsageError(f"{name} strikes between steps: leave --at out")
+    rots = (name, at) == (number_drills.BIT_FLIP, CHECKPOINT)
+    if name in detector_drills.CATALOGUE or name in rot_drills.CATALOGUE or rots:
         detector = name in detector_drills.CATALOGUE
         return Drill(
             fault=name,
@@ -333,7 +339,9 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
             seed=seed,
             place=detector_drills.choose_place(at, seed=seed, nproc=nproc)
             if detector
-            else CHECKPOINT,
+            else CHECKPOINT
+            if rots
+            else ALL_NODES,
         )
     if name in number_drills.CATALOGUE:
         wrong = number_drills.choose(name, at, seed=seed, nproc=nproc, steps=steps)
@@ -623,9 +631,13 @@ def run_drill(
         ends.callback(blinded.close)
         striker = blinded.poll
         job = replace(job, max_stall_s=min(job.max_stall_s, detector_drills.MAX_STALL_S))
-    elif drill.place == CHECKPOINT:
+    elif drill.place in (CHECKPOINT, ALL_NODES):
         rot = rot_drills.RotStriker(
-            seed=drill.seed, nodes=job.nodes, steps=job.steps, run_dir=run_dir
+            seed=drill.seed,
+            nodes=job.nodes,
+            steps=job.steps,
+            run_dir=run_dir,
+            rots=drill.place == CHECKPOINT,
         )
         striker, settings = rot.poll, rot.settings
     elif drill.fault == TWO_AT_ONCE or drill.fault in pace_drills.CATALOGUE:
@@ -679,6 +691,8 @@ def run_drill(
         outcome = detector_drills.judge(outcome, events, place=drill.place, seat=drill.seat)
     elif drill.place == CHECKPOINT:
         outcome = rot_drills.judge(outcome, events)
+    elif drill.place == ALL_NODES:
+        outcome = rot_drills.judge_all_nodes(outcome, events)
     elif drill.fault == TWO_AT_ONCE:
         assert drill.second_seat is not None, "two ranks are hit"
         outcome = pace_drills.judge_two(
@@ -703,7 +717,8 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         slots=told.slots if job.script else job.slots,
         slot_size=told.slot_size if job.script else job.slot_size,
         evicts=drill.fault not in _NOBODY_LOST,
-        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD) or drill.place == CHECKPOINT,
+        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD)
+        or drill.place in (CHECKPOINT, ALL_NODES),
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=STRIKES.get(drill.fault, 1),
