@@ -51,12 +51,23 @@ def test_optimizers_whose_bits_depend_on_the_cut_are_refused(
         ({"build": lambda mesh: None, "consistency": "some"}, "best_effort"),
         ({"build": lambda mesh: None, "model": nn.Linear(1, 1)}, "give none beside it"),
         ({"model": nn.Linear(1, 1), "shards": 2}, "go with build="),
+        ({"model": nn.Linear(1, 1), "stages": True}, "go with build="),
+        ({"build": lambda mesh: None, "shards": 2, "stages": True}, "not cut again"),
         ({}, "needs model= and optimizer="),
     ],
 )
 def test_what_protect_cannot_do_is_said_at_once(given: dict[str, Any], message: str) -> None:
     with alone() as session, pytest.raises(UsageError, match=message):
         session.protect(**given)
+
+
+def test_only_whole_models_are_rebalanced_and_only_pipelines_cut() -> None:
+    with alone() as session:
+        session.protect(build=lambda mesh: ())
+        with pytest.raises(UsageError, match="every rank holds whole"):
+            session.steps(Points(), slots=2, slot_size=1, until=1, rebalance=True)
+        with pytest.raises(UsageError, match="stages=True"):
+            session.cut([1.0, 1.0])
 
 
 def test_there_is_no_model_before_the_step_loop() -> None:
