@@ -22,14 +22,21 @@ from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point, to_environ
 from ftkit.core.pace_plan import PacePlan
 from ftkit.core.trace import Trace, read_run
 from ftkit.core.verdict import Fault
-from ftkit.launch import detector_drills, number_drills, pace_drills, resource_drills, rot_drills
+from ftkit.launch import (
+    detector_drills,
+    multi_drills,
+    number_drills,
+    pace_drills,
+    resource_drills,
+    rot_drills,
+)
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.job import python_command, run_job
-from ftkit.launch.rot_drills import CHECKPOINT
+from ftkit.launch.rot_drills import ALL_NODES, CHECKPOINT
 from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
 from ftkit.recovery.protocol import SHARDS_BACK
@@ -58,7 +65,9 @@ PREEMPT = "preempt"
 SPARE = "spare"
 #: Faults of the link between two ranks.
 PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
-LINK_FAULTS = (PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE)
+#: All links of one rank.
+PARTITION_MINORITY = "partition-minority"
+LINK_FAULTS = (PARTITION, PARTITION_MINORITY, SLOW_LINK, SLOW_NIC, BLACKHOLE)
 
 CATALOGUE: dict[str, str] = {
     Kind.KILL: "SIGKILL to one rank",
@@ -87,6 +96,7 @@ CATALOGUE: dict[str, str] = {
     PREEMPT: "SIGTERM to one node's agent: its ranks must leave without a step played again",
     SPARE: "SIGKILL to one rank of a job with a spare one: it must be in within two steps",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
+    PARTITION_MINORITY: "one rank is cut off from all others for some seconds: they go on without it",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
     BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
@@ -94,6 +104,8 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
+    **multi_drills.CATALOGUE,
+    **rot_drills.CATALOGUE,
     **number_drills.CATALOGUE,
     **resource_drills.CATALOGUE,
     **detector_drills.CATALOGUE,
@@ -110,6 +122,8 @@ RANKS_MIN: dict[str, int] = {
     SPARE: 2,
     PREEMPT: 2,
     PARTITION: 3,
+    PARTITION_MINORITY: 3,
+    **multi_drills.RANKS_MIN,
     SLOW_LINK: 3,
     SLOW_NIC: 3,
     BLACKHOLE: 3,
@@ -158,10 +172,12 @@ _NOBODY_LOST = (
     *number_drills.CATALOGUE,
     *resource_drills.CATALOGUE,
     *detector_drills.CATALOGUE,
+    # Nobody is left to be told of a loss: what becomes of it is judged by rules of its own.
+    *rot_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
-STRIKES: dict[str, int] = {FLAP: 3, CHURN: 3, SHRINK_GROW: 2}
+STRIKES: dict[str, int] = {**multi_drills.STRUCK, FLAP: 3, CHURN: 3, SHRINK_GROW: 2}
 
 #: Steps between the two losses of "shrink-grow": fewer than anybody needs to come back.
 SHRINK_STEPS = 1
@@ -214,6 +230,8 @@ class Drill:
     faults of links: the other end."""
     corruption: PlannedCorruption | None = None
     """For faults of numbers: what is falsified."""
+    seats: tuple[int, ...] = ()
+    """All who are struck, where several are."""
     place: str = ""
     """For faults of detectors and of checkpoints: what is struck."""
 
@@ -261,7 +279,9 @@ class Drill:
             return [first, replace(second, step=self.step + SHRINK_STEPS)]
         if self.phase is None:
             return []
-        kills = (KILL_IN_COLLECTIVE, STAGE_LOST, SPARE, TWO_AT_ONCE)
+        if self.fault in multi_drills.CATALOGUE and self.phase is not Point.RECOVERY:
+            return [self._fault(Kind.KILL, self.phase, seat) for seat in self.seats]
+        kills = (KILL_IN_COLLECTIVE, STAGE_LOST, SPARE, TWO_AT_ONCE, *multi_drills.CATALOGUE)
         kind = Kind.KILL if self.fault in kills else Kind(self.fault)
         if self.phase is Point.RECOVERY:
             assert self.second_seat is not None, "two ranks are hit"
@@ -304,7 +324,10 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
-    if name in detector_drills.CATALOGUE or (name, at) == (number_drills.BIT_FLIP, CHECKPOINT):
+    if name in rot_drills.CATALOGUE and at is not None:
+        raise UsageError(f"{name} strikes between steps: leave --at out")
+    rots = (name, at) == (number_drills.BIT_FLIP, CHECKPOINT)
+    if name in detector_drills.CATALOGUE or name in rot_drills.CATALOGUE or rots:
         detector = name in detector_drills.CATALOGUE
         return Drill(
             fault=name,
@@ -316,7 +339,9 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
             seed=seed,
             place=detector_drills.choose_place(at, seed=seed, nproc=nproc)
             if detector
-            else CHECKPOINT,
+            else CHECKPOINT
+            if rots
+            else ALL_NODES,
         )
     if name in number_drills.CATALOGUE:
         wrong = number_drills.choose(name, at, seed=seed, nproc=nproc, steps=steps)
@@ -370,10 +395,17 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name in _USERS and point in (Point.RECOVERY, Point.IN_COLLECTIVE):
         point = Point.FORWARD  # no user code runs there
     first, second = rng.sample(range(nproc), 2) if nproc > 1 else (0, None)
+    seats: tuple[int, ...] = ()
+    if name in multi_drills.CATALOGUE:
+        assert point is not None, "it is given, or picked"
+        struck = multi_drills.choose(name, point, seed=seed, nproc=nproc)
+        point, seats, first = struck.phase, struck.seats, struck.seats[0]
+        second = seats[-1]
     return Drill(
         fault=str(name),
         phase=point,
         seat=first,
+        seats=seats,
         second_seat=second if point is Point.RECOVERY or name in _OF_TWO else None,
         step=rng.randint(3, max(3, steps // 5))
         + (NAMED_FROM if name in (*NAMES, TWO_AT_ONCE) else 0),
@@ -599,9 +631,13 @@ def run_drill(
         ends.callback(blinded.close)
         striker = blinded.poll
         job = replace(job, max_stall_s=min(job.max_stall_s, detector_drills.MAX_STALL_S))
-    elif drill.place == CHECKPOINT:
+    elif drill.place in (CHECKPOINT, ALL_NODES):
         rot = rot_drills.RotStriker(
-            seed=drill.seed, nodes=job.nodes, steps=job.steps, run_dir=run_dir
+            seed=drill.seed,
+            nodes=job.nodes,
+            steps=job.steps,
+            run_dir=run_dir,
+            rots=drill.place == CHECKPOINT,
         )
         striker, settings = rot.poll, rot.settings
     elif drill.fault == TWO_AT_ONCE or drill.fault in pace_drills.CATALOGUE:
@@ -655,6 +691,8 @@ def run_drill(
         outcome = detector_drills.judge(outcome, events, place=drill.place, seat=drill.seat)
     elif drill.place == CHECKPOINT:
         outcome = rot_drills.judge(outcome, events)
+    elif drill.place == ALL_NODES:
+        outcome = rot_drills.judge_all_nodes(outcome, events)
     elif drill.fault == TWO_AT_ONCE:
         assert drill.second_seat is not None, "two ranks are hit"
         outcome = pace_drills.judge_two(
@@ -679,7 +717,8 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         slots=told.slots if job.script else job.slots,
         slot_size=told.slot_size if job.script else job.slot_size,
         evicts=drill.fault not in _NOBODY_LOST,
-        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD) or drill.place == CHECKPOINT,
+        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD)
+        or drill.place in (CHECKPOINT, ALL_NODES),
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=STRIKES.get(drill.fault, 1),

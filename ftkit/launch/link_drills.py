@@ -19,7 +19,15 @@ from ftkit.core.trace import Trace
 from ftkit.core.verdict import Fault
 from ftkit.detection.paths import Where
 from ftkit.launch.checker import Outcome, with_more
-from ftkit.launch.drills import BLACKHOLE, PARTITION, SLOW_LINK, SLOW_NIC, Drill, Job
+from ftkit.launch.drills import (
+    BLACKHOLE,
+    PARTITION,
+    PARTITION_MINORITY,
+    SLOW_LINK,
+    SLOW_NIC,
+    Drill,
+    Job,
+)
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.relay import Relay, Way
@@ -78,6 +86,7 @@ class LinkStriker:
         assert drill.second_seat is not None, "a link has two ends"
         self._drill, self._run_dir = drill, run_dir
         self._ends = drill.seat, drill.second_seat
+        self._size = job.world_size
         self._culprit = culprit(drill, job.world_size)
         self._latest = job.steps * 3 // 5
         self._held_s = HELD_STALLS * job.max_stall_s
@@ -127,6 +136,12 @@ class LinkStriker:
             for seat in self._ends:
                 self._tell("drill", seat=seat, member=seat)
             self._relay.cut(*self._ends)
+            lasts_s = CUT_S
+        elif self._drill.fault == PARTITION_MINORITY:
+            alone = self._drill.seat
+            self._tell("drill", seat=alone, member=alone)
+            for seat in set(range(self._size)) - {alone}:
+                self._relay.cut(alone, seat)
             lasts_s = CUT_S
         elif self._drill.fault == BLACKHOLE:
             self._tell("drill")

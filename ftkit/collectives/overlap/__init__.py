@@ -8,6 +8,7 @@ from ftkit.collectives.overlap.linear import (
     linear_replicated,
 )
 from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
+from ftkit.collectives.overlap.traffic import TrafficGovernor
 from ftkit.collectives.overlap.weave import Layer, Weave
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "ContextParallel",
     "Layer",
     "RowParallelLinear",
+    "TrafficGovernor",
     "Weave",
     "all_gather_linear",
     "context_parallel_attention",

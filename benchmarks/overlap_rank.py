@@ -1,0 +1,305 @@
+"""What one rank of `overlap` runs: the sides of one part, in turn. Prints one JSON line.
+
+The line holds, for each case, the seconds of every round by side, and digests of what was computed.
+"""
+
+import argparse
+import json
+import math
+import threading
+import time
+import zlib
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
+
+from ftkit.collectives import backend
+from ftkit.collectives.config import CollectivesConfig, Transport
+from ftkit.collectives.overlap import (
+    Layer,
+    TrafficGovernor,
+    Weave,
+    context_parallel_attention,
+    linear_reduce_scatter,
+)
+from ftkit.core.governor import TrafficLimits
+
+Sides = dict[str, Callable[[], object]]
+
+#: Calls before any is timed: those in which "auto" measures.
+WARM = 18
+
+ROWS, INNER, OUTER = 1536, 1024, 1024
+
+#: Of a sequence, on each rank.
+TOKENS = 512
+
+
+def main() -> None:
+    made = argparse.ArgumentParser()
+    made.add_argument("part")
+    made.add_argument("--rounds", type=int)
+    made.add_argument("--rate", type=float, help="of the link, in bytes a second")
+    options = made.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    backend.register()
+    config = CollectivesConfig(transport=Transport.TCP)
+    limit = timedelta(seconds=120)
+    dist.init_process_group("ftkit", pg_options=config, timeout=limit)
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "linear": lambda: linear(dist.new_group(backend="gloo", timeout=limit), options.rounds),
+        "weave": lambda: weave(options.rounds),
+        "attention": lambda: attention(options.rounds, 8),
+        "grouped": lambda: attention(options.rounds, 2),
+        "traffic": lambda: traffic(options.rounds, options.rate),
+        "ddp": lambda: ddp(options.rounds),
+    }
+    found = parts[options.part]()
+    dist.destroy_process_group()
+    print(json.dumps(found))
+
+
+def timed(sides: Sides, rounds: int, *, warm: int = 1) -> dict[str, list[float]]:
+    """Seconds of every round by side; the sides take turns, each behind a barrier."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for run in sides.values():
+        for _ in range(warm):
+            run()
+    order = list(sides)
+    for _ in range(rounds):
+        for side in order:
+            dist.barrier()
+            began = time.perf_counter()
+            sides[side]()
+            times[side].append(time.perf_counter() - began)
+        order = [*order[1:], order[0]]
+    return times
+
+
+def digest(t: torch.Tensor) -> int:
+    """Of values that sum without rounding."""
+    return zlib.crc32(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def linear(gloo: Any, rounds: int) -> dict[str, Any]:
+    """A row-parallel linear of small integers, whose sums every order of adding gives alike."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    made = torch.Generator().manual_seed(1 + rank)
+    x = torch.randint(-3, 4, (ROWS, INNER), generator=made).float()
+    weight = torch.randint(-3, 4, (OUTER, INNER), generator=made).float()
+    out, whole = torch.empty(ROWS // size, OUTER), torch.empty(ROWS, OUTER)
+
+    def compute() -> torch.Tensor:
+        return torch.mm(x, weight.t(), out=whole)
+
+    def over(group: Any) -> torch.Tensor:
+        dist.reduce_scatter_single(out, compute(), group=group)
+        return out
+
+    sides: Sides = {
+        "compute": compute,
+        "gloo": lambda: over(gloo),
+        "ftkit": lambda: over(None),
+        "overlapped": lambda: linear_reduce_scatter(x, weight, chunks="auto"),
+    }
+    digests = {s: digest(cast("torch.Tensor", sides[s]())) for s in sides if s != "compute"}
+    return {"times": timed(sides, rounds, warm=WARM), "digests": digests, "sent": out.nbytes}
+
+
+class Part(nn.Module):
+    """An MLP's part on this rank."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, hidden, False), nn.Linear(hidden, width, False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", self.down(functional.gelu(self.up(x))))
+
+
+def weave(rounds: int) -> dict[str, Any]:
+    """Four layers, forward and backward: whole, in halves, and as the model chooses."""
+    size, width = dist.get_world_size(), 512
+    layers = [Layer(torch.ones(width), Part(width, 4 * width // size)) for _ in range(4)]
+    x = torch.randn(4, 192, width)
+    models = {s: Weave(layers, split=v) for s, v in (("whole", False), ("halves", True))}
+    models["auto"] = Weave(layers, split="auto")
+
+    def run(model: Weave) -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        y = cast("torch.Tensor", model(leaf))
+        y.square().mean().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def compute() -> None:
+        leaf = x.clone().requires_grad_()
+        y = leaf
+        for layer in layers:
+            y = y + layer.body(functional.rms_norm(y, (width,), layer.weight))
+        y.square().mean().backward()
+
+    sides: Sides = {"compute": compute}
+    grads = {}
+    for side, model in models.items():
+        sides[side] = partial(run, model)
+        grads[side] = run(model)
+    off = max((grads[s] - grads["whole"]).abs().max().item() for s in grads)
+    scale = grads["whole"].abs().max().item()
+    return {"times": timed(sides, rounds, warm=8), "error": off / scale}
+
+
+def attention(rounds: int, kv_heads: int) -> dict[str, Any]:
+    """Forward and backward of causal attention by each route, communication-bound."""
+    q = torch.randn(1, 8, TOKENS, 64)
+    k, v = (torch.randn(1, kv_heads, TOKENS, 64) for _ in "kv")
+    results = {}
+
+    def run(rotate: Any) -> torch.Tensor:
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = context_parallel_attention(*leaves, is_causal=True, rotate=rotate)
+        out.sum().backward()
+        assert leaves[1].grad is not None
+        return torch.cat([out.detach().flatten(), leaves[1].grad.flatten()])
+
+    sides: Sides = {}
+    # Rotating queries moves four times as much where heads are grouped.
+    routes = ("kv", "allgather", "auto") if kv_heads < 8 else ("kv", "allgather", "query", "auto")
+    for rotate in routes:
+        sides[rotate] = partial(run, rotate)
+        results[rotate] = run(rotate)
+    off = max((r - results["kv"]).abs().max().item() for r in results.values())
+    return {"times": timed(sides, rounds), "error": off / results["kv"].abs().max().item()}
+
+
+class Sleep(torch.autograd.Function):
+    """Computing as the host of an accelerator sees it: time passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        time.sleep(0.012)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        time.sleep(0.024)
+        return grad, torch.full_like(weight, 1e-3)
+
+
+class Sleeping(nn.Module):
+    """A layer of 4 MiB of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1 << 20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", Sleep.apply(x, self.weight))
+
+
+def sleeping() -> DistributedDataParallel:
+    net = nn.Sequential(*(Sleeping() for _ in range(6)))
+    return DistributedDataParallel(net, bucket_cap_mb=4, gradient_as_bucket_view=True)
+
+
+def train(model: nn.Module) -> None:
+    model(torch.ones(4, 8, requires_grad=True)).mean().backward()
+    for p in model.parameters():
+        p.grad = None
+
+
+def ddp(rounds: int) -> dict[str, Any]:
+    """A step of DDP: plain; with a vote; with a hook that waits."""
+    plain, voting, waiting = sleeping(), sleeping(), sleeping()
+    size = dist.get_world_size()
+
+    def wait(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
+        grads = bucket.buffer()
+        dist.all_reduce(grads)
+        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        done.set_result(grads.div_(size))
+        return done
+
+    waiting.register_comm_hook(None, wait)
+
+    def vote() -> None:
+        train(voting)
+        dist.all_reduce(torch.ones(1))
+
+    sides: Sides = {"plain": lambda: train(plain), "vote": vote, "wait": lambda: train(waiting)}
+    return {"times": timed(sides, rounds, warm=3)}
+
+
+def traffic(rounds: int, rate: float) -> dict[str, Any]:
+    """Twelve steps of DDP beside a snapshot to the peer, sent in each way."""
+    steps, nbytes = 12, 72 << 20
+    peer = (dist.get_rank() + 1) % dist.get_world_size()
+    model = sleeping()
+    limits = TrafficLimits(
+        piece_bytes_max=256 << 10, unacknowledged_max=3, rate_guess=rate, max_slowdown=0.005
+    )
+    governor = TrafficGovernor(limits=limits)
+    governor.attach(model)
+    snapshot = torch.full((nbytes,), dist.get_rank(), dtype=torch.uint8)
+    copy = torch.empty_like(snapshot)
+    aside_s: dict[str, list[float]] = {"blast": [], "governed": []}
+
+    def several(mode: str) -> None:
+        threads: list[threading.Thread] = []
+        began = time.perf_counter()
+
+        def note(act: Callable[[], object]) -> None:
+            act()
+            aside_s[mode].append(time.perf_counter() - began)
+
+        for number in range(steps):
+            if number == 1 and mode in ("blast", "block"):
+                came = cast("dist.Work", dist.irecv(copy, peer))
+                dist.isend(snapshot, peer)
+                if mode == "block":
+                    came.wait()
+            if number == 1 and mode == "governed":
+                acts = (lambda: governor.recv(copy, peer), lambda: governor.send(snapshot, peer))
+                threads = [threading.Thread(target=note, args=(act,)) for act in acts]
+                for thread in threads:
+                    thread.start()
+            train(model)
+        ended.append(time.perf_counter() - began)
+        if mode == "blast":
+            came.wait()
+        for thread in threads:
+            thread.join()
+        assert mode == "none" or bool((copy == peer).all())
+
+    times: dict[str, list[float]] = {mode: [] for mode in ("none", "block", "blast", "governed")}
+    ended: list[float] = []
+    for _ in range(3):
+        train(model)
+    for _ in range(rounds):
+        for mode, found in times.items():
+            dist.barrier()
+            copy.zero_()
+            several(mode)
+            found.append(ended.pop())
+    idle = math.fsum(governor.windows) / max(1, len(governor.windows))
+    return {
+        "times": times,
+        "took": aside_s["governed"],
+        "bytes": nbytes,
+        "window_s": idle,
+        "forecast": str(governor.forecast(nbytes, within_s=steps * times["none"][0] / steps)),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What `overlap` makes of what its ranks measured."""
+
+from typing import Any
+
+import pytest
+
+from benchmarks.overlap import PARTS, RATES, figures_of, problems_of, times
+
+
+def told(**seconds: list[float]) -> dict[str, Any]:
+    return {"times": seconds}
+
+
+def test_of_each_round_the_slowest_rank_counts() -> None:
+    found = [told(a=[1.0, 5.0, 1.0]), told(a=[2.0, 1.0, 3.0])]
+    assert times(found) == {"a": 3.0}
+
+
+def test_a_linear_is_held_against_gloo_and_against_what_is_possible() -> None:
+    found = [
+        {**told(compute=[0.03], gloo=[0.16], ftkit=[0.1], overlapped=[0.07]), "sent": 3_000_000}
+    ] * 2
+    gloo, bound, ours = figures_of("linear", 400, found, wires=False)
+    assert gloo.value == pytest.approx(0.16 / 0.07)
+    assert gloo.holds
+    assert bound.value == pytest.approx(0.06 / 0.07)
+    assert bound.holds
+    assert ours.holds is None
+    (free,) = figures_of("linear", None, found, wires=False)
+    assert free.value == pytest.approx(0.1 / 0.07)
+
+
+def test_what_woven_layers_hide_is_of_what_can_be_hidden() -> None:
+    found = [told(compute=[0.3], whole=[0.5], halves=[0.34], auto=[0.34])]
+    kept, hidden = figures_of("weave", 400, found, wires=False)
+    assert hidden.value == pytest.approx(80)
+    assert hidden.holds
+    assert kept.holds
+
+
+def test_rings_are_held_against_one_way_or_against_the_better_way() -> None:
+    found = [told(kv=[1.6], allgather=[0.8], auto=[0.9])]
+    (wires,) = figures_of("grouped", 25, found, wires=True)
+    (port,) = figures_of("grouped", 25, found, wires=False)
+    assert wires.value == pytest.approx(1.6 / 0.9)
+    assert port.value == pytest.approx(0.8 / 0.9)
+    assert wires.holds
+    assert not port.holds
+
+
+def test_a_snapshot_is_held_against_training_alone_and_the_windows() -> None:
+    seconds = told(none=[4.0], block=[4.8], blast=[4.4], governed=[4.04])
+    one = {**seconds, "took": [2.0], "bytes": 75_000_000, "window_s": 0.15}
+    governed, blast, block, used = figures_of("traffic", 1000, [one], wires=False)
+    assert [f.value for f in (governed, blast, block)] == [
+        pytest.approx(1.0), pytest.approx(10.0), pytest.approx(20.0),
+    ]  # fmt: skip
+    # Six windows of 150 ms passed meanwhile, and 600 ms of bytes went through them.
+    assert used.value == pytest.approx(100 * 0.6 / 0.9, rel=0.01)
+
+
+def test_sums_that_differ_are_problems() -> None:
+    good = {**told(a=[1.0]), "digests": {"gloo": 1, "overlapped": 1}, "error": 1e-7}
+    assert problems_of("linear", 400, [good]) == []
+    assert len(problems_of("linear", 400, [{**good, "digests": {"gloo": 1, "overlapped": 2}}])) == 1
+    assert len(problems_of("weave", 400, [{**good, "error": 0.1}, good])) == 1
+    assert set(RATES) == set(PARTS)
