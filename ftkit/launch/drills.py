@@ -28,6 +28,7 @@ from ftkit.launch import (
     number_drills,
     pace_drills,
     resource_drills,
+    restart_drill,
     rot_drills,
 )
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
@@ -106,6 +107,7 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
     **multi_drills.CATALOGUE,
     **rot_drills.CATALOGUE,
+    **restart_drill.CATALOGUE,
     **number_drills.CATALOGUE,
     **resource_drills.CATALOGUE,
     **detector_drills.CATALOGUE,
@@ -324,8 +326,21 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
-    if name in rot_drills.CATALOGUE and at is not None:
+    between = (*rot_drills.CATALOGUE, *restart_drill.CATALOGUE)
+    if name in between and at is not None:
         raise UsageError(f"{name} strikes between steps: leave --at out")
+    if name in restart_drill.CATALOGUE:
+        if nproc < 2:
+            raise UsageError(f"{name} needs --nproc 2 or more: it goes on with one fewer")
+        return Drill(
+            fault=name,
+            phase=None,
+            seat=0,
+            step=rng.randint(max(1, steps // 3), max(1, 2 * steps // 3)),
+            bucket=0,
+            delay_s=0.0,
+            seed=seed,
+        )
     rots = (name, at) == (number_drills.BIT_FLIP, CHECKPOINT)
     if name in detector_drills.CATALOGUE or name in rot_drills.CATALOGUE or rots:
         detector = name in detector_drills.CATALOGUE
@@ -576,6 +591,8 @@ def run_drill(
     on_poll: Callable[[Engine], None] | None = None,
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
+    if drill.fault in restart_drill.CATALOGUE:
+        return restart_drill.run_restart(drill, job, reference, run_dir)
     witness, settings = Witness(run_dir), dict[str, Any]()
     of_nodes = {*resource_drills.CATALOGUE, *detector_drills.CATALOGUE}
     if drill.store_fault is not None or drill.fault in of_nodes:
