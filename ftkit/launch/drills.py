@@ -28,6 +28,7 @@ from ftkit.launch import (
     number_drills,
     pace_drills,
     resource_drills,
+    restart_drill,
     rot_drills,
 )
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
@@ -36,7 +37,7 @@ from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.job import python_command, run_job
-from ftkit.launch.rot_drills import CHECKPOINT
+from ftkit.launch.rot_drills import ALL_NODES, CHECKPOINT
 from ftkit.launch.store_drills import Witness
 from ftkit.recovery.plan import Stop
 from ftkit.recovery.protocol import SHARDS_BACK
@@ -105,6 +106,8 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
     **multi_drills.CATALOGUE,
+    **rot_drills.CATALOGUE,
+    **restart_drill.CATALOGUE,
     **number_drills.CATALOGUE,
     **resource_drills.CATALOGUE,
     **detector_drills.CATALOGUE,
@@ -171,6 +174,8 @@ _NOBODY_LOST = (
     *number_drills.CATALOGUE,
     *resource_drills.CATALOGUE,
     *detector_drills.CATALOGUE,
+    # Nobody is left to be told of a loss: what becomes of it is judged by rules of its own.
+    *rot_drills.CATALOGUE,
 )
 
 #: How often such a fault has to strike before a drill says anything.
@@ -321,7 +326,23 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name not in CATALOGUE:
         every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
         raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
-    if name in detector_drills.CATALOGUE or (name, at) == (number_drills.BIT_FLIP, CHECKPOINT):
+    between = (*rot_drills.CATALOGUE, *restart_drill.CATALOGUE)
+    if name in between and at is not None:
+        raise UsageError(f"{name} strikes between steps: leave --at out")
+    if name in restart_drill.CATALOGUE:
+        if nproc < 2:
+            raise UsageError(f"{name} needs --nproc 2 or more: it goes on with one fewer")
+        return Drill(
+            fault=name,
+            phase=None,
+            seat=0,
+            step=rng.randint(max(1, steps // 3), max(1, 2 * steps // 3)),
+            bucket=0,
+            delay_s=0.0,
+            seed=seed,
+        )
+    rots = (name, at) == (number_drills.BIT_FLIP, CHECKPOINT)
+    if name in detector_drills.CATALOGUE or name in rot_drills.CATALOGUE or rots:
         detector = name in detector_drills.CATALOGUE
         return Drill(
             fault=name,
@@ -333,7 +354,9 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
             seed=seed,
             place=detector_drills.choose_place(at, seed=seed, nproc=nproc)
             if detector
-            else CHECKPOINT,
+            else CHECKPOINT
+            if rots
+            else ALL_NODES,
         )
     if name in number_drills.CATALOGUE:
         wrong = number_drills.choose(name, at, seed=seed, nproc=nproc, steps=steps)
@@ -568,6 +591,8 @@ def run_drill(
     on_poll: Callable[[Engine], None] | None = None,
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """Do one drill and judge it. Blocks. Returns the outcome and the disturbed run's events."""
+    if drill.fault in restart_drill.CATALOGUE:
+        return restart_drill.run_restart(drill, job, reference, run_dir)
     witness, settings = Witness(run_dir), dict[str, Any]()
     of_nodes = {*resource_drills.CATALOGUE, *detector_drills.CATALOGUE}
     if drill.store_fault is not None or drill.fault in of_nodes:
@@ -623,9 +648,13 @@ def run_drill(
         ends.callback(blinded.close)
         striker = blinded.poll
         job = replace(job, max_stall_s=min(job.max_stall_s, detector_drills.MAX_STALL_S))
-    elif drill.place == CHECKPOINT:
+    elif drill.place in (CHECKPOINT, ALL_NODES):
         rot = rot_drills.RotStriker(
-            seed=drill.seed, nodes=job.nodes, steps=job.steps, run_dir=run_dir
+            seed=drill.seed,
+            nodes=job.nodes,
+            steps=job.steps,
+            run_dir=run_dir,
+            rots=drill.place == CHECKPOINT,
         )
         striker, settings = rot.poll, rot.settings
     elif drill.fault == TWO_AT_ONCE or drill.fault in pace_drills.CATALOGUE:
@@ -679,6 +708,8 @@ def run_drill(
         outcome = detector_drills.judge(outcome, events, place=drill.place, seat=drill.seat)
     elif drill.place == CHECKPOINT:
         outcome = rot_drills.judge(outcome, events)
+    elif drill.place == ALL_NODES:
+        outcome = rot_drills.judge_all_nodes(outcome, events)
     elif drill.fault == TWO_AT_ONCE:
         assert drill.second_seat is not None, "two ranks are hit"
         outcome = pace_drills.judge_two(
@@ -703,7 +734,8 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         slots=told.slots if job.script else job.slots,
         slot_size=told.slot_size if job.script else job.slot_size,
         evicts=drill.fault not in _NOBODY_LOST,
-        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD) or drill.place == CHECKPOINT,
+        loses_all=drill.fault in (LOSE_NODES, CORRUPT_SHARD)
+        or drill.place in (CHECKPOINT, ALL_NODES),
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=STRIKES.get(drill.fault, 1),

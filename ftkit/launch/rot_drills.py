@@ -1,4 +1,4 @@
-"""A drill of checkpoints that rot: a bit flips on disk, then memory loses everything.
+"""Drills of jobs that lose all memory, with their checkpoints whole, or one of them rotten.
 
 What is begun from must be the newest checkpoint that is whole, and the damaged one must be named.
 """
@@ -14,6 +14,13 @@ from ftkit.launch.checker import Outcome, with_more
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 
+#: Every node at once, with all that is in memory.
+ALL_NODES: Final = "all-nodes"
+
+CATALOGUE: Final[Mapping[str, str]] = {
+    ALL_NODES: "SIGKILL to every node's agent and ranks, shared memory gone: on from a checkpoint",
+}
+
 #: `bit-flip --at` this.
 CHECKPOINT: Final = "checkpoint"
 #: Checkpoints that are due in the job, and those that there must be before one rots.
@@ -21,10 +28,13 @@ CHECKPOINTS, BEFORE = 10, 2
 
 
 class RotStriker:
-    """Flips a bit in the newest of two checkpoints and loses all nodes. Polled while it runs."""
+    """Loses all nodes, perhaps with a bit flipped in the newest checkpoint. Polled while it runs."""
 
-    def __init__(self, *, seed: int, nodes: int, steps: int, run_dir: Path) -> None:
-        """Prepare; what the job is told is in `settings`."""
+    def __init__(
+        self, *, seed: int, nodes: int, steps: int, run_dir: Path, rots: bool = True
+    ) -> None:
+        """Prepare; what the job is told is in `settings`. Without `rots` no bit flips."""
+        self._rots = rots
         self._seed, self._nodes, self._run_dir = seed, nodes, run_dir
         self._folder = run_dir / "checkpoints"
         self._tail = EventTail(run_dir)
@@ -52,14 +62,40 @@ class RotStriker:
             return
         self._done = True
         step = max(self._written)
-        rng = random.Random(self._seed)
-        path = flip(self._folder / f"step-{step}", rng)
+        told: dict[str, Any] = {"fault": ALL_NODES, "phase": "any", "step": step}
+        if self._rots:
+            path = flip(self._folder / f"step-{step}", random.Random(self._seed))
+            name = str(path.relative_to(self._folder))
+            told = {"fault": "bit-flip", "phase": CHECKPOINT, "step": step, "path": name}
         with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
-            told = {"phase": CHECKPOINT, "step": step, "path": str(path.relative_to(self._folder))}
             for seat, member in self._ranks.items():
-                trace.event("drill", fault="bit-flip", seat=seat, member=member, **told)
+                trace.event("drill", seat=seat, member=member, **told)
         for node in range(self._nodes):
             engine.kill_node(node)
+
+
+def judge_all_nodes(outcome: Outcome, events: Iterable[Mapping[str, Any]]) -> Outcome:
+    """The outcome with what must come of a job that has lost every node; pure.
+
+    * A1 it goes on from the newest checkpoint that had been written.
+    """
+    ordered = sorted(events, key=lambda e: float(e["mono"]))
+    struck = next((e for e in ordered if e["kind"] == "drill"), None)
+    if struck is None:
+        return with_more(outcome, problems=[], missing=["fewer than two checkpoints were written"])
+    at = float(struck["mono"])
+    written = [
+        int(e["step"]) for e in ordered if e["kind"] == "checkpoint" and float(e["mono"]) < at
+    ]
+    formed = [
+        int(e["step"])
+        for e in ordered
+        if e["kind"] == "decision" and e["action"] == "form" and float(e["mono"]) > at
+    ]
+    problems = []
+    if not formed or formed[0] < max(written, default=0):
+        problems.append(f"the job went on from {formed[:1]}, and step {max(written)} was on disk")
+    return with_more(outcome, problems=problems, missing=[], used=formed[0] if formed else None)
 
 
 def flip(folder: Path, rng: random.Random) -> Path:

@@ -1,11 +1,15 @@
 """Who is struck when several are, and where."""
 
+from typing import Any
+
 import pytest
 
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import Kind, Point
+from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.drills import choose
 from ftkit.launch.multi_drills import DOUBLE, LOSE_DURING_RECOVERY, RANK_0, TRIPLE
+from ftkit.launch.rot_drills import ALL_NODES, judge_all_nodes
 
 
 @pytest.mark.parametrize(("fault", "count"), [(DOUBLE, 2), (TRIPLE, 3)])
@@ -35,3 +39,29 @@ def test_rank_0_is_rank_0() -> None:
 def test_somebody_has_to_survive(fault: str, needs: int) -> None:
     with pytest.raises(UsageError, match=f"--nproc {needs} or more"):
         choose(fault, None, seed=0, nproc=needs - 1, steps=60)
+
+
+def loss(*formed: int) -> list[dict[str, Any]]:
+    events: list[dict[str, Any]] = [
+        {"mono": 1.0, "kind": "checkpoint", "step": 6},
+        {"mono": 2.0, "kind": "checkpoint", "step": 12},
+        {"mono": 3.0, "kind": "drill", "step": 12},
+    ]
+    return [
+        *events,
+        *({"mono": 4.0, "kind": "decision", "action": "form", "step": s} for s in formed),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("formed", "answer"), [((12,), Answer.PASS), ((6,), Answer.FAIL), ((), Answer.FAIL)]
+)
+def test_a_job_without_memory_goes_on_from_its_newest_checkpoint(
+    formed: tuple[int, ...], answer: Answer
+) -> None:
+    outcome = Outcome(
+        outcome=Answer.PASS, fault=ALL_NODES, phase="any", seed=0, detect_s=None, repair_s=None,
+        steps_lost=0, samples_lost=0, samples_doubled=0, survivor_exits=0, params_equal=True,
+        verdict=None, evidence={"problems": [], "missing": []},
+    )  # fmt: skip
+    assert judge_all_nodes(outcome, loss(*formed)).outcome is answer

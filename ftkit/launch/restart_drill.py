@@ -1,0 +1,87 @@
+"""A job that ends with a checkpoint, and is started again from it with one rank fewer."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from ftkit.launch.checker import Answer, Outcome
+from ftkit.recovery.plan import Stop
+
+if TYPE_CHECKING:
+    from ftkit.launch.drills import Drill, Job
+
+RESTART_SMALLER: Final = "restart-smaller"
+
+CATALOGUE: Final[Mapping[str, str]] = {
+    RESTART_SMALLER: "the job ends half-way with a checkpoint, and starts again with a rank fewer",
+}
+
+Events = Iterable[Mapping[str, Any]]
+
+
+def smaller(job: "Job") -> "Job":
+    """The job with a rank fewer, or a node where each has one."""
+    if job.nproc > 1:
+        return replace(job, nproc=job.nproc - 1)
+    return replace(job, nodes=job.nodes - 1)
+
+
+def run_restart(
+    drill: "Drill", job: "Job", reference: Events | None, run_dir: Path
+) -> tuple[Outcome, list[dict[str, Any]]]:
+    """Run both halves and judge them. Blocks. Returns the outcome and the second half's events."""
+    settings = {"checkpoint_dir": str(run_dir / "checkpoints")}
+    half = replace(job, steps=drill.step)
+    first, before = half.run(run_dir / "before", settings=settings)
+    second, after = smaller(job).run(run_dir, settings=settings)
+    outcome = judge(
+        [first, second], before, after, reference or (), half=drill.step, steps=job.steps,
+        slots=job.slots, slot_size=job.slot_size, seed=drill.seed,
+    )  # fmt: skip
+    return outcome, after
+
+
+def judge(
+    stops: Iterable[Stop],
+    before: Events,
+    after: Events,
+    reference: Events,
+    *,
+    half: int,
+    steps: int,
+    slots: int,
+    slot_size: int,
+    seed: int,
+) -> Outcome:
+    """What came of both halves; pure.
+
+    * B1 both ended well, and the second one began with step `half` + 1;
+    * B2 every step was committed, with each of its slots once;
+    * B3 the parameters are those of the undisturbed run.
+    """
+    problems = [f"a half ended with {s.code}: {s.reason}" for s in stops if s.code]
+    began = min((e["step"] for e in after if e["kind"] == "commit"), default=None)
+    if began != half + 1:
+        problems.append(f"the second half began with step {began}, not {half + 1}")
+    lost = doubled = 0
+    for step in range(1, steps + 1):
+        events = before if step <= half else after
+        votes = {e["seat"]: e["slots"] for e in events if e["kind"] == "vote" and e["step"] == step}
+        held = [slot for mine in votes.values() for slot in mine]
+        lost += len(set(range(slots)) - set(held)) * slot_size
+        doubled += (len(held) - len(set(held))) * slot_size
+    if lost or doubled:
+        problems.append(f"{lost} samples were lost, {doubled} doubled")
+    ours, theirs = ({e["params"] for e in es if e["kind"] == "final"} for es in (after, reference))
+    missing = [] if len(theirs) == 1 else ["no undisturbed run to compare with"]
+    equal = ours == theirs if theirs else None
+    if equal is False:
+        problems.append("the final parameters are not the undisturbed run's")
+    answer = Answer.FAIL if problems else Answer.UNKNOWN if missing else Answer.PASS
+    return Outcome(
+        outcome=answer, fault=RESTART_SMALLER, phase="any", seed=seed, detect_s=None,
+        repair_s=None, steps_lost=0, samples_lost=lost, samples_doubled=doubled,
+        survivor_exits=0, params_equal=equal, verdict=None,
+        evidence={"problems": problems, "missing": missing, "began_with": began},
+    )  # fmt: skip
