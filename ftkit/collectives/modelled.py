@@ -323,6 +323,9 @@ class ModelledGroup(dist.ProcessGroup):
     def size(self) -> int:
         return self.network.size
 
+    def name(self) -> str:
+        return "modelled"
+
     def getBackendName(self) -> str:  # noqa: N802 - torch's name
         return "modelled"
 

@@ -10,9 +10,13 @@ sender that counts that as sent is blind (on 1 Gbit/s: 3.6 % of slow-down, again
 acknowledgement for every piece, and at most two on their way).
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 from ftkit.core.idle_windows import IdleWindows
+
+#: A piece that has not arrived by then was given up by whoever asked for it.
+LOST_S = 5.0
 
 #: A new measurement of the rate counts so much.
 _NEWS = 0.25
@@ -108,7 +112,8 @@ class Governor:
         self._intruded_s = 0.0
         self._rate = limits.rate_guess
         self._budget, self._budget_at = limits.rate_max or 0.0, now
-        self._flying = 0
+        self._flying: deque[float] = deque()
+        """When each piece that is on its way was let go."""
         self.granted = 0
         """Bytes so far."""
         self.intruding = 0
@@ -125,7 +130,9 @@ class Governor:
         What was granted is on its way until `arrived`. With `whole`, all of them or none.
         """
         limits = self.limits
-        if self._flying >= limits.unacknowledged_max:
+        while self._flying and now - self._flying[0] > LOST_S:
+            self._flying.popleft()
+        if len(self._flying) >= limits.unacknowledged_max:
             return Pause(self._look_s, "pieces on their way are not acknowledged")
         least = wanted if whole else min(wanted, limits.piece_bytes_min)
         most = wanted if whole else min(wanted, limits.piece_bytes_max)
@@ -140,19 +147,21 @@ class Governor:
                 return Pause(max(self._look_s, missing / limits.rate_max), "the cap of the link")
             most = max(least, min(most, int(self._budget)))
         # What is on its way uses the same window.
-        room = self.windows.left(now) * self._rate - self._flying * limits.piece_bytes_min
+        flying = len(self._flying) * limits.piece_bytes_min
+        room = self.windows.left(now) * self._rate - flying
         if room >= least:
-            return self._grant(Grant(int(min(most, room))))
+            return self._grant(now, Grant(int(min(most, room))))
         allowed_s = limits.max_slowdown * (now - self._began) - self._intruded_s
         if allowed_s >= least / self._rate:
             self._intruded_s += least / self._rate
-            return self._grant(Grant(least, intrudes=True))
+            return self._grant(now, Grant(least, intrudes=True))
         busy = self.windows.busy
         return Pause(self._look_s, "training sends" if busy else "the window is too short")
 
     def arrived(self, nbytes: int, seconds: float) -> None:
         """A granted piece is where it was to go, so many seconds after it was let go."""
-        self._flying = max(0, self._flying - 1)
+        if self._flying:
+            self._flying.popleft()
         if seconds > 0:
             self._rate += _NEWS * (nbytes / seconds - self._rate)
 
@@ -166,8 +175,8 @@ class Governor:
             rate = min(rate, limits.rate_max)
         return Forecast(nbytes, nbytes / rate if rate else float("inf"), within_s)
 
-    def _grant(self, grant: Grant) -> Grant:
-        self._flying += 1
+    def _grant(self, now: float, grant: Grant) -> Grant:
+        self._flying.append(now)
         self.granted += grant.bytes
         self.intruding += grant.bytes if grant.intrudes else 0
         self._budget -= grant.bytes if self.limits.rate_max is not None else 0

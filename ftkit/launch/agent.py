@@ -9,42 +9,37 @@ import logging
 import os
 import queue
 import secrets
-import signal
 import socket
-import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
-from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Step
-from ftkit.core.lifeline_watch import LifelineWatch
+from ftkit.core.ids import Boot, MemberId, NodeId
 from ftkit.core.trace import Trace
 from ftkit.core.wall_clock import wall_clock
-from ftkit.core.wire import Line, authenticate, listen, listen_unix
-from ftkit.detection import obituary
+from ftkit.core.wire import Line
 from ftkit.detection.config import DetectionConfig
-from ftkit.detection.exits import out_of_memory
 from ftkit.detection.signals import to_json
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
+from ftkit.launch.door import Door
 from ftkit.launch.environment import common_environment, rank_environment
-from ftkit.launch.examiner import Examiner, Patient
+from ftkit.launch.examiner import Examiner
 from ftkit.launch.fork_server import Program
 from ftkit.launch.forking import ForkServer, State
 from ftkit.launch.job_preflight import JobPreflight
-from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.metrics import Metrics, MetricsServer
 from ftkit.launch.pace import STILL_S, Pace
 from ftkit.launch.prober import REACH, Prober
 from ftkit.launch.prober import ROLE as PAIR_TEST
-from ftkit.launch.ranks import RankProcess, execute
+from ftkit.launch.ranks import execute
 from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
+from ftkit.launch.roster import Roster
 from ftkit.launch.self_checker import SelfChecker
 from ftkit.launch.tiers import Tiers
-from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
@@ -112,11 +107,11 @@ class Agent:
         self._clock = MonotonicClock()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         # The port first: when it is taken, nothing must be left in shared memory.
-        self._listener = listen(host, port)
+        self._door = Door(host, port)
         try:
             self._arenas = Arenas(config, node)
         except (FtkitError, OSError):
-            self._listener.close()
+            self._door.close()
             raise
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
         self._examiner = Examiner(
@@ -126,7 +121,7 @@ class Agent:
             lambda number: self.trace.event("bundle", incident=number),
         )
         self._socket_path = str(self._arenas.directory / "agent.sock")
-        self._rank_listener = listen_unix(self._socket_path)
+        self._door.add_ranks(self._socket_path)
         self._tiers = Tiers(
             config,
             node,
@@ -134,9 +129,8 @@ class Agent:
             self._arenas,
             self.trace,
             host=host,
-            changed=lambda: self._inbox.put(("tiers", None)),
+            changed=lambda: self._put("tiers", None),
         )
-        self._lifelines = LifelineWatch()
         self._prober = Prober(
             self._secret, config.env, self._clock, lambda s: self._inbox.put(("signal", s))
         )
@@ -148,9 +142,6 @@ class Agent:
         self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
         self._stores: dict[str, Any] = {}
-        self._ranks: dict[MemberId, RankProcess] = {}
-        self._facts: dict[MemberId, MemberFacts] = {}
-        self._lines: dict[MemberId, Line] = {}
         self._coordinator: Line | None = None
         self._coordinator_number = 0
         self._plan_asked = True
@@ -174,12 +165,18 @@ class Agent:
         self._metrics_server = self._serve_metrics()
         self._preflight = None
         if config.preflight:
-            self._preflight = JobPreflight(
-                config, node, changed=lambda: self._inbox.put(("tiers", None))
-            )
-        self._memory = MemoryWatch(self._clock.now())
-        self._killed: set[MemberId] = set()
-        self._halted_at = float("-inf")
+            self._preflight = JobPreflight(config, node, changed=lambda: self._put("tiers", None))
+        self._roster = Roster(
+            config,
+            node,
+            self._arenas,
+            self._metrics,
+            self.trace,
+            self._clock,
+            signals=self._signals,
+            put=self._put,
+            changed=self._tell_coordinator,
+        )
         self._ending_since: float | None = None
         self._missing_since: float | None = None
         self._draining_since: float | None = None
@@ -191,8 +188,7 @@ class Agent:
     @property
     def address(self) -> tuple[str, int]:
         """Where coordinators reach this agent."""
-        host, port = self._listener.getsockname()[:2]
-        return str(host), int(port)
+        return self._door.address
 
     @property
     def outcome(self) -> Stop | None:
@@ -201,10 +197,14 @@ class Agent:
 
     def run(self) -> None:
         """Serve until the job has ended and every rank is gone. Blocks."""
-        for listener, kind in ((self._listener, "coordinator"), (self._rank_listener, "rank")):
-            threading.Thread(
-                target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
-            ).start()
+        self._door.open(
+            self._node,
+            self._secret,
+            self.trace,
+            take=self._put,
+            # Who only asks whether somebody is there, knows it by now.
+            guests={PAIR_TEST: self._prober.serve, REACH: lambda sock, _: sock.close()},
+        )
         self._tiers.start()
         self._resources = Resources(
             self._config,
@@ -224,7 +224,7 @@ class Agent:
                 now = self._clock.now()
                 if now >= next_tick and not self._stopped:
                     next_tick = now + self._config.times.tick_s
-                    self._memory.sample(now)
+                    self._roster.memory.sample(now)
                     self._end_if_due()
                     self._end_if_drained(now)
                     self._spawn_missing()
@@ -235,7 +235,7 @@ class Agent:
 
     def _still_s(self, now: float) -> float | None:
         """For how long nothing here has moved."""
-        return self._arenas.still_s(self._facts.values(), now)
+        return self._arenas.still_s(self._roster.facts.values(), now)
 
     def stop(self) -> None:
         """End at once, killing every rank. From any thread or signal handler."""
@@ -248,16 +248,10 @@ class Agent:
     def close(self) -> None:
         """Kill what runs and remove what this node holds. Safe to call twice."""
         self._stopped = True
-        for rank in self._ranks.values():
-            rank.signal(signal.SIGKILL)
-        for line in [*self._lines.values(), *([self._coordinator] if self._coordinator else [])]:
-            line.close()
-        for listener in (self._listener, self._rank_listener):
-            try:
-                listener.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass  # a listener that nobody waits on
-            listener.close()
+        self._roster.close()
+        if self._coordinator is not None:
+            self._coordinator.close()
+        self._door.close()
         if self._forks is not None:
             self._forks.close()
         if self._resources is not None:
@@ -271,7 +265,6 @@ class Agent:
             self._preflight.close()
         self._tiers.close()
         self._examiner.close()
-        self._lifelines.close()
         self._arenas.remove()
         self.trace.close()
 
@@ -280,11 +273,14 @@ class Agent:
     def _handle(self, kind: str, value: Any) -> None:
         match kind:
             case "exits":
-                self._rank_exits(*value)
+                if self._roster.exits(*value):
+                    self._carry_out()
             case "exit":
-                self._rank_gone(value)
+                self._roster.gone(value)
+                self._carry_out()  # its seat may have been waiting for it
             case "rank":
-                self._rank_connected(*value)
+                if self._roster.connected(*value) and (self._plan.version or self._plan.term):
+                    self._roster.send(value[0], self._told_plan())
             case "said":
                 self._rank_said(*value)
             case "coordinator":
@@ -312,58 +308,13 @@ class Agent:
             case "stop":
                 self._stopped = True
 
-    def _accept(self, listener: socket.socket, kind: str) -> None:
-        """(listener thread) Greet whoever connects, each on a thread: none holds up another."""
-        while True:
-            try:
-                sock, _ = listener.accept()
-            except OSError:
-                return
-            threading.Thread(
-                target=self._greet, args=(sock, kind), name=f"ftkit-greet-{kind}", daemon=True
-            ).start()
-
-    def _greet(self, sock: socket.socket, kind: str) -> None:
-        """(greeting thread) Authenticate, then pass on what the peer says until it hangs up."""
-        try:
-            hello = authenticate(sock, self._secret, server=True, hello={"node": self._node})
-        except WireError as error:
-            logger.warning("refused a %s: %s", kind, error)
-            self.trace.event("refused", peer=kind, reason=str(error))
-            sock.close()
-            return
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if kind != "rank" and hello.get("role") == PAIR_TEST:
-            self._prober.serve(sock, hello)
-            return
-        if kind != "rank" and hello.get("role") == REACH:
-            sock.close()  # it knows now that there is somebody
-            return
-        line = Line(sock, hello)
-        if kind == "rank":
-            member = MemberId(int(hello.get("member", -1)))
-            self._inbox.put(("rank", (member, line)))
-            self._pass_on(line, lambda message: ("said", (member, message)))
-        else:
-            number = int(hello.get("term", 0))
-            self._inbox.put(("coordinator", (number, line)))
-            self._pass_on(line, lambda message: ("plan", (number, message)))
-
-    def _pass_on(self, line: Line, label: Callable[[dict[str, Any]], tuple[str, Any]]) -> None:
-        try:
-            while True:
-                self._inbox.put(label(line.receive()))
-        except WireError as error:
-            logger.debug("a connection ended: %s", error)
+    def _put(self, kind: str, value: Any) -> None:
+        """(any thread) Have the agent's thread handle it."""
+        self._inbox.put((kind, value))
 
     # Ranks.
 
     def _spawn(self, seat: Assignment) -> None:
-        member = seat.member
-        log = None
-        if self._config.rank_logs:
-            log = Path(self._config.run_dir) / "logs" / f"seat-{seat.seat}.log"
         env = rank_environment(
             self._config,
             seat,
@@ -374,128 +325,25 @@ class Agent:
             restarts=self._plan.restarts,
             inherited=self._inherited,
         )
-        base = MemberFacts(member=member, seat=seat.seat, node=self._node, stage=Stage.STARTING)
-        try:
-            rank = RankProcess(
-                member,
-                seat.seat,
-                self._config.command,
-                env,
-                cwd=self._config.cwd or None,
-                log=log,
-                on_exit=lambda m: self._inbox.put(("exit", m)),
-                start=self._forks.start if self._forks is not None else execute,
-            )
-        except OSError as error:
-            self._set(base, stage=Stage.DEAD, exit_code=127, error=str(error))
-            return
-        self._ranks[member] = rank
-        self._set(base, pid=rank.pid)
-        self.trace.event("spawn", seat=seat.seat, member=member, pid=rank.pid)
-        self._metrics.add("ftkit_rank_starts_total", rank=seat.seat)
-
-    def _rank_exits(self, member: MemberId, code: int | None) -> None:
-        """A rank was killed, and is freeing its memory, which may take seconds.
-
-        Whoever ends in good order has nobody waiting for that news.
-        """
-        rank = self._ranks.get(member)
-        if rank is not None and rank.exit_code is None and code:
-            rank.begins_to_exit(code)
-            self._rank_ended(member)
-
-    def _rank_gone(self, member: MemberId) -> None:
-        if self._facts[member].stage in (Stage.DEAD, Stage.FINISHED):
-            self.trace.event("freed", seat=self._ranks[member].seat, member=member)
-            self._carry_out()  # its seat may have been waiting for it
-        else:
-            self._rank_ended(member)
-
-    def _rank_ended(self, member: MemberId) -> None:
-        rank, facts = self._ranks[member], self._facts[member]
-        code = rank.exit_code
-        self.trace.event(
-            "exit",
-            seat=rank.seat,
-            member=member,
-            code=code if code is not None and code >= 0 else None,
-            signal=-code if code is not None and code < 0 else None,
-        )
-        if code != 0:
-            self._metrics.add("ftkit_rank_exits_total", rank=rank.seat)
-        left = obituary.read(self._arenas.directory, member)
-        last_words = "" if code == 0 else rank.last_words()
-        if line := self._lines.pop(member, None):
-            line.close()
-        # Its last row and steps outlive it; the rows of the dead are not reported again.
-        self._signals.extend(self._arenas.steps([facts]))
-        rows = self._arenas.rows([facts])
-        self._set(
-            facts,
-            stage=Stage.FINISHED if code == 0 else Stage.DEAD,
-            at_step=Step(rows[0]["row"]["step"]) if rows else facts.at_step,
-            exit_code=code,
-            error=last_words or (str(left) if left else ""),
-            out_of_memory=out_of_memory(
-                code=code if code is not None and code >= 0 else None,
-                killed_by=-code if code is not None and code < 0 else None,
-                ours=member in self._killed,
-                kills=self._memory.kills(self._clock.now()),
-                said=str(left) if left else last_words,
-            ),
-        )
-        self._carry_out()
-
-    def _rank_connected(self, member: MemberId, line: Line) -> None:
-        if member not in self._ranks or self._ranks[member].exit_code is not None:
-            logger.warning("member %s said hello and is not one of ours: refused", member)
-            line.close()
-            return
-        self._lines[member] = line
-        # A script may be started by another program, whose end is the rank's.
-        if line.hello.get("pid") == self._ranks[member].pid:
-            self._lifelines.watch(
-                line.hello.get("lifeline"),
-                lambda code: self._inbox.put(("exits", (member, code))),
-            )
-        if self._plan.version or self._plan.term:
-            self._send_plan(member)
+        self._roster.start(seat, env, self._forks.start if self._forks is not None else execute)
 
     def _rank_said(self, member: MemberId, message: dict[str, Any]) -> None:
-        facts = self._facts.get(member)
-        if facts is None or facts.stage in (Stage.DEAD, Stage.FINISHED):
+        facts = self._roster.of(member)
+        if facts is None:
             return
         try:
             match message.get("type"):
                 case "hello":
-                    self._set(facts, host=str(message["host"]), port=int(message["port"]))
+                    self._roster.listens(facts, message)
                 case "standing":
-                    step = message["step"]
-                    if message["stage"] == Stage.HALTED:
-                        self._halted_at = self._clock.now()
-                    self._set(
-                        facts,
-                        stage=Stage(message["stage"]),
-                        generation=Generation(int(message["generation"])),
-                        linked=Generation(int(message["linked"])),
-                        step=None if step is None else Step(int(step)),
-                        entry_step=(
-                            facts.entry_step
-                            if facts.entry_step is not None or step is None
-                            else Step(int(step))
-                        ),
-                        voted=bool(message["voted"]),
-                        cut=frozenset(MemberId(int(m)) for m in message["cut"]),
-                        stepping=bool(message["stepping"]),
-                        sharded=bool(message["sharded"]),
-                    )
+                    self._roster.stands(facts, message)
                     self._spawn_missing()
                 case "arena":
                     self._tiers.make_arena(
                         facts.seat,
                         message["layout"],
                         int(message["replicas"]),
-                        lambda answer: self._answer(member, {"type": "arena", **answer}),
+                        lambda answer: self._roster.send(member, {"type": "arena", **answer}),
                     )
                 case "signal":
                     self._signals.append(message["signal"])
@@ -556,20 +404,8 @@ class Agent:
         except (KeyError, TypeError, ValueError) as error:
             logger.error("the coordinator asked for no look: %s", error)
             return
-        # Of a seat whose process was replaced, the newest and those that are asked for.
-        newest = {f.seat: f.member for f in self._facts.values()}
-        patients = [
-            Patient(
-                seat=f.seat,
-                member=f.member,
-                pid=f.pid,
-                alive=f.stage in ALIVE,
-                closely=f.member in wanted,
-            )
-            for f in self._facts.values()
-            if f.member in wanted or newest[f.seat] == f.member
-        ]
-        records = self._arenas.records(self._facts.values(), RECORDS_KEPT)
+        patients = self._roster.patients(wanted)
+        records = self._arenas.records(self._roster.facts.values(), RECORDS_KEPT)
         self._examiner.examine(number, patients, records)
 
     def _take_plan(self, message: dict[str, Any]) -> None:
@@ -586,28 +422,19 @@ class Agent:
         self._tiers.take(self._plan, message)
         if not is_new:
             # Nodes come and go without a new plan; ranks read snapshots from them.
-            for member in list(self._lines) if moved else []:
-                self._send_plan(member)
+            if moved:
+                self._roster.send_all(self._told_plan())
             return
-        for member in list(self._lines):
-            self._send_plan(member)
+        self._roster.send_all(self._told_plan())
         self._carry_out()
 
     def _carry_out(self) -> None:
         """Make this node what the plan says."""
-        for member, reason in self._plan.evicted.items():
-            rank = self._ranks.get(member)
-            if rank is not None and rank.exit_code is None:
-                self.trace.event("kill", seat=rank.seat, member=member, reason=reason)
-                self._killed.add(member)
-                rank.signal(signal.SIGKILL)
+        self._roster.evict(self._plan.evicted)
         self._spawn_missing()
         if self._plan.mode is Mode.ENDED and self._ending_since is None:
             self._ending_since = self._clock.now()
-            for rank in self._ranks.values():
-                # A stopped process would not see the request.
-                rank.signal(signal.SIGTERM)
-                rank.signal(signal.SIGCONT)
+            self._roster.ask_to_end()
         self._tell_coordinator()
 
     def _spawn_missing(self) -> None:
@@ -619,7 +446,7 @@ class Agent:
         missing = [
             s
             for s in self._plan.seats
-            if s.node == self._node and s.boot == self._boot and s.member not in self._facts
+            if s.node == self._node and s.boot == self._boot and s.member not in self._roster.facts
         ]
         if not missing or self._plan.stop or self._draining_since is not None:
             self._missing_since = None
@@ -630,26 +457,11 @@ class Agent:
         importing = self._forks is not None and self._forks.state is State.STARTING
         if importing and waited < PRELOAD_LATEST_S:
             return
-        if self._repairing() and waited < SPAWN_LATEST_S:
+        if self._roster.repairing(self._plan) and waited < SPAWN_LATEST_S:
             return
         for seat in missing:
-            before = [r for r in self._ranks.values() if r.seat == seat.seat]
-            if all(r.gone for r in before):
+            if self._roster.vacant(seat.seat):
                 self._spawn(seat)
-
-    def _repairing(self) -> bool:
-        """Whether members on this node are on their way into the world of the plan."""
-        world = self._plan.world
-        if world is None or self._plan.mode is Mode.FORMING:
-            return False
-        here = [
-            f
-            for f in self._facts.values()
-            if f.member in world.member_ids and f.stage in (Stage.ACTIVE, Stage.HALTED)
-        ]
-        if self._plan.mode is Mode.HALTING:
-            return bool(here)
-        return any(f.generation < world.generation for f in here)
 
     def _end_if_due(self) -> None:
         """Once the job has ended: wait for the ranks, then do not."""
@@ -659,9 +471,7 @@ class Agent:
             self._tell_coordinator()
             self._stopped = True
         elif self._clock.now() - self._ending_since > self._config.times.grace_s:
-            for member, rank in self._ranks.items():
-                self._killed.add(member)
-                rank.signal(signal.SIGKILL)
+            self._roster.kill()
 
     def _begin_drain(self) -> None:
         if self._plan.mode is Mode.ENDED or self._draining_since is not None:
@@ -677,7 +487,7 @@ class Agent:
         since = self._draining_since
         if since is None:
             return
-        if self._left_at is None and all(r.exit_code is not None for r in self._ranks.values()):
+        if self._left_at is None and self._roster.all_ended:
             self._left_at = now
             self.trace.event("drained", seconds=now - since)
         left = self._left_at is not None and now - self._left_at > LINGER_S
@@ -685,7 +495,7 @@ class Agent:
 
     def _through(self) -> bool:
         """Whether, the job being over, nothing is left to wait for: no rank, no last checkpoint."""
-        if not all(r.gone for r in self._ranks.values()):
+        if not self._roster.all_gone:
             return False
         stop, since = self._plan.stop, self._ending_since
         if stop is None or since is None:
@@ -704,22 +514,19 @@ class Agent:
             changed=lambda: self._inbox.put(("forks", None)),
         )
 
-    def _set(self, facts: MemberFacts, **changes: Any) -> None:
-        changed = MemberFacts(**{**{n: getattr(facts, n) for n in facts.__slots__}, **changes})
-        self._facts[facts.member] = changed
-        self._tell_coordinator()
-
     def _tell_coordinator(self) -> None:
         if self._coordinator is None:
             return
-        alive = [f for f in self._facts.values() if f.stage in ALIVE]
+        facts, alive = self._roster.facts.values(), self._roster.alive
         finished = list(self._arenas.steps(alive))
         self._signals.extend(finished)
         self._signals.extend(self._arenas.comm(alive, now=self._clock.now()))
         now = self._clock.now()
         still_s = self._still_s(now)
-        stands = (still_s is not None and still_s >= STILL_S) or now - self._halted_at < HALTED_S
-        rows = self._arenas.rows(self._facts.values(), tails=stands)
+        stands = (
+            still_s is not None and still_s >= STILL_S
+        ) or now - self._roster.halted_at < HALTED_S
+        rows = self._arenas.rows(facts, tails=stands)
         tiers = self._tiers.facts()
         self._metrics.take_steps(finished)
         self._metrics.take_rows(rows)
@@ -733,8 +540,7 @@ class Agent:
                 "boot": self._boot,
                 "name": self._name,
                 "members": [
-                    f.to_json() | {"at_step": steps.get(f.member, f.at_step)}
-                    for f in self._facts.values()
+                    f.to_json() | {"at_step": steps.get(f.member, f.at_step)} for f in facts
                 ],
                 **tiers,
                 "rows": rows,
@@ -745,7 +551,7 @@ class Agent:
                 "clock": self._told_clock(),
                 # Of interest before ranks start, and to nobody afterwards.
                 "preflight": self._preflight.result
-                if self._preflight is not None and not self._ranks
+                if self._preflight is not None and not self._roster.started
                 else None,
                 "late_s": round(self._pace.reported(now), 3),
                 "at": self._clock.now(),
@@ -770,17 +576,8 @@ class Agent:
         stamps, self._stamps = self._stamps, None
         return None if stamps is None else [*stamps, self._wall()]
 
-    def _send_plan(self, member: MemberId) -> None:
-        self._send(
-            self._lines[member],
-            {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores},
-        )
-
-    def _answer(self, member: MemberId, message: dict[str, object]) -> None:
-        """(any thread) Send to a rank, if it is still there."""
-        line = self._lines.get(member)
-        if line is not None:
-            self._send(line, message)
+    def _told_plan(self) -> dict[str, object]:
+        return {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores}
 
     def _send(self, line: Line, message: dict[str, object]) -> None:
         try:

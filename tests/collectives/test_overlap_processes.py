@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ftkit.core.errors import GenerationAborted
+from ftkit.core.errors import GenerationAborted, UsageError
 
 from .crew import Crew
 from .scratch import scratch_path
@@ -57,8 +57,33 @@ def styles_like_dtensors_own(rank, size, talk, path):
             ]  # fmt: skip
         for theirs, ours in zip(*got, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    over_gloo(rank, size, x)
     dist.destroy_process_group()
     return "fine"
+
+
+def over_gloo(rank, size, x):
+    """A receive of gloo's must be waited for once: a second wait is for another message."""
+    from ftkit.collectives.overlap import context_parallel_attention, linear_reduce_scatter
+    from ftkit.collectives.overlap.traffic import TrafficGovernor
+
+    gloo = dist.new_group(backend="gloo")
+    whole, rows = block()[0], x[0]
+    inner = rows.shape[1] // size
+    ours = slice(rank * inner, (rank + 1) * inner)
+    got = linear_reduce_scatter(
+        rows[:, ours], whole.weight[:, ours], whole.bias, group=gloo, chunks=2
+    )
+    torch.testing.assert_close(got, whole(rows).chunk(size)[rank])
+    q = x.view(1, 2, 6, 12)
+    part = q.chunk(size, 2)[rank].contiguous().requires_grad_()
+    out = context_parallel_attention(part, part, part, group=gloo)
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, q, q).chunk(size, 2)[rank]
+    torch.testing.assert_close(out, wanted)
+    out.sum().backward()
+    assert part.grad.isfinite().all()
+    with pytest.raises(UsageError, match="gloo does not tell"):
+        TrafficGovernor(gloo)
 
 
 def test_the_styles_do_what_dtensors_own_do():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ftkit.core.governor import Governor, Grant, Pause, TrafficLimits
+from ftkit.core.governor import LOST_S, Governor, Grant, Pause, TrafficLimits
 from ftkit.core.idle_windows import IdleWindows, merged
 
 #: A step: ten buckets of 10 ms, 2 ms apart, and then 100 ms without any.
@@ -161,6 +161,13 @@ def test_what_has_not_arrived_holds_back_the_next() -> None:
     assert "acknowledged" in refused.reason
     governor.arrived(1 << 20, 0.01)
     assert isinstance(governor.decide(0.0, 1), Grant)
+
+
+def test_a_piece_that_was_given_up_does_not_hold_back_others_for_ever() -> None:
+    governor = Governor(TrafficLimits(unacknowledged_max=1), IdleWindows(), 0.0)
+    assert isinstance(governor.decide(0.0, 1), Grant)
+    assert isinstance(governor.decide(LOST_S, 1), Pause)
+    assert isinstance(governor.decide(LOST_S + 0.1, 1), Grant)
 
 
 def test_the_rate_is_that_of_arrivals() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch.checker import Answer
-from tests.drills.jobs import STEPS, TRAINING, Run, alive, fault, judge, run
+from tests.drills.jobs import HERE, STEPS, TRAINING, Run, alive, fault, judge, run
 
 pytestmark = pytest.mark.multiproc
 
@@ -34,9 +34,15 @@ def test_a_rank_is_killed_and_then_rank_0(
     done = run(tmp_path / "run", TRAINING, [str(STEPS)], nproc=3, faults=faults)
     assert len(done.of("drill")) == 2
     assert_pass(done, reference)
-    ends = {e["member"]: e["mono"] for e in done.of("exit") if e["signal"] == 9}
-    freed = {e["member"]: e["mono"] for e in done.of("freed")}
-    assert ends.keys() == freed.keys(), "both were known to exit before they were gone"
+
+
+def test_a_rank_is_known_to_be_dead_before_its_memory_is_free(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", HERE / "heavy.py", nproc=1)
+    assert done.stop.code == 0, f"{done.stop}\n{done.log}"
+    (known,) = [e["mono"] for e in done.of("exit") if e["signal"] == 9]
+    (freed,) = [e["mono"] for e in done.of("freed")]
+    first, second = [e["mono"] for e in done.of("spawn")]
+    assert first < known < freed < second, "its place is filled when it is gone"
 
 
 def test_a_second_rank_is_killed_while_the_world_is_repaired(

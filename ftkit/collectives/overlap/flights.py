@@ -31,10 +31,11 @@ DRAIN_S = 10.0
 class Flight:
     """One transfer. Keeps its tensor."""
 
-    __slots__ = ("_flights", "_work", "tensor")
+    __slots__ = ("_ended", "_flights", "_work", "tensor")
 
     def __init__(self, flights: "Flights", work: Any, tensor: torch.Tensor) -> None:
         self._flights, self._work, self.tensor = flights, work, tensor
+        self._ended = False
 
     def wait(self) -> torch.Tensor:
         """Block until it has ended; its tensor.
@@ -42,11 +43,23 @@ class Flight:
         Raises:
           GenerationAborted: the operation is over, here and everywhere.
         """
-        try:
-            self._work.wait()
-        except (RuntimeError, OSError) as error:
-            raise self._flights.broken(error) from error
+        if not self._ended:
+            # Once: a receive of gloo's that is waited for again waits for another message.
+            self._ended = True
+            try:
+                self._work.wait()
+            except (RuntimeError, OSError) as error:
+                raise self._flights.broken(error) from error
         return self.tensor
+
+    def drain(self) -> None:
+        """Block until it has ended, however it does, or until `DRAIN_S` are over."""
+        if not self._ended:
+            self._ended = True
+            try:
+                self._work.wait(timedelta(seconds=DRAIN_S))
+            except Exception as error:  # noqa: BLE001 - one of them is raised already
+                logger.debug("drained: %s", error)
 
 
 class Flights:
@@ -129,10 +142,7 @@ class Flights:
     def _drain(self) -> None:
         flights, self._open = self._open, []
         for flight in flights:
-            try:
-                flight._work.wait(timedelta(seconds=DRAIN_S))
-            except Exception as error:  # noqa: BLE001 - one of them is raised already
-                logger.debug("drained: %s", error)
+            flight.drain()
 
 
 def of(group: Any) -> Any:

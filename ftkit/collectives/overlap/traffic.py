@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ftkit.collectives.overlap.flights import of
+from ftkit.core.errors import UsageError
 from ftkit.core.governor import Forecast, Governor, Grant, TrafficLimits
 from ftkit.core.idle_windows import IdleWindows
 
@@ -45,8 +46,16 @@ class TrafficGovernor:
           limits: the same on all of them; pieces are of `piece_bytes_max` bytes.
           clock: seconds.
           rest: sleeps.
+
+        Raises:
+          UsageError: the group is gloo's.
         """
         self._group, self._limits = of(group), limits or LIMITS
+        if self._group.name() == "gloo":
+            raise UsageError(
+                "gloo does not tell whether a message has come without waiting for it; pass a group "
+                'of the backend "ftkit"'
+            )
         self._clock, self._rest = clock, rest
         self._lock = threading.Lock()
         # ---- under the lock ----
