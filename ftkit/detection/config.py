@@ -96,11 +96,6 @@ class DetectionConfig:
         return max(NAMED_FLOOR_S, 3 * self.heartbeat_interval_s)
 
     @property
-    def node_silent_s(self) -> float:
-        """Seconds of silence after which a node is lost: a sixth of a stall, 1 at least."""
-        return max(1.0, self.max_stall_s / 6)
-
-    @property
     def blind_after_s(self) -> float:
         """Seconds without a usable row after which we no longer speak about a member."""
         return max(8 * self.tick_s, self.max_stall_s / 4)

@@ -7,11 +7,10 @@ or STALL.
 """
 
 import logging
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Step
+from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import Member, World
 from ftkit.detection import desync, rules, wording
@@ -19,7 +18,6 @@ from ftkit.detection.config import DetectionConfig
 from ftkit.detection.desync import Disagreement, disagreements
 from ftkit.detection.observations import (
     Exited,
-    NodeSilent,
     Observation,
     ObserverLate,
     RowSeen,
@@ -27,6 +25,7 @@ from ftkit.detection.observations import (
 )
 from ftkit.detection.row import OpRecord, Phase
 from ftkit.detection.rules import View
+from ftkit.detection.stretch import Stretch
 from ftkit.detection.tempo import Tempo
 from ftkit.detection.track import EXEMPT, Track
 
@@ -64,13 +63,8 @@ class Detector:
         self._members: dict[MemberId, Member] = {}
         self._tracks: dict[MemberId, Track] = {}
         self._exits: dict[MemberId, Exited] = {}
-        self._silent: dict[NodeId, float] = {}
         self._slowest_step_s = 0.0
-        #: (when noted, by how much) this observer was late. The newest 512 reach back further
-        #: than any limit: each is at least a tick apart.
-        self._late: deque[tuple[float, float]] = deque(maxlen=512)
-        self._late_reported_s = 0.0
-        self._last_tick: float | None = None
+        self._stretch = Stretch(config.tick_s)
         self._accused_at = float("-inf")
         self._blind: dict[MemberId, float] = {}
         self._tails: dict[MemberId, tuple[float, Sequence[OpRecord]]] = {}
@@ -102,8 +96,6 @@ class Detector:
                 self._see(observation)
             case Exited():
                 self._exits.setdefault(observation.member, observation)
-            case NodeSilent(node=node, since=since):
-                self._silent[node] = since
             case WorldChanged(world=world, at=at):
                 if self._world is None or world.generation > self._world.generation:
                     self._world, self._world_since = world, at
@@ -113,17 +105,17 @@ class Detector:
                     recent = world.generation - 2
                     self._settled = {k: d for k, d in self._settled.items() if k[0] >= recent}
                     self._parted_at = {k: t for k, t in self._parted_at.items() if k[0] >= recent}
-            case ObserverLate(by_s=by_s):
-                self._late_reported_s = max(self._late_reported_s, by_s)
+            case ObserverLate(by_s=by_s, who=who):
+                self._stretch.note(who, by_s)
             case _:
                 pass  # a signal: for other detectors of the panel
 
     def tick(self, now: float) -> list[Verdict]:
         """Every verdict that holds at `now`, in order of seats. Call about every `tick_s`."""
-        self._note_lateness(now)
+        self._stretch.tick(now)
         if self._world is None:
             return []
-        gone = self._gone(now)
+        gone = self._gone()
         self._watch_blindness(now, gone)
         seen = [
             track
@@ -138,7 +130,7 @@ class Detector:
             gone=bool(gone),
             seen=seen,
             limit_s=self.limit_s,
-            stretch_s=self._stretch,
+            stretch_s=self._stretch.since,
             usual_s=self._tempo.usual_s,
         )
         verdicts = gone | rules.judge(view)
@@ -205,7 +197,7 @@ class Detector:
             waited_for = [one for one in view.seen if one.waits_since is None] or view.seen
             self._still = _Still(
                 moved=moved,
-                lasted_s=min(one.at for one in view.seen) - moved - self._stretch(moved),
+                lasted_s=min(one.at for one in view.seen) - moved - self._stretch.since(moved),
                 phases=frozenset(one.row.phase for one in waited_for),
             )
 
@@ -213,8 +205,6 @@ class Detector:
         member = self._members.get(seen.member)
         if member is None:
             return
-        if seen.at > self._silent.get(member.node, float("inf")):
-            del self._silent[member.node]
         assert self._world is not None
         if seen.ops:
             self._tails[seen.member] = (seen.at, seen.ops)
@@ -242,23 +232,8 @@ class Detector:
         # A step in which somebody was accused, or had leave to stand still, is not a slow step:
         # it would excuse the next hang.
         if self._accused_at < began and allowance < began:
-            step_s -= self._stretch(began)
+            step_s -= self._stretch.since(began)
             self._slowest_step_s = max(self._slowest_step_s, step_s)
-
-    def _note_lateness(self, now: float) -> None:
-        gap = 0.0 if self._last_tick is None else now - self._last_tick
-        late_s = gap - self._config.tick_s if gap > 2 * self._config.tick_s else 0.0
-        # Both most likely speak of one pause of this host, so the longer one counts.
-        late_s = max(late_s, self._late_reported_s)
-        if late_s > 0:
-            # Moments of lateness close to each other count as one, so that 512 of them last.
-            if self._late and now - self._late[-1][0] < self._config.tick_s:
-                late_s += self._late.pop()[1]
-            self._late.append((now, late_s))
-        self._last_tick, self._late_reported_s = now, 0.0
-
-    def _stretch(self, since: float) -> float:
-        return sum(by_s for noted_at, by_s in self._late if noted_at > since)
 
     def _watch_blindness(self, now: float, gone: Mapping[MemberId, Verdict]) -> None:
         assert self._world is not None
@@ -279,17 +254,10 @@ class Detector:
                 logger.info("no longer blind: every member of the world is seen")
         self._blind = blind
 
-    def _gone(self, now: float) -> dict[MemberId, Verdict]:
-        """EXITED and NODE_LOST."""
+    def _gone(self) -> dict[MemberId, Verdict]:
+        """EXITED and OOM."""
         assert self._world is not None
         gone: dict[MemberId, Verdict] = {}
-        lost = {
-            node: since
-            for node, since in self._silent.items()
-            if now - since > self._config.node_silent_s + self._stretch(since)
-        }
-        if all(m.node in lost for m in self._world.members):
-            lost = {}  # we hear nobody: that is our own deafness, and shows as `blind`
         for m in self._world.members:
             exited = self._exits.get(m.member)
             if exited is not None and self._is_fault(exited):
@@ -304,19 +272,6 @@ class Detector:
                         "signal": exited.signal,
                         "out_of_memory": exited.out_of_memory,
                     }
-                    | self._last_words(m.member),
-                )
-            elif m.node in lost:
-                silent_s = now - lost[m.node]
-                gone[m.member] = Verdict(
-                    fault=Fault.NODE_LOST,
-                    member=m.member,
-                    seat=m.seat,
-                    reason=f"nothing was heard of node {m.node} for {silent_s:.1f} s, over the "
-                    f"{self._config.node_silent_s:.1f} s allowed, and seat {m.seat} (member "
-                    f"{m.member}) is on it",
-                    since_s=lost[m.node],
-                    evidence={"node": m.node, "silent_s": round(silent_s, 3)}
                     | self._last_words(m.member),
                 )
         return gone

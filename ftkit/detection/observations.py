@@ -83,14 +83,6 @@ class Exited:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NodeSilent:
-    """Nothing was heard of a node's agent since `since`. A row from it takes this back."""
-
-    node: NodeId
-    since: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class WorldChanged:
     """A generation begins."""
 
@@ -103,6 +95,8 @@ class ObserverLate:
     """Whoever looks at rows or feeds the detector was held up by `by_s` since the last tick."""
 
     by_s: float
+    who: NodeId | None = None
+    """The node whose agent was; None: the one who judges."""
 
 
-Observation = RowSeen | Exited | NodeSilent | WorldChanged | ObserverLate | Signal
+Observation = RowSeen | Exited | WorldChanged | ObserverLate | Signal

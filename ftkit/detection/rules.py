@@ -4,7 +4,6 @@ The rules, for the world of the current generation:
 
 ====================  ======================================================================
 EXITED                its process ended by a signal, a code other than 0, or unknown how
-NODE_LOST             its agent is silent for longer than `node_silent_s`
 STOPPED, HANG_BUSY,   another member waits for it, in a collective or vote that it has not
 HANG_BLOCKED          entered, and it makes no progress, both for longer than the limit. Who
                       waits himself for somebody behind him is a victim and not named

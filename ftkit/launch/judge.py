@@ -177,10 +177,11 @@ class Judge:
           sent: when it reported, on its clock, which is that of the rows.
           at: when that arrived here, on ours.
         """
-        # Rows carry the agent's clock; on one host the difference is the message's way here.
-        offset_ns = int((at - sent) * 1e9) if node else 0
+        # Rows carry the agent's clock; on one host the difference is the message's way here. No
+        # node is taken to share this host: where an engine places the coordinator is its affair.
+        offset_ns = int((at - sent) * 1e9)
         if late_s > LATE_S:
-            self._ingest(ObserverLate(by_s=late_s))
+            self._ingest(ObserverLate(by_s=late_s, who=node))
         for value in measured:
             try:
                 self._ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
