@@ -85,7 +85,7 @@ class NodeResult:
                 for c in value["checks"]
             )
             return cls(node=str(value["node"]), at=float(value["at"]), checks=checks)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not the result of a node's checks: {value!r}") from error
 
 

@@ -10,6 +10,7 @@ from typing import ClassVar, Final, get_args
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.detection.declared import checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,10 @@ class Found:
     confidence: float = 1.0
     peer: Seat | None = None
     """The other one, where only one of two can be meant."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.confidence <= 1:
+            raise ValueError(f"confidence is {self.confidence}, must be above 0 and at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,6 +312,9 @@ Signal = (
     | NodeGap
 )
 
+#: What may be infinite or NaN, for that is a finding.
+_UNBOUNDED: Final = frozenset({"loss", "grad_norm"})
+
 _KINDS: Final[Mapping[str, type[Signal]]] = {kind.KIND: kind for kind in get_args(Signal)}
 
 
@@ -325,11 +333,13 @@ def from_json(value: object, *, offset_s: float = 0.0) -> Signal:
     Raises:
       ProtocolError: it is no signal, or of a kind that this version does not know.
     """
-    if not isinstance(value, Mapping) or value.get("kind") not in _KINDS:
+    kind_name = value.get("kind") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(kind_name, str) or kind_name not in _KINDS:
         raise ProtocolError(f"not a signal: {value!r}")
     fields = {name: item for name, item in value.items() if name != "kind"}
     try:
-        signal = _KINDS[value["kind"]](**fields)
-        return replace(signal, at=float(signal.at) + offset_s)
-    except (AttributeError, TypeError, ValueError) as error:
+        kind = _KINDS[kind_name]
+        signal = kind(**checked(kind, fields, unbounded=_UNBOUNDED))  # type: ignore[arg-type]
+        return replace(signal, at=signal.at + offset_s)
+    except (TypeError, ValueError) as error:
         raise ProtocolError(f"not a signal: {value!r}") from error

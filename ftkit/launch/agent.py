@@ -379,7 +379,10 @@ class Agent:
             case "check":
                 self._checker.start()
             case "clock":
-                self._stamps = float(message["sent"]), self._wall()
+                try:
+                    self._stamps = float(message["sent"]), self._wall()
+                except (KeyError, TypeError, ValueError, OverflowError) as error:
+                    logger.error("the coordinator asked for no clock: %s", error)
             case _:
                 self._take_plan(message)
 

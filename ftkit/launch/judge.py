@@ -95,7 +95,7 @@ def rows_from_json(value: Iterable[Mapping[str, Any]]) -> list[SeatRow]:
                     awaited=Awaited.from_json(item["awaited"]) if item.get("awaited") else None,
                 )
             )
-        except (ProtocolError, KeyError):
+        except (ProtocolError, KeyError, TypeError, ValueError, OverflowError):
             continue
     return rows
 

@@ -1,21 +1,25 @@
 """The judge: what agents report, put before the detectors on one clock."""
 
-from pathlib import Path
+import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
-from ftkit.detection.observations import Observation, RowSeen
+from ftkit.core.errors import ProtocolError
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.world import Member, World
+from ftkit.detection import signals
+from ftkit.detection.observations import Observation, RowSeen, WorldChanged
 from ftkit.detection.row import Phase, Row
 from ftkit.launch.config import JobConfig
 from ftkit.launch.judge import Judge, SeatRow
 from ftkit.recovery.facts import MemberFacts, Stage
+from ftkit.recovery.plan import first_plan
 
 
-def judge(folder: Path, seen: list[Observation]) -> Judge:
-    made = Judge(JobConfig(job="j", command=("python", "x.py"), run_dir=str(folder)))
-    made._panel.ingest = seen.append  # type: ignore[method-assign]
-    return made
+def judge() -> Judge:
+    return Judge(JobConfig(job="j", command=("python", "x.py")))
 
 
 def member(number: int, **fields: object) -> MemberFacts:
@@ -24,7 +28,7 @@ def member(number: int, **fields: object) -> MemberFacts:
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_rows_are_put_on_our_clock_wherever_the_node_is(tmp_path, node) -> None:
+def test_rows_are_put_on_our_clock_wherever_the_node_is(monkeypatch, node) -> None:
     # An agent on another machine, which has been up for 1000 s longer than ours.
     seen: list[Observation] = []
     row = Row(
@@ -44,6 +48,106 @@ def test_rows_are_put_on_our_clock_wherever_the_node_is(tmp_path, node) -> None:
         warm=True,
     )
     told = SeatRow(seat=Seat(0), row=row, facts=None)
-    judge(tmp_path, seen).take_report(NodeId(node), [told], [member(7)], sent=1100.0, at=100.0)
+    judging = judge()
+    monkeypatch.setattr(judging._panel, "ingest", seen.append)
+    judging.take_report(NodeId(node), [told], [member(7)], sent=1100.0, at=100.0)
     rows = [one.row for one in seen if isinstance(one, RowSeen)]
     assert [r.t_progress_ns for r in rows] == [99_000_000_000]
+
+
+WORLD = World.of(
+    Generation(1),
+    [
+        Member(member=MemberId(7 + i), seat=Seat(i), node=NodeId(i), host="127.0.0.1", port=1)
+        for i in range(2)
+    ],
+)
+
+#: One of each kind, so that a field can be spoilt while all others are right.
+SAMPLES = [
+    {"kind": "step", "member": 7, "seat": 0, "generation": 1, "step": 3, "at": 100.0,
+     "seconds": {"forward": 0.1}, "waited_s": 0.1, "cpu_s": 0.1, "slots": 1, "loss": 1.0},
+    {"kind": "found", "fault": "sdc", "member": 7, "seat": 0, "step": 3, "at": 100.0,
+     "reason": "other bits", "evidence": {"tensors": []}, "confidence": 0.9, "peer": 1},
+    {"kind": "node-scored", "node": 0, "name": "a", "at": 100.0, "faults": 9, "recent": 9.0,
+     "rate_per_day": 1.0, "fleet_per_day": 0.1, "factor": 3.0, "certainty": 0.99,
+     "offender": True},
+    {"kind": "clock", "node": 0, "at": 100.0, "offset_s": 1.0, "error_s": 0.01},
+    {"kind": "node-gap", "node": 0, "at": 100.0, "gap_s": 3.0},
+    {"kind": "node-checked", "node": 0, "at": 100.0, "result": {}, "error": ""},
+    {"kind": "node", "node": 0, "at": 100.0, "available_bytes": 1, "pressure": {"cpu": 0.1},
+     "disks": {"/": [1, 2]}},
+    {"kind": "io", "node": 0, "at": 100.0, "path": "/", "op": "write", "count": 1,
+     "seconds": 1.0, "nbytes": 1},
+    {"kind": "comm", "seat": 0, "generation": 1, "group": 0, "at": 100.0, "seqs": [1, 2],
+     "spent_s": [0.1, 0.1], "worked_s": [0.1, 0.1]},
+    {"kind": "paths", "member": 7, "seat": 0, "generation": 1, "step": 3, "at": 100.0,
+     "rates": {"1": 1e9}},
+    {"kind": "pair", "order": 1, "sender": 0, "receiver": 1, "at": 100.0, "nbytes": 1,
+     "seconds": [0.1]},
+    {"kind": "reach", "order": 1, "node": 0, "via": 1, "at": 100.0, "reached": True},
+]  # fmt: skip
+
+_SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([0, -1, 10**400, 1e308, 7])
+)
+_JSON = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@st.composite
+def spoilt(draw: st.DrawFn) -> object:
+    """Any JSON, or a signal of which some fields are something else."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(_JSON)
+    sample = dict(draw(st.sampled_from(SAMPLES)))
+    for name in draw(st.lists(st.sampled_from(sorted(sample)), min_size=1, max_size=3)):
+        sample[name] = draw(_JSON)
+    return sample
+
+
+def test_the_samples_are_signals_of_every_kind() -> None:
+    assert {signals.from_json(s).KIND for s in SAMPLES} == set(signals._KINDS)
+
+
+@given(st.lists(spoilt(), min_size=1, max_size=4))
+def test_whatever_a_rank_sends_does_not_end_the_judge(values) -> None:
+    judging, plan = judge(), first_plan(2, 1, term=Term(1))
+    judging.take(WorldChanged(world=WORLD, at=99.0))
+    judging.take_report(NodeId(0), [], [], measured=values, sent=100.0, at=100.0)
+    for now in (100.5, 101.0):
+        json.dumps([str(v.reason) for v in judging.verdicts(plan, {}, now).fresh])
+    judging.steps(102.0, rest=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"member": [1]},
+        {"seconds": [0.1]},
+        {"seconds": {"forward": "0.1"}},
+        {"seconds": {"forward": float("nan")}},
+        {"generation": "1"},
+        {"at": None},
+        {"step": True},
+        {"more": 1},
+    ],
+)
+def test_a_step_with_a_wrong_field_is_no_signal(wrong) -> None:
+    with pytest.raises(ProtocolError):
+        signals.from_json(SAMPLES[0] | wrong)
+
+
+def test_a_loss_may_be_no_number() -> None:
+    seen = signals.from_json(SAMPLES[0] | {"loss": float("nan")})
+    assert isinstance(seen, signals.StepSeen)
+    assert seen.loss is not None
+    assert seen.loss != seen.loss
