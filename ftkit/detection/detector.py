@@ -271,6 +271,7 @@ class Detector:
                         "code": exited.code,
                         "signal": exited.signal,
                         "out_of_memory": exited.out_of_memory,
+                        "ours": exited.ours,
                     }
                     | self._last_words(m.member),
                 )

@@ -80,6 +80,8 @@ class Exited:
     at: float
     out_of_memory: str = ""
     """Why it is taken to have run out of memory; empty when nothing says so."""
+    ours: bool = False
+    """Whether ftkit killed it: what came of another finding, and no fault of its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

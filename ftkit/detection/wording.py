@@ -100,6 +100,8 @@ def exit_reason(exited: Exited) -> str:
     """How a member ended."""
     if exited.out_of_memory:
         how = f"ran out of memory: {exited.out_of_memory}"
+    elif exited.ours:
+        how = "was killed by ftkit itself, for a reason given before"
     elif exited.signal is not None:
         how = f"was killed by signal {exited.signal}{signal_meaning(exited.signal)}"
     elif exited.code is not None:

@@ -398,7 +398,10 @@ class Coordinator:
 
     def _facts(self, now: float) -> JobFacts:
         assert self._plan is not None, "facts are judged against a plan"
-        verdicts = self._judge.verdicts(self._plan, self._members, now)
+        lost, unheard = self._lost_nodes(now), self._unheard(now)
+        verdicts = self._judge.verdicts(
+            self._plan, self._members, now, lost={n: unheard[n] for n in lost}
+        )
         self._tell_blind()
         for verdict in verdicts.fresh:
             self.trace.event(
@@ -434,7 +437,6 @@ class Coordinator:
             )
         self._ask_for_tests()
         self._ask_for_checks()
-        lost = self._lost_nodes(now)
         copies = _copies(r for n, r in self._reports.items() if n not in lost)
         newest = Inventory(copies=copies).newest_complete()
         draining = frozenset(n for n, r in self._reports.items() if r.get("draining"))

@@ -39,6 +39,9 @@ OF_NODES = frozenset(
     }
 )
 
+#: What is found on one node within this time is one event: eight ranks die of one cause.
+TOGETHER_S = 10.0
+
 #: How long the end of a job waits for its last record.
 CLOSE_S = 5.0
 
@@ -68,6 +71,8 @@ class JobHistory:
         self._tell = tell
         self._names: Mapping[NodeId, str] = {}
         self._failed = False
+        self._last_fault: dict[NodeId, float] = {}
+        """When what was counted last on each node began."""
         self._lock = threading.Lock()
         # ---- under the lock ----
         self._fleet: Offenders | None = None
@@ -87,14 +92,21 @@ class JobHistory:
     def verdict(self, verdict: Verdict, node: NodeId | None) -> list[NodeScored]:
         """Something was found of a member on `node`.
 
-        Returns what that makes of the node; nothing where it is no fault of a node, or while the
-        history is being read: `scored` is told then.
+        Returns what that makes of the node; nothing where it is no fault of a node, is part of
+        one that was counted, or while the history is being read: `scored` is told then.
         """
         died = verdict.fault is Fault.EXITED and verdict.evidence.get("signal") is not None
         name = None if node is None else self._names.get(node)
         shared = verdict.fault is Fault.SLOW_IO and verdict.evidence.get("others")
         if name is None or shared or not (died or verdict.fault in OF_NODES):
             return []  # storage that is slow for all says nothing of one
+        if verdict.evidence.get("ours"):
+            return []  # what it was killed for was counted, if it was a fault of the node
+        assert node is not None, "it has a name"
+        before = self._last_fault.get(node)
+        if before is not None and abs(verdict.since_s - before) <= TOGETHER_S:
+            return []
+        self._last_fault[node] = verdict.since_s
         found = []
         with self._lock:
             if self._fleet is not None:

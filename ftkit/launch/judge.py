@@ -217,6 +217,7 @@ class Judge:
                         signal=-code if code is not None and code < 0 else None,
                         at=at,
                         out_of_memory=member.out_of_memory,
+                        ours=member.ours,
                     )
                 )
 
@@ -236,8 +237,22 @@ class Judge:
             self.reach.take(observation)
         self.checks.ingest(observation)
 
-    def verdicts(self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float) -> Findings:
-        """What is wrong now, and who has to go for it."""
+    def verdicts(
+        self,
+        plan: Plan,
+        members: Mapping[MemberId, MemberFacts],
+        now: float,
+        *,
+        lost: Mapping[NodeId, float] | None = None,
+    ) -> Findings:
+        """What is wrong now, and who has to go for it.
+
+        Args:
+          plan: the newest.
+          members: all that are known.
+          now: the time.
+          lost: nodes that are taken for lost, and for how many seconds nothing has come of them.
+        """
         findings = Findings()
         if plan.mode is Mode.ENDED:
             findings.over = self._levels.close()
@@ -245,11 +260,15 @@ class Judge:
         if plan.world is None:
             self._watch_plain(plan, now)
         said = self.checks.tick(now, self.inquiry.tick(now, self._panel.tick(now)))
-        said += self._lost(plan.world or self._plain_world, {v.member for v in said})
+        said += self._lost(
+            plan.world or self._plain_world, {v.member for v in said}, lost or {}, now
+        )
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:
             # Of a script without a session none can be replaced: it is named, and that is all.
-            if verdict.evicts and self._plain_world is None:
+            # What follows from a lost node, the protocol says.
+            goes = verdict.evicts and verdict.fault is not Fault.NODE_LOST
+            if goes and self._plain_world is None:
                 findings.evictions[verdict.member] = verdict.reason
         if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
             # A member that cannot even say where it stands keeps everybody waiting.
@@ -269,25 +288,40 @@ class Judge:
             }
         return findings
 
-    def _lost(self, world: World | None, named: set[MemberId]) -> list[Verdict]:
-        """NODE_LOST, suspected: the agent hung up. What follows from it, the protocol says."""
-        if world is None or all(m.node in self._gone_nodes for m in world.members):
+    def _lost(
+        self,
+        world: World | None,
+        named: set[MemberId],
+        lost: Mapping[NodeId, float],
+        now: float,
+    ) -> list[Verdict]:
+        """NODE_LOST: suspected once the agent hung up, certain once it is taken for lost."""
+        away = self._gone_nodes.keys() | lost.keys()
+        if world is None or all(m.node in away for m in world.members):
             return []  # we hear nobody: that is our own deafness
-        return [
-            Verdict(
-                fault=Fault.NODE_LOST,
-                member=m.member,
-                seat=m.seat,
-                reason=f"the connection to the agent of node {m.node} broke, and seat {m.seat} "
-                f"(member {m.member}) is on it",
-                since_s=self._gone_nodes[m.node],
-                evidence={"node": m.node},
-                confidence=SUSPECTED,
-                suspected=True,
+        found = []
+        for m in world.members:
+            if m.node not in away or m.member in named:
+                continue
+            silent_s = lost.get(m.node)
+            what = (
+                f"the connection to the agent of node {m.node} broke"
+                if silent_s is None
+                else f"nothing was heard of node {m.node} for {silent_s:.1f} s"
             )
-            for m in world.members
-            if m.node in self._gone_nodes and m.member not in named
-        ]
+            found.append(
+                Verdict(
+                    fault=Fault.NODE_LOST,
+                    member=m.member,
+                    seat=m.seat,
+                    reason=f"{what}, and seat {m.seat} (member {m.member}) is on it",
+                    since_s=self._gone_nodes[m.node] if silent_s is None else now - silent_s,
+                    evidence={"node": m.node},
+                    confidence=SUSPECTED if silent_s is None else 1.0,
+                    suspected=silent_s is None,
+                )
+            )
+        return found
 
     def _watch_plain(self, plan: Plan, now: float) -> None:
         """Give the detectors a world of those that run a script without a session, all at once."""

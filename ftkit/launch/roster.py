@@ -192,6 +192,7 @@ class Roster:
             at_step=Step(rows[0]["row"]["step"]) if rows else facts.at_step,
             exit_code=code,
             error=last_words or (str(left) if left else ""),
+            ours=member in self._killed,
             out_of_memory=out_of_memory(
                 code=exit_code,
                 killed_by=killed_by,

@@ -78,6 +78,8 @@ class MemberFacts:
     """DEAD: the last lines it wrote, when they are known."""
     out_of_memory: str = ""
     """DEAD: why it is taken to have run out of memory; empty when nothing says so."""
+    ours: bool = False
+    """DEAD: ftkit killed it itself, for a reason given before: no fault of its node."""
 
     def to_json(self) -> dict[str, object]:
         return {name: getattr(self, name) for name in self.__slots__} | {"cut": sorted(self.cut)}
@@ -107,6 +109,7 @@ class MemberFacts:
                 exit_code=None if code is None else int(code),
                 error=str(value["error"]),
                 out_of_memory=str(value["out_of_memory"]),
+                ours=bool(value["ours"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a member's facts: {value!r}") from error

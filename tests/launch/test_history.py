@@ -110,13 +110,13 @@ def test_a_job_without_an_end_has_failed_and_one_with_two_starts_is_one() -> Non
     assert (second.started, second.failed, second.trained) == (9.0, False, True)
 
 
-def verdict(fault: Fault, seat: int = 0, **evidence: object) -> Verdict:
+def verdict(fault: Fault, seat: int = 0, since_s: float = 0.0, **evidence: object) -> Verdict:
     return Verdict(
         fault=fault,
         member=MemberId(seat),
         seat=Seat(seat),
         reason="",
-        since_s=0.0,
+        since_s=since_s,
         evidence=evidence,
     )
 
@@ -136,7 +136,9 @@ def test_a_job_leaves_its_faults_of_nodes_and_its_end(tmp_path: Path) -> None:
     assert [(s.name, s.faults) for s in scored] == [("alpha", 0), ("beta", 0)]
     # Judged at once: where its rank starts anew may depend on it.
     (first,) = history.verdict(verdict(Fault.SDC), NodeId(1))
-    (second,) = history.verdict(verdict(Fault.EXITED, signal=11, code=None), NodeId(1))
+    (second,) = history.verdict(
+        verdict(Fault.EXITED, since_s=60.0, signal=11, code=None), NodeId(1)
+    )
     assert [(s.name, s.faults) for s in (first, second)] == [("beta", 1), ("beta", 2)]
     assert not history.verdict(verdict(Fault.EXITED, signal=None, code=1), NodeId(0))
     assert not history.verdict(verdict(Fault.NUMERIC), NodeId(0))
@@ -152,6 +154,23 @@ def test_a_job_leaves_its_faults_of_nodes_and_its_end(tmp_path: Path) -> None:
     ]
     assert told == ["history"]
     assert fleet(records, OffenderConfig()).nodes == {"alpha": 0, "beta": 2}
+
+
+def test_one_event_of_a_node_is_one_fault_and_what_ftkit_kills_is_none(tmp_path: Path) -> None:
+    history, scored, _ = job_history(tmp_path / "history.jsonl")
+    history.begin({NodeId(0): "alpha", NodeId(1): "beta"})
+    until(lambda: len(scored) == 2)
+    # A hang, for which ftkit kills the rank and starts all others anew.
+    assert history.verdict(verdict(Fault.HANG_BLOCKED, 0, 100.0), NodeId(0))
+    for seat, node in ((0, 0), (1, 0), (2, 1)):
+        killed = verdict(Fault.EXITED, seat, 140.0, signal=9, code=None, ours=True)
+        assert history.verdict(killed, NodeId(node)) == []
+    # A node that goes with all of its eight ranks.
+    for seat in range(8, 16):
+        history.verdict(verdict(Fault.NODE_LOST, seat, 200.0 + seat / 100), NodeId(1))
+    history.end(code=0, trained=True)
+    known = fleet(History(str(tmp_path / "history.jsonl"), "").read(), OffenderConfig())
+    assert known.nodes == {"alpha": 1, "beta": 1}
 
 
 def test_a_history_that_cannot_be_written_is_said_once_and_stops_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The judge: what agents report, put before the detectors on one clock."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,14 +9,15 @@ from hypothesis import strategies as st
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.verdict import Fault
 from ftkit.core.world import Member, World
 from ftkit.detection import signals
-from ftkit.detection.observations import Observation, RowSeen, WorldChanged
+from ftkit.detection.observations import Observation, RowSeen
 from ftkit.detection.row import Phase, Row
 from ftkit.launch.config import JobConfig
 from ftkit.launch.judge import Judge, SeatRow
 from ftkit.recovery.facts import MemberFacts, Stage
-from ftkit.recovery.plan import first_plan
+from ftkit.recovery.plan import Plan, first_plan
 
 
 def judge() -> Judge:
@@ -62,6 +64,45 @@ WORLD = World.of(
         for i in range(2)
     ],
 )
+
+
+def plan() -> Plan:
+    seats = [replace(s, member=MemberId(7 + s.seat)) for s in first_plan(2, 1, term=Term(1)).seats]
+    return replace(first_plan(2, 1, term=Term(1)), world=WORLD, seats=tuple(seats))
+
+
+def test_a_node_that_falls_silent_is_named_once_it_is_lost() -> None:
+    judging = judge()
+    judging.take_plan(plan(), at=100.0)
+    assert judging.verdicts(plan(), {}, 100.1).fresh == []
+    found = judging.verdicts(plan(), {}, 161.0, lost={NodeId(1): 60.5})
+    assert [(v.fault, v.seat, v.suspected) for v in found.fresh] == [(Fault.NODE_LOST, 1, False)]
+    assert "60.5 s" in found.fresh[0].reason
+    assert found.evictions == {}, "what follows, the protocol says"
+    deaf = judge()
+    deaf.take_plan(plan(), at=100.0)
+    assert deaf.verdicts(plan(), {}, 161.0, lost={NodeId(0): 60.0, NodeId(1): 60.0}).fresh == []
+
+
+def test_a_node_that_hangs_up_is_suspected_then_lost() -> None:
+    judging = judge()
+    judging.take_plan(plan(), at=100.0)
+    judging.node_gone(NodeId(1), 101.0)
+    (first,) = judging.verdicts(plan(), {}, 101.1).fresh
+    assert (first.fault, first.suspected) == (Fault.NODE_LOST, True)
+    (second,) = judging.verdicts(plan(), {}, 161.2, lost={NodeId(1): 60.2}).fresh
+    assert (second.fault, second.suspected) == (Fault.NODE_LOST, False)
+
+
+def test_who_killed_a_member_is_told() -> None:
+    judging = judge()
+    judging.take_plan(plan(), at=100.0)
+    dead = member(7, stage=Stage.DEAD, exit_code=-9, ours=True)
+    judging.take_report(NodeId(0), [], [dead], sent=101.0, at=101.0)
+    (found,) = judging.verdicts(plan(), {}, 101.1).fresh
+    assert (found.fault, found.evidence["ours"]) == (Fault.EXITED, True)
+    assert "killed by ftkit" in found.reason
+
 
 #: One of each kind, so that a field can be spoilt while all others are right.
 SAMPLES = [
@@ -120,11 +161,11 @@ def test_the_samples_are_signals_of_every_kind() -> None:
 
 @given(st.lists(spoilt(), min_size=1, max_size=4))
 def test_whatever_a_rank_sends_does_not_end_the_judge(values) -> None:
-    judging, plan = judge(), first_plan(2, 1, term=Term(1))
-    judging.take(WorldChanged(world=WORLD, at=99.0))
+    judging = judge()
+    judging.take_plan(plan(), at=99.0)
     judging.take_report(NodeId(0), [], [], measured=values, sent=100.0, at=100.0)
     for now in (100.5, 101.0):
-        json.dumps([str(v.reason) for v in judging.verdicts(plan, {}, now).fresh])
+        json.dumps([str(v.reason) for v in judging.verdicts(plan(), {}, now).fresh])
     judging.steps(102.0, rest=True)
 
 
