@@ -39,6 +39,9 @@ from ftkit.detection.track import EXEMPT, Track, behind
 
 Verdicts = dict[MemberId, Verdict]
 
+#: Of those whose bytes one member waits for, and of the paths at fault, so many are told.
+_SENDERS_MAX, _PATHS_MAX = 8, 64
+
 #: How sure one is of a member that is only named: all there is, is that it takes unusually long.
 SUSPECTED = 0.9
 
@@ -208,13 +211,17 @@ def comm_hang(view: View) -> Verdicts:
     limit_s = max(view.limit(one) for one in view.seen)
     reason = wording.comm_reason(view.seen, silent, stalled_s=stalled_s, limit_s=limit_s)
     told: dict[str, object] = {
-        "awaits": {str(seat): list(senders) for seat, senders in waits.items()},
-        "silent_paths": [list(path) for path in silent],
+        "awaits": {str(seat): list(senders[:_SENDERS_MAX]) for seat, senders in waits.items()},
+        "silent_paths": [list(path) for path in silent[:_PATHS_MAX]],
     }
-    verdicts: Verdicts = {}
-    for one in view.seen:
-        verdict = _verdict(view, Fault.HANG_COMM, one, reason, view.seen, since=since)
-        verdicts[one.member] = replace(verdict, evidence={**verdict.evidence, **told})
+    first, *others = view.seen
+    # What is known of all is told of the first alone: told of each, it grows with their square.
+    verdict = _verdict(view, Fault.HANG_COMM, first, reason, view.seen, since=since)
+    verdicts = {first.member: replace(verdict, evidence={**verdict.evidence, **told})}
+    for one in others:
+        verdicts[one.member] = _verdict(
+            view, Fault.HANG_COMM, one, reason, (), since=since, told_of=first
+        )
     return verdicts
 
 
@@ -231,14 +238,16 @@ def stall(view: View) -> Verdicts:
     idle_s = min(one.at for one in still) - since
     limit_s = view.config.stall_factor * view.limit_s
     waiters = [w for w in still if w.waits_since is not None]
+    first = still[0]
     return {
         one.member: _verdict(
             view,
             Fault.STALL,
             one,
             wording.stall_reason(one, idle_s=idle_s, limit_s=limit_s),
-            waiters,
+            waiters if one is first else (),
             since=since,
+            told_of=None if one is first else first,
         )
         for one in still
     }
@@ -291,7 +300,9 @@ def _verdict(
     waiters: Sequence[Track],
     *,
     since: float,
+    told_of: Track | None = None,
 ) -> Verdict:
+    """The verdict with its evidence; who waits stands in that of `told_of`, if there is one."""
     limits: dict[str, object] = {
         "limit_s": round(view.limit(one), 3),
         "stretched_s": round(view.stretch_s(since), 3),
@@ -304,7 +315,11 @@ def _verdict(
         since_s=since,
         evidence=wording.evidence(one)
         | limits
-        | wording.waiting([w for w in waiters if w is not one]),
+        | (
+            wording.waiting([w for w in waiters if w is not one])
+            if told_of is None
+            else {"waiters_at_seat": told_of.seat}
+        ),
     )
 
 

@@ -13,7 +13,7 @@ from ftkit.detection.observations import (
     ObserverLate,
     WorldChanged,
 )
-from ftkit.detection.row import Phase
+from ftkit.detection.row import Awaited, Phase
 from tests.detection.scene import CONFIG, Scene, world
 
 LIMIT = CONFIG.max_stall_s
@@ -173,6 +173,28 @@ def test_everybody_in_the_same_collective_is_communication() -> None:
     verdicts = scene.until(LIMIT + TICKS)
     assert said(verdicts) == [(s, Fault.HANG_COMM) for s in range(3)]
     assert not any(v.evicts for v in verdicts)
+
+
+@pytest.mark.parametrize(("waiting", "size"), [(True, 2000), (False, 400)])
+def test_what_is_told_of_a_job_that_stands_still_grows_with_it_and_not_with_its_square(
+    waiting, size
+) -> None:
+    def told(size: int) -> int:
+        scene = Scene(size)
+        if waiting:
+            scene.wait(*range(size))
+            everyone = tuple(MemberId(100 + i) for i in range(min(size, 40)))
+            scene.awaited = {
+                i: Awaited(group=0, seq=51, at_ns=1, members=everyone) for i in range(size)
+            }
+        verdicts: list[Verdict] = []
+        while not verdicts:
+            assert scene.clock.now() < 1000.0 + 6 * LIMIT
+            verdicts = scene.tick(1.0)
+        assert len(verdicts) == size
+        return sum(len(json.dumps(dict(v.evidence))) for v in verdicts)
+
+    assert told(size) < 12 * told(size // 10)
 
 
 def test_stopped_inside_the_collective_everybody_is_in() -> None:
