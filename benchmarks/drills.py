@@ -22,7 +22,9 @@ from pathlib import Path
 from benchmarks.figures import Figure, Report, finish, parser, say
 from benchmarks.jobs import JobFailed, leave_if_ended, params_of, python_path, scratch
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import Drill, Job, choose, run_drill
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import Drill, choose
+from ftkit.launch.drills import run_drill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,8 @@ from pathlib import Path
 from benchmarks.figures import Figure, Report, finish, parser, percentile, say
 from benchmarks.jobs import ROOT, Event, leave_if_ended, params_of, scratch
 from ftkit.core.fault_plan import Kind, PlannedFault, Point
-from ftkit.launch.drills import BUCKETS, Job
+from ftkit.launch.drill_catalogue import BUCKETS
+from ftkit.launch.drill_job import Job
 from ftkit.launch.report_history import read_history
 from ftkit.launch.report_incidents import read_incidents, targets_of
 

@@ -28,7 +28,8 @@ from ftkit.checkpoint.state import ProtectedState
 from ftkit.collectives.gradients import norm_of
 from ftkit.collectives.state_hash import hash_of
 from ftkit.launch.checker import Answer
-from ftkit.launch.drills import Job, choose
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import choose
 from ftkit.launch.number_drills import BIT_FLIP, LOSS_SPIKE, NAN
 from ftkit.launch.workload.gpt import GPT, PRESETS, next_byte_loss
 from ftkit.session.replicas import BUDGET

@@ -25,7 +25,7 @@ from benchmarks.slow_paths_host import AGENTS, JOB, SECRET
 from benchmarks.wires import Wires
 from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig, new_job_id, new_secret
-from ftkit.launch.drills import WORKLOAD
+from ftkit.launch.drill_catalogue import WORKLOAD
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.job import python_command
 

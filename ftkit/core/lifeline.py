@@ -1,7 +1,7 @@
 """Lifeline: a page of shared memory that says, before anything else does, that a process exits.
 
 A process that is killed is seen to be gone, by its sockets, its pidfd or its parent, only when
-the kernel has freed its memory: about a quarter of a second for each gigabyte of it. But it lets
+the kernel has freed its memory: about 0.1 s for each gigabyte of it. But it lets
 go of the robust mutexes that a thread holds before it frees anything (`set_robust_list(2)`). So
 each process holds some in a page that others map, for as long as it lives, and who waits for one
 of them (`lifeline_watch`) knows of its end within a millisecond.

@@ -235,7 +235,7 @@ def drill() -> None:
 def drill_list(as_json: bool) -> None:
     """The faults there are, and where in a step they can strike."""
     from ftkit.core.fault_plan import Point
-    from ftkit.launch.drills import CATALOGUE, NODE_CATALOGUE
+    from ftkit.launch.drill_catalogue import CATALOGUE, NODE_CATALOGUE
 
     every = CATALOGUE | NODE_CATALOGUE
     if as_json:

@@ -16,7 +16,7 @@ from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch import detector_drills, pace_drills, resource_drills
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.config import new_job_id
-from ftkit.launch.drills import (
+from ftkit.launch.drill_catalogue import (
     CHURN,
     FLAP,
     JOIN,
@@ -26,12 +26,10 @@ from ftkit.launch.drills import (
     SPARE,
     STAGE_LOST,
     TWO_AT_ONCE,
-    Drill,
-    Job,
-    choose,
-    choose_nodes,
-    run_drill,
 )
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import Drill, choose, choose_nodes
+from ftkit.launch.drills import run_drill
 from ftkit.launch.live import summary, watch
 from ftkit.launch.report import write_report
 

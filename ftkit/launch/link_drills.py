@@ -19,15 +19,15 @@ from ftkit.core.trace import Trace
 from ftkit.core.verdict import Fault
 from ftkit.detection.paths import Where
 from ftkit.launch.checker import Outcome, with_more
-from ftkit.launch.drills import (
+from ftkit.launch.drill_catalogue import (
     BLACKHOLE,
     PARTITION,
     PARTITION_MINORITY,
     SLOW_LINK,
     SLOW_NIC,
-    Drill,
-    Job,
 )
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import Drill
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.relay import Relay, Way

@@ -9,7 +9,8 @@ from ftkit.launch.checker import Answer, Outcome
 from ftkit.recovery.plan import Stop
 
 if TYPE_CHECKING:
-    from ftkit.launch.drills import Drill, Job
+    from ftkit.launch.drill_job import Job
+    from ftkit.launch.drill_plan import Drill
 
 RESTART_SMALLER: Final = "restart-smaller"
 

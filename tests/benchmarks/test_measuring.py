@@ -11,7 +11,7 @@ from benchmarks.faults import POINTS, follow, median_step, plan_faults, step_tim
 from benchmarks.series import Series, next_size
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import choose
+from ftkit.launch.drill_plan import choose
 
 Event = dict[str, Any]
 

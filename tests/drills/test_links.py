@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from ftkit.launch.checker import Answer
-from ftkit.launch.drills import JOIN, PARTITION, Job, choose, run_drill
+from ftkit.launch.drill_catalogue import JOIN, PARTITION
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import choose
+from ftkit.launch.drills import run_drill
 from tests.drills.jobs import HERE, STEPS, TRAINING, Run
 
 pytestmark = pytest.mark.multiproc

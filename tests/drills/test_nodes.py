@@ -7,7 +7,10 @@ import pytest
 
 from ftkit.core.trace import read_run
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import CORRUPT_SHARD, LOSE_NODE, LOSE_NODES, Job, choose_nodes, run_drill
+from ftkit.launch.drill_catalogue import CORRUPT_SHARD, LOSE_NODE, LOSE_NODES
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import choose_nodes
+from ftkit.launch.drills import run_drill
 from tests.drills.jobs import HERE, TRAINING, Run, run
 
 pytestmark = pytest.mark.multiproc

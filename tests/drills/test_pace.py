@@ -6,7 +6,9 @@ import pytest
 
 from ftkit.core.pace_plan import PaceFault
 from ftkit.launch.checker import Answer
-from ftkit.launch.drills import Job, choose, run_drill
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import choose
+from ftkit.launch.drills import run_drill
 from tests.drills.jobs import HERE
 
 pytestmark = pytest.mark.multiproc

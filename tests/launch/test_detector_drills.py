@@ -11,7 +11,8 @@ from ftkit.core.ids import MemberId
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.launch import detector_drills, rot_drills
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import CATALOGUE, choose
+from ftkit.launch.drill_catalogue import CATALOGUE
+from ftkit.launch.drill_plan import choose
 from tests.launch.test_store_drills import PASSED
 
 Event = dict[str, Any]

@@ -7,8 +7,10 @@ import pytest
 
 from ftkit.core.errors import UsageError
 from ftkit.core.trace import read_run
+from ftkit.launch.drill_catalogue import KILL_COORDINATOR
 from ftkit.launch.drill_command import DEMO_STEPS_MIN, demo
-from ftkit.launch.drills import KILL_COORDINATOR, CoordinatorKiller, choose
+from ftkit.launch.drill_plan import choose
+from ftkit.launch.drills import CoordinatorKiller
 
 
 class Struck:

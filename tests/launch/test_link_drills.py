@@ -5,15 +5,8 @@ from typing import Any
 import pytest
 
 from ftkit.launch.checker import Answer
-from ftkit.launch.drills import (
-    BLACKHOLE,
-    LINK_FAULTS,
-    PARTITION,
-    SLOW_LINK,
-    SLOW_NIC,
-    Drill,
-    choose,
-)
+from ftkit.launch.drill_catalogue import BLACKHOLE, LINK_FAULTS, PARTITION, SLOW_LINK, SLOW_NIC
+from ftkit.launch.drill_plan import Drill, choose
 from ftkit.launch.link_drills import culprit, judge_link
 from tests.launch.test_member_drills import event, outcome
 

@@ -8,17 +8,9 @@ import pytest
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import (
-    CHURN,
-    FLAP,
-    JOIN,
-    KILL_IN_COLLECTIVE,
-    PARTITION,
-    STRIKES,
-    Drill,
-    Job,
-    choose,
-)
+from ftkit.launch.drill_catalogue import CHURN, FLAP, JOIN, KILL_IN_COLLECTIVE, PARTITION, STRIKES
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import Drill, choose
 from ftkit.launch.member_drills import MemberStriker, judge_join
 
 JOB = Job(nproc=3, steps=300)

@@ -7,7 +7,7 @@ import pytest
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import choose
+from ftkit.launch.drill_plan import choose
 from ftkit.launch.multi_drills import DOUBLE, LOSE_DURING_RECOVERY, RANK_0, TRIPLE
 from ftkit.launch.rot_drills import ALL_NODES, judge_all_nodes
 

@@ -10,7 +10,7 @@ from ftkit.core.errors import UsageError
 from ftkit.core.pace_plan import PaceFault, PacePlan
 from ftkit.core.trace import Trace
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import choose
+from ftkit.launch.drill_plan import choose
 from ftkit.launch.pace_drills import CATALOGUE, CLEAN, SLOW_RANK, choose_pace, judge_pace, judge_two
 from ftkit.session.drag import Drag
 

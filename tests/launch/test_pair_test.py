@@ -163,7 +163,8 @@ def test_through_a_relay_that_is_slow_and_one_that_is_cut():
         one.prober.take([test])
         wait_for(lambda: one.signals and other.signals)
         for signal in (*one.signals, *other.signals):
-            assert signal.nbytes / min(signal.seconds) < 3e6
+            # Who reads late finds more in its buffers; without the relay it is a thousand million.
+            assert signal.nbytes / min(signal.seconds) < 1e7
     finally:
         one.close()
         other.close()

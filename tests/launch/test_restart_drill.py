@@ -6,7 +6,8 @@ import pytest
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import Job, choose
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import choose
 from ftkit.launch.restart_drill import RESTART_SMALLER, judge, smaller
 from ftkit.recovery.plan import Stop
 

@@ -9,7 +9,8 @@ import pytest
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.core.errors import UsageError
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drills import ANYWHERE, CATALOGUE, choose
+from ftkit.launch.drill_catalogue import ANYWHERE, CATALOGUE
+from ftkit.launch.drill_plan import choose
 from ftkit.launch.faulty_store import StoreFaultKind
 from ftkit.launch.store_drills import OnDisk, Witness, judge
 from tests.checkpoint.persist.stories import save
