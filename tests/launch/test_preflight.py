@@ -80,10 +80,17 @@ def test_a_disk_is_read_back_and_not_its_cache(
 ) -> None:
     done = list[str]()
     sync, advise = os.fsync, os.posix_fadvise
-    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("sync"), sync(fd)))
-    monkeypatch.setattr(
-        os, "posix_fadvise", lambda fd, *how: (done.append(f"drop {how[2]}"), advise(fd, *how))
-    )
+
+    def noted_sync(fd: int) -> None:
+        done.append("sync")
+        sync(fd)
+
+    def noted_advice(fd: int, offset: int, length: int, advice: int) -> None:
+        done.append(f"drop {advice}")
+        advise(fd, offset, length, advice)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "posix_fadvise", noted_advice)
     assert preflight.disk(tmp_path).health is Health.OK
     assert done == ["sync", f"drop {os.POSIX_FADV_DONTNEED}"]
 
