@@ -52,6 +52,8 @@ class _Watched:
     """What the word is while the process lives."""
     on_exit: OnExit
     forgotten: bool = False
+    looks: int = 0
+    """How often it was looked at since its word changed."""
 
 
 class LifelineWatch:
@@ -122,6 +124,7 @@ class LifelineWatch:
         lifeline.futex(ctypes.addressof(self._changes), _WAKE | _PRIVATE, 1)
 
     def _run(self) -> None:
+        ending: list[_Watched] = []
         while not self._unable:
             with self._lock:
                 if self._closed:
@@ -133,12 +136,18 @@ class LifelineWatch:
                 waited = list(self._watched.items())
             for watched in dropped:
                 libc.munmap(watched.page, PAGE_BYTES)
-            self._wait(changes, [watched for _, watched in waited])
+            if ending:
+                time.sleep(_BETWEEN_S)  # threads of them are busy in the kernel
+            else:
+                self._wait(changes, [watched for _, watched in waited])
             for ticket, watched in waited:
                 if watched.word.value != watched.alive:
                     with self._lock:
                         del self._watched[ticket]
-                    self._changed(watched)
+                    if self._changed(watched):
+                        ending.append(watched)
+            # In turn: one that takes its time must not keep the others waiting.
+            ending = [watched for watched in ending if self._still_ends(watched)]
         with self._lock:
             dropped, self._watched = list(self._watched.values()), {}
         for watched in dropped:
@@ -158,24 +167,34 @@ class LifelineWatch:
             logger.debug("this kernel cannot wait for lifelines: %s", os.strerror(code))
             self._unable = True
 
-    def _changed(self, watched: _Watched) -> None:
-        """Whoever held the mutex let go of it: tell, if that is the end of the process."""
+    def _changed(self, watched: _Watched) -> bool:
+        """Whoever held the mutex let go of it. Returns whether the kernel did that for it."""
         died = watched.word.value & OWNER_DIED
         # The kernel wakes one of those who wait for a mutex; the others are ours to wake.
         lifeline.futex(ctypes.addressof(watched.word), _WAKE, _EVERYBODY)
         libc.munmap(watched.page, PAGE_BYTES)
-        if not died:
-            return
-        for _ in range(_LOOKS):
-            if watched.forgotten:
-                return
-            if exiting(watched.pid):
-                try:
-                    watched.on_exit(exit_code(watched.pid))
-                except Exception:
-                    logger.exception("who was told of the end of process %s raised", watched.pid)
-                return
-            time.sleep(_BETWEEN_S)  # a thread of it is busy in the kernel
+        return bool(died)
+
+    def _still_ends(self, watched: _Watched) -> bool:
+        """Look once: tell if that is the end of the process. Returns whether to look again."""
+        if watched.forgotten:
+            return False
+        if exiting(watched.pid):
+            try:
+                watched.on_exit(exit_code(watched.pid))
+            except Exception:
+                logger.exception("who was told of the end of process %s raised", watched.pid)
+            return False
+        watched.looks += 1
+        if watched.looks < _LOOKS:
+            return True
+        logger.debug(
+            "process %s let go of its lifeline and still runs after %d looks: its end is told by "
+            "others",
+            watched.pid,
+            watched.looks,
+        )
+        return False
 
 
 def exiting(pid: int) -> bool:
