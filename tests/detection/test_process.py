@@ -1,4 +1,4 @@
-"""Real processes: exits are told at once, and stopped, busy and blocked look different."""
+"""Real processes: those that are dead, stopped, busy and blocked look different."""
 
 import os
 import select
@@ -17,7 +17,7 @@ from ftkit.core.world import Member, World
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
 from ftkit.detection.observations import Exited, RowSeen, WorldChanged
-from ftkit.detection.process import Exit, ExitWatcher, process_facts
+from ftkit.detection.process import process_facts
 from ftkit.detection.status import StatusBoard
 
 pytestmark = pytest.mark.multiproc
@@ -40,34 +40,6 @@ def eventually(holds: Callable[[], bool], what: str) -> None:
     while not holds():
         assert time.monotonic() < deadline, f"not within 20 s: {what}"
         select.select([], [], [], 0.01)
-
-
-def test_an_exit_is_told_with_its_code_and_the_owner_still_reaps() -> None:
-    with ExitWatcher() as watcher, child("raise SystemExit(3)") as process:
-        watcher.watch(process.pid)
-        assert watcher.wait(20) == [Exit(pid=process.pid, code=3, signal=None)]
-        assert process.wait(10) == 3
-        assert watcher.wait(0) == []
-
-
-def test_a_signal_is_told_and_only_of_the_one_that_died() -> None:
-    with ExitWatcher() as watcher, child(SLEEP) as one, child(SLEEP) as two:
-        watcher.watch(one.pid)
-        watcher.watch(two.pid)
-        assert watcher.wait(0) == []
-        two.send_signal(signal.SIGKILL)
-        assert select.select([watcher.fileno()], [], [], 20)[0]
-        assert watcher.wait(0) == [Exit(pid=two.pid, code=None, signal=signal.SIGKILL)]
-        assert one.poll() is None
-
-
-def test_an_exit_the_owner_reaped_first_is_told_without_a_code() -> None:
-    with ExitWatcher() as watcher, child("pass") as process:
-        watcher.watch(process.pid)
-        process.wait(20)
-        assert watcher.wait(20) == [Exit(pid=process.pid, code=None, signal=None)]
-        with pytest.raises(ProcessLookupError):
-            watcher.watch(process.pid)
 
 
 def test_facts_of_ourselves_and_of_nobody() -> None:
@@ -143,9 +115,7 @@ def test_a_real_rank_is_named_with_its_kind(tmp_path, how, fault) -> None:
         StatusBoard.create(tmp_path / "board", seats=2) as board,
         child(RANK, str(board.path), "0", "wait") as waiter,
         child(RANK, str(board.path), "1", how) as culprit,
-        ExitWatcher() as watcher,
     ):
-        watcher.watch(culprit.pid)
 
         def stands() -> bool:
             first, second = board.read(0), board.read(1)
@@ -159,13 +129,15 @@ def test_a_real_rank_is_named_with_its_kind(tmp_path, how, fault) -> None:
         deadline = time.monotonic() + 30
         while not verdicts:
             assert time.monotonic() < deadline, f"nobody was named within 30 s for {how}"
-            for exit_ in watcher.wait(config.tick_s):
+            time.sleep(config.tick_s)
+            code = culprit.poll()
+            if code is not None:
                 detector.ingest(
                     Exited(
                         member=MemberId(11),
                         seat=Seat(1),
-                        code=exit_.code,
-                        signal=exit_.signal,
+                        code=code if code >= 0 else None,
+                        signal=-code if code < 0 else None,
                         at=time.monotonic(),
                     )
                 )
