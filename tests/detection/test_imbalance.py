@@ -63,6 +63,7 @@ def test_a_stall_in_every_second_step_is_one_verdict_and_still_no_slow_rank() ->
     assert pace.ever(60, change=stall) == {(Fault.DATA_STALL, 2)}
     (verdict,) = pace.last(1, change=stall)
     assert verdict.evidence["times"] == 16
+    assert verdict.reason.endswith("it is the last of 16 close together")
 
 
 def test_a_loader_that_always_takes_long_does_not_stall() -> None:
