@@ -34,7 +34,7 @@ from benchmarks.figures import Figure, Report, as_samples, finish, parser, perce
 from benchmarks.jobs import Event, Job, scratch
 from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point
 from ftkit.core.trace import Trace
-from ftkit.core.verdict import Fault
+from ftkit.core.verdict import ACCUSES_NOBODY, Fault
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
 
@@ -82,7 +82,7 @@ class Named:
     step_s: float
     """Median step of the job before the fault."""
     blamed: int
-    """Others who were named for it."""
+    """Others who were accused of something; a label accuses nobody."""
 
     @property
     def right(self) -> bool:
@@ -196,7 +196,9 @@ def follow(group: str, events: Sequence[Event]) -> list[Named]:
                 after_s=None if first is None else round(first["mono"] - at, 4),
                 reason="" if first is None else str(first["reason"])[:300],
                 step_s=_step_s(events, before=at),
-                blamed=len({e["member"] for e in told} - {member}),
+                blamed=len(
+                    {e["member"] for e in told if e["fault"] not in ACCUSES_NOBODY} - {member}
+                ),
             )
         )
     return found

@@ -25,7 +25,7 @@ class Fault(StrEnum):
     NODE_LOST = "node-lost"
     """The agent of a node is gone, and with it all its members."""
     STALL = "stall"
-    """Nobody waits for anybody, and yet nothing moves. Reported, never evicted for."""
+    """Nothing moves, and nobody can be named for it. Reported, never evicted for."""
     OOM = "oom"
     """The process is gone because it, or its host, ran out of memory."""
 
@@ -71,6 +71,11 @@ EVICT: frozenset[Fault] = frozenset(
         Fault.HANG_BLOCKED,
         Fault.NODE_LOST,
     }
+)
+
+#: Faults that say how the job fares, of no member in particular: nobody is accused of them.
+ACCUSES_NOBODY: frozenset[Fault] = frozenset(
+    {Fault.STALL, Fault.IMBALANCE, Fault.DATA_STALL, Fault.GC_STALL}
 )
 
 

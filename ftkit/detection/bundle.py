@@ -7,10 +7,15 @@ what each agent found on its node: stacks, processes, the newest collectives, pr
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ftkit.core.verdict import Fault
 from ftkit.detection.stacks import innermost, users
 
 #: Pressure worth a word: a tenth of the last ten seconds somebody waited for it.
-_PRESSURE_MIN = 10.0
+_PRESSURE_MIN = 0.1
+#: Of other culprits so many are told of.
+_ALSO_MAX = 3
+#: What is said of every member of the job, in the same words.
+_OF_ALL = frozenset({Fault.HANG_COMM, Fault.STALL})
 
 
 def paragraph(incident: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -> str:
@@ -23,6 +28,7 @@ def paragraph(incident: Mapping[str, Any], nodes: Sequence[Mapping[str, Any]]) -
         said = [v for v in verdicts if (v.get("seat"), v.get("fault")) == _what(first)]
         told.append(f"{'suspected ' if said[-1].get('suspected') else ''}{first.get('fault')}.")
         told.append(_sentence(str(said[-1].get("reason", ""))))
+        told += _others(verdicts)
     culprits = {v.get("seat") for v in verdicts}
     for seat, text in _stacks(nodes):
         frames = innermost(text)
@@ -52,6 +58,22 @@ def waits(verdicts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         for waiter in (v.get("evidence") or {}).get("waiters") or []:
             found[v.get("seat"), waiter.get("seat")] = {"for": v.get("seat"), **waiter}
     return list(found.values())
+
+
+def _others(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was found of other culprits: of each what was said first, unless it came of that."""
+    first = verdicts[0]
+    if first.get("fault") in _OF_ALL:
+        return []
+    found: dict[Any, str] = {}
+    for v in verdicts:
+        ours = (v.get("evidence") or {}).get("ours")
+        if v.get("seat") != first.get("seat") and not ours:
+            reason = _sentence(str(v.get("reason", "")))
+            found.setdefault(v.get("seat"), f"Also {v.get('fault')}: {reason}")
+    told = list(found.values())
+    more = len(told) - _ALSO_MAX
+    return told[:_ALSO_MAX] + ([f"So with {more} more."] if more > 0 else [])
 
 
 def _what(verdict: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -96,7 +118,7 @@ def _pressures(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
         for what, share in (node.get("pressure") or {}).items():
             if isinstance(share, int | float) and share >= _PRESSURE_MIN:
                 said.append(
-                    f"On node {node.get('node', '?')} something waited for {what} for {share:.0f} % "
+                    f"On node {node.get('node', '?')} something waited for {what} for {100 * share:.0f} % "
                     "of the last ten seconds."
                 )
     return said

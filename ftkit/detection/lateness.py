@@ -35,7 +35,7 @@ class Joined:
     seq: int
     transfer_s: float
     late_s: Mapping[Seat, float]
-    """By how much each came before all were there is the longest minus this: 0 came first."""
+    """By how much each came later than the first, for which it is 0."""
     last: Seat
     by_itself: bool
     """Whether the last one was late for its own work, and no victim."""

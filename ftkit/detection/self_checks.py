@@ -141,7 +141,9 @@ class SelfChecks:
         known = None if node is None else self._done.get(node)
         if verdict.fault not in CHECKED or known is None:
             return verdict
-        _, found = known
+        concluded_at, found = known
+        if verdict.since_s > concluded_at:
+            return verdict  # what the node was like before is no evidence of it
         return replace(
             verdict,
             evidence={**verdict.evidence, "self_check": found.to_json()},

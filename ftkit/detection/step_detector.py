@@ -271,7 +271,7 @@ class StepDetector:
     def _stall_verdict(self, stalled: Stalled) -> Verdict:
         seen = self._recent[stalled.member].steps[-1]
         what = "its loader" if stalled.fault is Fault.DATA_STALL else "Python's garbage collector"
-        often = "" if stalled.times == 1 else f", for the {stalled.times}th time in a row of steps"
+        often = "" if stalled.times == 1 else f"; it is the last of {stalled.times} close together"
         return Verdict(
             fault=stalled.fault,
             member=stalled.member,

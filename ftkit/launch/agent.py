@@ -517,14 +517,12 @@ class Agent:
             changed=lambda: self._inbox.put(("forks", None)),
         )
 
-    def _tell_coordinator(self) -> None:
-        if self._coordinator is None:
-            return
-        facts, alive = self._roster.facts.values(), self._roster.alive
+    def _look(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The rows of the ranks and what the tiers hold; metrics and signals take what is new."""
+        facts, alive, now = self._roster.facts.values(), self._roster.alive, self._clock.now()
         finished = list(self._arenas.steps(alive))
         self._signals.extend(finished)
-        self._signals.extend(self._arenas.comm(alive, now=self._clock.now()))
-        now = self._clock.now()
+        self._signals.extend(self._arenas.comm(alive, now=now))
         still_s = self._still_s(now)
         stands = (
             still_s is not None and still_s >= STILL_S
@@ -534,8 +532,19 @@ class Agent:
         self._metrics.take_steps(finished)
         self._metrics.take_rows(rows)
         self._metrics.take_tiers(tiers)
+        return rows, tiers
+
+    def _tell_coordinator(self) -> None:
+        """Report; without a coordinator only look, for metrics are read all the same."""
+        if self._stopped and self._coordinator is None:
+            return
+        rows, tiers = self._look()
+        if self._coordinator is None:
+            return
+        now = self._clock.now()
+        facts, signals = self._roster.facts.values(), list(self._signals)
         steps = {r["row"]["member"]: r["row"]["step"] for r in rows}
-        self._send(
+        sent = self._send(
             self._coordinator,
             {
                 "type": "facts",
@@ -547,7 +556,7 @@ class Agent:
                 ],
                 **tiers,
                 "rows": rows,
-                "signals": [self._signals.popleft() for _ in range(len(self._signals))],
+                "signals": signals,
                 "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
                 "draining": self._draining_since is not None,
@@ -560,6 +569,8 @@ class Agent:
                 "at": self._clock.now(),
             },
         )
+        if sent:
+            self._signals.clear()  # those that were not, are told to the next one
 
     def _serve_metrics(self) -> MetricsServer | None:
         port = self._config.metrics_port
@@ -582,11 +593,14 @@ class Agent:
     def _told_plan(self) -> dict[str, object]:
         return {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores}
 
-    def _send(self, line: Line, message: dict[str, object]) -> None:
+    def _send(self, line: Line, message: dict[str, object]) -> bool:
+        """Whether it could be sent."""
         try:
             line.send(message)
         except WireError as error:
             logger.debug("a peer hung up: %s", error)
+            return False
+        return True
 
 
 def node_name(config: JobConfig, node: NodeId, host: str, environ: Mapping[str, str]) -> str:

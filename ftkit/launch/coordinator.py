@@ -481,6 +481,7 @@ class Coordinator:
             self.trace.event("self-check", **found.to_json())
             self._incidents.checked(found.to_json())
         for node in checks.orders():
+            self._incidents.checking(node)
             if (line := self._lines.get(node)) is not None:
                 self._send(node, line, {"type": "check"})
 

@@ -19,6 +19,7 @@ from typing import Any
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.detection import stacks
 from ftkit.detection.process import process_facts
+from ftkit.launch.resources import pressure
 
 logger = logging.getLogger(__name__)
 
@@ -96,9 +97,9 @@ class Examiner:
         for p in patients:
             if p.closely and p.alive:
                 text = stacks.ask(p.pid, stacks.path(self._shm_dir, p.member))
-                native = _py_spy(p.pid)  # also of one that is stopped, and answers to nobody
-                if text or native:
-                    found["stacks"][str(p.seat)] = {"text": text, "py_spy": native}
+                frames = _py_spy(p.pid)  # also of one that is stopped, and answers to nobody
+                if text or frames:
+                    found["stacks"][str(p.seat)] = {"text": text, "py_spy": frames}
         found["collectives"] = {str(seat): told for seat, told in records.items()}
         return found
 
@@ -124,18 +125,6 @@ def write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def pressure(root: Path = Path("/proc/pressure")) -> dict[str, float]:
-    """The share of the last ten seconds in which something waited for each resource, percent."""
-    found = {}
-    for what in ("cpu", "io", "memory"):
-        try:
-            some = (root / what).read_text().splitlines()[0]
-            found[what] = float(dict(w.split("=") for w in some.split()[1:])["avg10"])
-        except (OSError, ValueError, KeyError, IndexError):
-            continue  # a kernel without it
-    return found
-
-
 def _status(pid: int) -> dict[str, str]:
     """Of /proc/PID/status what says how a process fares."""
     wanted = ("Threads", "VmPeak", "VmRSS", "VmSwap", "SigPnd", "voluntary_ctxt_switches")
@@ -148,7 +137,10 @@ def _status(pid: int) -> dict[str, str]:
 
 
 def _py_spy(pid: int) -> str:
-    """Native and Python frames by py-spy, if it is installed; it does not stop the process."""
+    """Python frames by py-spy, if it is installed.
+
+    Native ones it can only tell of a process that it stops, and whoever is looked at goes on.
+    """
     tool = shutil.which("py-spy")
     if tool is None:
         return ""

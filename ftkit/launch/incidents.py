@@ -18,8 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ftkit.core.ids import MemberId
-from ftkit.core.verdict import EVICT, Fault, Verdict
+from ftkit.core.ids import MemberId, NodeId
+from ftkit.core.verdict import ACCUSES_NOBODY, Fault, Verdict
 from ftkit.core.world import World
 from ftkit.detection.bundle import paragraph, waits
 from ftkit.launch.examiner import INCIDENTS, INCIDENTS_MAX, write_whole
@@ -32,8 +32,9 @@ TOGETHER_S = 10.0
 _CLOSELY_MAX = 3
 _VERDICTS_MAX = 64
 
-#: What is worth a look at processes and stacks.
-_LOOKED_AT = EVICT | {Fault.DESYNC, Fault.HANG_COMM, Fault.STALL, Fault.SLOW, Fault.SDC}
+#: What is worth a look at processes and stacks: all that accuses, and a job that stands still.
+#: What is known of an offender comes from other jobs.
+_LOOKED_AT = frozenset(Fault) - ACCUSES_NOBODY - {Fault.OFFENDER} | {Fault.STALL}
 
 
 class Incidents:
@@ -46,6 +47,8 @@ class Incidents:
         self._number = max(numbers, default=0)
         self._current: dict[str, Any] | None = None
         self._looked: set[MemberId] = set()
+        self._checking: dict[NodeId, dict[str, Any]] = {}
+        """Nodes that are being checked -> the incident for which they are."""
         self._touched = float("-inf")
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -66,7 +69,7 @@ class Incidents:
         self._touched = now
         told = self._current["verdicts"]
         told += [_told(v) for v in found][: _VERDICTS_MAX - len(told)]
-        self._keep()
+        self._keep(self._current)
         if all(v.member in self._looked for v in found):
             return None  # what they looked like when it was found is what counts
         self._looked.update(v.member for v in found)
@@ -80,13 +83,19 @@ class Incidents:
         """A decision was made: it belongs to the incident that is going on."""
         if self._current is not None and now - self._touched <= TOGETHER_S:
             self._current["decisions"].append({"action": action, "reason": reason})
-            self._keep()
+            self._keep(self._current)
+
+    def checking(self, node: NodeId) -> None:
+        """A node is to be checked because of what was found now."""
+        if self._current is not None:
+            self._checking[node] = self._current
 
     def checked(self, found: Mapping[str, Any]) -> None:
-        """A suspect's node was checked: it belongs to the newest incident, however long it took."""
-        if self._current is not None:
-            self._current.setdefault("self_checks", []).append(dict(found))
-            self._keep()
+        """A suspect's node was checked: it belongs to the incident that asked, if any did."""
+        incident = self._checking.pop(NodeId(int(found["node"])), None)
+        if incident is not None:
+            incident.setdefault("self_checks", []).append(dict(found))
+            self._keep(incident)
 
     def close(self) -> None:
         """Write what is left, for a moment."""
@@ -95,12 +104,11 @@ class Incidents:
             self._thread.join(timeout=1.0)
             self._thread = None
 
-    def _keep(self) -> None:
-        assert self._current is not None, "there is an incident"
+    def _keep(self, incident: Mapping[str, Any]) -> None:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="ftkit-incidents", daemon=True)
             self._thread.start()
-        self._queue.put(json.loads(json.dumps(self._current)))
+        self._queue.put(json.loads(json.dumps(incident)))
 
     def _run(self) -> None:
         while (told := self._queue.get()) is not None:

@@ -1,4 +1,4 @@
-"""NodeAdvice's way: what the history says of a node (detection), priced (recovery), for the plan."""
+"""Node advice: what the history says of nodes, with its price, becomes what the plan is to avoid."""
 
 from collections.abc import Iterable
 

@@ -24,6 +24,7 @@ def test_the_first_word_counts_and_others_are_blame() -> None:
         event("drill", 2.0, fault="stop", member=1),
         named(2.9, 1, "stopped", "suspicion"),
         named(4.0, 1, "stopped"),
+        named(4.1, 0, "data-stall"),  # a label
         event("drill", 5.0, fault="spin", member=2),
         named(6.5, 0, "hang-blocked", "suspicion"),
         named(6.6, 2, "hang-busy", "suspicion"),

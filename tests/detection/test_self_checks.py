@@ -1,5 +1,7 @@
 """A suspect's node is checked beside one that nobody suspects, seldom, and the verdict has the result."""
 
+from dataclasses import replace
+
 import pytest
 
 from ftkit.core.ids import MemberId, NodeId, Seat
@@ -76,6 +78,17 @@ def test_a_healthy_node_is_said_to_be_and_one_that_computes_wrongly_too() -> Non
         assert words in ended.said
         assert said.evidence["self_check"] == ended.to_json()
         assert said.reason.startswith("it is slow. Its node's self-check:")
+
+
+def test_what_is_found_later_is_not_told_what_was_checked_before() -> None:
+    made = checks()
+    made.tick(0.0, [verdict(2)])
+    made.ingest(result(2))
+    made.ingest(result(0))
+    (said,) = made.tick(5.0, [verdict(2)])
+    assert "self_check" in said.evidence
+    later = replace(verdict(2), since_s=300.0)
+    assert made.tick(310.0, [later]) == [later]
 
 
 def test_a_node_that_does_not_answer_could_not_be_checked() -> None:

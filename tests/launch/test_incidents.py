@@ -12,8 +12,9 @@ from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.bundle import paragraph
 from ftkit.launch import examiner
-from ftkit.launch.examiner import Examiner, Patient, pressure
+from ftkit.launch.examiner import Examiner, Patient
 from ftkit.launch.incidents import TOGETHER_S, Incidents, read_bundles
+from ftkit.launch.resources import pressure
 from tests.detection.scene import world
 
 
@@ -64,14 +65,50 @@ def test_what_is_found_later_is_another_and_the_next_coordinator_counts_on(tmp_p
 
 def test_what_says_nothing_of_processes_is_not_looked_at(tmp_path: Path) -> None:
     incidents = Incidents(tmp_path)
-    assert incidents.take([verdict(1, Fault.DISK)], None, {}, 0.0) is None
+    for label in (Fault.DATA_STALL, Fault.IMBALANCE, Fault.OFFENDER):
+        assert incidents.take([verdict(1, label)], None, {}, 0.0) is None
     assert read_bundles(tmp_path) == []
 
 
-def test_what_a_self_check_found_belongs_to_the_newest_incident(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [Fault.SLOW_COMM, Fault.SLOW_IO, Fault.NUMERIC, Fault.LEAK])
+def test_whatever_accuses_begins_an_incident(tmp_path: Path, fault: Fault) -> None:
     incidents = Incidents(tmp_path)
-    incidents.checked({"said": "of nothing"})
+    assert incidents.take([verdict(1, fault)], None, {}, 0.0) is not None
+    incidents.close()
+
+
+def test_a_check_belongs_to_the_incident_that_asked_for_it(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path)
+    incidents.take([verdict(1, Fault.SDC)], None, {}, 0.0)
+    incidents.checking(NodeId(4))
+    incidents.take([verdict(2)], None, {}, 2 * TOGETHER_S)
+    incidents.checked({"node": 4, "said": "it computes wrongly"})
+    incidents.checked({"node": 5, "said": "nobody asked"})
+    incidents.close()
+    told = [incident.get("self_checks") for incident, _ in read_bundles(tmp_path)]
+    assert told == [[{"node": 4, "said": "it computes wrongly"}], None]
+
+
+def test_the_paragraph_tells_of_every_culprit_and_not_of_what_came_of_it() -> None:
+    def told(seat: int, fault: str, reason: str, **evidence: object) -> dict[str, object]:
+        return {"seat": seat, "fault": fault, "reason": reason, "evidence": evidence}
+
+    verdicts = [told(1, "stopped", "it is stopped"), told(3, "hang-busy", "it spins")]
+    verdicts += [told(3, "exited", "killed", ours=True), told(4, "exited", "killed", ours=True)]
+    text = paragraph({"number": 1, "verdicts": verdicts}, [])
+    assert text == "Incident 1: stopped. It is stopped. Also hang-busy: It spins."
+    many = paragraph({"verdicts": [told(s, "exited", f"seat {s}") for s in range(8)]}, [])
+    assert many.endswith("Also exited: Seat 3. So with 4 more.")
+    assert "Also" not in paragraph(
+        {"verdicts": [told(s, "hang-comm", "all wait") for s in range(8)]}, []
+    )
+
+
+def test_what_a_self_check_found_is_told_with_its_incident(tmp_path: Path) -> None:
+    incidents = Incidents(tmp_path)
+    incidents.checked({"node": 1, "said": "of nothing"})
     assert incidents.take([verdict(1, Fault.SLOW)], None, {}, 0.0) is not None
+    incidents.checking(NodeId(1))
     incidents.checked({"node": 1, "said": "vm1: gemm the product is wrong"})
     incidents.close()
     ((incident, nodes),) = read_bundles(tmp_path)
@@ -196,7 +233,7 @@ def test_the_paragraph_says_where_they_stand_and_what_was_decided() -> None:
         "node": 0,
         "stacks": {"2": {"text": dump}},
         "processes": {"1": {"state": "T"}},
-        "pressure": {"io": 55.0, "cpu": 1.0},
+        "pressure": {"io": 0.55, "cpu": 0.01},
     }
     text = paragraph(incident, [node])
     assert text.startswith("Incident 4: suspected stopped. It is stopped.")

@@ -1,6 +1,9 @@
 """The checks of a node: what they find here, and what they make of a machine that is ill."""
 
+import itertools
 import json
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +28,12 @@ def test_a_wrong_product_and_a_lost_byte_are_seen(monkeypatch: pytest.MonkeyPatc
 
     def lossy(there, here):
         copy(there, here)
-        there[12345] ^= 4
+        there[12344:12346] ^= 4  # of one word
 
     monkeypatch.setattr(np, "copyto", lossy)
     found = self_check.memory()
     assert found.health is Health.FAILED
-    assert "6 bytes" in found.note or "5 bytes" in found.note
+    assert "10 bytes" in found.note, "four patterns and the addresses, two bytes each"
 
 
 def test_folders_that_are_not_there_and_too_small_are_failures(
@@ -52,6 +55,53 @@ def test_a_clock_that_goes_back_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
     stamps = iter([*range(500), *range(400, 900)])
     monkeypatch.setattr(preflight.time, "monotonic_ns", lambda: next(stamps))  # type: ignore[attr-defined]
     assert "went back" in preflight.clock().note
+
+
+def test_a_clock_read_late_is_no_drift_and_one_that_drifts_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read, reads = time.time, itertools.count()
+
+    def put_off() -> float:
+        now = read()
+        if next(reads) == 0:
+            time.sleep(0.01)  # off its core between two readings
+        return now
+
+    monkeypatch.setattr(preflight.time, "time", put_off)  # type: ignore[attr-defined]
+    assert preflight.clock().health is Health.OK
+    zero = read()
+    monkeypatch.setattr(preflight.time, "time", lambda: zero + 1.5 * (read() - zero))  # type: ignore[attr-defined]
+    assert preflight.clock().health is Health.FAILED
+
+
+def test_a_disk_is_read_back_and_not_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = list[str]()
+    sync, advise = os.fsync, os.posix_fadvise
+
+    def noted_sync(fd: int) -> None:
+        done.append("sync")
+        sync(fd)
+
+    def noted_advice(fd: int, offset: int, length: int, advice: int) -> None:
+        done.append(f"drop {advice}")
+        advise(fd, offset, length, advice)
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(os, "posix_fadvise", noted_advice)
+    assert preflight.disk(tmp_path).health is Health.OK
+    assert done == ["sync", f"drop {os.POSIX_FADV_DONTNEED}"]
+
+
+def test_a_torch_check_that_cannot_be_started_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(preflight.sys, "executable", "/no/such/python")  # type: ignore[attr-defined]
+    [found] = preflight.torch_and_gpus()
+    assert found.health is Health.FAILED
+    assert "could not be started" in found.note
 
 
 def test_a_history_is_kept_compared_and_cut(

@@ -1,0 +1,67 @@
+"""The agent between coordinators: what it has measured is kept, and metrics go on."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ftkit.core.errors import WireError
+from ftkit.core.ids import NodeId
+from ftkit.detection.signals import NodeGap, to_json
+from ftkit.launch.agent import Agent
+from ftkit.launch.config import JobConfig
+
+GAP = to_json(NodeGap(node=NodeId(0), at=1.0, gap_s=3.0))
+
+
+class Connection:
+    """What the agent sends to, broken or not."""
+
+    def __init__(self, *, broken: bool) -> None:
+        self.broken, self.told = broken, list[dict[str, Any]]()
+
+    def send(self, message: dict[str, Any]) -> None:
+        if self.broken:
+            raise WireError("it hung up")
+        self.told.append(message)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+@pytest.fixture
+def agent(tmp_path: Path) -> Iterator[Agent]:
+    config = JobConfig(
+        job="j",
+        command=("true",),
+        run_dir=str(tmp_path / "run"),
+        shm_root=str(tmp_path),
+        preload=False,
+    )
+    (tmp_path / "run" / "events").mkdir(parents=True)
+    made = Agent(config, NodeId(0), "00" * 16, host="127.0.0.1", inherited={})
+    yield made
+    made.close()
+
+
+def test_what_could_not_be_told_is_told_to_the_next_coordinator(agent) -> None:
+    broken, sound = Connection(broken=True), Connection(broken=False)
+    agent._coordinator_connected(1, broken)
+    agent._handle("signal", GAP)
+    agent._coordinator_connected(2, sound)
+    agent._tell_coordinator()
+    assert [message["signals"] for message in sound.told] == [[GAP], []]
+
+
+def test_metrics_go_on_while_no_coordinator_is_connected(agent, monkeypatch) -> None:
+    step = {"seat": 0, "waited_s": 0.1, "gc_s": 0.0, "seconds": {}, "loss": None, "grad_norm": None}
+    monkeypatch.setattr(agent._arenas, "steps", lambda alive: [step])
+    agent._tell_coordinator()
+    assert "ftkit_rank_steps_total" in agent._metrics.render()
+
+
+@pytest.mark.parametrize("sent", [None, "soon", [1.0], 10**400])
+def test_a_clock_question_that_is_none_is_passed_over(agent, sent) -> None:
+    agent._handle("plan", (1, {"type": "clock", "sent": sent}))
+    assert agent._stamps is None
