@@ -1,9 +1,13 @@
-"""Stacks: what a rank's threads are doing, without its help and without holding it up.
+"""Stacks: what a rank's main thread is doing, without its help and without holding it up.
 
-Every rank has Python's faulthandler write the stacks of all its threads to a file of its own
-when a signal comes. That runs in C, needs no interpreter lock, and restarts what the signal
-interrupted: it works for a thread that sleeps, waits for a lock, or keeps the interpreter. A
-process that is stopped is left alone: it would do it when it wakes up, long after.
+Every rank has Python's faulthandler write the stack of its main thread, the one that trains, to
+a file of its own when a signal comes. That runs in C, needs no interpreter lock, and restarts
+what the signal interrupted: it works for a thread that sleeps, waits for a lock, or keeps the
+interpreter. A process that is stopped is left alone: it would do it when it wakes up, long after.
+
+Not of the other threads: those run on while faulthandler walks their frames, and every few
+hundred dumps of a healthy rank ended it (SIGSEGV in `dump_traceback`). py-spy, which reads from
+outside, shows them where it is installed.
 """
 
 import faulthandler
@@ -36,7 +40,7 @@ def path(folder: Path, member: MemberId) -> Path:
 def answering(folder: Path, member: MemberId) -> Iterator[None]:
     """(in the rank) Answer to `SIGNAL` while this lasts. OSError when no file can be made."""
     with path(folder, member).open("a") as file:
-        faulthandler.register(SIGNAL, file=file, all_threads=True, chain=False)
+        faulthandler.register(SIGNAL, file=file, all_threads=False, chain=False)
         try:
             yield
         finally:
@@ -85,12 +89,12 @@ def ask(pid: int, file: Path, *, limit_s: float = 0.5) -> str:
 def innermost(text: str) -> list[str]:
     """The frames of the thread that was interrupted, innermost first, as "FUNCTION at FILE:LINE".
 
-    faulthandler calls it the current one; where none is, it is the last that is listed.
+    faulthandler calls it the current one, or lists no other; else it is the last that is listed.
     """
     sections: list[tuple[bool, list[str]]] = []
     for line in text.splitlines():
         words = line.strip()
-        if words.startswith(("Thread ", "Current thread ")):
+        if words.startswith(("Thread ", "Current thread ", "Stack (")):
             sections.append((words.startswith("Current"), []))
         elif words.startswith('File "') and sections:
             name, _, rest = words.removeprefix('File "').partition('", line ')
