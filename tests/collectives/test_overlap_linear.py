@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from ftkit.collectives.modelled import ModelledGroup, Network
 from ftkit.collectives.overlap import linear
+from ftkit.collectives.overlap.auto import AutoChunks
 from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
 from ftkit.collectives.overlap.parts import bounds, pieces, sources, targets
 from ftkit.core.errors import GenerationAborted
@@ -206,6 +207,34 @@ def test_rows_that_do_not_fit_are_refused_in_words() -> None:
             linear.linear_all_reduce(torch.zeros(5, 2), torch.zeros(2, 2), group=group, chunks=0)
 
     everywhere(2, rank)
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "row whole", "column whole"])
+def test_layers_that_differ_on_one_rank_only_are_cut_alike_on_all(kind: str) -> None:
+    """Of 9 and 10 columns the first of two ranks has 5 and 5, and the second 4 and 5."""
+
+    def rank(group: ModelledGroup) -> int:
+        auto = AutoChunks(group.network.now)
+        options: dict[str, Any] = {"group": group, "chunks": auto}
+        for _ in range(12):
+            for width in (9, 10):
+                start, end = bounds(width, 2, group.rank())
+                x, own = torch.ones(32, 6).requires_grad_(), torch.ones(end - start, 6)
+                row = torch.ones(32, end - start).requires_grad_()
+                match kind:
+                    case "row":
+                        got = linear.linear_reduce_scatter(row, own.t(), **options)
+                    case "column":
+                        got = linear.all_gather_linear(x, own, **options)
+                    case "row whole":
+                        got = linear.linear_all_reduce(row, own.t(), **options)
+                    case _:
+                        got = linear.linear_replicated(x, own, **options)
+                got.sum().backward()
+        return len(auto._tuners)
+
+    one, other = everywhere(2, rank)
+    assert one == other
 
 
 def test_a_fault_in_the_middle_ends_the_call_on_all_and_a_bug_on_one_too() -> None:

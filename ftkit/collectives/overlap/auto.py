@@ -23,7 +23,7 @@ class AutoChunks:
         self._tuners: dict[tuple[object, ...], ChunkTuner] = {}
 
     def tuner(self, group: Any, *what: object) -> ChunkTuner:
-        """The one for an operation and its shapes: the same on all ranks, and none before.
+        """The one for an operation and what all ranks share of its shapes, and none before.
 
         After a change of membership all begin anew: ranks were not all at the same call.
         """
@@ -56,7 +56,7 @@ def running(
       group: the process group.
       name: of the operation.
       chunks: as the caller gave it.
-      shapes: what the same tuner may be used for.
+      shapes: what the same tuner may be used for; only of what all ranks share.
       gathers: whether the first part of it is the exchange (`Flights.mark`).
     """
     if isinstance(chunks, int):

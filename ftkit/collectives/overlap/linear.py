@@ -138,7 +138,8 @@ class _ReduceScatter(torch.autograd.Function):
             out = cuda.matmul_reduce_scatter(x, weight, dim, group)
         else:
             flat, unit = _flat(x, dim)
-            with running(group, "linear_reduce_scatter", chunks, flat.shape, weight.shape) as run:
+            shapes = _shared(flat.shape[0], weight.shape[0], unit, x)
+            with running(group, "linear_reduce_scatter", chunks, *shapes) as run:
                 made = exchange.scatter(
                     run.flights,
                     lambda a, b: times(flat[a:b], weight.t()),
@@ -157,7 +158,7 @@ class _ReduceScatter(torch.autograd.Function):
         flat, unit = _flat(x, ctx.dim)
         mine, _ = _flat(grad, ctx.dim)
         of_x = torch.empty_like(flat)
-        shapes = flat.shape, weight.shape
+        shapes = _shared(flat.shape[0], weight.shape[0], unit, x)
         bias: Tensor | None = None
         with running(
             ctx.group, "linear_reduce_scatter backward", ctx.chunks, *shapes, gathers=True
@@ -200,7 +201,7 @@ class _AllGather(torch.autograd.Function):
             whole, out = cuda.all_gather_matmul(mine, weight, group)
         else:
             out = x.new_empty(rows * unit, weight.shape[0])
-            shapes = mine.shape[1:], rows, unit, weight.shape
+            shapes = _shared(rows * unit, mine.shape[1], unit, x)
             with running(group, "all_gather_linear", chunks, *shapes, gathers=True) as run:
 
                 def consume(a: int, b: int, came: Tensor) -> None:
@@ -230,7 +231,8 @@ class _AllGather(torch.autograd.Function):
             of_x = cuda.matmul_reduce_scatter(flat, weight.t(), 0, ctx.group)
             of_weight.append(times(flat.t(), whole))
         else:
-            name, shapes = "all_gather_linear backward", (flat.shape, weight.shape)
+            name = "all_gather_linear backward"
+            shapes = _shared(flat.shape[0], weight.shape[1], unit, grad)
             with running(ctx.group, name, ctx.chunks, *shapes) as run:
                 of_x = exchange.scatter(
                     run.flights,
@@ -254,7 +256,8 @@ class _AllReduce(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         flat = x.flatten(0, -2)
-        with running(group, "linear_all_reduce", chunks, flat.shape, weight.shape) as run:
+        shapes = _shared(flat.shape[0], weight.shape[0], 1, x)
+        with running(group, "linear_all_reduce", chunks, *shapes) as run:
             out = exchange.reduce(
                 run.flights,
                 lambda a, b: times(flat[a:b], weight.t()),
@@ -288,7 +291,8 @@ class _Replicated(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         flat = grad.flatten(0, -2)
         of_weight: list[Tensor] = []
-        name, shapes = "linear_replicated backward", (flat.shape, weight.shape)
+        name = "linear_replicated backward"
+        shapes = _shared(flat.shape[0], weight.shape[1], 1, grad)
         with running(ctx.group, name, ctx.chunks, *shapes) as run:
             of_x = exchange.reduce(
                 run.flights,
@@ -300,6 +304,15 @@ class _Replicated(torch.autograd.Function):
             )
         bias = flat.sum(0) if ctx.has_bias else None
         return of_x.view(x.shape), of_weight[0], bias, None, None
+
+
+def _shared(rows: int, width: int, unit: int, like: Tensor) -> tuple[object, ...]:
+    """What the tuner of a call is found by: what travels, the same on all ranks.
+
+    Ranks have parts of different sizes, and two layers whose parts are alike on one rank may differ
+    on another. With their own sizes in it, ranks would count calls differently, and hang.
+    """
+    return rows, width, unit, like.dtype
 
 
 def _flat(x: Tensor, dim: int) -> tuple[Tensor, int]:
