@@ -4,24 +4,38 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from ftkit.core.governor import Grant, Pause
+
 
 class Gate(Protocol):
-    """Asked before bytes travel, told when they are there. Any thread."""
+    """Asked before bytes travel, told what became of them. Any thread."""
 
-    def ask(self, nbytes: int) -> float:
-        """0: so many bytes may go, and count as gone. Else seconds, after which to ask again."""
+    def ask(self, nbytes: int) -> Grant | Pause:
+        """Whether so many bytes may go, all of them or none; granted, they count as gone."""
 
-    def arrived(self, nbytes: int, seconds: float) -> None:
+    def withdraw(self) -> None:
+        """This thread, which was told to pause, does not ask again."""
+
+    def arrived(self, grant: Grant, seconds: float) -> None:
         """They are there, so many seconds after they were let go."""
+
+    def given_up(self, grant: Grant) -> None:
+        """Nobody will say when they arrive: sending failed, or nothing acknowledges them."""
 
 
 class OpenGate:
     """Lets everything through at once."""
 
-    def ask(self, nbytes: int) -> float:
-        return 0.0
+    def ask(self, nbytes: int) -> Grant | Pause:
+        return Grant(nbytes)
 
-    def arrived(self, nbytes: int, seconds: float) -> None:
+    def withdraw(self) -> None:
+        pass
+
+    def arrived(self, grant: Grant, seconds: float) -> None:
+        pass
+
+    def given_up(self, grant: Grant) -> None:
         pass
 
 
@@ -31,8 +45,19 @@ def go_through(
     *,
     check: Callable[[], None] = lambda: None,
     rest: Callable[[float], None] = time.sleep,
-) -> None:
-    """Block until `gate` lets so many bytes through; `check`, called meanwhile, may raise."""
-    while nbytes and (seconds := gate.ask(nbytes)):
-        check()
-        rest(seconds)
+) -> Grant:
+    """Block until `gate` lets so many bytes through; `check`, called meanwhile, may raise.
+
+    Returns:
+      What to tell the gate by, once they have arrived or were given up.
+    """
+    if not nbytes:
+        return Grant(0)
+    try:
+        while isinstance(decision := gate.ask(nbytes), Pause):
+            check()
+            rest(decision.seconds)
+    except BaseException:
+        gate.withdraw()
+        raise
+    return decision

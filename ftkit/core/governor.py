@@ -10,13 +10,15 @@ sender that counts that as sent is blind (on 1 Gbit/s: 3.6 % of slow-down, again
 acknowledgement for every piece, and at most two on their way).
 """
 
-from collections import deque
 from dataclasses import dataclass
 
 from ftkit.core.idle_windows import IdleWindows
 
-#: A piece that has not arrived by then was given up by whoever asked for it.
+#: A piece of which nothing was heard by then holds nobody back: its sender has died.
 LOST_S = 5.0
+
+#: The slow-down of so many seconds is saved up, and more only for a piece that waits for it.
+SAVED_S = 1.0
 
 #: A new measurement of the rate counts so much.
 _NEWS = 0.25
@@ -52,9 +54,9 @@ class TrafficLimits:
             raise ValueError("at least one piece must be on its way at once")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Grant:
-    """So many bytes may go now."""
+    """So many bytes may go now. Say with it what became of them: each is one of its own."""
 
     bytes: int
     intrudes: bool = False
@@ -108,12 +110,14 @@ class Governor:
         """
         self.limits, self.windows = limits, windows
         self._look_s = look_s
-        self._began = now
-        self._intruded_s = 0.0
+        self._allowed_s, self._allowed_at = 0.0, now
+        """Seconds outside of idle windows that may be taken now."""
+        self._saving_s = 0.0
+        """What a piece that was refused needs of them."""
         self._rate = limits.rate_guess
         self._budget, self._budget_at = limits.rate_max or 0.0, now
-        self._flying: deque[float] = deque()
-        """When each piece that is on its way was let go."""
+        self._flying: dict[Grant, float] = {}
+        """What is on its way, and when it was let go; in that order."""
         self.granted = 0
         """Bytes so far."""
         self.intruding = 0
@@ -127,11 +131,15 @@ class Governor:
     def decide(self, now: float, wanted: int, *, whole: bool = False) -> Grant | Pause:
         """Whether some of `wanted` bytes, at least one, may go now. A grant counts as gone.
 
-        What was granted is on its way until `arrived`. With `whole`, all of them or none.
+        What was granted is on its way until `arrived` or `given_up`. With `whole`, all of them or
+        none.
         """
         limits = self.limits
-        while self._flying and now - self._flying[0] > LOST_S:
-            self._flying.popleft()
+        self._flying = {g: at for g, at in self._flying.items() if now - at <= LOST_S}
+        # What is not used is gone, or an idle hour would pay for half a minute at a stretch.
+        most_s = max(limits.max_slowdown * SAVED_S, self._saving_s)
+        more_s = limits.max_slowdown * (now - self._allowed_at)
+        self._allowed_s, self._allowed_at = min(most_s, self._allowed_s + more_s), now
         if len(self._flying) >= limits.unacknowledged_max:
             return Pause(self._look_s, "pieces on their way are not acknowledged")
         least = wanted if whole else min(wanted, limits.piece_bytes_min)
@@ -147,23 +155,33 @@ class Governor:
                 return Pause(max(self._look_s, missing / limits.rate_max), "the cap of the link")
             most = max(least, min(most, int(self._budget)))
         # What is on its way uses the same window.
-        flying = len(self._flying) * limits.piece_bytes_min
-        room = self.windows.left(now) * self._rate - flying
+        room = self.windows.left(now) * self._rate - sum(g.bytes for g in self._flying)
         if room >= least:
             return self._grant(now, Grant(int(min(most, room))))
-        allowed_s = limits.max_slowdown * (now - self._began) - self._intruded_s
-        if allowed_s >= least / self._rate:
-            self._intruded_s += least / self._rate
+        needs_s = least / self._rate
+        if self._allowed_s >= needs_s:
+            self._allowed_s -= needs_s
+            if needs_s >= self._saving_s:
+                self._saving_s = 0.0
             return self._grant(now, Grant(least, intrudes=True))
+        self._saving_s = max(self._saving_s, needs_s)
         busy = self.windows.busy
         return Pause(self._look_s, "training sends" if busy else "the window is too short")
 
-    def arrived(self, nbytes: int, seconds: float) -> None:
-        """A granted piece is where it was to go, so many seconds after it was let go."""
-        if self._flying:
-            self._flying.popleft()
-        if seconds > 0:
+    def arrived(self, *grants: Grant, seconds: float) -> None:
+        """These pieces are where they were to go, and took so many seconds together.
+
+        One that was taken for lost, or was granted by somebody else, still tells the rate.
+        """
+        for grant in grants:
+            self.given_up(grant)
+        nbytes = sum(grant.bytes for grant in grants)
+        if nbytes and seconds > 0:
             self._rate += _NEWS * (nbytes / seconds - self._rate)
+
+    def given_up(self, grant: Grant) -> None:
+        """Nobody will say when this piece arrives; it counts as gone, and holds nobody back."""
+        self._flying.pop(grant, None)
 
     def forecast(self, nbytes: int, *, within_s: float | None = None) -> Forecast:
         """How long `nbytes` will take, from the windows of the last steps."""
@@ -176,7 +194,7 @@ class Governor:
         return Forecast(nbytes, nbytes / rate if rate else float("inf"), within_s)
 
     def _grant(self, now: float, grant: Grant) -> Grant:
-        self._flying.append(now)
+        self._flying[grant] = now
         self.granted += grant.bytes
         self.intruding += grant.bytes if grant.intrudes else 0
         self._budget -= grant.bytes if self.limits.rate_max is not None else 0

@@ -29,8 +29,9 @@ OWNER = "owner.pid"
 #: Seconds between two looks at the rings of collectives.
 COMM_EVERY_S = 0.5
 
-#: A collective that has been pending for so long does not transfer anything.
-PENDING_S = 1.0
+#: A collective that has been pending for so long does not transfer anything: at least so many
+#: seconds, and so many times as long as the longest that the rings tell of; and at most these.
+PENDING_S, PENDING_TIMES, PENDING_MOST_S = 1.0, 3.0, 60.0
 
 #: Of each member so many collectives are told while nothing moves.
 TAIL = 32
@@ -76,6 +77,8 @@ class Arenas:
         self._steps_read: dict[MemberId, int] = {}
         self._ops = NodeOps()
         self._comm_at = 0.0
+        self._pending_s = PENDING_S
+        """From when on a collective counts as stuck, by the rings at the last `transfers`."""
 
     def ensure(self, seat: Seat, layout: object, replicas: int) -> Path:
         """The seat's arena, with room for a share of the state. Slow: allocates.
@@ -158,7 +161,8 @@ class Arenas:
     def transferring(self, now: float) -> tuple[bool, float]:
         """Whether a rank is in a collective, and since when none is. Costs a few microseconds.
 
-        One that has been pending for a second moves nothing: somebody is late, or gone.
+        One that is pending for much longer than any took lately moves nothing: somebody is late,
+        or gone. The first long one of a run is not known yet, and counts as busy for `PENDING_S`.
         """
         busy, since = False, 0.0
         for local in range(self._seats):
@@ -169,7 +173,7 @@ class Arenas:
             if row is None:
                 continue
             entered = row.t_enter_ns / 1e9
-            if row.t_enter_ns and now - entered < PENDING_S:
+            if row.t_enter_ns and now - entered < self._pending_s:
                 busy = True
             else:
                 # The last change of a row is at least as late as its last collective's end.
@@ -183,13 +187,16 @@ class Arenas:
           The collectives, and the time from which on those of every rank are known.
         """
         found, known_after = list[tuple[float, float | None]](), 0.0
-        for local in range(self._seats):
-            records = self._board.records(local)
+        rings = [self._board.records(local) for local in range(self._seats)]
+        self._pending_s = _pending_s(
+            (r.t_leave_ns - r.t_enter_ns) / 1e9 for ring in rings for r in ring if r.t_leave_ns
+        )
+        for records in rings:
             for record in records:
                 begin, end = record.t_enter_ns / 1e9, record.t_leave_ns / 1e9
                 if record.t_leave_ns:
                     found.append((begin, end))
-                elif now - begin < PENDING_S:
+                elif now - begin < self._pending_s:
                     found.append((begin, None))
             if records:
                 known_after = max(known_after, min(r.t_enter_ns for r in records) / 1e9)
@@ -228,6 +235,11 @@ class Arenas:
         """Unmap the board and remove the folder with everything in it."""
         self._board.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _pending_s(took_s: Iterable[float]) -> float:
+    """How long a collective may be pending until it counts as stuck, by what others took."""
+    return min(PENDING_MOST_S, max(PENDING_S, PENDING_TIMES * max(took_s, default=0.0)))
 
 
 def check_root(root: Path) -> None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from ftkit.core.clock import Clock, MonotonicClock
-from ftkit.core.governor import Governor, Grant, TrafficLimits
+from ftkit.core.governor import Governor, Grant, Pause, TrafficLimits
 from ftkit.core.idle_windows import IdleWindows
 from ftkit.core.trace import Trace
 from ftkit.launch.arenas import Arenas
@@ -59,12 +59,13 @@ class TrafficGate:
         """Whether everything goes through: while the job is repaired nothing is in the way."""
         with self._lock:
             self._open = open_
+            self._waiting.clear()
 
-    def ask(self, nbytes: int) -> float:
+    def ask(self, nbytes: int) -> Grant | Pause:
         """As `Gate.ask`."""
         with self._lock:
             if self._open:
-                return 0.0
+                return Grant(nbytes)
             now = self._clock.now()
             if now >= self._relearn_at:
                 self._relearn_at = now + RELEARN_S
@@ -76,17 +77,27 @@ class TrafficGate:
             me = threading.get_ident()
             if isinstance(decision, Grant):
                 self._waiting.pop(me, None)
-                return 0.0
+                return decision
             waited = now - self._waiting.setdefault(me, now)
             if waited > SAY_AFTER_S and now >= self._say_at:
                 self._say_at = now + SAY_EVERY_S
                 self._say(nbytes, decision.reason)
-            return decision.seconds
+            return decision
 
-    def arrived(self, nbytes: int, seconds: float) -> None:
+    def withdraw(self) -> None:
+        """As `Gate.withdraw`."""
+        with self._lock:
+            self._waiting.pop(threading.get_ident(), None)
+
+    def arrived(self, grant: Grant, seconds: float) -> None:
         """As `Gate.arrived`."""
         with self._lock:
-            self._governor.arrived(nbytes, seconds)
+            self._governor.arrived(grant, seconds=seconds)
+
+    def given_up(self, grant: Grant) -> None:
+        """As `Gate.given_up`."""
+        with self._lock:
+            self._governor.given_up(grant)
 
     def _say(self, nbytes: int, reason: str) -> None:
         forecast = self._governor.forecast(nbytes, within_s=SAY_AFTER_S)

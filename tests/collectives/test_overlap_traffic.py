@@ -128,6 +128,53 @@ def test_a_fault_ends_both_sides() -> None:
             return "aborted"
         with pytest.raises(GenerationAborted):
             governor.send(data, 0)
+        assert not governor._governor._flying, "nothing holds the next one back"
         return "ended"
 
     assert on(network, rank) == ["aborted", "ended"]
+
+
+class Reduced:
+    """A model of which a governor sees the buckets, in a group of four."""
+
+    class process_group:  # noqa: N801 - an attribute of models
+        @staticmethod
+        def size() -> int:
+            return 4
+
+    def register_comm_hook(self, state: object, hook: Any) -> None:
+        self.hook = hook
+
+
+class Bucket:
+    def __init__(self, grads: torch.Tensor) -> None:
+        self._grads = grads
+
+    def buffer(self) -> torch.Tensor:
+        return self._grads
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_bucket_is_divided_before_it_is_summed_and_busy_ends(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, model = Network(1, rate=RATE), Reduced()
+    governor = TrafficGovernor(network.group(0), clock=network.now, rest=network.sleep)
+
+    def all_reduce(grads: torch.Tensor, **_: Any) -> Any:
+        if fails:
+            raise RuntimeError("no peer")
+        grads *= 4  # all ranks have the same
+        future = torch.futures.Future[Any]()
+        future.set_result([grads])
+        return type("Work", (), {"get_future": lambda self: future})()
+
+    monkeypatch.setattr(traffic.dist, "all_reduce", all_reduce)
+    governor.attach(model)
+    grads = torch.full((3,), 60_000.0, dtype=torch.float16)
+    if fails:
+        with pytest.raises(RuntimeError, match="no peer"):
+            model.hook(None, Bucket(grads))
+    else:
+        assert (model.hook(None, Bucket(grads)).wait() == 60_000).all(), "four of them are too many"
+    assert not governor._windows.busy

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ftkit.core.governor import LOST_S, Governor, Grant, Pause, TrafficLimits
+from ftkit.core.governor import LOST_S, SAVED_S, Governor, Grant, Pause, TrafficLimits
 from ftkit.core.idle_windows import IdleWindows, merged
 
 #: A step: ten buckets of 10 ms, 2 ms apart, and then 100 ms without any.
@@ -86,6 +86,13 @@ def test_the_idle_share_counts_windows_that_are_long_enough() -> None:
     assert windows.idle_share(1.0) == 0.0
 
 
+def granted(governor: Governor, now: float, wanted: int) -> Grant:
+    """All of `wanted` at once."""
+    decision = governor.decide(now, wanted, whole=True)
+    assert isinstance(decision, Grant)
+    return decision
+
+
 class Play:
     """Steps of training on a clock of its own, and somebody who sends as he is told."""
 
@@ -107,10 +114,10 @@ class Play:
         match self.governor.decide(now, 1 << 30):
             case Pause(seconds, _):
                 return now + seconds
-            case Grant(count, _):
+            case Grant(count, _) as grant:
                 self.sent += count
                 seconds = count / RATE
-                self.governor.arrived(count, seconds)
+                self.governor.arrived(grant, seconds=seconds)
                 self.collided_s += sum(
                     max(0.0, min(now + seconds, e) - max(now, b)) for b, e in busy
                 )
@@ -143,9 +150,9 @@ def test_the_cap_of_the_link_holds_in_free_windows_too() -> None:
     now, sent = 0.0, 0
     while now < 10.0:
         match governor.decide(now, 1 << 30):
-            case Grant(count, _):
+            case Grant(count, _) as grant:
                 sent += count
-                governor.arrived(count, count / RATE)
+                governor.arrived(grant, seconds=count / RATE)
                 now += count / RATE
             case Pause(seconds, _):
                 now += seconds
@@ -154,12 +161,12 @@ def test_the_cap_of_the_link_holds_in_free_windows_too() -> None:
 
 def test_what_has_not_arrived_holds_back_the_next() -> None:
     governor = Governor(TrafficLimits(unacknowledged_max=2), IdleWindows(), 0.0)
-    assert isinstance(governor.decide(0.0, 1 << 20), Grant)
-    assert isinstance(governor.decide(0.0, 1 << 20), Grant)
+    first = granted(governor, 0.0, 1 << 20)
+    granted(governor, 0.0, 1 << 20)
     refused = governor.decide(0.0, 1 << 20)
     assert isinstance(refused, Pause)
     assert "acknowledged" in refused.reason
-    governor.arrived(1 << 20, 0.01)
+    governor.arrived(first, seconds=0.01)
     assert isinstance(governor.decide(0.0, 1), Grant)
 
 
@@ -170,11 +177,62 @@ def test_a_piece_that_was_given_up_does_not_hold_back_others_for_ever() -> None:
     assert isinstance(governor.decide(LOST_S + 0.1, 1), Grant)
 
 
+def test_a_piece_that_is_late_or_failed_counts_for_itself_alone() -> None:
+    governor = Governor(TrafficLimits(unacknowledged_max=1), IdleWindows(), 0.0)
+    slow = granted(governor, 0.0, 1)
+    other = granted(governor, LOST_S + 0.1, 1)
+    governor.arrived(slow, seconds=LOST_S + 0.2)
+    assert isinstance(governor.decide(LOST_S + 0.2, 1), Pause), "the other is on its way"
+    governor.given_up(other)
+    rate = governor.rate
+    assert isinstance(governor.decide(LOST_S + 0.2, 1), Grant), "at once"
+    assert governor.rate == rate
+
+
+def test_an_idle_hour_saves_up_no_blast() -> None:
+    limits = TrafficLimits(rate_guess=RATE, max_slowdown=0.01, unacknowledged_max=1000)
+    windows = IdleWindows()
+    governor = Governor(limits, windows, 0.0)
+    governor.decide(0.0, 1)
+    windows.begin(3600.0)
+    now, took = 3600.0, 0.0
+    while now < 3602.0:
+        if isinstance(grant := governor.decide(now, 1 << 18, whole=True), Grant):
+            governor.arrived(grant, seconds=grant.bytes / RATE)
+            took += grant.bytes / RATE
+        else:
+            now += 0.001
+    assert 0.02 < took < 0.01 * (2 + SAVED_S) + 0.003
+
+
+def test_a_file_that_needs_more_than_is_saved_is_saved_for() -> None:
+    windows = IdleWindows()
+    governor = Governor(TrafficLimits(rate_guess=RATE, max_slowdown=0.01), windows, 0.0)
+    windows.begin(0.0)
+    size = int(0.1 * RATE)  # 10 s worth of what is allowed
+    decided = [governor.decide(now / 10, size, whole=True) for now in range(300)]
+    assert 2 <= sum(isinstance(d, Grant) for d in decided) <= 3
+    assert all(isinstance(d, Pause) for d in decided[:99])
+
+
+def test_the_bytes_on_their_way_are_those_that_were_granted() -> None:
+    """Two pieces of 1 MiB each fit 17 ms and no third, however small the least piece is."""
+    windows = IdleWindows()
+    for begin, end in ((0.0, 1.0), (1.02, 2.02), (2.04, 3.04)):
+        windows.begin(begin)
+        windows.end(end)
+    limits = TrafficLimits(rate_guess=RATE, max_slowdown=0.0, unacknowledged_max=9)
+    governor = Governor(limits, windows, 3.04)
+    granted(governor, 3.04, 1 << 20)
+    granted(governor, 3.04, 1 << 20)
+    assert isinstance(governor.decide(3.04, 1 << 20, whole=True), Pause)
+
+
 def test_the_rate_is_that_of_arrivals() -> None:
     governor = Governor(TrafficLimits(rate_guess=1e9), IdleWindows(), 0.0)
     for _ in range(30):
-        governor.decide(0.0, 1 << 20)
-        governor.arrived(1 << 20, (1 << 20) / 50e6)
+        grant = granted(governor, 0.0, 1 << 20)
+        governor.arrived(grant, seconds=(1 << 20) / 50e6)
     assert governor.rate == pytest.approx(50e6, rel=0.01)
 
 
@@ -213,8 +271,8 @@ def test_a_governor_makes_progress_whatever_it_meets() -> None:
         for _ in range(200):
             windows.begin(now)
             now += length
-            if isinstance(governor.decide(now, 1 << 20), Grant):
-                governor.arrived(1 << 20, 1e-3)
+            if isinstance(grant := governor.decide(now, 1 << 20), Grant):
+                governor.arrived(grant, seconds=1e-3)
             windows.end(now)
             now += gap
         assert governor.granted

@@ -11,11 +11,11 @@ from ftkit.checkpoint.parity.combine import GATED_BYTES, Pace, Superseded
 from ftkit.checkpoint.parity.streams import RANGE_BYTES
 from ftkit.core.clock import ManualClock
 from ftkit.core.errors import UsageError
-from ftkit.core.governor import TrafficLimits
+from ftkit.core.governor import Grant, Pause, TrafficLimits
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.status import BOARD, StatusBoard
-from ftkit.launch.arenas import PENDING_S, Arenas
+from ftkit.launch.arenas import PENDING_S, PENDING_TIMES, Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.traffic import SAY_AFTER_S, TrafficGate
 
@@ -38,13 +38,13 @@ class Node:
             self.arenas, limits, lambda kind, **f: self.told.append((kind, f)), clock=self.clock
         )
         self.gate.set_open(False)
-        self._seq = 0
+        self.seq = 0
 
     def bucket(self) -> None:
-        self.rank.enter(0, self._seq, "all_reduce", MB)
+        self.rank.enter(0, self.seq, "all_reduce", MB)
         self.clock.advance(BUCKET_S)
-        self.rank.leave(0, self._seq, True)
-        self._seq += 1
+        self.rank.leave(0, self.seq, True)
+        self.seq += 1
 
     def steps(self, count: int) -> None:
         for _ in range(count):
@@ -59,6 +59,10 @@ class Node:
         self.arenas.remove()
 
 
+def refused(node: Node, nbytes: int) -> bool:
+    return isinstance(node.gate.ask(nbytes), Pause)
+
+
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     limits = TrafficLimits(rate_guess=RATE, max_slowdown=0.0)
@@ -70,36 +74,75 @@ def node(tmp_path: Path) -> Iterator[Node]:
 def test_what_fits_the_window_goes_and_what_does_not_waits(node: Node) -> None:
     node.steps(10)
     node.bucket()
-    assert node.gate.ask(MB), "this may be the gap between two buckets"
+    assert refused(node, MB), "this may be the gap between two buckets"
     node.clock.advance(0.004)
-    assert node.gate.ask(MB) == 0.0
-    node.gate.arrived(MB, MB / RATE)
+    grant = node.gate.ask(MB)
+    assert isinstance(grant, Grant)
+    node.gate.arrived(grant, MB / RATE)
     node.clock.advance(0.09)
-    assert node.gate.ask(MB), "10 ms do not fit the 6 ms that are left"
+    assert refused(node, MB), "10 ms do not fit the 6 ms that are left"
 
 
 def test_nothing_goes_while_a_bucket_is_reduced_unless_it_hangs(node: Node) -> None:
     node.steps(10)
     node.rank.enter(0, 99, "all_reduce", MB)
     node.clock.advance(0.05)
-    assert node.gate.ask(MB)
+    assert refused(node, MB)
     node.clock.advance(PENDING_S)
-    assert node.gate.ask(MB) == 0.0
+    assert not refused(node, MB)
+
+
+def test_on_a_slow_link_a_long_collective_is_not_taken_for_one_that_hangs(node: Node) -> None:
+    for _ in range(3):  # 4 s each
+        node.rank.enter(0, node.seq, "all_reduce", MB)
+        node.clock.advance(4.0)
+        node.rank.leave(0, node.seq, True)
+        node.seq += 1
+        node.clock.advance(LONG_S)
+        node.gate.ask(1 << 40)  # looks
+    node.rank.enter(0, node.seq, "all_reduce", MB)
+    for _ in range(4):
+        node.clock.advance(0.9)
+        assert refused(node, MB)
+    node.clock.advance(4 * PENDING_TIMES)
+    assert not refused(node, MB), "it hangs"
 
 
 def test_while_the_job_is_repaired_everything_goes(node: Node) -> None:
     node.steps(10)
     node.rank.enter(0, 99, "all_reduce", MB)
-    assert node.gate.ask(MB)
+    assert refused(node, MB)
     node.gate.set_open(True)
-    assert node.gate.ask(1 << 40) == 0.0
+    assert not refused(node, 1 << 40)
+
+
+@pytest.mark.parametrize("ends", ["withdraws", "the gate opens"])
+def test_who_waits_no_more_is_not_said_to_wait(node: Node, ends: str) -> None:
+    node.steps(10)
+    node.rank.enter(0, 99, "all_reduce", MB)
+    if ends == "withdraws":
+
+        def superseded() -> None:
+            raise Superseded
+
+        with pytest.raises(Superseded):
+            go_through(node.gate, MB, check=superseded)
+    else:
+        assert refused(node, MB)
+        node.gate.set_open(True)
+        node.gate.set_open(False)
+    node.rank.leave(0, 99, True)
+    node.clock.advance(10 * SAY_AFTER_S)
+    node.rank.enter(0, 100, "all_reduce", MB)
+    assert refused(node, MB), "the first time that this one asks"
+    assert not node.told
 
 
 def test_what_never_fits_is_told_once_with_numbers(node: Node) -> None:
     node.steps(10)
     for _ in range(60):
         node.steps(1)
-        assert node.gate.ask(64 * MB), "0.67 s fit no window of 0.1 s"
+        assert refused(node, 64 * MB), "0.67 s fit no window of 0.1 s"
     (kind, fields), *more = node.told
     assert not more
     assert kind == "traffic-stretched"
@@ -114,7 +157,7 @@ def test_the_slow_down_that_is_allowed_gets_it_through(tmp_path: Path) -> None:
         node.steps(10)
         for _ in range(200):
             node.steps(1)
-            if not node.gate.ask(64 * MB):
+            if not refused(node, 64 * MB):
                 break
         # 0.67 s are 5 % of 13.4 s.
         assert 13.4 < node.clock.now() - 100.0 < 13.4 + 1
@@ -127,12 +170,15 @@ def test_a_pace_asks_before_a_window_and_tells_when_it_is_there() -> None:
     asked: list[Any] = []
 
     class Slow(OpenGate):
-        def ask(self, nbytes: int) -> float:
+        def ask(self, nbytes: int) -> Grant | Pause:
             asked.append(nbytes)
-            return 0.0 if len(asked) % 3 == 0 else 0.5
+            return Grant(nbytes) if len(asked) % 3 == 0 else Pause(0.5, "busy")
 
-        def arrived(self, nbytes: int, seconds: float) -> None:
-            asked.append((nbytes, seconds))
+        def arrived(self, grant: Grant, seconds: float) -> None:
+            asked.append((grant.bytes, seconds))
+
+        def given_up(self, grant: Grant) -> None:
+            asked.append(-grant.bytes)
 
     def rest(seconds: float) -> None:
         now[0] += seconds
@@ -143,7 +189,14 @@ def test_a_pace_asks_before_a_window_and_tells_when_it_is_there() -> None:
     assert now[0] == 1.0
     now[0] += 0.25
     pace.pause()
+    pace.pause()
     assert asked == [MB, MB, MB, (MB, 0.25)]
+    asked.clear()
+    pace.admit(MB)
+    pace.give_up()  # a shard was lost meanwhile
+    pace.give_up()
+    assert asked == [MB, MB, MB, -MB]
+    asked.clear()
     given_up = Pace(lambda: False, gate=Slow(), clock=lambda: now[0], rest=rest)
     with pytest.raises(Superseded):
         given_up.admit(MB)

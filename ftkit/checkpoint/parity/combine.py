@@ -12,6 +12,7 @@ from ftkit.checkpoint.gate import Gate, go_through
 from ftkit.checkpoint.parity.streams import RANGE_BYTES, Open, Stream
 from ftkit.checkpoint.stripes import Place, Stripe
 from ftkit.core.errors import FtkitError, IntegrityError, WireError
+from ftkit.core.governor import Grant
 
 #: Niceness of whoever computes parity: training and communication go first.
 NICE = 10
@@ -88,7 +89,7 @@ class Pace:
         self._wanted, self._share = wanted, share
         self._clock, self._rest = clock, rest
         self._gate = gate
-        self._let_through = 0
+        self._let_through: Grant | None = None
         self._since = clock()
 
     @property
@@ -99,8 +100,15 @@ class Pace:
     def admit(self, nbytes: int) -> None:
         """Before a window: wait until so many bytes may travel. Raises Superseded, as `pause`."""
         if self._gate is not None:
-            go_through(self._gate, nbytes, check=self._check, rest=self._rest)
-            self._let_through, self._since = nbytes, self._clock()
+            self.give_up()
+            self._let_through = go_through(self._gate, nbytes, check=self._check, rest=self._rest)
+            self._since = self._clock()
+
+    def give_up(self) -> None:
+        """A window that was admitted will not come; without one, nothing happens."""
+        if self._gate is not None and self._let_through is not None:
+            self._gate.given_up(self._let_through)
+            self._let_through = None
 
     def pause(self) -> None:
         """After some work: rest as long as its share asks for.
@@ -108,11 +116,11 @@ class Pace:
         Raises:
           Superseded: it is not wanted any more.
         """
-        self._check()
         spent = self._clock() - self._since
-        if self._gate is not None and self._let_through:
+        if self._gate is not None and self._let_through is not None:
             self._gate.arrived(self._let_through, spent)
-            self._let_through = 0
+            self._let_through = None
+        self._check()
         if self._share < 1:
             self._rest(min(REST_S, spent * (1 - self._share) / self._share))
         self._since = self._clock()
@@ -156,6 +164,7 @@ def combine(
     empty = {i: memoryview(b"") for i, piece in enumerate(stripe.data) if not piece.count}
     read = 0
     with ExitStack() as opened:
+        opened.callback(pace.give_up)
         streams = dict[int, Stream]()
         for shard in sources:
             with _blamed(Place(number, shard)):

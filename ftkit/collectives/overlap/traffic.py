@@ -28,6 +28,16 @@ _PIECE, _ACK = 0x7F20_0000, 0x7F20_0001
 LIMITS = TrafficLimits(piece_bytes_max=256 << 10, unacknowledged_max=3)
 
 
+class _Flying:
+    """A piece on its way, and the acknowledgement that is awaited."""
+
+    def __init__(self, grant: Grant, let_go: float) -> None:
+        self.grant, self.let_go = grant, let_go
+        self.ack = torch.zeros(1, dtype=torch.uint8)
+        self.came: Any = None
+        self.sent: Any = None
+
+
 class TrafficGovernor:
     """One rank's. `begin`, `end` and `busy` from any thread; one thread sends, one receives."""
 
@@ -92,15 +102,19 @@ class TrafficGovernor:
             state: object,
             bucket: dist.GradBucket,  # type: ignore[name-defined]
         ) -> torch.futures.Future[torch.Tensor]:
-            grads = bucket.buffer()
+            # Divided before the sum, as DDP does: of many ranks it could be too large for half.
+            grads: torch.Tensor = bucket.buffer().div_(group.size())
             self.begin()
-            work = dist.all_reduce(grads, op=dist.ReduceOp.SUM, group=group, async_op=True)
+            try:
+                work = dist.all_reduce(grads, op=dist.ReduceOp.SUM, group=group, async_op=True)
+            except BaseException:
+                self.end()
+                raise
 
             def done(future: torch.futures.Future[Any]) -> torch.Tensor:
                 self.end()
                 future.value()  # raises what the reduction raised
-                mean: torch.Tensor = grads.div_(group.size())
-                return mean
+                return grads
 
             future: torch.futures.Future[torch.Tensor] = work.get_future().then(done)
             return future
@@ -130,7 +144,15 @@ class TrafficGovernor:
         Raises:
           GenerationAborted: a member was lost.
         """
-        flying: deque[tuple[Any, Any, torch.Tensor, int, float]] = deque()
+        flying: deque[_Flying] = deque()
+        try:
+            self._send(tensor, target, flying)
+        finally:
+            with self._lock:
+                for piece in flying:
+                    self._governor.given_up(piece.grant)
+
+    def _send(self, tensor: torch.Tensor, target: int, flying: "deque[_Flying]") -> None:
         last = self._clock()
         for piece in self._pieces(tensor):
             while True:
@@ -140,12 +162,11 @@ class TrafficGovernor:
                 if isinstance(decision, Grant):
                     break
                 self._rest(decision.seconds)
-            ack = torch.zeros(1, dtype=torch.uint8)
-            came = self._group.recv([ack], target, _ACK)
-            sent = self._group.send([piece], target, _PIECE)
-            flying.append((came, sent, ack, piece.numel(), self._clock()))
+            flying.append(_Flying(decision, self._clock()))
+            flying[-1].came = self._group.recv([flying[-1].ack], target, _ACK)
+            flying[-1].sent = self._group.send([piece], target, _PIECE)
         while flying:
-            flying[0][0].wait()
+            flying[0].came.wait()
             last = self._acknowledged(flying, last)
 
     def recv(self, into: torch.Tensor, source: int) -> None:
@@ -164,24 +185,21 @@ class TrafficGovernor:
         for _, sent in acks:
             sent.wait()
 
-    def _acknowledged(self, flying: deque[Any], last: float) -> float:
+    def _acknowledged(self, flying: "deque[_Flying]", last: float) -> float:
         """Tell the governor of pieces that are there; when the last one was."""
-        there = []
-        while flying and flying[0][0].is_completed():
-            came, sent, _, nbytes, let_go = flying.popleft()
-            came.wait()
-            sent.wait()
-            there.append((nbytes, let_go))
+        there = list[_Flying]()
+        while flying and flying[0].came.is_completed():
+            flying[0].came.wait()
+            flying[0].sent.wait()
+            there.append(flying.popleft())
         if not there:
             return last
         now = self._clock()
         with self._lock:
             # A piece behind another has waited for it, and acknowledgements come behind what the
             # peer sends us, several at once: together they took this long.
-            total = sum(nbytes for nbytes, _ in there)
-            self._governor.arrived(total, now - max(there[0][1], last))
-            for _ in there[1:]:
-                self._governor.arrived(0, 0.0)
+            took_s = now - max(there[0].let_go, last)
+            self._governor.arrived(*(piece.grant for piece in there), seconds=took_s)
         return now
 
     def _pieces(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
