@@ -54,7 +54,7 @@ class View:
     size: int
     """Members of the world, seen or not."""
     gone: bool
-    """Whether any member has exited or is on a lost node; such are not in `seen`."""
+    """Whether any member has exited; such are not in `seen`."""
     seen: Sequence[Track]
     """The members with a recent row, in order of seats."""
     limit_s: float

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from ftkit.core import detour
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat
-from ftkit.core.verdict import Fault, Verdict
+from ftkit.core.verdict import EVICT, Fault, Verdict
 from ftkit.core.world import Member, World
 from ftkit.detection import signals
 from ftkit.detection.clock_skew import ClockSkew
@@ -261,7 +261,10 @@ class Judge:
             self._watch_plain(plan, now)
         said = self.checks.tick(now, self.inquiry.tick(now, self._panel.tick(now)))
         said += self._lost(
-            plan.world or self._plain_world, {v.member for v in said}, lost or {}, now
+            plan.world or self._plain_world,
+            {v.member for v in said if v.fault in EVICT},
+            lost or {},
+            now,
         )
         findings.fresh, findings.over = self._levels.take(said, now)
         for verdict in said:

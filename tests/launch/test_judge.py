@@ -84,6 +84,16 @@ def test_a_node_that_falls_silent_is_named_once_it_is_lost() -> None:
     assert deaf.verdicts(plan(), {}, 161.0, lost={NodeId(0): 60.0, NodeId(1): 60.0}).fresh == []
 
 
+def test_what_else_is_said_of_a_node_does_not_hide_that_it_is_lost() -> None:
+    judging = judge()
+    judging.take_plan(plan(), at=100.0)
+    for at in (100.0, 130.0):
+        judging.take(signals.ClockSeen(node=NodeId(1), at=at, offset_s=3.0, error_s=0.001))
+    assert [v.fault for v in judging.verdicts(plan(), {}, 131.0).fresh] == [Fault.CLOCK]
+    found = judging.verdicts(plan(), {}, 191.0, lost={NodeId(1): 60.5})
+    assert [(v.fault, v.seat) for v in found.fresh] == [(Fault.NODE_LOST, 1)]
+
+
 def test_a_node_that_hangs_up_is_suspected_then_lost() -> None:
     judging = judge()
     judging.take_plan(plan(), at=100.0)
