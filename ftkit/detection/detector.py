@@ -41,6 +41,9 @@ _AWAIT_S = 0.5
 #: Steps are counted to know how often something occurs: a leap in their number is no history.
 _STEPS_A_LOOK = 1000
 
+#: Times of one moment, read off another host's clock now and later, differ by less.
+_SAME_S = 0.01
+
 
 @dataclass(frozen=True, slots=True)
 class _Still:
@@ -189,7 +192,7 @@ class Detector:
         moved = max(one.progress_at for one in view.seen)
         if any(one.row.phase in EXEMPT for one in view.seen):
             return  # what ended the gap was a repair
-        if before is not None and moved > before.moved:
+        if before is not None and moved > before.moved + _SAME_S:
             for phase in before.phases:
                 self._tempo.note(phase, before.lasted_s)
         excused = any(one.stopped or one.idle_from > one.progress_at for one in view.seen)

@@ -11,6 +11,7 @@ from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.core.verdict import EVICT, Fault, Verdict
 from ftkit.core.world import Member, World
 from ftkit.detection import signals
+from ftkit.detection.clock_offset import ClockOffset
 from ftkit.detection.clock_skew import ClockSkew
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
@@ -117,6 +118,7 @@ class Judge:
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._plain: set[MemberId] = set()
         self._gone_nodes: dict[NodeId, float] = {}
+        self._clocks: dict[NodeId, ClockOffset] = {}
         self._plain_world: World | None = None
         self._world: World | None = None
         self._world_at = 0.0
@@ -139,6 +141,7 @@ class Judge:
     def node_gone(self, node: NodeId, at: float) -> None:
         """The connection to a node's agent broke. What it held may be lost: nobody knows yet."""
         self._gone_nodes.setdefault(node, at)
+        self._clocks.pop(node, None)  # who comes next may have started its host again
 
     def node_back(self, node: NodeId) -> None:
         """The same agent is there again: only the connection had broken."""
@@ -177,9 +180,9 @@ class Judge:
           sent: when it reported, on its clock, which is that of the rows.
           at: when that arrived here, on ours.
         """
-        # Rows carry the agent's clock; on one host the difference is the message's way here. No
-        # node is taken to share this host: where an engine places the coordinator is its affair.
-        offset_ns = int((at - sent) * 1e9)
+        # Rows carry the agent's clock. No node is taken to share this host: where an engine
+        # places the coordinator is its affair.
+        offset_ns = int(self._clocks.setdefault(node, ClockOffset()).note(sent=sent, at=at) * 1e9)
         if late_s > LATE_S:
             self._ingest(ObserverLate(by_s=late_s, who=node))
         for value in measured:
