@@ -175,7 +175,7 @@ def test_the_cheapest_route_is_taken() -> None:
             load(Rotate.KV, MHA, backward=backward).busiest / 3
         )
         assert cheapest(mesh, backward=backward) is Rotate.ALLGATHER
-        assert cheapest(with_(mesh, size=2), backward=backward) is Rotate.KV
+        assert cheapest(with_(GQA, mesh=True, size=2), backward=backward) is Rotate.KV
         # A few queries over a long sequence, as when a prompt is read in chunks.
         assert cheapest(with_(GQA, queries=16), backward=backward) is Rotate.QUERY
 
@@ -200,7 +200,9 @@ def test_what_is_on_the_wire_is_what_the_table_says(kv_heads: int, backward: boo
         def rank(group: ModelledGroup, rotate: Rotate = rotate, counted: Any = counted) -> None:
             q = torch.randn(1, 8, tokens, 16).requires_grad_()
             k = torch.randn(1, kv_heads, tokens, 16).requires_grad_()
-            out = context_parallel_attention(q, k, k.clone(), group=group, rotate=rotate)
+            out = context_parallel_attention(
+                q, k, k.clone(), group=group, rotate=rotate, layout=Layout(size * tokens, size)
+            )
             group.barrier().wait()
             before = group.network.carried
             out.sum().backward()

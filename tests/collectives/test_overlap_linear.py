@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from ftkit.collectives.modelled import ModelledGroup, Network
-from ftkit.collectives.overlap import linear
+from ftkit.collectives.overlap import cuda, linear
 from ftkit.collectives.overlap.auto import AutoChunks
 from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
 from ftkit.collectives.overlap.parts import bounds, pieces, sources, targets
@@ -309,7 +309,7 @@ def test_parts_cover_all_rows_once_and_ours_come_last() -> None:
 
 
 def test_what_would_hang_on_cuda_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear.cuda, "serves", lambda x, group: True)
+    monkeypatch.setattr(cuda, "serves", lambda x, group: True)
 
     def rank(group: ModelledGroup) -> None:
         x, weight = torch.ones(4, 2), torch.ones(2, 2, requires_grad=True)

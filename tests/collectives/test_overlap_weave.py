@@ -347,7 +347,7 @@ def test_evaluation_keeps_no_graph() -> None:
 
 def test_cuda_is_refused_in_words() -> None:
     class OnCuda(torch.Tensor):
-        is_cuda = True  # type: ignore[assignment]
+        is_cuda = True
 
     def rank(group: ModelledGroup) -> None:
         with pytest.raises(UsageError, match="stream of its own"):
