@@ -170,6 +170,12 @@ def test_the_cheapest_route_is_taken() -> None:
         assert cheapest(GQA, backward=backward) is Rotate.BIDIRECTIONAL
         assert cheapest(with_(GQA, size=2), backward=backward) is Rotate.KV
         assert cheapest(with_(GQA, kv_heads=1), backward=backward) is Rotate.KV
+        mesh = with_(MHA, mesh=True)
+        assert load(Rotate.ALLGATHER, mesh, backward=backward).busiest == pytest.approx(
+            load(Rotate.KV, MHA, backward=backward).busiest / 3
+        )
+        assert cheapest(mesh, backward=backward) is Rotate.ALLGATHER
+        assert cheapest(with_(GQA, mesh=True, size=2), backward=backward) is Rotate.KV
         # A few queries over a long sequence, as when a prompt is read in chunks.
         assert cheapest(with_(GQA, queries=16), backward=backward) is Rotate.QUERY
 
@@ -194,7 +200,9 @@ def test_what_is_on_the_wire_is_what_the_table_says(kv_heads: int, backward: boo
         def rank(group: ModelledGroup, rotate: Rotate = rotate, counted: Any = counted) -> None:
             q = torch.randn(1, 8, tokens, 16).requires_grad_()
             k = torch.randn(1, kv_heads, tokens, 16).requires_grad_()
-            out = context_parallel_attention(q, k, k.clone(), group=group, rotate=rotate)
+            out = context_parallel_attention(
+                q, k, k.clone(), group=group, rotate=rotate, layout=Layout(size * tokens, size)
+            )
             group.barrier().wait()
             before = group.network.carried
             out.sum().backward()
@@ -275,6 +283,17 @@ def test_what_does_not_fit_is_refused_in_words() -> None:
         for words, tensors, options in refused:
             with pytest.raises(UsageError, match=words):
                 context_parallel_attention(*tensors, group=group, **options)
+
+    everywhere(2, rank)
+
+
+def test_uneven_parts_without_a_layout_are_refused_on_all_ranks() -> None:
+    def rank(group: ModelledGroup) -> None:
+        q = torch.zeros(1, 2, 4 + 2 * group.rank(), 8)
+        even = torch.zeros(1, 2, 4, 8)
+        for tensors in ((q, q, q), (even, q, q)):
+            with pytest.raises(UsageError, match=r"\[\[4, 4\], \[., 6\]\].* pass the layout"):
+                context_parallel_attention(*tensors, group=group)
 
     everywhere(2, rank)
 

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 from ftkit.collectives.modelled import ModelledGroup, Network
-from ftkit.collectives.overlap import linear
+from ftkit.collectives.overlap import cuda, linear
 from ftkit.collectives.overlap.auto import AutoChunks
 from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
 from ftkit.collectives.overlap.parts import bounds, pieces, sources, targets
-from ftkit.core.errors import GenerationAborted
+from ftkit.core.errors import GenerationAborted, UsageError
 
 from .ranks import everywhere, on
 
@@ -306,3 +306,16 @@ def test_parts_cover_all_rows_once_and_ours_come_last() -> None:
     assert targets(4, 1) == [2, 3, 0]
     # Who we serve first expects us first.
     assert all(sources(4, targets(4, r)[i])[i] == r for r in range(4) for i in range(3))
+
+
+def test_what_would_hang_on_cuda_is_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "serves", lambda x, group: True)
+
+    def rank(group: ModelledGroup) -> None:
+        x, weight = torch.ones(4, 2), torch.ones(2, 2, requires_grad=True)
+        with pytest.raises(UsageError, match="no backward on CUDA"):
+            linear.linear_reduce_scatter(x, weight, group=group)
+        with pytest.raises(UsageError, match="divided unevenly"):
+            linear.all_gather_linear(x, weight, group=group, rows=7)
+
+    everywhere(2, rank)

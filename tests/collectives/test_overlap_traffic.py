@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ftkit.collectives.modelled import ModelledGroup, Network
 from ftkit.collectives.overlap import traffic
@@ -169,7 +170,7 @@ def test_a_bucket_is_divided_before_it_is_summed_and_busy_ends(
         future.set_result([grads])
         return type("Work", (), {"get_future": lambda self: future})()
 
-    monkeypatch.setattr(traffic.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
     governor.attach(model)
     grads = torch.full((3,), 60_000.0, dtype=torch.float16)
     if fails:

@@ -10,10 +10,11 @@ from torch import nn
 from torch.nn import functional
 
 from ftkit.collectives.modelled import ModelledGroup, Network
+from ftkit.collectives.overlap import weave
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.tuning import SplitTuner
 from ftkit.collectives.overlap.weave import Layer, Weave
-from ftkit.core.errors import GenerationAborted
+from ftkit.core.errors import GenerationAborted, UsageError
 
 from .ranks import everywhere, on
 
@@ -278,6 +279,81 @@ def test_a_fault_on_the_way_ends_it_on_all_ranks() -> None:
     first, second, third = everywhere(3, rank, rate=1e6)
     assert third == "aborted"
     assert all("abort() was called" in words for words in (first, second))
+
+
+@pytest.mark.parametrize("where", ["body", "backward", "norm"])
+def test_an_error_on_one_rank_ends_it_on_all(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Faulty(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if where == "body":
+                raise MemoryError("no room")
+            y = x * 1.0
+            if where == "backward":
+                y.register_hook(self.fail)
+            return y
+
+        def fail(self, grad: torch.Tensor) -> None:
+            raise MemoryError("no room")
+
+    def normed(*args: Any) -> Any:
+        if args[2][0] == 77:
+            raise MemoryError("no room")
+        return add_rms_norm(*args)
+
+    monkeypatch.setattr(weave, "add_rms_norm", normed)
+
+    def rank(group: ModelledGroup) -> type[BaseException] | None:
+        stack = layers(group.rank(), 3, torch.float32)
+        if group.rank() == 1:
+            body = stack[2].body if where == "norm" else Faulty()
+            stack[2] = Layer(torch.full((WIDTH,), 77.0), body)
+        try:
+            x = torch.randn(4, 3, WIDTH, requires_grad=True)
+            woven(group, stack, split=True)(x).sum().backward()
+        except (MemoryError, GenerationAborted) as error:
+            return type(error)
+        return None
+
+    ended = everywhere(3, rank, rate=1e6)
+    assert ended == [GenerationAborted, MemoryError, GenerationAborted]
+
+
+def test_a_second_backward_is_refused_in_words() -> None:
+    def rank(group: ModelledGroup) -> None:
+        out = woven(group, layers(group.rank(), 2, torch.float32), split=True)(
+            torch.randn(2, 3, WIDTH)
+        ).sum()
+        out.backward(retain_graph=True)
+        with pytest.raises(UsageError, match="one backward"):
+            out.backward()
+
+    everywhere(2, rank)
+
+
+def test_evaluation_keeps_no_graph() -> None:
+    class Seen(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert not torch.is_grad_enabled()
+            assert not x.requires_grad
+            return x
+
+    def rank(group: ModelledGroup) -> None:
+        stack = woven(group, [Layer(torch.ones(WIDTH), Seen())] * 2, split=True)
+        with torch.no_grad():
+            assert not stack(torch.randn(2, 3, WIDTH)).requires_grad
+
+    everywhere(2, rank)
+
+
+def test_cuda_is_refused_in_words() -> None:
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    def rank(group: ModelledGroup) -> None:
+        with pytest.raises(UsageError, match="stream of its own"):
+            woven(group, [], split=False)(torch.ones(2, 3, WIDTH).as_subclass(OnCuda))
+
+    everywhere(1, rank)
 
 
 def test_the_norms_own_gradient() -> None:

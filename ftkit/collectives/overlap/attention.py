@@ -36,6 +36,7 @@ def context_parallel_attention(
     is_causal: bool = False,
     scale: float | None = None,
     rotate: Route = "auto",
+    mesh: bool = False,
     layout: Layout | None = None,
     kv_layout: Layout | None = None,
 ) -> Tensor:
@@ -50,7 +51,10 @@ def context_parallel_attention(
         same tokens as `q`.
       scale: of the scores; 1/sqrt(D) by default.
       rotate: what goes round; "auto" takes what costs the busiest direction least.
-      layout: who holds which tokens; by default all ranks as many, in zigzag order if causal.
+      mesh: whether every two ranks have a wire of their own (NVLink within a host), the same on all
+        ranks. "auto" then considers the all-gather, which holds keys and values of all ranks at once.
+      layout: who holds which tokens; by default all ranks as many, in zigzag order if causal, which
+        ranks make sure of with one small all-reduce a call.
       kv_layout: of `k` and `v`, where it is another.
 
     Returns:
@@ -63,6 +67,8 @@ def context_parallel_attention(
     group = of(group)
     check(q, k, v)
     size, rank = int(group.size()), int(group.rank())
+    if layout is None:
+        _same_lengths(group, q.shape[2], 0 if kv_layout else k.shape[2])
     queries = layout or Layout(q.shape[2] * size, size, zigzag=is_causal)
     same = queries if layout is not None or is_causal else Layout(k.shape[2] * size, size)
     keys = kv_layout or same
@@ -81,13 +87,29 @@ def context_parallel_attention(
         scale=1 / math.sqrt(q.shape[3]) if scale is None else scale,
     )
     routes = [
-        cheapest(shapes_of(q, k, plan), backward=back) if rotate == "auto" else Rotate(rotate)
+        cheapest(shapes_of(q, k, plan, mesh=mesh), backward=back)
+        if rotate == "auto"
+        else Rotate(rotate)
         for back in (False, True)
     ]
     return cast("Tensor", _Attention.apply(q, k, v, group, plan, *routes))
 
 
-def shapes_of(q: Tensor, k: Tensor, plan: Plan) -> Shapes:
+def _same_lengths(group: Any, queries: int, keys: int) -> None:
+    """Raise UsageError, on all ranks, unless all have as many tokens. Blocks."""
+    size = int(group.size())
+    found = torch.zeros(size, 2, dtype=torch.int64)
+    found[int(group.rank())] = torch.tensor([queries, keys])
+    with Flights(group, "context_parallel_attention") as flights:
+        flights.all_reduce(found).wait()
+    if (found != found[0]).any():
+        raise UsageError(
+            f"without a layout all ranks must have as many tokens; they have {found.tolist()} "
+            "(queries, keys): pass the layout by which the sequence was divided"
+        )
+
+
+def shapes_of(q: Tensor, k: Tensor, plan: Plan, *, mesh: bool = False) -> Shapes:
     """For the choice of the route: the same on all ranks, however uneven their parts are."""
     batch, heads, _, width = q.shape
     size = plan.queries.size
@@ -100,6 +122,7 @@ def shapes_of(q: Tensor, k: Tensor, plan: Plan) -> Shapes:
         width=width,
         item=q.element_size(),
         sum_item=torch.empty(0, dtype=sum_dtype(q.dtype)).element_size(),
+        mesh=mesh,
     )
 
 
@@ -147,10 +170,20 @@ class ContextParallel(TorchFunctionMode):
     """
 
     def __init__(
-        self, *, length: int, is_causal: bool, group: Any = None, rotate: Route = "auto"
+        self,
+        *,
+        length: int,
+        is_causal: bool,
+        group: Any = None,
+        rotate: Route = "auto",
+        mesh: bool = False,
     ) -> None:
-        """Divide sequences of `length` tokens over the ranks of `group`."""
+        """Divide sequences of `length` tokens over the ranks of `group`.
+
+        `rotate` and `mesh` are those of `context_parallel_attention`.
+        """
         super().__init__()
+        self._mesh = mesh
         self._group, self._rotate, self._causal = of(group), rotate, is_causal
         self.layout = Layout(length, int(self._group.size()), zigzag=is_causal)
         self._rank = int(self._group.rank())
@@ -196,5 +229,6 @@ class ContextParallel(TorchFunctionMode):
             is_causal=is_causal,
             scale=scale,
             rotate=self._rotate,
+            mesh=self._mesh,
             layout=self.layout,
         )

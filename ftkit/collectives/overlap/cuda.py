@@ -24,7 +24,7 @@ def matmul_reduce_scatter(
     x: torch.Tensor, weight: torch.Tensor, dim: int, group: Any
 ) -> torch.Tensor:
     """Our rows of the sum of x @ weight.T, shape (our rows, N), as `exchange.scatter` gives them."""
-    _even(x.shape[dim], group)
+    even(x.shape[dim], group)
     out: torch.Tensor = _operators().fused_matmul_reduce_scatter(
         x.contiguous(), weight.t(), "sum", dim, group.group_name
     )
@@ -47,7 +47,8 @@ def _operators() -> Any:
     return torch.ops.symm_mem
 
 
-def _even(rows: int, group: Any) -> None:
+def even(rows: int, group: Any) -> None:
+    """Raise UsageError unless all ranks have as many."""
     if rows % group.size():
         raise UsageError(
             f"on CUDA {rows} rows cannot be divided unevenly between {group.size()} ranks; pad them"

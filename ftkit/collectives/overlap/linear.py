@@ -7,7 +7,8 @@
 
 Forward and backward; a row-parallel backward is a column-parallel forward and the other way
 round, so both overlap. The sums are those of the unsplit layer but for the order of adding.
-On CUDA the first two go to torch's fused operators over symmetric memory.
+On CUDA the first two go to torch's fused operators over symmetric memory, in even parts, and the
+first has no backward there.
 
 Blocking. A fault in the middle ends the call on all ranks with GenerationAborted, inputs and
 parameters as they were; inside `with step:` the step is played again.
@@ -26,6 +27,7 @@ from ftkit.collectives.overlap import cuda, exchange
 from ftkit.collectives.overlap.auto import Chunks, running
 from ftkit.collectives.overlap.flights import of
 from ftkit.collectives.overlap.parts import bounds
+from ftkit.core.errors import UsageError
 
 Tensor = torch.Tensor
 
@@ -135,6 +137,11 @@ class _ReduceScatter(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
         if cuda.serves(x, group):
+            if any(ctx.needs_input_grad):
+                raise UsageError(
+                    "a row-parallel linear has no backward on CUDA: over NCCL its sends and receives "
+                    "would wait for each other; use torch's own tensor parallelism, or torch.no_grad()"
+                )
             out = cuda.matmul_reduce_scatter(x, weight, dim, group)
         else:
             flat, unit = _flat(x, dim)
@@ -197,7 +204,8 @@ class _AllGather(torch.autograd.Function):
         ctx.group, ctx.dim, ctx.chunks = group, dim, chunks
         ctx.has_bias = bias is not None
         mine, unit = _flat(x, dim)
-        if cuda.serves(x, group) and x.shape[dim] * group.size() == rows:
+        if cuda.serves(x, group):
+            cuda.even(rows, group)
             whole, out = cuda.all_gather_matmul(mine, weight, group)
         else:
             out = x.new_empty(rows * unit, weight.shape[0])
@@ -227,7 +235,7 @@ class _AllGather(torch.autograd.Function):
         whole, weight = ctx.saved_tensors
         flat, unit = _flat(grad, ctx.dim)
         of_weight: list[Tensor] = []
-        if cuda.serves(grad, ctx.group) and not whole.shape[0] % (unit * ctx.group.size()):
+        if cuda.serves(grad, ctx.group):
             of_x = cuda.matmul_reduce_scatter(flat, weight.t(), 0, ctx.group)
             of_weight.append(times(flat.t(), whole))
         else:

@@ -1,4 +1,8 @@
-"""Backward of context-parallel attention, by each route. Sums over ranks are kept in float32."""
+"""Backward of context-parallel attention, by each route.
+
+Sums over ranks are added up in float32 (float64 for float64). On the rings they also travel so; what
+ALLGATHER and QUERY send back, one term a rank, is rounded to the dtype of the input first.
+"""
 
 from collections.abc import Generator, Iterable
 

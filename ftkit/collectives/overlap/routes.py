@@ -8,6 +8,7 @@ Of a step round the ring, in units of one rank's queries (Hq heads), keys and va
     bidirectional      Hkv/Hq       2 Hkv/Hq         2 Hkv/Hq       4 Hkv/Hq
     query                 1             2                3              4
     allgather        2 Hkv/Hq       2 Hkv/Hq         4 Hkv/Hq       4 Hkv/Hq
+      on a mesh      the same over n-1: every message has a wire of its own
 
 TokenRing (arXiv 2412.20501) is "query": queries go one way, outputs straight back to their owner
 the other. With as many key heads as query heads it halves the busiest direction, and so do two
@@ -49,6 +50,8 @@ class Shapes:
     """Bytes of an element."""
     sum_item: int
     """Bytes of an element of a sum over ranks."""
+    mesh: bool = False
+    """Whether every two ranks have a wire of their own, rather than each rank one port."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -72,7 +75,7 @@ def load(rotate: Rotate, shapes: Shapes, *, backward: bool) -> Load:
             return Load(moved, moved)
         case Rotate.ALLGATHER:
             moved = 2 * kv if backward else kv
-            return Load(moved, moved)
+            return Load(moved / max(1, shapes.size - 1) if shapes.mesh else moved, moved)
         case Rotate.BIDIRECTIONAL:
             moved = kv + summed if backward else kv
             larger = -(-shapes.kv_heads // 2) / shapes.kv_heads
@@ -87,8 +90,14 @@ def cheapest(shapes: Shapes, *, backward: bool) -> Rotate:
 
     A world of two has one neighbour in both directions, and with one port for both directions
     they are no gain, but no loss either.
+
+    ALLGATHER is considered on a mesh, where it uses n-1 wires at once. It holds the keys and values of
+    all n ranks (in backward also those gradients of theirs that are on their way), where a ring holds
+    those of two or three. On one port its bytes are those of KV, and it would only cost that memory.
     """
     choices = [Rotate.KV, Rotate.QUERY]
     if shapes.size > 2 and shapes.kv_heads > 1:
         choices.insert(1, Rotate.BIDIRECTIONAL)
+    if shapes.mesh and shapes.size > 2:
+        choices.append(Rotate.ALLGATHER)
     return min(choices, key=lambda rotate: load(rotate, shapes, backward=backward))

@@ -16,8 +16,9 @@ their order is decided here.
 # mypy: disable-error-code="override,no-untyped-call"
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -29,6 +30,7 @@ from ftkit.collectives.overlap.flights import Flights, of
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.parts import pieces
 from ftkit.collectives.overlap.tuning import SplitTuner
+from ftkit.core.errors import GenerationAborted, UsageError
 
 Tensor = torch.Tensor
 
@@ -76,7 +78,10 @@ class Weave(nn.Module):
     """x = x + all_reduce(body(rms_norm(x))), for each layer; (B, T, D) on all ranks to the same.
 
     A batch of one cannot be split. Gradients of the norms' weights are those of all tokens, the
-    same on all ranks. Blocking; a fault ends it on all ranks with GenerationAborted.
+    same on all ranks. Blocking; a fault ends it on all ranks with GenerationAborted, and an error
+    in a body does so on the ranks that have none. Graphs are kept for one backward.
+
+    Not on CUDA: what is done aside would run on another stream than what it waits for.
     """
 
     def __init__(
@@ -107,13 +112,21 @@ class Weave(nn.Module):
         self._tuners: dict[tuple[object, ...], SplitTuner] = {}
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            raise UsageError(
+                "a Weave does not run on CUDA: its second thread has a stream of its own, which does "
+                "not wait for the first; move the stack to the CPU, or all-reduce after each layer"
+            )
         group = of(self._group)
         inner = getattr(group, "group", None)
         key = (inner.world.generation if inner is not None else 0, x.shape, x.dtype)
         tuner = self._tuners.setdefault(key, SplitTuner()) if self._split == "auto" else None
         split = tuner.split if tuner is not None else bool(self._split)
         layers = [cast("Layer", layer) for layer in self.layers]
-        run = _Run(group, layers, self._eps, self._aside, self._clock, split=split)
+        keeps = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
+        run = _Run(group, layers, self._eps, self._aside, self._clock, split=split, keeps=keeps)
         began = self._clock()
         out = cast("Tensor", _Woven.apply(run, x, *run.weights, *run.parameters))
         if tuner is not None and (ask := tuner.note(run.waited_s, self._clock() - began)):
@@ -166,6 +179,7 @@ class _Run:
         clock: Callable[[], float],
         *,
         split: bool,
+        keeps: bool,
     ) -> None:
         self._group, self._layers, self._eps = group, layers, eps
         self._make_aside, self._clock, self._split = aside, clock, split
@@ -176,6 +190,11 @@ class _Run:
             if p.requires_grad
         ]
         self.waited_s = 0.0
+        self._keeps = keeps
+        """Whether there will be a backward."""
+        self._used = False
+        self._over = False
+        """Whether nothing more is to be begun: it failed here, or elsewhere."""
         self._halves: list[_Half] = []
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,32 +202,52 @@ class _Run:
         count = min(2, x.shape[0]) if self._split else 1
         spans = list(pieces(0, x.shape[0], count)) or [(0, 0)]
         self._halves = [_Half(x[a:b], size, rank) for a, b in spans]
-        aside = self._make_aside()
-        try:
+        with self._beside() as submit:
             for half, (a, b) in zip(self._halves, spans, strict=True):
                 own = half.ours(x[a:b])
                 nothing = torch.zeros_like(own)
-                half.gathered = aside.submit(partial(self._enter, half, nothing, own, 0))
+                half.gathered = submit(partial(self._enter, half, nothing, own, 0))
             for number, layer in enumerate(self._layers):
                 for half in self._halves:
-                    leaf = half.whole(self._wait(half)).detach().requires_grad_()
-                    with torch.enable_grad():
+                    leaf = half.whole(self._wait(half)).detach().requires_grad_(self._keeps)
+                    with torch.set_grad_enabled(self._keeps):
                         part = layer.body(leaf)
-                    half.graphs.append((leaf, part))
-                    half.gathered = aside.submit(
-                        partial(self._between, half, part.detach(), number + 1)
-                    )
+                    if self._keeps:
+                        half.graphs.append((leaf, part))
+                    half.gathered = submit(partial(self._between, half, part.detach(), number + 1))
             return torch.cat([half.whole(self._wait(half)) for half in self._halves])
+
+    @contextmanager
+    def _beside(self) -> Iterator[Callable[[Callable[[], Any]], Pending]]:
+        """What submits work to be done aside; an error in here is one on all ranks."""
+        aside = self._make_aside()
+        try:
+            yield lambda act: aside.submit(partial(self._unless_over, act))
+        except BaseException as error:
+            self._over = True
+            if not isinstance(error, GenerationAborted):
+                with suppress(Exception):
+                    self._group.abort()
+            raise
         finally:
             aside.shutdown()
 
+    def _unless_over(self, act: Callable[[], Any]) -> Any:
+        if self._over:
+            raise GenerationAborted("the call it belongs to has failed")
+        return act()
+
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        if self._used:
+            raise UsageError(
+                "a Weave keeps its graphs for one backward, retain_graph or not: call it again"
+            )
+        self._used = True
         halves = self._halves
         of_weights: list[Tensor | None] = [None] * len(self._layers)
         of_parameters: list[Tensor | None] = [None] * len(self.parameters)
         carried: dict[_Half, Tensor] = {}
-        aside = self._make_aside()
-        try:
+        with self._beside() as submit:
             at = 0
             for half in halves:
                 some = grad[at : at + half.shape[0]]
@@ -223,12 +262,10 @@ class _Run:
                         part, [leaf, *self.parameters], of_part, allow_unused=True
                     )
                     of_parameters = _added(of_parameters, found)
-                    half.gathered = aside.submit(
+                    half.gathered = submit(
                         partial(self._back, half, of_leaf, carried, of_weights, number)
                     )
             of_x = torch.cat([half.whole(self._wait(half)) for half in halves])
-        finally:
-            aside.shutdown()
         with Flights(self._group, "weave backward") as flights:
             for one in of_weights:
                 if one is not None:
@@ -247,6 +284,8 @@ class _Run:
     def _enter(self, half: _Half, mine: Tensor, residual: Tensor, number: int) -> Tensor:
         if number < len(self._layers):
             y, total = add_rms_norm(mine, residual, self.weights[number].detach(), self._eps)
+            if not self._keeps:
+                half.totals.clear()
             half.totals.append(total)
         else:
             y = residual + mine
