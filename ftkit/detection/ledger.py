@@ -26,8 +26,9 @@ from ftkit.detection.aligned import StepOf
 from ftkit.detection.cusum import median
 from ftkit.detection.lateness import Joined
 
-#: Work is forward and backward (`step_detector.WORK`).
-_WORK: Final = ("forward", "backward")
+#: Phases that are a member's own work for its slots. The optimizer's is not: it is the same
+#: however many slots there are.
+WORK: Final = ("forward", "backward")
 
 SEATS_MAX: Final = 256
 WAITS_MAX: Final = 256
@@ -56,7 +57,7 @@ class Ledger:
             self._close()
             self._generation = some.generation
         cells = {
-            one.seat: (sum(one.seconds.get(p, 0.0) for p in _WORK), one.waited_s)
+            one.seat: (sum(one.seconds.get(p, 0.0) for p in WORK), one.waited_s)
             for one in step.values()
         }
         self._enter_waits({seat: waited for seat, (_, waited) in cells.items()})

@@ -17,7 +17,7 @@ from ftkit.detection.aligned import Aligned, StepOf
 from ftkit.detection.cusum import median
 from ftkit.detection.imbalance import Imbalance, Unevenness
 from ftkit.detection.lateness import Lateness
-from ftkit.detection.ledger import Ledger
+from ftkit.detection.ledger import WORK, Ledger
 from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.peers import log_or_none
 from ftkit.detection.signals import CommSeen, StepSeen
@@ -25,10 +25,6 @@ from ftkit.detection.slow import Finding, Slowness
 from ftkit.detection.stalls import Stalled, Stalls
 
 DAY_S: Final = 86400.0
-
-#: Phases that are a member's own work for its slots. The optimizer's is not: it is the same
-#: however many slots there are.
-WORK: Final = ("forward", "backward")
 
 #: A finding stands until the evidence has fallen to this share of what it took.
 _HOLDS: Final = 0.5

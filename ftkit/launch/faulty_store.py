@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from ftkit.checkpoint.persist.store import Batch, Buffer, Store, failed
 from ftkit.core.errors import UsageError
 from ftkit.core.trace import Trace
+from ftkit.launch.passing_store import PassingBatch, PassingStore
 
 VARIABLE = "FTKIT_DRILL_STORE"
 
@@ -66,20 +65,16 @@ class StoreFault:
         return fault if fault.node == node else None
 
 
-class FaultyStore:
+class FaultyStore(PassingStore):
     """A store that goes wrong at one byte. Fits `Store`."""
 
     def __init__(self, store: Store, fault: StoreFault, run_dir: Path) -> None:
         """Count from here on; strike unless the run's events tell that it has struck."""
-        self._store = store
+        super().__init__(store)
         self._fault = fault
         self._events = run_dir / "events" / f"drill-store-{fault.node}.jsonl"
         self._spent = self._events.exists()
         self._left = fault.byte
-
-    @property
-    def url(self) -> str:
-        return self._store.url
 
     def batch(self) -> Batch:
         return _FaultyBatch(self._store.batch(), self)
@@ -88,25 +83,7 @@ class FaultyStore:
         if self._full:
             self._refuse(path)
         self.drag()
-        self._store.put(path, data, exclusive=exclusive)
-
-    def get(self, path: str) -> bytes:
-        return self._store.get(path)
-
-    def read(self, path: str, at: int, into: Sequence[memoryview]) -> int:
-        return self._store.read(path, at, into)
-
-    def sizes(self, path: str) -> dict[str, int]:
-        return self._store.sizes(path)
-
-    def names(self) -> list[str]:
-        return self._store.names()
-
-    def remove(self, path: str) -> None:
-        self._store.remove(path)
-
-    def remove_tree(self, path: str) -> None:
-        self._store.remove_tree(path)
+        super().put(path, data, exclusive=exclusive)
 
     def create(self, batch: Batch, path: str, buffers: Sequence[Buffer]) -> None:
         """Write a file, or as much of it as comes before the byte."""
@@ -147,11 +124,11 @@ class FaultyStore:
         failed(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), f"writing {path}", self.url)
 
 
-class _FaultyBatch:
+class _FaultyBatch(PassingBatch):
     """See `Batch`."""
 
     def __init__(self, batch: Batch, store: FaultyStore) -> None:
-        self._batch = batch
+        super().__init__(batch)
         self._store = store
 
     def create(self, path: str, buffers: Sequence[Buffer]) -> None:
@@ -159,16 +136,4 @@ class _FaultyBatch:
 
     def flush(self) -> None:
         self._store.drag()
-        self._batch.flush()
-
-    def __enter__(self) -> Self:
-        self._batch.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._batch.__exit__(kind, error, traceback)
+        super().flush()

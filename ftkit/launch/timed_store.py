@@ -8,13 +8,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Self
 
 from ftkit.checkpoint.persist.store import Batch, Buffer, Store
 from ftkit.core.clock import Clock
 from ftkit.core.ids import NodeId
 from ftkit.detection.signals import IoSeen
+from ftkit.launch.passing_store import PassingBatch, PassingStore
 
 WRITE, SYNC, PUT, READ = "write", "sync", "put", "read"
 
@@ -26,12 +25,13 @@ class _Window:
     nbytes: int = 0
 
 
-class TimedStore:
+class TimedStore(PassingStore):
     """Fits `Store`. Thread-safe, as the store beneath."""
 
     def __init__(self, store: Store, node: NodeId, clock: Clock) -> None:
         """Time what `store` does from here on; `node` is who uses it."""
-        self._store, self._node, self._clock = store, node, clock
+        super().__init__(store)
+        self._node, self._clock = node, clock
         self._lock = threading.Lock()
         # ---- under the lock ----
         self._windows: dict[str, _Window] = {}
@@ -82,64 +82,37 @@ class TimedStore:
                 window.seconds += self._clock.now() - since
                 window.nbytes += nbytes
 
-    @property
-    def url(self) -> str:
-        return self._store.url
-
     def batch(self) -> Batch:
         return _TimedBatch(self._store.batch(), self)
 
     def put(self, path: str, data: bytes, *, exclusive: bool = False) -> None:
         with self.timing(PUT, len(data)):
-            self._store.put(path, data, exclusive=exclusive)
+            super().put(path, data, exclusive=exclusive)
 
     def get(self, path: str) -> bytes:
         with self.timing(READ, 0):
-            return self._store.get(path)
+            return super().get(path)
 
     def read(self, path: str, at: int, into: Sequence[memoryview]) -> int:
         with self.timing(READ, sum(m.nbytes for m in into)):
-            return self._store.read(path, at, into)
-
-    def sizes(self, path: str) -> dict[str, int]:
-        return self._store.sizes(path)
-
-    def names(self) -> list[str]:
-        return self._store.names()
-
-    def remove(self, path: str) -> None:
-        self._store.remove(path)
-
-    def remove_tree(self, path: str) -> None:
-        self._store.remove_tree(path)
+            return super().read(path, at, into)
 
 
-class _TimedBatch:
+class _TimedBatch(PassingBatch):
     """See `Batch`."""
 
     def __init__(self, batch: Batch, store: TimedStore) -> None:
-        self._batch, self._store = batch, store
+        super().__init__(batch)
+        self._store = store
         self._nbytes = 0
 
     def create(self, path: str, buffers: Sequence[Buffer]) -> None:
         nbytes = sum(memoryview(b).nbytes for b in buffers)
         with self._store.timing(WRITE, nbytes):
-            self._batch.create(path, buffers)
+            super().create(path, buffers)
         self._nbytes += nbytes
 
     def flush(self) -> None:
         with self._store.timing(SYNC, self._nbytes):
-            self._batch.flush()
+            super().flush()
         self._nbytes = 0
-
-    def __enter__(self) -> Self:
-        self._batch.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._batch.__exit__(kind, error, traceback)

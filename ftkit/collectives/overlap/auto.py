@@ -14,6 +14,12 @@ from ftkit.collectives.overlap.flights import Flights
 from ftkit.collectives.overlap.tuning import ChunkTuner, Cut
 
 
+def generation_of(group: Any) -> int:
+    """The generation of a group of ftkit's; 0 for others, whose members do not change."""
+    inner = getattr(group, "group", None)
+    return inner.world.generation if inner is not None else 0
+
+
 class AutoChunks:
     """The tuners of one rank in one group. One thread's object."""
 
@@ -27,9 +33,7 @@ class AutoChunks:
 
         After a change of membership all begin anew: ranks were not all at the same call.
         """
-        inner = getattr(group, "group", None)
-        generation = inner.world.generation if inner is not None else 0
-        key = (generation, int(group.size()), *what)
+        key = (generation_of(group), int(group.size()), *what)
         return self._tuners.setdefault(key, ChunkTuner(int(group.size())))
 
 

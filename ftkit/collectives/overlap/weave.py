@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ftkit.collectives.overlap.auto import generation_of
 from ftkit.collectives.overlap.flights import Flights, of
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.parts import pieces
@@ -118,8 +119,7 @@ class Weave(nn.Module):
                 "not wait for the first; move the stack to the CPU, or all-reduce after each layer"
             )
         group = of(self._group)
-        inner = getattr(group, "group", None)
-        key = (inner.world.generation if inner is not None else 0, x.shape, x.dtype)
+        key = (generation_of(group), x.shape, x.dtype)
         tuner = self._tuners.setdefault(key, SplitTuner()) if self._split == "auto" else None
         split = tuner.split if tuner is not None else bool(self._split)
         layers = [cast("Layer", layer) for layer in self.layers]
