@@ -42,10 +42,16 @@ def local_index(session: Session) -> int:
     return nodes[: session.rank].count(mine)
 
 
-def require(extra: str, *modules: str) -> None:
-    """Raise ImportError, which says what to install, where a framework is missing."""
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+def require(extra: str, *modules: str, name: str = "") -> None:
+    """Raise ImportError, which says what to install, where a framework is missing.
+
+    Args:
+      extra: what installs them.
+      *modules: what has to be there.
+      name: of the integration, where it is not called as the extra is.
+    """
+    if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
         raise ImportError(
-            f"ftkit.integrations.{extra} needs {' and '.join(missing)}: "
+            f"ftkit.integrations.{name or extra} needs {' and '.join(missing)}: "
             f"pip install 'ftkit[{extra}]'"
         )

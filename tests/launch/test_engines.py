@@ -1,6 +1,8 @@
 """Both engines against one contract, and what only Ray does."""
 
+import importlib.util
 import io
+import json
 import os
 import shutil
 import socket
@@ -26,6 +28,7 @@ from ftkit.launch.ray_actors import rank_inheritance
 from ftkit.launch.store_drills import OnDisk
 from ftkit.launch.tail import RankOutput
 from tests.drills.jobs import TRAINING, run
+from tests.integrations import ray_train_job
 from tests.launch.engine_contract import WAIT, EngineContract, Jobs, drive, leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,6 +242,44 @@ class TestRay(EngineContract):
         held = OnDisk.read(disk)
         assert held.good[-1] == 160
         assert not held.damaged
+
+
+@pytest.mark.ray
+@pytest.mark.multiproc
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in ("pandas", "pydantic", "cloudpickle")),
+    reason="ray.train is not installed: ftkit[raytrain]",
+)
+def test_ray_train_loses_a_rank_and_a_worker_and_no_bit(cluster: Cluster, tmp_path: Path) -> None:
+    def start(folder: str, how: str) -> subprocess.Popen[str]:
+        (tmp_path / folder).mkdir()
+        return subprocess.Popen(
+            [sys.executable, str(ray_train_job.__file__), str(tmp_path / folder), how],
+            env=cluster.environ | {"RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    with start("alone", "alone") as alone, start("job", "faults") as job:
+        try:
+            out, log = (process.communicate(timeout=250)[0] for process in (alone, job))
+        finally:
+            alone.kill()
+            job.kill()
+    assert alone.returncode == 0, out
+    assert job.returncode == 0, log
+    truth = json.loads((tmp_path / "alone" / "seat-0.json").read_text())
+    # All seats were there at the end, those of the second worker too.
+    for seat in range(4):
+        assert json.loads((tmp_path / "job" / f"seat-{seat}.json").read_text()) == truth
+    (folder,) = (tmp_path / "job" / "runs").iterdir()  # one job: no group was started anew
+    decisions = [e for e in read_run(folder) if e["kind"] == "decision"]
+    respawned = [e["seat"] for e in decisions if e["action"] == "respawn"]
+    assert respawned == [1, 2, 3]
+    assert "rank 0" in log, "worker 0 reported"
+    assert leftovers(folder.name) == []
 
 
 @pytest.mark.ray
