@@ -101,10 +101,14 @@ class StatusBoard:
         return cls(path, memory, seats)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Map a board that exists. Raises IntegrityError when the file is not a whole board."""
+    def open(cls, path: Path, *, read_only: bool = False) -> Self:
+        """Map a board that exists; `read_only`: so that nothing here can write it, nor `attach`.
+
+        Raises:
+          IntegrityError: the file is not a whole board.
+        """
         _little_endian()
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         try:
             found = os.fstat(fd).st_size
             header = os.pread(fd, _HEADER.size, 0)
@@ -119,7 +123,8 @@ class StatusBoard:
                 )
             if not 1 <= seats <= SEATS_MAX or found != _size(seats):
                 raise IntegrityError(f"{path} says {seats} seats but has {found} bytes")
-            memory = mmap.mmap(fd, found)
+            access = mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE
+            memory = mmap.mmap(fd, found, access=access)
         finally:
             os.close(fd)
         return cls(path, memory, seats)

@@ -319,6 +319,36 @@ def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
 
 
 @main.command()
+@click.argument("run_dir", metavar="[JOB]", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8610,
+    show_default=True,
+    help="0 takes any that is free.",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Where to listen; anywhere but on this machine alone, the page asks for a token.",
+)
+@click.option("--open", "open_browser", is_flag=True, help="Show the page in the browser.")
+def ui(run_dir: Path | None, port: int, host: str, open_browser: bool) -> None:
+    """Serve a web page that follows a run (JOB or its folder; by default the newest).
+
+    Ranks, who waits for whom, copies of the state and incidents as they happen. The run is only
+    read: the page costs its ranks nothing, may be started and ended at any time, and shows a run
+    that is over as well.
+    """
+    from ftkit.launch.ui.command import serve
+
+    found = newest_run(run_dir)
+    code = serve(found, host=host, port=port, open_browser=open_browser, say=click.echo)
+    sys.exit(code)
+
+
+@main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path), required=False)
 @click.option("--json", "as_json", is_flag=True)
 def explain(run_dir: Path | None, as_json: bool) -> None:
@@ -513,11 +543,15 @@ main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:
-    """The run meant: the one given, else the newest under runs/."""
+    """The run meant: the one given, by its folder or by its name under runs/, else the newest."""
     if run_dir is not None:
-        if not (run_dir / "events").is_dir():
-            raise UsageError(f"{run_dir} is not a run's folder: it has no events/")
-        return run_dir
+        for folder in (run_dir, RUNS / run_dir):
+            if (folder / "events").is_dir():
+                return folder
+        raise UsageError(
+            f"{run_dir} is not a run's folder: it has no events/. Give the folder of one, or its name "
+            f"under {RUNS}/; a job makes it as it starts"
+        )
     found = [p for p in RUNS.glob("*") if (p / "events").is_dir()]
     if not found:
         raise UsageError("no run was found under runs/; give the folder of one")
