@@ -29,6 +29,9 @@ DAY_S: Final = 86400.0
 #: A finding stands until the evidence has fallen to this share of what it took.
 _HOLDS: Final = 0.5
 
+#: A day has few long steps: so many of the job's lie between two false alarms, however long they are.
+_STEPS_BETWEEN: Final = 10_000
+
 #: The share of the time for which a member must have had a core for its work to be compared.
 _HEARD: Final = 0.25
 
@@ -156,7 +159,8 @@ class StepDetector:
         # Who had a core for next to none of the time says nothing about itself.
         own = {m: v for m, v in own.items() if v >= wall[m] + math.log(_HEARD)}
         keys = {m: (one.role, one.slots) for m, one in warm.items()}
-        between = 2 * len(step) * DAY_S / step_s / self.config.alarms_per_day
+        steps_between = max(_STEPS_BETWEEN, DAY_S / step_s / self.config.alarms_per_day)
+        between = 2 * len(step) * steps_between
         slow = {f.member: f for f in self._own.step(own, keys, at=self._at, steps_between=between)}
         late = {
             f.member: f for f in self._wall.step(wall, keys, at=self._at, steps_between=between)
@@ -191,6 +195,10 @@ class StepDetector:
             if member in warm and judge.suspicion(member) < _HOLDS:
                 del self._standing[member]
         for member, finding in late.items():
+            # Who was found slow is so until that no longer holds, on a busy host as well.
+            known = self._standing.get(member)
+            if known is not None and known.fault is Fault.SLOW:
+                continue
             if member not in slow and self._starved(member, finding, warm):
                 self._standing[member] = self._standing_of(Fault.STARVED, finding, warm)
         for finding in slow.values():
