@@ -110,8 +110,13 @@ class UiView:
         return [self._rank(seat, rows, now_ns) for seat in sorted(self._seats)]
 
     def said(self) -> list[dict[str, Any]]:
-        """The verdicts and suspicions that hold, oldest first."""
-        return sorted(self._said.values(), key=lambda e: float(e.get("since_s", e["mono"])))
+        """The verdicts and suspicions that hold, oldest first; not of who was replaced since."""
+        hold = (
+            event
+            for (_, member), event in self._said.items()
+            if self.run.training.get(event.get("seat", -1), -1) <= member
+        )
+        return sorted(hold, key=lambda e: float(e.get("since_s", e["mono"])))
 
     def to_json(self, ranks: list[RankNow]) -> dict[str, object]:
         """All but the pictures. `ranks` as `ranks` returned them."""

@@ -27,7 +27,7 @@ def until(mono: float) -> UiView:
 
 
 def row(member: int, **fields: Any) -> Row:
-    standard = {
+    standard: dict[str, Any] = {
         "member": MemberId(member), "pid": 1, "generation": Generation(1), "step": Step(3),
         "phase": Phase.FORWARD, "group": 0, "entered": 0, "left": 0, "op": "all_reduce",
         "t_progress_ns": NOW_NS - 2_000_000_000, "t_enter_ns": 0, "t_heartbeat_ns": NOW_NS,
@@ -79,8 +79,9 @@ def test_what_is_said_holds_until_it_is_taken_back_or_its_member_is_gone() -> No
     assert (label.said, label.accused) == ("data-stall", False)
     assert [h.kind for h in view.happened] == ["suspicion"]  # said twice, told once
     assert fed([e for e in [*events, over] if e["mono"] <= 10.26]).said() == []
-    # The verdict about member 1 comes after its exit here, and the end of the job takes it away.
-    assert [e["fault"] for e in until(10.4).said()] == ["exited"]
+    # A verdict that comes after the exit holds until somebody else trains in the seat.
+    assert [e["fault"] for e in until(10.64).said()] == ["exited"]
+    assert until(10.75).said() == []
     assert fed(disturbed()).said() == []
 
 
