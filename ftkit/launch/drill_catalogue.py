@@ -1,9 +1,10 @@
 """Which drills there are: their names, what each does, and what a job needs for it."""
 
-from ftkit.core.fault_plan import DESYNCS, Kind, Point
+from ftkit.core.fault_plan import DESYNCS, KILL_COORDINATOR, Kind, Point
 from ftkit.core.verdict import Fault
 from ftkit.launch import (
     detector_drills,
+    mixed_drills,
     multi_drills,
     number_drills,
     pace_drills,
@@ -12,8 +13,6 @@ from ftkit.launch import (
     rot_drills,
 )
 from ftkit.launch.faulty_store import StoreFaultKind
-
-KILL_COORDINATOR = "kill-coordinator"
 
 #: The bundled training job.
 WORKLOAD = "ftkit.launch.workload.train"
@@ -77,6 +76,7 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
     **multi_drills.CATALOGUE,
+    **mixed_drills.CATALOGUE,
     **rot_drills.CATALOGUE,
     **restart_drill.CATALOGUE,
     **number_drills.CATALOGUE,
@@ -97,6 +97,7 @@ RANKS_MIN: dict[str, int] = {
     PARTITION: 3,
     PARTITION_MINORITY: 3,
     **multi_drills.RANKS_MIN,
+    **mixed_drills.RANKS_MIN,
     SLOW_LINK: 3,
     SLOW_NIC: 3,
     BLACKHOLE: 3,
