@@ -247,21 +247,27 @@ def drill_list(as_json: bool) -> None:
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
 
+#: A count of what there must be one of.
+POSITIVE = click.IntRange(min=1)
+
+
 def drill_options(*, steps: int) -> Callable[[Any], Any]:
     """The options that every drill takes; `steps` is the default length of the job."""
 
     def add(command: Any) -> Any:
         options = [
-            click.option("--nproc", default=3, show_default=True, help="Ranks."),
-            click.option("--nodes", default=1, show_default=True, help="Nodes."),
+            click.option("--nproc", type=POSITIVE, default=3, show_default=True, help="Ranks."),
+            click.option("--nodes", type=POSITIVE, default=1, show_default=True, help="Nodes."),
             click.option("--seed", default=0, show_default=True, help="Decides what is not given."),
-            click.option("--steps", default=steps, show_default=True, help="Steps of the job."),
+            click.option(
+                "--steps", type=POSITIVE, default=steps, show_default=True, help="Steps of the job."
+            ),
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--parity", default="", help="k+m, as for `ftkit run`."),
             click.option(
                 "--sharded",
-                type=int,
+                type=click.IntRange(min=0),
                 is_flag=False,
                 flag_value=1,
                 default=0,

@@ -82,6 +82,11 @@ class Costs:
             for number in numbers:
                 if isinstance(number, int | float) and not (number >= 0 and math.isfinite(number)):
                     raise ValueError(f"{each.name} is {number}: costs are finite and not negative")
+        for share in ("beyond_memory", "beyond_parity"):
+            if getattr(self, share) > 1:
+                raise ValueError(
+                    f"{share} is {getattr(self, share)}: a share of failures is at most 1"
+                )
         if any(s <= 0 for s in self.step_s.values()):
             raise ValueError(f"a step takes time, got {dict(self.step_s)}")
         if min(self.memory_bps, self.parity_bps, self.disk_bps) <= 0:
