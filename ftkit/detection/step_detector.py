@@ -1,8 +1,8 @@
 """StepDetector: from finished steps to verdicts about pace. A member of the panel.
 
 It lines up what members say of the same step (`aligned`) and puts it before those who judge:
-`slow` (which member, against its peers or its past), `imbalance` and `stalls`. Nothing that it
-says evicts anybody.
+`slow` (which member, against its peers or its past), `imbalance` and `stalls`; and what it is told
+of collectives before `slow_transfers`. Nothing that it says evicts anybody.
 """
 
 import math
@@ -22,6 +22,7 @@ from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.peers import log_or_none
 from ftkit.detection.signals import CommSeen, StepSeen
 from ftkit.detection.slow import Finding, Slowness
+from ftkit.detection.slow_transfers import SlowTransfers
 from ftkit.detection.stalls import Stalled, Stalls
 
 DAY_S: Final = 86400.0
@@ -95,6 +96,8 @@ class StepDetector:
         self._imbalance = Imbalance(effect=config.effect)
         self._stalls = Stalls()
         self._lateness = Lateness()
+        self.transfers = SlowTransfers()
+        """What the collectives themselves take, of every group."""
         self.ledger = Ledger()
         """Every step that was judged, for whoever takes it from there."""
         self._recent: dict[MemberId, _Recent] = {}
@@ -108,7 +111,8 @@ class StepDetector:
         """Steps judged so far."""
 
     def ingest(self, observation: Observation) -> None:
-        """Take in finished steps and changes of the world."""
+        """Take in finished steps, collectives and changes of the world."""
+        self.transfers.ingest(observation)
         match observation:
             case StepSeen():
                 self._aligned.add(observation)
@@ -116,6 +120,7 @@ class StepDetector:
             case CommSeen():
                 for joined in self._lateness.ingest(observation):
                     self.ledger.join(joined)
+                    self.transfers.take(joined, at=observation.at)
             case WorldChanged(world=world):
                 self._judge_ready(rest=True)
                 self._aligned.change(world)
@@ -127,9 +132,11 @@ class StepDetector:
         """Judge what waits for members that will not speak any more: at the end of a trace."""
         self._judge_ready(rest=True)
 
-    def tick(self, now: float) -> list[Verdict]:  # what stands does not age
-        """What stands as of the last whole step."""
-        verdicts = [self._slow_verdict(m, s) for m, s in self._standing.items()]
+    def tick(self, now: float) -> list[Verdict]:
+        """What stands as of the last whole step, which does not age, and of the last collectives."""
+        verdicts = self.transfers.tick(now) + [
+            self._slow_verdict(m, s) for m, s in self._standing.items()
+        ]
         verdicts += [self._stall_verdict(s) for s in self._stalled]
         verdicts += [self._uneven_verdict(u) for u in self._uneven]
         return verdicts

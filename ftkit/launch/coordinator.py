@@ -96,6 +96,7 @@ class Coordinator:
         self._wall = time.time
         self._asked_at = float("-inf")
         self._blind: frozenset[MemberId] = frozenset()
+        self._busy: frozenset[NodeId] = frozenset()
         self._scored: dict[NodeId, NodeScored] = {}
         self._advised: dict[NodeId, str] = {}
         self._checked = False
@@ -255,12 +256,16 @@ class Coordinator:
         )
 
     def _tell_blind(self) -> None:
-        """Say of whom nothing is known, each time that changes."""
+        """Say of whom nothing is known, or what cannot be told, each time that changes."""
         blind = frozenset(self._judge.blind)
         if blind != self._blind:
             kind = "blind" if blind else "sighted"
             self.trace.event(kind, what="members", members=sorted(blind))
         self._blind = blind
+        if (busy := self._judge.busy) != self._busy:
+            kind = "blind" if busy else "sighted"
+            self.trace.event(kind, what="transfers", nodes=sorted(busy))
+        self._busy = busy
 
     def _dial_missing(self) -> None:
         for node, address in self._agents.items():

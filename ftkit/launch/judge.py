@@ -134,6 +134,11 @@ class Judge:
         """Members of whom nothing is known, and since how many seconds: no verdict covers them."""
         return self._detector.blind
 
+    @property
+    def busy(self) -> frozenset[NodeId]:
+        """Nodes whose transfers look slow, and that are too busy for a network to be blamed."""
+        return self._pace.transfers.blind
+
     def take(self, observation: Observation) -> None:
         """Something else was seen, at a time on this clock."""
         self._ingest(observation)
@@ -187,7 +192,11 @@ class Judge:
             self._ingest(ObserverLate(by_s=late_s, who=node))
         for value in measured:
             try:
-                self._ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
+                signal = signals.from_json(value, offset_s=offset_ns / 1e9)
+                if isinstance(signal, signals.CommSeen) and self._plain_world is not None:
+                    # As with rows: a script without a session knows of no generations.
+                    signal = replace(signal, generation=self._plain_world.generation)
+                self._ingest(signal)
             except ProtocolError as error:
                 logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}
