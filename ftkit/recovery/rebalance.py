@@ -10,8 +10,7 @@ job promises:
   the global count: weights are exact, whatever the division; the sum's order differs, so it is equal
   up to rounding.
 
-ElasWave (arXiv 2510.00606) calls this the dataflow dimension; it resizes, and re-clocks what is still
-slow. Here a clock is a port (`clocks`), and the plan says what it would take.
+ElasWave (arXiv 2510.00606) calls this the dataflow dimension.
 """
 
 import heapq

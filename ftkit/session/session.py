@@ -24,7 +24,9 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
+from ftkit.recovery.clocks import ClockGovernor
 from ftkit.session.builder import Build, Builder
+from ftkit.session.clock import Clock
 from ftkit.session.consistency import Consistency, refusal
 from ftkit.session.feed import Feed, MapStyle, feed_of
 from ftkit.session.layers import Layers
@@ -59,6 +61,7 @@ class Session:
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._digest_of_all: str | None = None
         self._consistency = Consistency.BITWISE
+        self._clock = Clock(None, parts.trace, seats=1)
         self._newcomer = False
         self._cleanup = contextlib.ExitStack()
         self._closed = False
@@ -288,6 +291,7 @@ class Session:
         on_nan: OnNaN | str = OnNaN.REPORT,
         mean: bool = True,
         rebalance: bool = False,
+        clocks: ClockGovernor | None = None,
     ) -> Iterator[Step]:
         """The step loop: yields the next step to play until `until` are committed.
 
@@ -317,6 +321,8 @@ class Session:
             `step.loss` is then the sum too.
           rebalance: whether slots go to ranks by how fast they are, measured every few steps. The
             result is the same, bit for bit. Not for a model that `build` makes.
+          clocks: raises this rank's clock to its highest while the world is smaller than the job, and
+            lets it go when it is full, or the session closes.
 
         Raises:
           UsageError: `protect` was not called, there are more ranks than slots, or an option is
@@ -358,6 +364,7 @@ class Session:
             collate=collate,
             tell=self.trace.event,
         )
+        self._clock = Clock(clocks, self.trace, seats=self.seats)
         self._loop = Loop(
             parts=self._parts,
             worlds=self._worlds,
@@ -474,6 +481,7 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        self._clock.close()
         if self._loop is not None and "final" not in self.trace.kinds:
             # What a drill compares with the undisturbed run, where the script says nothing.
             self.trace.event("final", params=self.digest(), loss=None, step=self.step)
@@ -515,6 +523,7 @@ class Session:
                 if self._all_arrived(loop):
                     break
                 continue
+            self._clock.entered(self.world_size)
             step = Step(loop, StepNumber(self.step + 1))
             yield step
             if not step.entered:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftkit.recovery.clocks import ClockRange, reclock
 from ftkit.recovery.rebalance import (
     Speed,
     divided,
@@ -80,28 +79,3 @@ def test_a_change_must_pay_for_itself() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="takes time"):
         Speed(slot_s=0)
-
-
-# ---- clocks
-
-
-def test_the_fast_are_slowed_to_what_the_slowest_reaches() -> None:
-    clock = ClockRange(now=1000, lowest=500, highest=1250)
-    fast, slow = reclock([0.8, 1.25], [clock, clock])
-    assert (slow.mhz, fast.mhz) == (1250, 800)
-    assert slow.step_s == pytest.approx(1.0)
-    assert fast.step_s == pytest.approx(1.0)
-
-
-def test_what_is_not_bound_by_the_clock_does_not_get_faster() -> None:
-    clock = ClockRange(now=1000, lowest=500, highest=2000)
-    (only,) = reclock([1.0], [clock], bound=0.5)
-    assert only.step_s == pytest.approx(0.75)
-
-
-def test_no_clock_leaves_its_limits() -> None:
-    narrow = ClockRange(now=1000, lowest=950, highest=1000)
-    fast, slow = reclock([0.2, 1.0], [narrow, narrow])
-    assert (fast.mhz, slow.mhz) == (950, 1000)
-    with pytest.raises(ValueError, match="between its limits"):
-        ClockRange(now=10, lowest=20, highest=30)
