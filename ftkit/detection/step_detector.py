@@ -31,6 +31,9 @@ DAY_S: Final = 86400.0
 #: A finding stands until the evidence has fallen to this share of what it took.
 _HOLDS: Final = 0.5
 
+#: A day has few long steps: so many of the job's lie between two false alarms, however long they are.
+_STEPS_BETWEEN: Final = 10_000
+
 #: The share of the time for which a member must have had a core for its work to be compared.
 _HEARD: Final = 0.25
 
@@ -170,7 +173,7 @@ class StepDetector:
         keys = {m: (one.role, one.slots) for m, one in warm.items()}
         a_day = len(step) * DAY_S / step_s
         self._norms.step(warm, steps_a_day=a_day, at=self._at)
-        between = 2 * a_day / self.config.alarms_per_day
+        between = 2 * max(_STEPS_BETWEEN * len(step), a_day / self.config.alarms_per_day)
         slow = {f.member: f for f in self._own.step(own, keys, at=self._at, steps_between=between)}
         late = {
             f.member: f for f in self._wall.step(wall, keys, at=self._at, steps_between=between)
@@ -205,6 +208,10 @@ class StepDetector:
             if member in warm and judge.suspicion(member) < _HOLDS:
                 del self._standing[member]
         for member, finding in late.items():
+            # Who was found slow is so until that no longer holds, on a busy host as well.
+            known = self._standing.get(member)
+            if known is not None and known.fault is Fault.SLOW:
+                continue
             if member not in slow and self._starved(member, finding, warm):
                 self._standing[member] = self._standing_of(Fault.STARVED, finding, warm)
         for finding in slow.values():
