@@ -23,6 +23,7 @@ from ftkit.session.parts import Parts
 from ftkit.session.replicas import OnDiverged, Replicas
 from ftkit.session.scaled import Scaled
 from ftkit.session.schedulers import Schedulers
+from ftkit.session.shard_watch import ShardWatch
 from ftkit.session.shares import Shares
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
@@ -78,6 +79,7 @@ class Loop:
     on_nan: OnNaN = OnNaN.REPORT
     corrupter: Corrupter = field(init=False)
     replicas: Replicas = field(init=False)
+    shard_watch: ShardWatch = field(init=False)
     numbers: Numbers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,6 +91,12 @@ class Loop:
             self.snapshots,
             # Of shards there is nothing that all ranks hold.
             every=0 if self.sharded else self.verify_every,
+            on_diverged=self.on_diverged,
+        )
+        self.shard_watch = ShardWatch(
+            self.parts,
+            self.snapshots,
+            every=self.verify_every if self.sharded else 0,
             on_diverged=self.on_diverged,
         )
         self.numbers = Numbers(self.parts, self.feed, self.corrupter, on_nan=self.on_nan)

@@ -117,7 +117,7 @@ class Step:
         self._begin_sums()
         self._loop.numbers.begin(self._number, self._generation)
         if self._loop.corrupter.armed:
-            self._loop.corrupter.state(self._number, self._loop.snapshots.replicated(steady=True))
+            self._loop.corrupter.state(self._number, self._loop.snapshots.steady())
         self._buffers = StepBuffers(self._loop.modules)
         return self
 
@@ -458,6 +458,7 @@ class Step:
         parts, number = self._parts, self._number
         parts.recorder.phase(Phase.VOTE)
         newcomers = parts.membership.prepared
+        self._loop.shard_watch.look(number)
         ballot = Ballot(
             generation=self._generation,
             step=number,
@@ -540,6 +541,7 @@ class Step:
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
         self._loop.numbers.committed(self._result, self._number)
         self._loop.replicas.committed()
+        self._loop.shard_watch.committed(self._number)
         # A sharded job may go back by so many steps.
         kept = SHARDS_BACK if self._loop.sharded else 0
         self._loop.feed.committed(StepNumber(self._number - kept))
