@@ -4,8 +4,9 @@ Pure: it is told what was seen and what the panel says, and answers with verdict
 for pair tests, which agents carry out beside the training (`PairSeen` comes back). ::
 
     suspicion      a path that training found slow (`PathWatch`); steps that wait longer for what
-                   collectives carry (`TransferWatch`, or the panel's SLOW_COMM that names no
-                   path); a collective that all entered and none leaves (HANG_COMM)
+                   collectives carry (`TransferWatch`), or a group whose collectives take longer
+                   (SLOW_COMM that names no path, of `slow_transfers`); a collective that all
+                   entered and none leaves (HANG_COMM)
     first round    the paths that training uses: neighbours on the ring, suspects
     second round   what was bad is tried again, and counts by the better of both; its ends meet up
                    to three others each: a NIC, or a link?
@@ -203,7 +204,7 @@ class Inquiry:
             else:
                 a, b = suspects[0]
                 reason = f"training sends from seat {a} to seat {b} more slowly than it did"
-            self._start(now, reason, causes, self._paths(suspects))
+            self._start(now, reason, causes, self._paths([*suspects, *_between(causes)]))
         elif not self._measured and not (suspects or slower) and now - self._began >= SETTLED_S:
             self._measured = True
             missing = [p for p in self._paths((), STRIDES) if not self._known(p)]
@@ -424,6 +425,16 @@ class Inquiry:
                 return f"the link between {word}s {fault.place} and {fault.peer} {pace}{maybe}"
             case Where.DIRECTION:
                 return f"the link from {word} {fault.place} to {word} {fault.peer} {pace}"
+
+
+def _between(causes: Iterable[Verdict]) -> list[Pair]:
+    """Neighbours among the seats of each group that is said to be slow."""
+    pairs: list[Pair] = []
+    for cause in causes:
+        seats = cause.evidence.get("seats")
+        if isinstance(seats, list) and len(seats) > 1:
+            pairs += zip(seats, seats[1:] + seats[:1], strict=True)
+    return pairs
 
 
 def rounds_of(

@@ -33,6 +33,8 @@ class Joined:
     generation: Generation
     group: int
     seq: int
+    nbytes: int
+    """What a rank brings to it, the most of them."""
     transfer_s: float
     late_s: Mapping[Seat, float]
     """By how much each came later than the first, for which it is 0."""
@@ -48,7 +50,12 @@ class Joined:
 
 
 def join(
-    generation: Generation, group: int, seq: int, told: Mapping[Seat, tuple[float, float]]
+    generation: Generation,
+    group: int,
+    seq: int,
+    told: Mapping[Seat, tuple[float, float]],
+    *,
+    nbytes: int = 0,
 ) -> Joined:
     """One collective from (duration, work before it) of each of its members; two at least."""
     longest = max(spent for spent, _ in told.values())
@@ -59,6 +66,7 @@ def join(
         generation=generation,
         group=group,
         seq=seq,
+        nbytes=nbytes,
         transfer_s=transfer,
         late_s={seat: longest - spent for seat, (spent, _) in told.items()},
         last=last,
@@ -72,6 +80,8 @@ class Lateness:
     def __init__(self) -> None:
         self._generation = Generation(0)
         self._open: dict[int, dict[int, dict[Seat, tuple[float, float]]]] = {}
+        #: By group and collective: the most bytes that a member brings.
+        self._nbytes: dict[tuple[int, int], int] = {}
         #: Of each group: the last collective that each of its members has told of.
         self._told: dict[int, dict[Seat, int]] = {}
         self._done: dict[int, int] = {}
@@ -82,13 +92,17 @@ class Lateness:
             return []
         if seen.generation > self._generation:
             self._generation = seen.generation
-            self._open, self._told, self._done = {}, {}, {}
+            self._open, self._told, self._done, self._nbytes = {}, {}, {}, {}
         group = self._open.setdefault(seen.group, {})
         told = self._told.setdefault(seen.group, {})
         done = self._done.get(seen.group, -1)
-        for seq, spent, worked in zip(seen.seqs, seen.spent_s, seen.worked_s, strict=False):
+        for seq, spent, worked, nbytes in zip(
+            seen.seqs, seen.spent_s, seen.worked_s, seen.nbytes, strict=True
+        ):
             if seq > done:
                 group.setdefault(seq, {})[seen.seat] = (spent, worked)
+                which = seen.group, seq
+                self._nbytes[which] = max(self._nbytes.get(which, 0), nbytes)
         told[seen.seat] = max(seen.seqs)
         if len(group) > _PATIENCE:
             # Whoever has told of none of these says nothing any more.
@@ -98,8 +112,9 @@ class Lateness:
         until = min(told.values()) if len(told) > 1 else -1
         joined: list[Joined] = []
         for seq in sorted(s for s in group if s <= until):
+            nbytes = self._nbytes.pop((seen.group, seq))
             if len(group[seq]) > 1:
-                joined.append(join(seen.generation, seen.group, seq, group[seq]))
+                joined.append(join(seen.generation, seen.group, seq, group[seq], nbytes=nbytes))
             del group[seq]
             self._done[seen.group] = seq
         return joined

@@ -31,18 +31,24 @@ class NodeOps:
         """What is new among one rank's newest records, in order of time."""
         last = self._told_until.get(seat, 0)
         newest, left = last, 0
-        found: dict[tuple[int, int], list[tuple[int, float, float]]] = {}
+        #: Of each group: when it was last through with one.
+        free: dict[int, int] = {}
+        found: dict[tuple[int, int], list[tuple[int, float, float, int]]] = {}
         for record in records:
             # On its own clock, and only after an operation that is in the ring: else unknown.
             worked = max(0, record.t_enter_ns - left) / 1e9 if left else 0.0
             if record.t_leave_ns and record.ok:
                 told = record.t_leave_ns > last and record.seq % STRIDE == 0
                 if told and record.op.partition(" ")[0] in SYNCHRONISING:
-                    spent = (record.t_leave_ns - record.t_enter_ns) / 1e9
+                    # One that stands in line behind another has not begun: how long that takes
+                    # says how far the rank is ahead, and nothing of the network.
+                    began = max(record.t_enter_ns, free.get(record.group, 0))
+                    spent = (record.t_leave_ns - min(began, record.t_leave_ns)) / 1e9
                     found.setdefault((record.generation, record.group), []).append(
-                        (record.seq, round(spent, 6), round(worked, 6))
+                        (record.seq, round(spent, 6), round(worked, 6), record.nbytes)
                     )
                 newest = max(newest, record.t_leave_ns)
+                free[record.group] = max(free.get(record.group, 0), record.t_leave_ns)
                 left = max(left, record.t_leave_ns)
         self._told_until[seat] = newest
         return [
@@ -51,9 +57,11 @@ class NodeOps:
                 generation=Generation(generation),
                 group=group,
                 at=newest / 1e9,
-                seqs=[seq for seq, _, _ in ops],
-                spent_s=[spent for _, spent, _ in ops],
-                worked_s=[worked for _, _, worked in ops],
+                seqs=seqs,
+                spent_s=spent,
+                worked_s=worked,
+                nbytes=nbytes,
             )
             for (generation, group), ops in found.items()
+            for seqs, spent, worked, nbytes in [zip(*ops, strict=True)]
         ]

@@ -276,9 +276,12 @@ class CommSeen:
     """When it left the last one."""
     seqs: Sequence[int]
     spent_s: Sequence[float]
-    """From entering to leaving each of them."""
+    """From entering each of them, or from the end of the one before it in its group if that came
+    later, to leaving it."""
     worked_s: Sequence[float]
     """From leaving the collective before it, of whatever group, to entering it."""
+    nbytes: Sequence[int] = ()
+    """What this rank brings to each; () when that is not told."""
 
     def __post_init__(self) -> None:
         # Of what a peer says nothing is taken on trust.
@@ -287,7 +290,10 @@ class CommSeen:
         spent, worked = ([float(s) for s in told] for told in (self.spent_s, self.worked_s))
         if not len(seqs) == len(spent) == len(worked):
             raise ValueError(f"{len(seqs)} collectives, {len(spent)} and {len(worked)} durations")
-        if min(whose + seqs) < 0 or not all(0 <= s < float("inf") for s in spent + worked):
+        nbytes = [int(n) for n in self.nbytes]
+        if len(nbytes) not in (0, len(seqs)):
+            raise ValueError(f"{len(seqs)} collectives, of {len(nbytes)} sizes")
+        if min(whose + seqs + nbytes) < 0 or not all(0 <= s < float("inf") for s in spent + worked):
             raise ValueError("numbers of collectives and durations are 0 or more, and finite")
         object.__setattr__(self, "seat", Seat(whose[0]))
         object.__setattr__(self, "generation", Generation(whose[1]))
@@ -295,6 +301,7 @@ class CommSeen:
         object.__setattr__(self, "seqs", seqs)
         object.__setattr__(self, "spent_s", spent)
         object.__setattr__(self, "worked_s", worked)
+        object.__setattr__(self, "nbytes", nbytes or [0] * len(seqs))
 
 
 Signal = (

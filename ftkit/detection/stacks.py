@@ -1,17 +1,18 @@
-"""Stacks: what a rank's main thread is doing, without its help and without holding it up.
+"""Stacks: what a rank is doing, without holding it up.
 
-Every rank has Python's faulthandler write the stack of its main thread, the one that trains, to
-a file of its own when a signal comes. That runs in C, needs no interpreter lock, and restarts
-what the signal interrupted: it works for a thread that sleeps, waits for a lock, or keeps the
-interpreter. A process that is stopped is left alone: it would do it when it wakes up, long after.
+A rank that can tells of all its threads itself (`thread_stacks`). One whose interpreter is kept, by
+native code that does not let go of it, cannot. So every rank also has Python's faulthandler write
+the stack of its main thread, the one that trains, to a file of its own when a signal comes. That
+runs in C, needs no interpreter lock, and restarts what the signal interrupted. A process that is
+stopped is left alone: it would do it when it wakes up, long after.
 
-Not of the other threads: those run on while faulthandler walks their frames, and every few
-hundred dumps of a healthy rank ended it (SIGSEGV in `dump_traceback`). py-spy, which reads from
-outside, shows them where it is installed.
+The signal goes to the main thread and to no other, and faulthandler tells of no other: threads that
+run on while it walks their frames, or are interrupted as they change them, now and then ended a
+healthy rank (SIGSEGV in `dump_traceback`).
 """
 
+import ctypes
 import faulthandler
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -20,15 +21,18 @@ from pathlib import Path
 from typing import Final
 
 from ftkit.core.ids import MemberId
+from ftkit.detection import thread_stacks
 
 #: Not one that scripts, schedulers or torch use.
 SIGNAL: Final = signal.SIGRTMIN + 9
 
 #: Of a dump, as much as a person reads.
-BYTES_MAX: Final = 64 << 10
+BYTES_MAX: Final = thread_stacks.BYTES_MAX
 _POLL_S: Final = 0.005
 #: A dump that has not grown for so many looks is whole.
 _QUIET_LOOKS: Final = 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def path(folder: Path, member: MemberId) -> Path:
@@ -38,8 +42,11 @@ def path(folder: Path, member: MemberId) -> Path:
 
 @contextmanager
 def answering(folder: Path, member: MemberId) -> Iterator[None]:
-    """(in the rank) Answer to `SIGNAL` while this lasts. OSError when no file can be made."""
-    with path(folder, member).open("a") as file:
+    """(in the rank) Answer to `SIGNAL` while this lasts, and to `thread_stacks.ask`.
+
+    OSError when no file can be made.
+    """
+    with path(folder, member).open("a") as file, thread_stacks.answering(folder, member):
         faulthandler.register(SIGNAL, file=file, all_threads=False, chain=False)
         try:
             yield
@@ -60,8 +67,25 @@ def answers(pid: int) -> bool:
     )
 
 
+def look(pid: int, folder: Path, member: MemberId, *, limit_s: float = 0.5) -> str:
+    """What rank `member` of this node does: all its threads, or the main one, or "".
+
+    Blocks for a millisecond, or, where it does not answer, for twice `limit_s`.
+    """
+    if not answers(pid):
+        return ""
+    told = thread_stacks.ask(folder, member, limit_s=limit_s)
+    return told or ask(pid, path(folder, member), limit_s=limit_s)
+
+
+def interrupt(pid: int) -> None:
+    """Send `SIGNAL` to the main thread of `pid`. OSError when there is none."""
+    if _libc.tgkill(pid, pid, SIGNAL):
+        raise OSError(ctypes.get_errno(), f"process {pid} takes no signal")
+
+
 def ask(pid: int, file: Path, *, limit_s: float = 0.5) -> str:
-    """The stacks of `pid` now; "" when it cannot tell. Blocks for some ten milliseconds.
+    """The stack of the main thread now; "" when it cannot tell. Blocks for some ten milliseconds.
 
     Args:
       pid: a rank of this node.
@@ -72,7 +96,7 @@ def ask(pid: int, file: Path, *, limit_s: float = 0.5) -> str:
         return ""
     try:
         before = file.stat().st_size
-        os.kill(pid, SIGNAL)
+        interrupt(pid)
         deadline, size, quiet = time.monotonic() + limit_s, before, 0
         while time.monotonic() < deadline and quiet < _QUIET_LOOKS:
             time.sleep(_POLL_S)
@@ -87,20 +111,21 @@ def ask(pid: int, file: Path, *, limit_s: float = 0.5) -> str:
 
 
 def innermost(text: str) -> list[str]:
-    """The frames of the thread that was interrupted, innermost first, as "FUNCTION at FILE:LINE".
+    """The frames of the main thread, innermost first, as "FUNCTION at FILE:LINE".
 
-    faulthandler calls it the current one, or lists no other; else it is the last that is listed.
+    faulthandler calls the one that is interrupted the current one, or lists no other; else it is
+    the last that is listed.
     """
     sections: list[tuple[bool, list[str]]] = []
     for line in text.splitlines():
         words = line.strip()
-        if words.startswith(("Thread ", "Current thread ", "Stack (")):
-            sections.append((words.startswith("Current"), []))
+        if words.startswith(("Thread ", "Current thread ", "Main thread ", "Stack (")):
+            sections.append((words.startswith(("Current", "Main")), []))
         elif words.startswith('File "') and sections:
             name, _, rest = words.removeprefix('File "').partition('", line ')
             number, _, function = rest.partition(" in ")
             sections[-1][1].append(f"{function} at {name}:{number}")
-    chosen = [frames for current, frames in sections if current] or [s for _, s in sections]
+    chosen = [frames for main, frames in sections if main] or [s for _, s in sections]
     return chosen[-1] if chosen else []
 
 

@@ -35,6 +35,7 @@ from ftkit.detection.row import (
     Awaited,
     OpRecord,
     Row,
+    allowance_ns,
     decode_awaited,
     decode_record,
     stamp,
@@ -157,10 +158,11 @@ class StatusBoard:
             head = words[first]
             if not head:
                 return None
-            identity, heartbeat, allowance = words[first + 1], words[first + 2], words[first + 3]
+            identity, heartbeat = words[first + 1], words[first + 2]
+            allowance = allowance_ns(words[first + 3])
             start = base + 32 + (head & 1) * COPY_BYTES
             copy = bytes(self._bytes[start : start + COPY_BYTES])
-            if stamp(head & WORD, identity, copy) != head:
+            if allowance is None or stamp(head & WORD, identity, copy) != head:
                 continue
             generation, step, t_progress, phase, flags = COPY.unpack(copy)
             member = MemberId(identity & WORD)

@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.rounds import Holding, RoundId
 from ftkit.core.clock import MonotonicClock
+from ftkit.core.detour import COORDINATOR, Detour, agent_end
 from ftkit.core.errors import FtkitError, WireError
 from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
@@ -96,6 +98,7 @@ class Coordinator:
         self._wall = time.time
         self._asked_at = float("-inf")
         self._blind: frozenset[MemberId] = frozenset()
+        self._busy: frozenset[NodeId] = frozenset()
         self._scored: dict[NodeId, NodeScored] = {}
         self._advised: dict[NodeId, str] = {}
         self._checked = False
@@ -255,12 +258,16 @@ class Coordinator:
         )
 
     def _tell_blind(self) -> None:
-        """Say of whom nothing is known, each time that changes."""
+        """Say of whom nothing is known, or what cannot be told, each time that changes."""
         blind = frozenset(self._judge.blind)
         if blind != self._blind:
             kind = "blind" if blind else "sighted"
             self.trace.event(kind, what="members", members=sorted(blind))
         self._blind = blind
+        if (busy := self._judge.busy) != self._busy:
+            kind = "blind" if busy else "sighted"
+            self.trace.event(kind, what="transfers", nodes=sorted(busy))
+        self._busy = busy
 
     def _dial_missing(self) -> None:
         for node, address in self._agents.items():
@@ -274,7 +281,9 @@ class Coordinator:
         """(dialling thread) Connect, then pass on what the agent reports until it hangs up."""
         hello = {"role": "coordinator", "term": self._number}
         try:
-            line = connect(address, self._secret, hello=hello, timeout_s=2.0)
+            detour = Detour.of_control(self._config.env, COORDINATOR)
+            dial = None if detour is None else partial(detour.dial, agent_end(node))
+            line = connect(address, self._secret, hello=hello, timeout_s=2.0, dial=dial)
         except WireError as error:
             logger.debug("node %s cannot be reached: %s", node, error)
             self._inbox.put(("line", node, None))

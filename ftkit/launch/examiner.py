@@ -96,7 +96,7 @@ class Examiner:
         }
         for p in patients:
             if p.closely and p.alive:
-                text = stacks.ask(p.pid, stacks.path(self._shm_dir, p.member))
+                text = stacks.look(p.pid, self._shm_dir, p.member)
                 frames = _py_spy(p.pid)  # also of one that is stopped, and answers to nobody
                 if text or frames:
                     found["stacks"][str(p.seat)] = {"text": text, "py_spy": frames}

@@ -57,6 +57,8 @@ STEPS_EVERY_S = 5.0
 #: Of the budget of false alarms, what pace may use. Exits and hangs need none: what they rest on
 #: is no matter of chance.
 SHARE = 0.5
+#: And what comparing the norms of gradients may.
+NORM_SHARE = 0.1
 
 
 class SeatRow(NamedTuple):
@@ -107,7 +109,12 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
+        self._pace = StepDetector(
+            PaceConfig(
+                alarms_per_day=SHARE * config.alarms_per_day,
+                norm_alarms_per_day=NORM_SHARE * config.alarms_per_day,
+            )
+        )
         around = (KnownOffenders(), Leaks(), Room(), SlowIo(), ClockSkew(), Flapping())
         self._panel = Panel([self._detector, self._pace, Told(), *around])
         self._steps_told_at = 0.0
@@ -133,6 +140,11 @@ class Judge:
     def blind(self) -> Mapping[MemberId, float]:
         """Members of whom nothing is known, and since how many seconds: no verdict covers them."""
         return self._detector.blind
+
+    @property
+    def busy(self) -> frozenset[NodeId]:
+        """Nodes whose transfers look slow, and that are too busy for a network to be blamed."""
+        return self._pace.transfers.blind
 
     def take(self, observation: Observation) -> None:
         """Something else was seen, at a time on this clock."""
@@ -187,7 +199,11 @@ class Judge:
             self._ingest(ObserverLate(by_s=late_s, who=node))
         for value in measured:
             try:
-                self._ingest(signals.from_json(value, offset_s=offset_ns / 1e9))
+                signal = signals.from_json(value, offset_s=offset_ns / 1e9)
+                if isinstance(signal, signals.CommSeen) and self._plain_world is not None:
+                    # As with rows: a script without a session knows of no generations.
+                    signal = replace(signal, generation=self._plain_world.generation)
+                self._ingest(signal)
             except ProtocolError as error:
                 logger.warning("node %s sent no signal: %s", node, error)
         seats = {m.seat for m in members}

@@ -4,13 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 from ftkit.core.ids import MemberId
-from ftkit.detection import stacks
+from ftkit.detection import stacks, thread_stacks
 
 RANK = """
 import sys, re, time, threading
@@ -36,8 +37,8 @@ def threads():
         while True:
             work(50)
 
-    for _ in range(2):
-        threading.Thread(target=run, daemon=True).start()
+    for i in range(2):
+        threading.Thread(target=run, name=f"loader-{i}", daemon=True).start()
     print("there", flush=True)
     while True:
         time.sleep(0.001)
@@ -80,11 +81,72 @@ def test_who_is_blocked_or_keeps_the_interpreter_shows_where(rank, frame, tmp_pa
 @pytest.mark.parametrize("rank", ["threads"], indirect=True)
 def test_a_healthy_one_with_busy_threads_outlives_a_thousand_dumps(rank, tmp_path: Path) -> None:
     for _ in range(1000):
-        os.kill(rank.pid, stacks.SIGNAL)
+        stacks.interrupt(rank.pid)
         time.sleep(0.001)  # a signal that is pending already comes once
     assert rank.poll() is None
     frames = stacks.innermost(stacks.ask(rank.pid, stacks.path(tmp_path, MemberId(7))))
     assert any(f.startswith("threads at ") for f in frames), frames
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("rank", ["threads"], indirect=True)
+def test_a_busy_rank_tells_of_all_its_threads(rank, tmp_path: Path) -> None:
+    for _ in range(200):
+        told = thread_stacks.ask(tmp_path, MemberId(7), limit_s=10.0)
+        main, *others = told.split("\n\n")
+        assert main.startswith("Main thread 0x"), told
+        assert '"MainThread" (most recent call first):' in main
+        assert " in threads\n" in main
+        assert ['"loader-0"' in others[0], '"loader-1"' in others[1]] == [True] * 2, told
+        assert all(" in run\n" in other or "  ..." in other for other in others), told
+    assert len(others) == 2, "the one that answers is left out"
+    assert any(f.startswith("threads at ") for f in stacks.innermost(told)), told
+    assert '"loader-1"' in stacks.look(rank.pid, tmp_path, MemberId(7), limit_s=10.0)
+    assert rank.poll() is None
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("rank", ["busy"], indirect=True)
+def test_who_keeps_the_interpreter_says_nothing(rank, tmp_path: Path) -> None:
+    assert thread_stacks.ask(tmp_path, MemberId(7), limit_s=0.2) == ""
+    # Then what is known is what its main thread does.
+    told = stacks.look(rank.pid, tmp_path, MemberId(7), limit_s=0.5)
+    assert any(f.startswith("busy at ") for f in stacks.innermost(told)), told
+
+
+def test_nobody_there_is_no_answer_and_no_room_for_a_socket_no_error(tmp_path: Path) -> None:
+    assert thread_stacks.ask(tmp_path, MemberId(7)) == ""
+    deep = tmp_path / ("x" * 100)  # names of sockets are short
+    deep.mkdir()
+    with stacks.answering(deep, MemberId(7)):
+        assert thread_stacks.ask(deep, MemberId(7)) == ""
+    with thread_stacks.answering(tmp_path, MemberId(7)):
+        assert "in test_nobody_there" in thread_stacks.ask(tmp_path, MemberId(7), limit_s=10.0)
+    assert thread_stacks.ask(tmp_path, MemberId(7)) == ""
+    assert not thread_stacks.path(tmp_path, MemberId(7)).exists()
+
+
+def test_recursion_does_not_crowd_others_out() -> None:
+    ready, done = threading.Event(), threading.Event()
+
+    def dive(depth: int) -> None:
+        if depth:
+            dive(depth - 1)
+        else:
+            ready.set()
+            done.wait()
+
+    deep = threading.Thread(target=dive, args=(300,), name="deep")
+    deep.start()
+    ready.wait()
+    try:
+        (told,) = (t for t in thread_stacks.current().split("\n\n") if '"deep"' in t)
+    finally:
+        done.set()
+        deep.join()
+    assert told.count(" in dive\n") < thread_stacks.FRAMES_MAX
+    assert told.count("\n") <= thread_stacks.FRAMES_MAX + 2
+    assert "  ..." in told
 
 
 @pytest.mark.multiproc

@@ -114,6 +114,36 @@ def test_who_killed_a_member_is_told() -> None:
     assert "killed by ftkit" in found.reason
 
 
+def test_slow_transfers_of_a_script_without_a_session_are_named() -> None:
+    judging, script = judge(), replace(plan(), world=None)
+    judging.take_plan(script, at=100.0)
+    for step in range(300):
+        now = 100.0 + 0.1 * step
+        for seat in (0, 1):
+            row = Row(
+                member=MemberId(7 + seat), pid=1, generation=Generation(0), step=Step(step),
+                phase=Phase.FORWARD, group=0, entered=step, left=step, op="all_reduce",
+                t_progress_ns=int(now * 1e9), t_enter_ns=0, t_heartbeat_ns=int(now * 1e9),
+                allowance_ns=0, warm=True, plain=True,
+            )  # fmt: skip
+            comm = {
+                "kind": "comm", "seat": seat, "generation": 0, "group": 0, "at": now,
+                "seqs": [4 * step], "spent_s": [0.01 if step < 150 else 0.05], "worked_s": [0.1],
+                "nbytes": [1 << 20],
+            }  # fmt: skip
+            judging.take_report(
+                NodeId(seat), [SeatRow(seat=Seat(seat), row=row, facts=None)],
+                [member(7 + seat, seat=Seat(seat), node=NodeId(seat))],
+                measured=[comm], sent=now, at=now,
+            )  # fmt: skip
+        judging.verdicts(script, {}, now)
+    (said,) = judging._pace.tick(now)
+    assert (said.fault, said.evidence["seats"]) == (Fault.SLOW_COMM, [0, 1])
+    assert "5.0 times" in said.reason
+    # Agents are asked to test the path between the nodes: at the beginning, and once it is slow.
+    assert [(o.a, o.b) for o in judging.inquiry.orders()] == [(0, 1)] * 2
+
+
 #: One of each kind, so that a field can be spoilt while all others are right.
 SAMPLES = [
     {"kind": "step", "member": 7, "seat": 0, "generation": 1, "step": 3, "at": 100.0,
