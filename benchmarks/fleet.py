@@ -230,12 +230,7 @@ class Policy:
             nodes=self._scenario.costs.world,
             cost_s=self._price_s / self._prices,
             spares=self._spares,
-            swap_s=swap_cost(
-                self._costs,
-                spares=self._spares,
-                losses_per_s=self._rate.per_s * self._costs.world,
-                world_min=self._scenario.world_min,
-            ),
+            swap_s=swap_cost(self._costs, world_min=self._scenario.world_min),
             remaining_s=self._scenario.span_s - failure.at_s,
         )
         return any(e.node == failure.node for e in out)

@@ -105,24 +105,17 @@ def excluded(
     return found
 
 
-def swap_cost(costs: Costs, *, spares: int, losses_per_s: float, world_min: int = 1) -> float:
-    """Lost seconds that another node in the place of one costs.
+def swap_cost(costs: Costs, *, world_min: int = 1) -> float:
+    """Lost seconds that another node in the place of one costs: the wait, at the smaller world.
 
-    Without spares the job is one smaller until it comes. With some it is so only where all are taken
-    when the next is needed: of nodes that are awaited there are Poisson many at any moment,
-    `losses_per_s` times the wait on average.
+    A ready spare costs as much: it is missing at the next loss, and losses come in bursts. To reckon
+    with the chance that all spares are taken, as if losses were independent, lost two per cent of a
+    month on Titan's failures where every rank is needed.
 
     Args:
       costs: of the job.
-      spares: nodes that stand by, ready or soon ready again.
-      losses_per_s: losses of the whole job that take one.
       world_min: with fewer ranks nobody trains.
     """
     smaller = costs.world - 1
     kept = costs.kept(smaller) if smaller >= world_min else 0.0
-    awaited = losses_per_s * costs.replacement_s
-    fewer = sum(
-        math.exp(k * math.log(awaited) - awaited - math.lgamma(k + 1)) if awaited else float(not k)
-        for k in range(spares)
-    )
-    return max(0.0, 1 - fewer) * (1 - kept) * costs.replacement_s
+    return (1 - kept) * costs.replacement_s

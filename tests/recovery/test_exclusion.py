@@ -96,19 +96,6 @@ TEN = Costs(world=10, replacement_s=3600)
 
 
 def test_a_swap_costs_the_wait_at_the_smaller_world() -> None:
-    assert swap_cost(TEN, spares=0, losses_per_s=0) == pytest.approx(360)
+    assert swap_cost(TEN) == pytest.approx(360)
     # With fewer nobody trains.
-    assert swap_cost(TEN, spares=0, losses_per_s=0, world_min=10) == pytest.approx(3600)
-
-
-def test_a_spare_is_missed_where_all_are_taken() -> None:
-    assert swap_cost(TEN, spares=1, losses_per_s=0) == 0
-    # One loss an hour: e^-1 that none is awaited, as much that one is.
-    hourly = 1 / 3600
-    assert swap_cost(TEN, spares=1, losses_per_s=hourly) == pytest.approx(
-        360 * (1 - 0.36788), rel=1e-4
-    )
-    assert swap_cost(TEN, spares=2, losses_per_s=hourly) == pytest.approx(
-        360 * (1 - 0.73576), rel=1e-4
-    )
-    assert swap_cost(TEN, spares=50, losses_per_s=hourly) == pytest.approx(0, abs=1e-6)
+    assert swap_cost(TEN, world_min=10) == pytest.approx(3600)
