@@ -39,7 +39,9 @@ SPARE = "spare"
 PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
 #: All links of one rank.
 PARTITION_MINORITY = "partition-minority"
-LINK_FAULTS = (PARTITION, PARTITION_MINORITY, SLOW_LINK, SLOW_NIC, BLACKHOLE)
+#: All links between two halves of the nodes, the coordinator in one of them.
+PARTITION_HALF = "partition-half"
+LINK_FAULTS = (PARTITION, PARTITION_MINORITY, PARTITION_HALF, SLOW_LINK, SLOW_NIC, BLACKHOLE)
 
 CATALOGUE: dict[str, str] = {
     Kind.KILL: "SIGKILL to one rank",
@@ -69,6 +71,7 @@ CATALOGUE: dict[str, str] = {
     SPARE: "SIGKILL to one rank of a job with a spare one: it must be in within two steps",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     PARTITION_MINORITY: "one rank is cut off from all others for some seconds: they go on without it",
+    PARTITION_HALF: "the nodes fall apart into halves: that with the coordinator goes on alone",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
     BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
@@ -96,6 +99,7 @@ RANKS_MIN: dict[str, int] = {
     PREEMPT: 2,
     PARTITION: 3,
     PARTITION_MINORITY: 3,
+    PARTITION_HALF: 4,
     **multi_drills.RANKS_MIN,
     SLOW_LINK: 3,
     SLOW_NIC: 3,

@@ -34,6 +34,7 @@ from ftkit.launch.drill_catalogue import (
     OF_BUCKETS,
     OF_NO_POINT,
     OF_TWO,
+    PARTITION_HALF,
     RANKS_MIN,
     SHRINK_GROW,
     SHRINK_STEPS,
@@ -169,7 +170,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name in between and at is not None:
         raise UsageError(f"{name} strikes between steps: leave --at out")
     if name in restart_drill.CATALOGUE:
-        if nproc < 2:
+        if nproc < 2 and name == restart_drill.RESTART_SMALLER:
             raise UsageError(f"{name} needs --nproc 2 or more: it goes on with one fewer")
         return Drill(
             fault=name,
@@ -255,6 +256,9 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         struck = multi_drills.choose(name, point, seed=seed, nproc=nproc)
         point, seats, first = struck.phase, struck.seats, struck.seats[0]
         second = seats[-1]
+    if name == PARTITION_HALF:
+        seats = tuple(sorted(rng.sample(range(nproc), nproc // 2)))
+        first, second = seats[0], next(s for s in range(nproc) if s not in seats)
     return Drill(
         fault=str(name),
         phase=point,

@@ -35,6 +35,7 @@ from ftkit.launch.drill_catalogue import (
     NAMES,
     NOBODY_LOST,
     NODE_FAULTS,
+    PARTITION_HALF,
     PREEMPT,
     SHRINK_GROW,
     SPARE,
@@ -46,7 +47,7 @@ from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
-from ftkit.launch.link_drills import LinkStriker, judge_link
+from ftkit.launch.link_drills import APART_STALL_S, LinkStriker, judge_link
 from ftkit.launch.member_drills import (
     MemberStriker,
     Preempter,
@@ -97,6 +98,9 @@ def run_drill(
     elif drill.fault in (FLAP, JOIN, CHURN):
         striker = MemberStriker(drill, job, run_dir).poll
     elif drill.fault in LINK_FAULTS:
+        if drill.fault == PARTITION_HALF:
+            job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
+            job = replace(job, max_stall_s=min(job.max_stall_s, APART_STALL_S))
         links = LinkStriker(drill, job, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
