@@ -64,6 +64,11 @@ def run_drills(
     """Run `count` drills, with the seeds from `seed` on. Returns the exit code."""
     job = Job(**job_options)
     seeds = range(seed, seed + count)
+    if fault == PARTITION_HALF and job.sharded and not job.parity:
+        raise UsageError(
+            f"{fault} takes half of a sharded job's state out of reach, and the job would end for it: "
+            "give --parity k+m with m of half the nodes"
+        )
     if fault in NODE_FAULTS:
         job = job.for_nodes(fault)
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]

@@ -39,6 +39,27 @@ class TestEmbedded(EngineContract):
         return EmbeddedEngine(config, secret)
 
 
+#: Takes its time while both ranks are there, so that one can be told to go.
+PACED = """
+    import time
+    import torch
+    import ftkit
+    from tests.drills.training import Curve, build
+
+    torch.set_num_threads(1)
+    session = ftkit.init()
+    model = build(16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    session.protect(model=model, optimizer=optimizer)
+    for step in session.steps(Curve(), slots=6, slot_size=4, until=200):
+        with step:
+            for x, y in step.batches():
+                torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        time.sleep(0.1 if session.world_size == 2 else 0)
+"""
+
+
 class Cluster:
     """A Ray head of our own on free ports, and everything below it."""
 
@@ -272,15 +293,18 @@ class TestRay(EngineContract):
         assert held.good[-1] == 160
         assert not held.damaged
 
+    @pytest.mark.timeout(240)  # a second raylet, and a cluster that is busy for it
     def test_a_node_that_ray_drains_loses_no_step(self, cluster: Cluster, tmp_path: Path) -> None:
         """Two machines; that of one rank is about to go, and its rank leaves between two steps."""
         import ray
 
+        script = tmp_path / "train.py"
+        script.write_text(textwrap.dedent(PACED))
         folder, drained = tmp_path / "run", dict[str, float]()
 
         def poll(engine: Any) -> None:
             if drained or not any(
-                e["kind"] == "commit" and e["step"] > 9 for e in read_run(folder)
+                e["kind"] == "commit" and e["step"] > 2 for e in read_run(folder)
             ):
                 return
             here = ray.get_runtime_context().get_node_id()
@@ -289,7 +313,7 @@ class TestRay(EngineContract):
             cluster.drain(there)
 
         with cluster.machine():
-            done = run(folder, TRAINING, ["60"], nodes=2, nproc=1, on_poll=poll, engine="ray")
+            done = run(folder, script, nodes=2, nproc=1, on_poll=poll, engine="ray")
         assert done.stop.code == 0, f"{done.stop.reason}\n{done.log}"
         (at,) = drained.values()
         left = [e for e in done.of("left") if e["mono"] > at]
@@ -302,7 +326,7 @@ class TestRay(EngineContract):
         ]
         assert undone == [], "nobody stood still for it"
         votes = {(e["step"], e["generation"]): 0 for e in done.of("commit")}
-        assert sorted(step for step, _ in votes) == list(range(1, 61)), "no step was played twice"
+        assert sorted(step for step, _ in votes) == list(range(1, 201)), "no step was played twice"
         assert len(done.params) == 1
 
 

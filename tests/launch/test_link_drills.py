@@ -1,9 +1,11 @@
 """Who is broken in a drill of links, and what has to be said of it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ftkit.core.errors import UsageError
 from ftkit.launch.checker import Answer
 from ftkit.launch.drill_catalogue import (
     BLACKHOLE,
@@ -14,6 +16,7 @@ from ftkit.launch.drill_catalogue import (
     SLOW_LINK,
     SLOW_NIC,
 )
+from ftkit.launch.drill_command import run_drills
 from ftkit.launch.drill_plan import Drill, choose
 from ftkit.launch.link_drills import apart, culprit, judge_link
 from tests.launch.test_member_drills import event, outcome
@@ -139,3 +142,10 @@ def test_only_the_coordinators_half_may_go_on() -> None:
     assert half().outcome is Answer.FAIL, "nobody did"
     assert half(*near, size=2).outcome is Answer.UNKNOWN, "they never came together"
     assert half(*near, healed=False).outcome is Answer.UNKNOWN
+
+
+def test_halves_of_a_sharded_job_want_parity(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give --parity"):
+        run_drills(
+            PARTITION_HALF, at=None, seed=1, count=1, run_dir=tmp_path, as_json=True, sharded=1
+        )
