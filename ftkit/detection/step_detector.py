@@ -1,8 +1,8 @@
 """StepDetector: from finished steps to verdicts about pace. A member of the panel.
 
 It lines up what members say of the same step (`aligned`) and puts it before those who judge:
-`slow` (which member, against its peers or its past), `imbalance`, `stalls` and `norms`; and what
-it is told of collectives before `slow_transfers`. Nothing that it says evicts anybody.
+`slow` (which member, against its peers or its past), `imbalance`, `stalls`, `slow_reads` and
+`norms`; and what it is told of collectives before `slow_transfers`. Nothing that it says evicts anybody.
 """
 
 import math
@@ -23,6 +23,7 @@ from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.peers import log_or_none
 from ftkit.detection.signals import CommSeen, StepSeen
 from ftkit.detection.slow import Finding, Slowness
+from ftkit.detection.slow_reads import SlowReads
 from ftkit.detection.slow_transfers import SlowTransfers
 from ftkit.detection.stalls import Stalled, Stalls
 
@@ -103,6 +104,7 @@ class StepDetector:
         self._wall = Slowness(effect=config.effect)
         self._imbalance = Imbalance(effect=config.effect)
         self._stalls = Stalls()
+        self._reads = SlowReads()
         self._norms = Norms(alarms_per_day=config.norm_alarms_per_day)
         self._lateness = Lateness()
         self.transfers = SlowTransfers()
@@ -133,6 +135,7 @@ class StepDetector:
             case WorldChanged(world=world):
                 self._judge_ready(rest=True)
                 self._aligned.change(world)
+                self._reads.change(world)
                 self._forget(frozenset(m.member for m in world.members))
             case _:
                 pass
@@ -143,7 +146,7 @@ class StepDetector:
 
     def tick(self, now: float) -> list[Verdict]:
         """What stands as of the last whole step, which does not age, and of the last collectives."""
-        verdicts = self.transfers.tick(now) + self._norms.tick()
+        verdicts = self.transfers.tick(now) + self._norms.tick() + self._reads.tick()
         verdicts += [self._slow_verdict(m, s) for m, s in self._standing.items()]
         verdicts += [self._stall_verdict(s) for s in self._stalled]
         verdicts += [self._uneven_verdict(u) for u in self._uneven]
@@ -171,6 +174,7 @@ class StepDetector:
         # Who had a core for next to none of the time says nothing about itself.
         own = {m: v for m, v in own.items() if v >= wall[m] + math.log(_HEARD)}
         keys = {m: (one.role, one.slots) for m, one in warm.items()}
+        self._reads.step(warm, step_s=step_s, at=self._at)
         a_day = len(step) * DAY_S / step_s
         self._norms.step(warm, steps_a_day=a_day, at=self._at)
         between = 2 * max(_STEPS_BETWEEN * len(step), a_day / self.config.alarms_per_day)

@@ -89,6 +89,14 @@ def test_two_slow_ones_are_both_named() -> None:
     assert Pace(8).ever(20, slow(1, 4)) == {(Fault.SLOW, 1), (Fault.SLOW, 4)}
 
 
+def test_a_slow_one_inside_a_slow_group_is_named_alone() -> None:
+    pace = Pace(**PIPELINE)
+    heavy = lambda seat, step: 1.5 if seat % 4 == 1 else 1.0  # a stage with more to do
+    assert {f for f, _ in pace.ever(30, heavy)} <= {Fault.IMBALANCE}
+    both = lambda seat, step: heavy(seat, step) * (1.4 if seat == 5 else 1.0)
+    assert {who for who in pace.ever(20, both) if who[0] is Fault.SLOW} == {(Fault.SLOW, 5)}
+
+
 def test_who_waits_for_a_slow_one_is_a_victim() -> None:
     pace = Pace(**PIPELINE)
     waits = lambda seat, step: {"waited_s": 0.1 if seat == 0 else 5.0}
