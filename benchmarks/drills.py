@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +85,18 @@ def run_all(
 
 def report(judged: Sequence[Judged], params: str, options: dict[str, object]) -> Report:
     """Counts over all drills; pure."""
+    return Report(
+        name="drills",
+        figures=figures(judged),
+        computed={"parameters of the undisturbed run": params},
+        notes=unpassed(judged, options),
+        options=options,
+        samples=samples(judged),
+    )
+
+
+def figures(judged: Sequence[Judged], *, of: str = "") -> list[Figure]:
+    """What was counted over all drills, each figure named with `of` before it."""
     outcomes = [j.outcome for j in judged]
     answers = Counter(o.outcome for o in outcomes)
     equal = sum(o.params_equal is True for o in outcomes)
@@ -98,35 +110,39 @@ def report(judged: Sequence[Judged], params: str, options: dict[str, object]) ->
         "without equal parameters": len(outcomes) - equal,
     }
     peers = {"survivors that left": "torchft: survivors crash in 5 of 6 random kills"}
-    return Report(
-        name="drills",
-        figures=[
-            Figure(name="drills", value=len(outcomes), unit=""),
-            Figure(name="passed", value=answers[Answer.PASS], unit=""),
-            *(
-                Figure(name=name, value=n, unit="", at_most=0, against=peers.get(name, ""))
-                for name, n in zero.items()
-            ),
-        ],
-        computed={"parameters of the undisturbed run": params},
-        notes=[
-            f"{j.outcome.outcome.value}: {replay(j.drill, options)} ({j.drill.fault} at "
-            f"{j.drill.where}, step {j.drill.step}: {_why(j.outcome)})"
-            for j in judged
-            if j.outcome.outcome is not Answer.PASS
-        ],
-        options=options,
-        samples=[
-            dataclasses.asdict(j.drill) | {"where": j.drill.where} | _brief(j.outcome)
-            for j in judged
-        ],
-    )
+    return [
+        Figure(name=f"{of}drills", value=len(outcomes), unit=""),
+        Figure(name=f"{of}passed", value=answers[Answer.PASS], unit=""),
+        *(
+            Figure(name=of + name, value=n, unit="", at_most=0, against=peers.get(name, ""))
+            for name, n in zero.items()
+        ),
+    ]
 
 
-def replay(drill: Drill, options: dict[str, object]) -> str:
+def unpassed(
+    judged: Sequence[Judged], options: Mapping[str, object], *, fault: str = "all", more: str = ""
+) -> list[str]:
+    """A line for each drill that failed or could not be judged, with what does it again."""
+    return [
+        f"{j.outcome.outcome.value}: {replay(j.drill, options, fault=fault)}{more} "
+        f"({j.drill.fault} at {j.drill.where}, step {j.drill.step}: {_why(j.outcome)})"
+        for j in judged
+        if j.outcome.outcome is not Answer.PASS
+    ]
+
+
+def samples(judged: Sequence[Judged]) -> list[dict[str, object]]:
+    """Every drill and its outcome, JSON-safe."""
+    return [
+        dataclasses.asdict(j.drill) | {"where": j.drill.where} | _brief(j.outcome) for j in judged
+    ]
+
+
+def replay(drill: Drill, options: Mapping[str, object], *, fault: str = "all") -> str:
     """The command that does one drill of the series again."""
     return (
-        f"ftkit drill run all --seed {drill.seed} --nproc {options['nproc']} "
+        f"ftkit drill run {fault} --seed {drill.seed} --nproc {options['nproc']} "
         f"--steps {options['steps']} --max-stall {options['max_stall']:g}"
     )
 

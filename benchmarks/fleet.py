@@ -21,7 +21,7 @@ from pathlib import Path
 from ftkit.core.ids import NodeId
 from ftkit.detection.offenders import DAY_S, Offenders, Score
 from ftkit.recovery.costs import Costs
-from ftkit.recovery.exclusion import FAILURES_MIN, NodeAdvice, excluded
+from ftkit.recovery.exclusion import FAILURES_MIN, NodeAdvice, excluded, swap_cost
 from ftkit.recovery.failure_rate import PRIOR_MTBF_S, FailureRate, posterior_share
 from ftkit.recovery.growth import growth
 from ftkit.recovery.intervals import tier_intervals
@@ -97,6 +97,26 @@ def titan(path: Path, *, nodes: int, month: int, fold: bool) -> list[Failure]:
     return sorted(failures, key=lambda f: f.at_s)
 
 
+def evenly(histories: Sequence[Sequence[Failure]], *, seed: int) -> list[list[Failure]]:
+    """The same histories, with reach and patience drawn anew and spread evenly over all failures.
+
+    To each failure anything may happen, as before. Over all of them the shares are what they should
+    be: losses that go to the disk are few, and how many there were by chance would decide between
+    policies that are alike.
+    """
+    chance = random.Random(f"evenly {seed}")
+    count = sum(map(len, histories))
+    reach, patience = (
+        [(i + chance.random()) / count for i in chance.sample(range(count), count)]
+        for _ in range(2)
+    )
+    drawn = zip(reach, patience, strict=True)
+    return [
+        [replace(f, reach=r, patience=p) for f, (r, p) in zip(history, drawn, strict=False)]
+        for history in histories
+    ]
+
+
 def _drawn(chance: random.Random, at: float, node: int, *, node_lost: bool) -> Failure:
     reach, patience = chance.random(), chance.random()
     return Failure(at_s=at, node=node, node_lost=node_lost, reach=reach, patience=patience)
@@ -137,7 +157,7 @@ class Fixed:
     def grow(self, world: int, ready: int, remaining_s: float) -> bool:
         return True
 
-    def interval_s(self) -> float:
+    def interval_s(self, now: float) -> float:
         return self._interval_s
 
     def leaves_out(self, failure: Failure) -> bool:
@@ -188,16 +208,15 @@ class Policy:
             world, ready, self._costs, failures_per_s=self._rate.per_s, remaining_s=remaining_s
         ).grow
 
-    def interval_s(self) -> float:
+    def interval_s(self, now: float) -> float:
+        self._look(now)
         return next(
             i.seconds for i in tier_intervals(self._costs, self._rate) if i.name == "checkpoint"
         )
 
     def leaves_out(self, failure: Failure) -> bool:
-        self._rate = self._rate.seen(
-            failures=1, exposure_s=(failure.at_s - self._looked_s) * self._costs.world
-        )
-        self._looked_s = failure.at_s
+        self._look(failure.at_s)
+        self._rate = self._rate.seen(failures=1)
         self._fleet.fault(str(failure.node), failure.at_s)
         if self._fleet.nodes[str(failure.node)] < FAILURES_MIN or not self._prices:
             return False
@@ -206,17 +225,20 @@ class Policy:
             for s in self._fleet.scores(failure.at_s)
             if s.faults >= FAILURES_MIN
         }
-        smaller = self._costs.world - 1
-        kept = self._costs.kept(smaller) if smaller >= self._scenario.world_min else 0.0
         out = excluded(
             advice,
             nodes=self._scenario.costs.world,
             cost_s=self._price_s / self._prices,
             spares=self._spares,
-            swap_s=(1 - kept) * self._costs.replacement_s,
+            swap_s=swap_cost(self._costs, world_min=self._scenario.world_min),
             remaining_s=self._scenario.span_s - failure.at_s,
         )
         return any(e.node == failure.node for e in out)
+
+    def _look(self, now: float) -> None:
+        """Time without failures says as much as they do, as `DecisionCosts.look` counts it."""
+        self._rate = self._rate.seen(exposure_s=(now - self._looked_s) * self._costs.world)
+        self._looked_s = now
 
     def saw(self, failure: Failure, wait_s: float, cost_s: float) -> None:
         if failure.node_lost:
@@ -321,7 +343,7 @@ class Month:
         return min(self.progress, half_s * self.scenario.costs.kept(self.world))
 
     def _interval_s(self) -> float:
-        return max(self.policy.interval_s(), self.scenario.costs.checkpoint_write_s)
+        return max(self.policy.interval_s(self.t), self.scenario.costs.checkpoint_write_s)
 
     def _maybe_grow(self) -> None:
         left = self.scenario.span_s - self.t

@@ -32,7 +32,7 @@ from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import choose
 from ftkit.launch.number_drills import BIT_FLIP, LOSS_SPIKE, NAN
 from ftkit.launch.workload.gpt import GPT, PRESETS, next_byte_loss
-from ftkit.session.replicas import BUDGET
+from ftkit.session.cadence import BUDGET
 
 FAULTS = (BIT_FLIP, NAN, LOSS_SPIKE)
 

@@ -3,17 +3,19 @@
 Scenarios differ in how often nodes fail, how soon they are replaced, whether there are spares and
 parity, and what a smaller world keeps. A fixed policy always does the same about a loss, and writes
 checkpoints by the clock; there is one for each sensible order of ways and each of three intervals.
-The figure is the policy's goodput less that of the *best* of them in that scenario: nobody who
-has to fix a policy beforehand knows which one that will be.
+The figure is the policy's goodput beside that of the *best* of them in that scenario: nobody who
+has to fix a policy beforehand knows which one that will be. As that one is picked afterwards, and has
+nothing to learn, the difference is given with its standard error over the histories too.
 
     python -m benchmarks.policy [--titan FILE] [--quick] [--json] [--save]
 
-Without `--titan` histories are synthetic; with it they are months of the Titan's GPU failures.
+Every history is played several times, with other draws of how far each loss reaches (`evenly`). Without `--titan` histories are synthetic; with it they are months of the Titan's GPU failures.
 """
 
 import argparse
 import hashlib
 import itertools
+import math
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,11 +23,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.figures import Figure, Report, finish, parser, say
-from benchmarks.fleet import Failure, Fixed, Month, Policy, Scenario, synthetic, titan
+from benchmarks.fleet import Failure, Fixed, Month, Policy, Scenario, evenly, synthetic, titan
 from ftkit.recovery.costs import Costs
 from ftkit.recovery.policy import Option
 
 NODES = 1_000
+#: Standard errors within which a difference is luck.
+NOISE = 2.0
 
 #: Seconds and bytes of a job that one could meet; nobody's own.
 COSTS = Costs(
@@ -75,6 +79,13 @@ class Result:
     failures: float
     taken: dict[str, int]
     fixed: dict[str, float]
+    error: float
+    """Standard error of the mean difference between the policy and the best."""
+
+    @property
+    def errors(self) -> float:
+        """The policy less the best, in standard errors; 0 where they do not differ."""
+        return (self.policy - self.best) / self.error if self.error else 0.0
 
 
 def scenarios() -> Iterator[tuple[bool, Scenario]]:
@@ -106,11 +117,11 @@ def scenarios() -> Iterator[tuple[bool, Scenario]]:
 
 def judge(scenario: Scenario, histories: Sequence[Sequence[Failure]]) -> Result:
     """Play every history of a scenario by the policy, and by each fixed one."""
-    fixed: dict[str, float] = {}
+    played: dict[str, list[float]] = {}
     for (name, order), every_s in itertools.product(ORDERS.items(), SAVE_EVERY_S):
         policy = Fixed(name, order, every_s)
-        played = [Month(scenario, policy).play(h) for h in histories]
-        fixed[policy.name] = statistics.fmean(played)
+        played[policy.name] = [Month(scenario, policy).play(h) for h in histories]
+    fixed = {name: statistics.fmean(goodputs) for name, goodputs in played.items()}
     months = [Month(scenario, Policy()) for _ in histories]
     ours = [month.play(h) for month, h in zip(months, histories, strict=True)]
     taken: dict[str, int] = {}
@@ -126,7 +137,13 @@ def judge(scenario: Scenario, histories: Sequence[Sequence[Failure]]) -> Result:
         failures=statistics.fmean(len(h) for h in histories),
         taken=taken,
         fixed=fixed,
+        error=_error([a - b for a, b in zip(ours, played[best], strict=True)]),
     )
+
+
+def _error(values: Sequence[float]) -> float:
+    """The standard error of their mean."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
 
 
 def report(results: Sequence[Result], options: argparse.Namespace, what: str) -> Report:
@@ -137,7 +154,8 @@ def report(results: Sequence[Result], options: argparse.Namespace, what: str) ->
             value=r.policy,
             unit="",
             at_least=r.best,
-            against=f"best fixed {r.best:.5f} ({r.best_name}), worst {r.worst:.5f}",
+            against=f"best fixed {r.best:.5f} ({r.best_name}), worst {r.worst:.5f}; "
+            f"{(r.policy - r.best) * 1e5:+.1f} ± {r.error * 1e5:.1f} e-5",
         )
         for r in results
     ]
@@ -148,6 +166,12 @@ def report(results: Sequence[Result], options: argparse.Namespace, what: str) ->
             value=least,
             unit="x",
             at_least=1.0,
+        ),
+        Figure(
+            name="least of all scenarios: the difference, in its standard errors over histories",
+            value=min(r.errors for r in results),
+            unit="",
+            at_least=-NOISE,
         ),
         Figure(name="scenarios", value=float(len(results)), unit=""),
     ]
@@ -179,8 +203,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--titan", type=Path, help="gpu_events_until_2017.csv; default: synthetic")
     made.add_argument("--days", type=float, default=30.0, help="length of each history")
     made.add_argument("--histories", type=int, help="per scenario; default 12, 2 with --quick")
+    made.add_argument("--draws", type=int, help="of each history; default 3, 1 with --quick")
+    made.add_argument(
+        "--seed", type=int, default=0, help="of the draws, and of synthetic histories"
+    )
     options = made.parse_args(arguments)
     count = options.histories or (2 if options.quick else 12)
+    draws = options.draws or (1 if options.quick else 3)
     histories: dict[bool, list[list[Failure]]] = {}
     for often in (False, True):
         if options.titan:
@@ -191,8 +220,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             mtbf_s = 1.5 * 3_600 if often else 24 * 3_600.0
             histories[often] = [
                 synthetic(seed, nodes=NODES, span_s=options.days * 86_400, mtbf_s=mtbf_s)
-                for seed in range(count)
+                for seed in range(options.seed, options.seed + count)
             ]
+        histories[often] = evenly(histories[often] * draws, seed=options.seed)
     results = []
     for often, scenario in scenarios():
         scenario = replace(scenario, span_s=options.days * 86_400)
@@ -200,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         last = results[-1]
         say(f"{last.scenario}: {last.policy:.5f}, best fixed {last.best:.5f} ({last.best_name})")
     what = f"{count} months of Titan's GPU failures" if options.titan else f"{count} at random"
+    what += f", each with {draws} draws of what its failures reach"
     return finish(report(results, options, what), options)
 
 

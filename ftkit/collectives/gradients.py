@@ -22,6 +22,7 @@ import torch
 import xxhash
 
 from ftkit.collectives.resident import Pool
+from ftkit.collectives.running_sum import RunningSum
 from ftkit.collectives.slot_tree import SlotNode, SlotTree
 from ftkit.core.errors import StateChanged, UsageError
 
@@ -57,7 +58,7 @@ class _Bucket:
     offsets: list[int]
     length: int
     """Elements of a leaf: gradients, then one flag a parameter."""
-    tree: SlotTree
+    tree: SlotTree | RunningSum
     memory: Pool
     """Peers of this host read leaves and sums where they are."""
     out: torch.Tensor = field(init=False)
@@ -105,6 +106,7 @@ class GradientReducer:
         slots: int,
         reduce: Reduce,
         mean: bool = True,
+        running: bool = False,
         bucket_bytes: int | None = None,
     ) -> None:
         """Hook every parameter that requires a gradient.
@@ -113,6 +115,8 @@ class GradientReducer:
           params: in the order of the model, the same on all ranks.
           slots: slots of the global batch.
           mean: whether the sum is divided by `slots`.
+          running: whether this rank's slots are summed as they come, whatever slots they are,
+            rather than along the fixed tree.
           reduce: starts the canonical reduction of one bucket.
           bucket_bytes: gradients after which a bucket is closed; must be the same on all ranks.
             By default an eighth of all, within bounds.
@@ -120,7 +124,9 @@ class GradientReducer:
         self._slots = slots
         self._scale = 1.0 / slots if mean else 1.0
         self._reduce = reduce
-        self._buckets = _cut([p for p in params if p.requires_grad], slots, bucket_bytes)
+        self._running = running
+        trained = [p for p in params if p.requires_grad]
+        self._buckets = _cut(trained, self._new_tree, bucket_bytes)
         self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.params)}
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
@@ -128,6 +134,7 @@ class GradientReducer:
             for p in b.params
         ]
         self._slot: int | None = None
+        self._weight = 1
         self._last = False
         self._launched = 0
         self._reduced = False
@@ -182,15 +189,18 @@ class GradientReducer:
                 bucket.tree.clear()
             else:
                 # The attempt was left without a fault of the job: its reduction still runs.
-                bucket.tree = SlotTree(self._slots)
+                bucket.tree = self._new_tree()
                 bucket.renew_out()
             bucket.leaf, bucket.handle, bucket.norms = None, None, []
             for param in bucket.params:
                 param.grad = None
 
-    def start_slot(self, slot: int, *, last: bool) -> None:
-        """Backward of `slot` comes next; `last` of those this rank holds."""
-        self._slot, self._last = slot, last
+    def start_slot(self, slot: int, *, last: bool, weight: int = 1) -> None:
+        """Backward of `slot` comes next; `last` of those this rank holds.
+
+        `weight`: what its gradients count for in the sum, where slots are played together.
+        """
+        self._slot, self._last, self._weight = slot, last, weight
         for bucket in self._buckets:
             spare = bucket.tree.spare()
             bucket.leaf = bucket.new_buffer() if spare is None else spare
@@ -304,10 +314,15 @@ class GradientReducer:
         if self.look_at is not None:
             gradients = leaf[: -len(bucket.params)]
             self.look_at(self._slot, self._buckets.index(bucket), gradients)
+        if self._weight != 1:
+            leaf[: -len(bucket.params)].mul_(self._weight)
         if self._slot in bucket.tree:  # an attempt before came so far
             bucket.tree.take_back(leaf)
         else:
             bucket.tree.push(self._slot, leaf)
+
+    def _new_tree(self) -> SlotTree | RunningSum:
+        return RunningSum() if self._running else SlotTree(self._slots)
 
     def _launch(self) -> None:
         """Start what is full, strictly in order, so that all ranks start alike."""
@@ -327,7 +342,9 @@ def norm_of(values: torch.Tensor) -> torch.Tensor:
     return norm
 
 
-def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int | None) -> list[_Bucket]:
+def _cut(
+    params: list[torch.Tensor], tree: Callable[[], SlotTree | RunningSum], bucket_bytes: int | None
+) -> list[_Bucket]:
     """Buckets of parameters in reverse order, about the order in which backward fills them."""
     total = sum(p.numel() * p.element_size() for p in params)
     if bucket_bytes is None:
@@ -347,10 +364,10 @@ def _cut(params: list[torch.Tensor], slots: int, bucket_bytes: int | None) -> li
         groups[-1].append(param)
         size += nbytes
     memory = Pool(min(total + 4096 * len(groups), _SLAB_BYTES_MAX))
-    return [_bucket(group, slots, memory) for group in groups]
+    return [_bucket(group, tree(), memory) for group in groups]
 
 
-def _bucket(params: list[torch.Tensor], slots: int, memory: Pool) -> _Bucket:
+def _bucket(params: list[torch.Tensor], tree: SlotTree | RunningSum, memory: Pool) -> _Bucket:
     offsets, at = [], 0
     for param in params:
         offsets.append(at)
@@ -359,7 +376,7 @@ def _bucket(params: list[torch.Tensor], slots: int, memory: Pool) -> _Bucket:
         params=params,
         offsets=offsets,
         length=at + len(params),
-        tree=SlotTree(slots),
+        tree=tree,
         memory=memory,
     )
     bucket.renew_out()

@@ -75,6 +75,7 @@ class ShardedReducer:
         rank: int,
         exchange: Exchange,
         mean: bool = True,
+        weights: int | None = None,
     ) -> None:
         """Put our reduction into every unit of the modules.
 
@@ -86,6 +87,7 @@ class ShardedReducer:
           rank: this one.
           exchange: moves the rows.
           mean: whether the sum is divided by `slots`.
+          weights: of all slots together, where they differ; the mean divides by it then.
 
         Raises:
           UsageError: a parameter is not sharded, or over other ranks than these, or a unit has
@@ -94,10 +96,10 @@ class ShardedReducer:
         self._modules = modules
         self._slots, self._size, self._rank = slots, world_size, rank
         self._exchange = exchange
-        self.scale = 1.0 / slots if mean else 1.0
+        self.scale = 1.0 / (weights or slots) if mean else 1.0
         self._params = _sharded(modules, world_size)
         self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        self._slot, self._last = 0, False
+        self._slot, self._last, self._weight = 0, False, 1
         self._called = 0
         self._units = [self._take_over(*found) for found in sharded_units(modules)]
         self.look_at: Callable[[int, int, torch.Tensor], None] | None = None
@@ -136,9 +138,9 @@ class ShardedReducer:
             unit.forget()
         self.drop()
 
-    def start_slot(self, slot: int, *, last: bool) -> None:
-        """Backward of this round's slot comes next."""
-        self._slot, self._last, self._called = slot, last, 0
+    def start_slot(self, slot: int, *, last: bool, weight: int = 1) -> None:
+        """Backward of this round's slot comes next; its gradients count `weight` times in the sum."""
+        self._slot, self._last, self._called, self._weight = slot, last, 0, weight
 
     def end_slot(self) -> None:
         """Backward of the slot is over; FSDP2 has reduced what it made."""
@@ -183,11 +185,16 @@ class ShardedReducer:
         return kept[:numel]
 
     def weigh(self, unit: "_Unit", gradient: torch.Tensor) -> None:
-        """(unit) Look at a slot's gradient; what a rank without a slot makes is not looked at."""
+        """(unit) Look at a slot's gradient and weigh it; what a rank without a slot makes is dropped."""
         if self._slot >= self._slots:
+            return
+        if not self._weight:
+            gradient.zero_()
             return
         if self.look_at is not None:
             self.look_at(self._slot, self._units.index(unit), gradient)
+        if self._weight != 1:
+            gradient.mul_(self._weight)
         unit.norms.append(norm_of(gradient))
 
     def gather_rows(self, out: torch.Tensor, rows: torch.Tensor) -> None:

@@ -65,7 +65,7 @@ class StageReducer:
         """A new attempt: forget whatever an earlier one left."""
         self.drop()
 
-    def start_slot(self, slot: int, *, last: bool) -> None:
+    def start_slot(self, slot: int, *, last: bool, weight: int = 1) -> None:
         """Slots overlap in a pipeline: nothing begins here."""
 
     def end_slot(self) -> None:

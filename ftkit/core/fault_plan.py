@@ -13,6 +13,9 @@ from ftkit.core.errors import UsageError
 
 VARIABLE = "FTKIT_DRILL"
 
+#: The fault that strikes no rank.
+KILL_COORDINATOR = "kill-coordinator"
+
 
 class Kind(StrEnum):
     """What happens."""

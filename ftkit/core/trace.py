@@ -7,6 +7,7 @@ the process is killed on the next instruction, and a reader may follow it live.
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -60,18 +61,28 @@ class Trace:
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The events of one file, in order. A torn last line is left out."""
+    """The events of one file, in order. A torn last line is left out, and so is what is none."""
     with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 return
             try:
-                yield json.loads(line)
-            except ValueError:
+                event = json.loads(line)
+            except (ValueError, RecursionError):
                 continue  # a full disk cut a line short, and the next was joined to it
+            if _is_event(event):
+                yield event
 
 
 def read_run(run_dir: Path) -> list[dict[str, Any]]:
     """All events of a run, from every process, in order of time."""
     events = [e for path in sorted(run_dir.glob("events/*.jsonl")) for e in read_events(path)]
     return sorted(events, key=lambda e: float(e["mono"]))
+
+
+def _is_event(value: object) -> bool:
+    """Whether it says what it is, and when."""
+    if not (isinstance(value, dict) and isinstance(value.get("kind"), str)):
+        return False
+    at = value.get("mono")
+    return isinstance(at, float | int) and math.isfinite(at)

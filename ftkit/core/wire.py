@@ -14,7 +14,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ftkit.core.errors import AuthenticationError, ProtocolError, WireError
@@ -190,8 +190,11 @@ def connect(
     *,
     hello: Mapping[str, object],
     timeout_s: float = 10.0,
+    dial: Callable[[tuple[str, int], float], socket.socket] | None = None,
 ) -> Line:
     """Connect to a TCP (host, port) or a Unix socket path, authenticate, and say who we are.
+
+    `dial`: opens the connection to a (host, port) in another way (`detour`).
 
     Raises:
       WireError: nobody listens there, or the greeting failed.
@@ -202,7 +205,11 @@ def connect(
     sock = socket.socket(family)
     try:
         sock.settimeout(timeout_s)
-        sock.connect(address)
+        if dial is not None and isinstance(address, tuple):
+            sock.close()
+            sock = dial(address, timeout_s)
+        else:
+            sock.connect(address)
         if family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return Line(

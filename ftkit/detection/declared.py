@@ -36,6 +36,20 @@ def checked(
     return found
 
 
+def whole(value: object) -> int:
+    """`value` as an integer that the rows and records of any host can hold.
+
+    Raises:
+      ValueError, TypeError, OverflowError: it is none.
+    """
+    number = int(value)  # type: ignore[call-overload]
+    if abs(number) > _INT_MAX:
+        raise ValueError(
+            f"an integer of {number.bit_length()} bits is none that anybody counts with"
+        )
+    return int(number)
+
+
 @cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)

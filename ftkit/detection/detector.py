@@ -38,6 +38,9 @@ _TAILS_S = 2.0
 #: Where members differ and there is no majority, so long others may come to that collective.
 _AWAIT_S = 0.5
 
+#: Who ended so long before a world began is not about to be in one.
+_EXITS_S = 600.0
+
 #: Steps are counted to know how often something occurs: a leap in their number is no history.
 _STEPS_A_LOOK = 1000
 
@@ -105,6 +108,11 @@ class Detector:
                     self._members = {m.member: m for m in world.members}
                     self._tracks.clear()
                     self._still = None
+                    self._exits = {
+                        m: e
+                        for m, e in self._exits.items()
+                        if m in self._members or at - e.at < _EXITS_S
+                    }
                     recent = world.generation - 2
                     self._settled = {k: d for k, d in self._settled.items() if k[0] >= recent}
                     self._parted_at = {k: t for k, t in self._parted_at.items() if k[0] >= recent}

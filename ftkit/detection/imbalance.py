@@ -82,9 +82,9 @@ class Imbalance:
             upper = next((k & members for g, k in kinds.items() if g >= members), frozenset())
             lower = members - upper
             if upper and lower:
-                slower = median([group[m] for m in upper])
-                faster = median([group[m] for m in lower])
-                found.append(_uneven("kinds", role, members, slower / faster, 1.0))
+                factor = median([group[m] for m in upper]) / median([group[m] for m in lower])
+                if factor >= self._least:  # in an odd step the slower kind may be no slower
+                    found.append(_uneven("kinds", role, members, factor, 1.0))
             elif (one := self._rotating(role, group, usual[role])) is not None:
                 found.append(one)
             if (one := self._role(role, members, usual)) is not None:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.world import World
+from ftkit.detection.declared import whole
 from ftkit.detection.row import Awaited, OpRecord, Row
 from ftkit.detection.signals import Signal
 
@@ -42,14 +43,14 @@ class ProcessFacts:
         try:
             return cls(
                 state=str(value["state"]),
-                cpu_ticks=int(value["cpu_ticks"]),
-                rss_bytes=int(value["rss_bytes"]),
+                cpu_ticks=whole(value["cpu_ticks"]),
+                rss_bytes=whole(value["rss_bytes"]),
                 wchan=str(value["wchan"]),
                 syscall=str(value["syscall"]),
-                start_ticks=int(value["start_ticks"]),
-                ticks_per_s=int(value["ticks_per_s"]),
+                start_ticks=whole(value["start_ticks"]),
+                ticks_per_s=whole(value["ticks_per_s"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not the facts of a process: {value!r}") from error
 
 

@@ -16,6 +16,9 @@ PEERS_MIN: Final = 3
 #: A larger minority is no minority: then the group has two kinds of members, and none is slow.
 MINORITY_MAX: Final = 0.35
 
+#: Nothing takes so long, in whatever unit, nor so short: the ratio of two such is no number.
+_ABSURD: Final = 1e15
+
 
 def residuals(values: Mapping[MemberId, float]) -> dict[MemberId, float]:
     """Each member's logarithm less the median of the others'; needs two members or more."""
@@ -47,8 +50,8 @@ def split(levels: Mapping[MemberId, float], *, least: float) -> frozenset[Member
 
 
 def log_or_none(value: float) -> float | None:
-    """The logarithm of a duration; None for one that says nothing (none, negative, not finite)."""
-    return math.log(value) if value > 0 and math.isfinite(value) else None
+    """The logarithm of a duration; None for one that is none (negative, not finite, or absurd)."""
+    return math.log(value) if 1 / _ABSURD < value < _ABSURD else None
 
 
 def _median_without(ordered: Sequence[float], place: int) -> float:

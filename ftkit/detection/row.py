@@ -5,7 +5,7 @@ A row is 128 bytes, sixteen aligned 64-bit words, little endian::
     word    0  version (low 32 bits) and CRC-32 (high 32 bits) of what is published
             1  member (low) and pid (high)                          written at attach
             2  t_heartbeat                                          heartbeat thread
-            3  allowance                                            `Recorder.allow`
+            3  allowance, with a checksum of its own                `Recorder.allow`
          4..6  copy 0 of the fields that change together
          7..9  copy 1
        10..15  free
@@ -16,7 +16,8 @@ copy (its parity) and whose checksum covers version, word 1 and that copy. So:
 * a writer killed or stopped on any line leaves the row before or the row after, whole;
 * a reader that was overtaken by two writes, or meets stores out of order, or flipped bytes,
   sees a wrong checksum and never a mixed row;
-* words 2 and 3 mean something alone and are single aligned stores.
+* words 2 and 3 mean something alone and are single aligned stores; a flipped bit in word 3 would
+  excuse a member for years, so it has its own check.
 
 A row changes at each phase. Where a member stands in its collectives it does not hold: that is
 read off their ring (`ring`), where each is written once as it begins, and one word as it ends.
@@ -31,6 +32,7 @@ from typing import Final
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, Step
+from ftkit.detection.declared import whole
 
 ROW_BYTES: Final = 128
 COPY_BYTES: Final = 24
@@ -157,23 +159,23 @@ class Row:
             raise ProtocolError(f"not a row: {value!r}")
         try:
             return cls(
-                member=MemberId(int(value["member"])),
-                pid=int(value["pid"]),
-                generation=Generation(int(value["generation"])),
-                step=Step(int(value["step"])),
+                member=MemberId(whole(value["member"])),
+                pid=whole(value["pid"]),
+                generation=Generation(whole(value["generation"])),
+                step=Step(whole(value["step"])),
                 phase=Phase(value["phase"]),
-                group=int(value["group"]),
-                entered=int(value["entered"]),
-                left=int(value["left"]),
+                group=whole(value["group"]),
+                entered=whole(value["entered"]),
+                left=whole(value["left"]),
                 op=str(value["op"]),
-                t_progress_ns=int(value["t_progress_ns"]),
-                t_enter_ns=int(value["t_enter_ns"]),
-                t_heartbeat_ns=int(value["t_heartbeat_ns"]),
-                allowance_ns=int(value["allowance_ns"]),
+                t_progress_ns=whole(value["t_progress_ns"]),
+                t_enter_ns=whole(value["t_enter_ns"]),
+                t_heartbeat_ns=whole(value["t_heartbeat_ns"]),
+                allowance_ns=whole(value["allowance_ns"]),
                 warm=bool(value["warm"]),
                 plain=bool(value["plain"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a row: {value!r}") from error
 
 
@@ -203,17 +205,17 @@ class OpRecord:
             raise ProtocolError(f"not a record of a collective: {value!r}")
         try:
             return cls(
-                member=MemberId(int(value["member"])),
-                generation=Generation(int(value["generation"])),
-                group=int(value["group"]),
-                seq=int(value["seq"]),
+                member=MemberId(whole(value["member"])),
+                generation=Generation(whole(value["generation"])),
+                group=whole(value["group"]),
+                seq=whole(value["seq"]),
                 op=str(value["op"]),
-                nbytes=int(value["nbytes"]),
-                t_enter_ns=int(value["t_enter_ns"]),
-                t_leave_ns=int(value["t_leave_ns"]),
+                nbytes=whole(value["nbytes"]),
+                t_enter_ns=whole(value["t_enter_ns"]),
+                t_leave_ns=whole(value["t_leave_ns"]),
                 ok=bool(value["ok"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not a record of a collective: {value!r}") from error
 
 
@@ -237,12 +239,12 @@ class Awaited:
             raise ProtocolError(f"not what a collective awaits: {value!r}")
         try:
             return cls(
-                group=int(value["group"]),
-                seq=int(value["seq"]),
-                at_ns=int(value["at_ns"]),
-                members=tuple(MemberId(int(m)) for m in value["members"]),
+                group=whole(value["group"]),
+                seq=whole(value["seq"]),
+                at_ns=whole(value["at_ns"]),
+                members=tuple(MemberId(whole(m)) for m in value["members"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"not what a collective awaits: {value!r}") from error
 
 
@@ -254,6 +256,18 @@ def op_bytes(op: str) -> bytes:
 def stamp(version: int, identity: int, copy: bytes) -> int:
     """Word 0 of a row: `version`, and the checksum over it, the identity word and the copy."""
     return version | zlib.crc32(copy, zlib.crc32(_STAMP.pack(version, identity))) << 32
+
+
+def allowance_word(until_ns: int) -> int:
+    """Word 3: milliseconds, rounded up, in the low 40 bits and their CRC in the rest; 0: none."""
+    until_ms = min(-(-until_ns // 1_000_000), (1 << 40) - 1)
+    return until_ms | zlib.crc32(until_ms.to_bytes(5, "little")) >> 8 << 40 if until_ms else 0
+
+
+def allowance_ns(word: int) -> int | None:
+    """Until when word 3 permits a stall, in monotonic ns; None when its bytes were damaged."""
+    until_ns = (word & (1 << 40) - 1) * 1_000_000
+    return until_ns if allowance_word(until_ns) == word else None
 
 
 def decode_record(data: bytes) -> OpRecord | None:

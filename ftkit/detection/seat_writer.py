@@ -17,6 +17,7 @@ from ftkit.detection.row import (
     STAMPED,
     WORD,
     Phase,
+    allowance_word,
     encode_awaited,
 )
 from ftkit.detection.step_record import STEP_BYTES, STEPS_KEPT, StepRecord, encode_step
@@ -84,7 +85,7 @@ class SeatWriter:
 
     def allow(self, until_ns: int) -> None:
         """Permit a stall until then; 0 withdraws it."""
-        self._words[self._first + 3] = until_ns
+        self._words[self._first + 3] = allowance_word(until_ns)
 
     def record_enter(self, group: int, seq: int, op: bytes, nbytes: int, t_ns: int) -> int:
         """Put a pending record into the ring, over the oldest that has ended. In about 1 µs.

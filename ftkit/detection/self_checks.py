@@ -1,6 +1,7 @@
 """SelfChecks: has a suspect's node compute and remember something known, and adds what came of it. Pure.
 
-A rank that is slow, or holds other bits than its replicas, may be the victim of its node. Once it is
+A rank that is slow, holds other bits than its replicas, or is suspected to compute wrongly, may be the
+victim of its node. Once it is
 said, its node is checked beside one that nobody suspects, for the speed to be compared with; then
 no more for `AGAIN_S`, and not more than `CHECKS_MAX` times in a job. The result is
 evidence of the verdict for as long as that holds. The verdict does not wait for it.
@@ -92,7 +93,10 @@ class SelfChecks:
         suspects = {
             node_of[v.member]
             for v in verdicts
-            if v.fault in CHECKED and not v.suspected and v.member in node_of
+            # Whether arithmetic that is suspected errs is what a check can tell.
+            if v.fault in CHECKED
+            and v.member in node_of
+            and (not v.suspected or v.fault is Fault.SDC)
         }
         for node in sorted(suspects):
             self._ask(node, suspects, now)

@@ -78,6 +78,8 @@ class _Past:
     key: object
     first: list[float]
     level: float | None = None
+    steps: int = LEVEL_STEPS
+    """That `level` is the mean of, or nearly."""
 
 
 class Slowness:
@@ -115,6 +117,8 @@ class Slowness:
           at: when the step ended.
           steps_between: rank-steps for each false alarm that is allowed.
         """
+        # As of before this step: who is no suspect after it was low in it, by selection.
+        calm = [m for m in work if self.suspicion(m) == 0.0]
         groups: dict[object, dict[MemberId, float]] = {}
         for member, value in work.items():
             groups.setdefault(keys[member], {})[member] = value
@@ -140,7 +144,7 @@ class Slowness:
         over = self._past.push(against_past, at=at, steps_between=steps_between)
         alone = {m for m in work if m not in against_peers} | mixed
         found += [f for m in sorted(over & alone) if (f := self._changed(m, work, m in mixed, at))]
-        self._follow(work)
+        self._follow({m: work[m] for m in calm})
         return found
 
     def suspicion(self, member: MemberId) -> float:
@@ -256,12 +260,13 @@ class Slowness:
         return {m: min(change, beyond[m]) for m, change in changes.items()}
 
     def _follow(self, work: Mapping[MemberId, float]) -> None:
-        """Let the past of members that are no suspects drift with them."""
+        """Let the past of these members become better known, and then drift with them."""
         for member, value in work.items():
             past = self._pasts[member]
-            if past.level is not None and self.suspicion(member) == 0.0:
+            if past.level is not None:
+                past.steps += 1
                 change = max(-self._effect, min(self._effect, value - past.level))
-                past.level += _DRIFT * change
+                past.level += max(_DRIFT, 1 / past.steps) * change
 
 
 def outlying(members: int, others: int) -> float:

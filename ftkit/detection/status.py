@@ -35,6 +35,7 @@ from ftkit.detection.row import (
     Awaited,
     OpRecord,
     Row,
+    allowance_ns,
     decode_awaited,
     decode_record,
     stamp,
@@ -101,10 +102,14 @@ class StatusBoard:
         return cls(path, memory, seats)
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """Map a board that exists. Raises IntegrityError when the file is not a whole board."""
+    def open(cls, path: Path, *, read_only: bool = False) -> Self:
+        """Map a board that exists; `read_only`: so that nothing here can write it, nor `attach`.
+
+        Raises:
+          IntegrityError: the file is not a whole board.
+        """
         _little_endian()
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         try:
             found = os.fstat(fd).st_size
             header = os.pread(fd, _HEADER.size, 0)
@@ -119,7 +124,8 @@ class StatusBoard:
                 )
             if not 1 <= seats <= SEATS_MAX or found != _size(seats):
                 raise IntegrityError(f"{path} says {seats} seats but has {found} bytes")
-            memory = mmap.mmap(fd, found)
+            access = mmap.ACCESS_READ if read_only else mmap.ACCESS_WRITE
+            memory = mmap.mmap(fd, found, access=access)
         finally:
             os.close(fd)
         return cls(path, memory, seats)
@@ -157,10 +163,11 @@ class StatusBoard:
             head = words[first]
             if not head:
                 return None
-            identity, heartbeat, allowance = words[first + 1], words[first + 2], words[first + 3]
+            identity, heartbeat = words[first + 1], words[first + 2]
+            allowance = allowance_ns(words[first + 3])
             start = base + 32 + (head & 1) * COPY_BYTES
             copy = bytes(self._bytes[start : start + COPY_BYTES])
-            if stamp(head & WORD, identity, copy) != head:
+            if allowance is None or stamp(head & WORD, identity, copy) != head:
                 continue
             generation, step, t_progress, phase, flags = COPY.unpack(copy)
             member = MemberId(identity & WORD)

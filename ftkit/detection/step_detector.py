@@ -1,8 +1,8 @@
 """StepDetector: from finished steps to verdicts about pace. A member of the panel.
 
 It lines up what members say of the same step (`aligned`) and puts it before those who judge:
-`slow` (which member, against its peers or its past), `imbalance` and `stalls`; and what it is told
-of collectives before `slow_transfers`. Nothing that it says evicts anybody.
+`slow` (which member, against its peers or its past), `imbalance`, `stalls`, `slow_reads` and
+`norms`; and what it is told of collectives before `slow_transfers`. Nothing that it says evicts anybody.
 """
 
 import math
@@ -18,10 +18,12 @@ from ftkit.detection.cusum import median
 from ftkit.detection.imbalance import Imbalance, Unevenness
 from ftkit.detection.lateness import Lateness
 from ftkit.detection.ledger import WORK, Ledger
+from ftkit.detection.norms import Norms
 from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.peers import log_or_none
 from ftkit.detection.signals import CommSeen, StepSeen
 from ftkit.detection.slow import Finding, Slowness
+from ftkit.detection.slow_reads import SlowReads
 from ftkit.detection.slow_transfers import SlowTransfers
 from ftkit.detection.stalls import Stalled, Stalls
 
@@ -29,6 +31,9 @@ DAY_S: Final = 86400.0
 
 #: A finding stands until the evidence has fallen to this share of what it took.
 _HOLDS: Final = 0.5
+
+#: A day has few long steps: so many of the job's lie between two false alarms, however long they are.
+_STEPS_BETWEEN: Final = 10_000
 
 #: The share of the time for which a member must have had a core for its work to be compared.
 _HEARD: Final = 0.25
@@ -47,6 +52,9 @@ class PaceConfig:
     alarms_per_day: float = 0.5
     """False alarms about slow members that the whole job may cost, whatever its size."""
 
+    norm_alarms_per_day: float = 0.1
+    """The same about members whose gradients have changed."""
+
     steps_excluded: int = 2
     """Steps of each member in a generation that do not count: they compile and warm up."""
 
@@ -56,11 +64,12 @@ class PaceConfig:
                 f"effect is {self.effect}, must be in 0.01..1: smaller ones drown in any noise, "
                 "larger ones are found as well with 1"
             )
-        if not (math.isfinite(self.alarms_per_day) and self.alarms_per_day > 0):
-            raise ValueError(
-                f"alarms_per_day is {self.alarms_per_day}, must be above 0: without any there "
-                "can be no detection"
-            )
+        for name in ("alarms_per_day", "norm_alarms_per_day"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"{name} is {value}, must be above 0: without any there can be no detection"
+                )
         if self.steps_excluded < 0:
             raise ValueError(f"steps_excluded is {self.steps_excluded}, must not be negative")
 
@@ -95,6 +104,8 @@ class StepDetector:
         self._wall = Slowness(effect=config.effect)
         self._imbalance = Imbalance(effect=config.effect)
         self._stalls = Stalls()
+        self._reads = SlowReads()
+        self._norms = Norms(alarms_per_day=config.norm_alarms_per_day)
         self._lateness = Lateness()
         self.transfers = SlowTransfers()
         """What the collectives themselves take, of every group."""
@@ -124,6 +135,7 @@ class StepDetector:
             case WorldChanged(world=world):
                 self._judge_ready(rest=True)
                 self._aligned.change(world)
+                self._reads.change(world)
                 self._forget(frozenset(m.member for m in world.members))
             case _:
                 pass
@@ -134,9 +146,8 @@ class StepDetector:
 
     def tick(self, now: float) -> list[Verdict]:
         """What stands as of the last whole step, which does not age, and of the last collectives."""
-        verdicts = self.transfers.tick(now) + [
-            self._slow_verdict(m, s) for m, s in self._standing.items()
-        ]
+        verdicts = self.transfers.tick(now) + self._norms.tick() + self._reads.tick()
+        verdicts += [self._slow_verdict(m, s) for m, s in self._standing.items()]
         verdicts += [self._stall_verdict(s) for s in self._stalled]
         verdicts += [self._uneven_verdict(u) for u in self._uneven]
         return verdicts
@@ -163,7 +174,10 @@ class StepDetector:
         # Who had a core for next to none of the time says nothing about itself.
         own = {m: v for m, v in own.items() if v >= wall[m] + math.log(_HEARD)}
         keys = {m: (one.role, one.slots) for m, one in warm.items()}
-        between = 2 * len(step) * DAY_S / step_s / self.config.alarms_per_day
+        self._reads.step(warm, step_s=step_s, at=self._at)
+        a_day = len(step) * DAY_S / step_s
+        self._norms.step(warm, steps_a_day=a_day, at=self._at)
+        between = 2 * max(_STEPS_BETWEEN * len(step), a_day / self.config.alarms_per_day)
         slow = {f.member: f for f in self._own.step(own, keys, at=self._at, steps_between=between)}
         late = {
             f.member: f for f in self._wall.step(wall, keys, at=self._at, steps_between=between)
@@ -198,6 +212,10 @@ class StepDetector:
             if member in warm and judge.suspicion(member) < _HOLDS:
                 del self._standing[member]
         for member, finding in late.items():
+            # Who was found slow is so until that no longer holds, on a busy host as well.
+            known = self._standing.get(member)
+            if known is not None and known.fault is Fault.SLOW:
+                continue
             if member not in slow and self._starved(member, finding, warm):
                 self._standing[member] = self._standing_of(Fault.STARVED, finding, warm)
         for finding in slow.values():
@@ -322,7 +340,7 @@ class StepDetector:
         )
 
     def _forget(self, keep: frozenset[MemberId]) -> None:
-        for judge in (self._own, self._wall, self._stalls):
+        for judge in (self._own, self._wall, self._stalls, self._norms):
             judge.forget(keep)
         self._recent = {m: r for m, r in self._recent.items() if m in keep}
         self._standing = {m: s for m, s in self._standing.items() if m in keep}

@@ -23,6 +23,7 @@ from ftkit.core.wall_clock import wall_clock
 from ftkit.core.wire import Line
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.signals import to_json
+from ftkit.detection.status import BOARD
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.door import Door
@@ -114,6 +115,8 @@ class Agent:
             self._door.close()
             raise
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
+        # Viewers on this host read there what ranks do now; it holds nothing secret.
+        self.trace.event("board", path=str(self._arenas.directory / BOARD))
         self._examiner = Examiner(
             node,
             Path(config.run_dir),

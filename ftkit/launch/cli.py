@@ -1,8 +1,10 @@
 """ftkit: the command line. One function a command; the work is done elsewhere."""
 
+import contextlib
 import difflib
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,7 @@ def main() -> None:
     help="Begin at step 0. Checkpoints that are there go when the first new one is complete.",
 )
 @click.option("--metrics-port", default=0, help="Serve Prometheus metrics from each agent; 0: not.")
+@click.option("--otel", is_flag=True, help="Send steps and verdicts as OpenTelemetry spans (OTLP).")
 @click.option("--history", default="", help="File or URL that remembers nodes' faults across jobs.")
 @click.option(
     "--preflight",
@@ -141,6 +144,7 @@ def run(
     checkpoint_keep: str,
     fresh: bool,
     metrics_port: int,
+    otel: bool,
     history: str,
     preflight: str | None,
     quiet: bool,
@@ -207,11 +211,20 @@ def run(
     last = LastWords(
         folder, config.checkpoint_dir, lambda words: click.echo(f"ftkit: {words}", err=True)
     )
-    stop = run_job(
-        config,
-        engine=engine or default_engine(),
-        on_poll=(lambda _: last.poll()) if checkpoint_dir else None,
-    )
+    followers: list[Callable[[], None]] = [last.poll] if checkpoint_dir else []
+    with contextlib.ExitStack() as ends:
+        if otel:
+            from ftkit.launch.otel import Follower
+
+            spans = Follower(folder, job, time.monotonic)
+            ends.callback(spans.close)
+            followers.append(spans.poll)
+
+        def poll(_: object) -> None:
+            for follow in followers:
+                follow()
+
+        stop = run_job(config, engine=engine or default_engine(), on_poll=poll)
     if as_json:
         told = {"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}
         click.echo(json.dumps(told | ({"last_checkpoint": last.told} if last.told else {})))
@@ -247,21 +260,27 @@ def drill_list(as_json: bool) -> None:
     click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
 
 
+#: A count of what there must be one of.
+POSITIVE = click.IntRange(min=1)
+
+
 def drill_options(*, steps: int) -> Callable[[Any], Any]:
     """The options that every drill takes; `steps` is the default length of the job."""
 
     def add(command: Any) -> Any:
         options = [
-            click.option("--nproc", default=3, show_default=True, help="Ranks."),
-            click.option("--nodes", default=1, show_default=True, help="Nodes."),
+            click.option("--nproc", type=POSITIVE, default=3, show_default=True, help="Ranks."),
+            click.option("--nodes", type=POSITIVE, default=1, show_default=True, help="Nodes."),
             click.option("--seed", default=0, show_default=True, help="Decides what is not given."),
-            click.option("--steps", default=steps, show_default=True, help="Steps of the job."),
+            click.option(
+                "--steps", type=POSITIVE, default=steps, show_default=True, help="Steps of the job."
+            ),
             click.option("--engine", type=click.Choice(["embedded", "ray"]), default="embedded"),
             click.option("--max-stall", "max_stall_s", default=30.0, show_default=True),
             click.option("--parity", default="", help="k+m, as for `ftkit run`."),
             click.option(
                 "--sharded",
-                type=int,
+                type=click.IntRange(min=0),
                 is_flag=False,
                 flag_value=1,
                 default=0,
@@ -316,6 +335,36 @@ def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
     from ftkit.launch.live import follow
 
     sys.exit(follow(newest_run(run_dir), once=once, as_json=as_json))
+
+
+@main.command()
+@click.argument("run_dir", metavar="[JOB]", type=click.Path(path_type=Path), required=False)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8610,
+    show_default=True,
+    help="0 takes any that is free.",
+)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Where to listen; anywhere but on this machine alone, the page asks for a token.",
+)
+@click.option("--open", "open_browser", is_flag=True, help="Show the page in the browser.")
+def ui(run_dir: Path | None, port: int, host: str, open_browser: bool) -> None:
+    """Serve a web page that follows a run (JOB or its folder; by default the newest).
+
+    Ranks, who waits for whom, copies of the state and incidents as they happen. The run is only
+    read: the page costs its ranks nothing, may be started and ended at any time, and shows a run
+    that is over as well.
+    """
+    from ftkit.launch.ui.command import serve
+
+    found = newest_run(run_dir)
+    code = serve(found, host=host, port=port, open_browser=open_browser, say=click.echo)
+    sys.exit(code)
 
 
 @main.command()
@@ -513,11 +562,15 @@ main.add_command(detect)
 
 
 def newest_run(run_dir: Path | None) -> Path:
-    """The run meant: the one given, else the newest under runs/."""
+    """The run meant: the one given, by its folder or by its name under runs/, else the newest."""
     if run_dir is not None:
-        if not (run_dir / "events").is_dir():
-            raise UsageError(f"{run_dir} is not a run's folder: it has no events/")
-        return run_dir
+        for folder in (run_dir, RUNS / run_dir):
+            if (folder / "events").is_dir():
+                return folder
+        raise UsageError(
+            f"{run_dir} is not a run's folder: it has no events/. Give the folder of one, or its name "
+            f"under {RUNS}/; a job makes it as it starts"
+        )
     found = [p for p in RUNS.glob("*") if (p / "events").is_dir()]
     if not found:
         raise UsageError("no run was found under runs/; give the folder of one")

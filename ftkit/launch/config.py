@@ -139,6 +139,7 @@ class JobConfig:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
         if self.spares < 0:
             raise UsageError(f"--spares is {self.spares}, not a number of ranks")
+        Times.derive(self.max_stall_s)  # refused here, and not by an agent that cannot start
         if self.spare_nodes < 0:
             raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
         if self.preflight not in ("", "stop", "warn"):

@@ -13,12 +13,14 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ftkit.checkpoint.parity.protocol import awaited
 from ftkit.checkpoint.parity.rounds import Holding, RoundId
 from ftkit.core.clock import MonotonicClock
+from ftkit.core.detour import COORDINATOR, Detour, agent_end
 from ftkit.core.errors import FtkitError, WireError
 from ftkit.core.ids import Boot, MemberId, NodeId, Term
 from ftkit.core.inventory import Copy, Inventory
@@ -279,7 +281,9 @@ class Coordinator:
         """(dialling thread) Connect, then pass on what the agent reports until it hangs up."""
         hello = {"role": "coordinator", "term": self._number}
         try:
-            line = connect(address, self._secret, hello=hello, timeout_s=2.0)
+            detour = Detour.of_control(self._config.env, COORDINATOR)
+            dial = None if detour is None else partial(detour.dial, agent_end(node))
+            line = connect(address, self._secret, hello=hello, timeout_s=2.0, dial=dial)
         except WireError as error:
             logger.debug("node %s cannot be reached: %s", node, error)
             self._inbox.put(("line", node, None))

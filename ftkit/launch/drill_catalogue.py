@@ -1,9 +1,10 @@
 """Which drills there are: their names, what each does, and what a job needs for it."""
 
-from ftkit.core.fault_plan import DESYNCS, Kind, Point
+from ftkit.core.fault_plan import DESYNCS, KILL_COORDINATOR, Kind, Point
 from ftkit.core.verdict import Fault
 from ftkit.launch import (
     detector_drills,
+    mixed_drills,
     multi_drills,
     number_drills,
     pace_drills,
@@ -12,8 +13,6 @@ from ftkit.launch import (
     rot_drills,
 )
 from ftkit.launch.faulty_store import StoreFaultKind
-
-KILL_COORDINATOR = "kill-coordinator"
 
 #: The bundled training job.
 WORKLOAD = "ftkit.launch.workload.train"
@@ -39,7 +38,9 @@ SPARE = "spare"
 PARTITION, SLOW_LINK, SLOW_NIC, BLACKHOLE = "partition", "slow-link", "slow-nic", "blackhole"
 #: All links of one rank.
 PARTITION_MINORITY = "partition-minority"
-LINK_FAULTS = (PARTITION, PARTITION_MINORITY, SLOW_LINK, SLOW_NIC, BLACKHOLE)
+#: All links between two halves of the nodes, the coordinator in one of them.
+PARTITION_HALF = "partition-half"
+LINK_FAULTS = (PARTITION, PARTITION_MINORITY, PARTITION_HALF, SLOW_LINK, SLOW_NIC, BLACKHOLE)
 
 CATALOGUE: dict[str, str] = {
     Kind.KILL: "SIGKILL to one rank",
@@ -69,6 +70,7 @@ CATALOGUE: dict[str, str] = {
     SPARE: "SIGKILL to one rank of a job with a spare one: it must be in within two steps",
     PARTITION: "the link between two ranks breaks and cannot be made anew for some seconds",
     PARTITION_MINORITY: "one rank is cut off from all others for some seconds: they go on without it",
+    PARTITION_HALF: "the nodes fall apart into halves: that with the coordinator goes on alone",
     SLOW_LINK: "the link between two ranks carries a fraction of its bytes for some seconds",
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
     BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
@@ -77,6 +79,7 @@ CATALOGUE: dict[str, str] = {
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
     **multi_drills.CATALOGUE,
+    **mixed_drills.CATALOGUE,
     **rot_drills.CATALOGUE,
     **restart_drill.CATALOGUE,
     **number_drills.CATALOGUE,
@@ -96,7 +99,9 @@ RANKS_MIN: dict[str, int] = {
     PREEMPT: 2,
     PARTITION: 3,
     PARTITION_MINORITY: 3,
+    PARTITION_HALF: 4,
     **multi_drills.RANKS_MIN,
+    **mixed_drills.RANKS_MIN,
     SLOW_LINK: 3,
     SLOW_NIC: 3,
     BLACKHOLE: 3,

@@ -21,6 +21,7 @@ from ftkit.launch.drill_catalogue import (
     FLAP,
     JOIN,
     NODE_FAULTS,
+    PARTITION_HALF,
     PREEMPT,
     SHRINK_GROW,
     SPARE,
@@ -41,6 +42,9 @@ PACED = frozenset(
     {*pace_drills.CATALOGUE, *detector_drills.CATALOGUE, resource_drills.LEAK, TWO_AT_ONCE}
 )
 
+#: Drills in which a step is to take longer while a seat is empty.
+SHORT_HANDED = (FLAP, JOIN, CHURN, PREEMPT, SHRINK_GROW, PARTITION_HALF)
+
 #: Fewer, and the demo's job may end before the lost rank is back. The fault strikes in the first
 #: fifth, and starting Python and torch beside ranks that train took from 60 steps to 120, on a
 #: machine of two cores that did other things too.
@@ -60,11 +64,16 @@ def run_drills(
     """Run `count` drills, with the seeds from `seed` on. Returns the exit code."""
     job = Job(**job_options)
     seeds = range(seed, seed + count)
+    if fault == PARTITION_HALF and job.sharded and not job.parity:
+        raise UsageError(
+            f"{fault} takes half of a sharded job's state out of reach, and the job would end for it: "
+            "give --parity k+m with m of half the nodes"
+        )
     if fault in NODE_FAULTS:
         job = job.for_nodes(fault)
         drills = [choose_nodes(fault, job, seed=s) for s in seeds]
     else:
-        job = job.for_members() if fault in (FLAP, JOIN, CHURN, PREEMPT, SHRINK_GROW) else job
+        job = job.for_members() if fault in SHORT_HANDED else job
         job = replace(job.for_pace(SPARE), spares=1) if fault == SPARE else job
         job = job.for_stages() if fault == STAGE_LOST else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]

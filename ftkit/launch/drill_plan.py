@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.corruption_plan import PlannedCorruption
 from ftkit.core.errors import UsageError
-from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point
+from ftkit.core.fault_plan import DESYNCS, KILL_COORDINATOR, Kind, PlannedFault, Point
 from ftkit.core.pace_plan import PacePlan
 from ftkit.launch import (
     detector_drills,
+    mixed_drills,
     multi_drills,
     number_drills,
     pace_drills,
@@ -24,7 +25,6 @@ from ftkit.launch.drill_catalogue import (
     CATALOGUE,
     CORRUPT_SHARD,
     DESYNC,
-    KILL_COORDINATOR,
     KILL_IN_COLLECTIVE,
     LOSE_NODE,
     LOSE_NODES,
@@ -34,6 +34,7 @@ from ftkit.launch.drill_catalogue import (
     OF_BUCKETS,
     OF_NO_POINT,
     OF_TWO,
+    PARTITION_HALF,
     RANKS_MIN,
     SHRINK_GROW,
     SHRINK_STEPS,
@@ -46,6 +47,7 @@ from ftkit.launch.drill_catalogue import (
 )
 from ftkit.launch.drill_job import Job
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
+from ftkit.launch.mixed_drills import MIXED, Mixed
 from ftkit.launch.rot_drills import ALL_NODES, CHECKPOINT
 
 
@@ -75,6 +77,8 @@ class Drill:
     """All who are struck, where several are."""
     place: str = ""
     """For faults of detectors and of checkpoints: what is struck."""
+    mixed: Mixed | None = None
+    """For several faults of different kinds: all of them."""
 
     @property
     def where(self) -> str:
@@ -83,6 +87,8 @@ class Drill:
             return f"byte {self.byte}"
         if self.place:
             return self.place
+        if self.mixed is not None:
+            return self.mixed.where
         if self.corruption is not None:
             return number_drills.place_of(self.corruption)
         if self.phase is None:
@@ -112,6 +118,8 @@ class Drill:
 
     def faults(self) -> list[PlannedFault]:
         """What the ranks are told to do to themselves."""
+        if self.mixed is not None:
+            return list(self.mixed.faults)
         if self.fault == SHRINK_GROW:
             assert self.second_seat is not None, "two ranks are hit"
             assert self.phase is not None, "the seed picks one"
@@ -169,7 +177,7 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name in between and at is not None:
         raise UsageError(f"{name} strikes between steps: leave --at out")
     if name in restart_drill.CATALOGUE:
-        if nproc < 2:
+        if nproc < 2 and name == restart_drill.RESTART_SMALLER:
             raise UsageError(f"{name} needs --nproc 2 or more: it goes on with one fewer")
         return Drill(
             fault=name,
@@ -179,6 +187,23 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
             bucket=0,
             delay_s=0.0,
             seed=seed,
+        )
+    if name == MIXED:
+        if at is not None:
+            raise UsageError(f"the phases of {name} are picked by the seed: leave --at out")
+        if nproc < RANKS_MIN[name]:
+            raise UsageError(f"{name} needs --nproc {RANKS_MIN[name]} or more, got {nproc}")
+        mixed = mixed_drills.choose(seed=seed, nproc=nproc, steps=steps)
+        first_fault = mixed.faults[0] if mixed.faults else None
+        return Drill(
+            fault=name,
+            phase=None,
+            seat=first_fault.seat if first_fault else 0,
+            step=first_fault.step if first_fault else mixed.coordinator_step or 0,
+            bucket=0,
+            delay_s=0.0,
+            seed=seed,
+            mixed=mixed,
         )
     rots = (name, at) == (number_drills.BIT_FLIP, CHECKPOINT)
     if name in detector_drills.CATALOGUE or name in rot_drills.CATALOGUE or rots:
@@ -255,6 +280,9 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
         struck = multi_drills.choose(name, point, seed=seed, nproc=nproc)
         point, seats, first = struck.phase, struck.seats, struck.seats[0]
         second = seats[-1]
+    if name == PARTITION_HALF:
+        seats = tuple(sorted(rng.sample(range(nproc), nproc // 2)))
+        first, second = seats[0], next(s for s in range(nproc) if s not in seats)
     return Drill(
         fault=str(name),
         phase=point,

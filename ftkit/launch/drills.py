@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.core.corruption_plan import to_environ as corruption_environ
+from ftkit.core.fault_plan import KILL_COORDINATOR
 from ftkit.core.trace import Trace
 from ftkit.launch import (
     detector_drills,
@@ -29,12 +30,12 @@ from ftkit.launch.drill_catalogue import (
     CORRUPT_SHARD,
     FLAP,
     JOIN,
-    KILL_COORDINATOR,
     LINK_FAULTS,
     LOSE_NODES,
     NAMES,
     NOBODY_LOST,
     NODE_FAULTS,
+    PARTITION_HALF,
     PREEMPT,
     SHRINK_GROW,
     SPARE,
@@ -46,7 +47,7 @@ from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
-from ftkit.launch.link_drills import LinkStriker, judge_link
+from ftkit.launch.link_drills import APART_STALL_S, LinkStriker, judge_link
 from ftkit.launch.member_drills import (
     MemberStriker,
     Preempter,
@@ -88,7 +89,9 @@ def run_drill(
     striker: Callable[[Engine], None] | None = None
     ends = contextlib.ExitStack()
     if drill.fault == KILL_COORDINATOR:
-        striker = CoordinatorKiller(drill, run_dir).poll
+        striker = CoordinatorKiller(drill.step, run_dir).poll
+    elif drill.mixed is not None and drill.mixed.coordinator_step is not None:
+        striker = CoordinatorKiller(drill.mixed.coordinator_step, run_dir).poll
     elif drill.fault == PREEMPT:
         job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
         striker = Preempter(drill, job, run_dir).poll
@@ -97,6 +100,9 @@ def run_drill(
     elif drill.fault in (FLAP, JOIN, CHURN):
         striker = MemberStriker(drill, job, run_dir).poll
     elif drill.fault in LINK_FAULTS:
+        if drill.fault == PARTITION_HALF:
+            job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
+            job = replace(job, max_stall_s=min(job.max_stall_s, APART_STALL_S))
         links = LinkStriker(drill, job, run_dir)
         ends.callback(links.close)
         striker, settings = links.poll, links.settings
@@ -203,17 +209,17 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         or drill.place in (CHECKPOINT, ALL_NODES),
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
-        strikes=STRIKES.get(drill.fault, 1),
+        strikes=drill.mixed.count if drill.mixed else STRIKES.get(drill.fault, 1),
         steps_back=SHARDS_BACK if job.sharded or job.stages else 0,
         names=NAMES.get(drill.fault, frozenset()),
     )
 
 
 class CoordinatorKiller:
-    """Kills the coordinator once the job has committed the drill's step."""
+    """Kills the coordinator once the job has committed `step`."""
 
-    def __init__(self, drill: Drill, run_dir: Path) -> None:
-        self._step = drill.step
+    def __init__(self, step: int, run_dir: Path) -> None:
+        self._step = step
         self._run_dir = run_dir
         self._tail = EventTail(run_dir)
         self._done = False

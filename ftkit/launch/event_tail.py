@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-_CHUNK_BYTES = 1 << 20
-
 
 class EventTail:
     """Reads what was added to a run's event files since the last time. One thread's object."""
@@ -27,11 +25,9 @@ class EventTail:
 
     def _poll_file(self, path: Path) -> list[dict[str, Any]]:
         start = self._read_to.get(path, 0)
-        data = b""
         with path.open("rb") as file:
             file.seek(start)
-            while chunk := file.read(_CHUNK_BYTES):
-                data += chunk
+            data = file.read()
         end = data.rfind(b"\n") + 1
         self._read_to[path] = start + end
         events = []

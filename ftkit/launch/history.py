@@ -8,6 +8,7 @@ is passed over when it is read: a full disk may have cut a line short.
 import json
 import os
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ READ_BYTES_MAX = 64 << 20
 LINE_BYTES_MAX = 64 << 10
 
 VERSION = 1
+
+#: What was written by a clock further ahead than this is no record: against a year that has not
+#: come, all faults that have are long forgotten.
+AHEAD_S_MAX = 86400.0
 
 Record = dict[str, Any]
 
@@ -60,6 +65,8 @@ class History:
     def read(self) -> list[Record]:
         """Every record, in order of time; empty when there is no history yet.
 
+        Records of more than a day ahead are left out.
+
         Raises:
           StoreError: it cannot be read.
         """
@@ -75,7 +82,8 @@ class History:
                 return []
             except OSError as error:
                 raise StoreError(f"the history {self._where} cannot be read: {error}") from error
-        records = [r for block in blocks for r in _records(block)]
+        until = time.time() + AHEAD_S_MAX
+        records = [r for block in blocks for r in _records(block) if 0 <= r["at"] <= until]
         return sorted(records, key=lambda r: float(r["at"]))
 
     @property
@@ -148,7 +156,7 @@ def _records(block: bytes) -> Iterator[Record]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict) and _sound(record):
             yield record

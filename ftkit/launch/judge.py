@@ -57,6 +57,8 @@ STEPS_EVERY_S = 5.0
 #: Of the budget of false alarms, what pace may use. Exits and hangs need none: what they rest on
 #: is no matter of chance.
 SHARE = 0.5
+#: And what comparing the norms of gradients may.
+NORM_SHARE = 0.1
 
 
 class SeatRow(NamedTuple):
@@ -107,7 +109,12 @@ class Judge:
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
         self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
-        self._pace = StepDetector(PaceConfig(alarms_per_day=SHARE * config.alarms_per_day))
+        self._pace = StepDetector(
+            PaceConfig(
+                alarms_per_day=SHARE * config.alarms_per_day,
+                norm_alarms_per_day=NORM_SHARE * config.alarms_per_day,
+            )
+        )
         around = (KnownOffenders(), Leaks(), Room(), SlowIo(), ClockSkew(), Flapping())
         self._panel = Panel([self._detector, self._pace, Told(), *around])
         self._steps_told_at = 0.0

@@ -9,12 +9,13 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ftkit.core.detour import VARIABLE
+from ftkit.core.detour import CONTROL, COORDINATOR, VARIABLE, agent_end
+from ftkit.core.ids import NodeId
 from ftkit.core.trace import Trace
 from ftkit.core.verdict import Fault
 from ftkit.detection.paths import Where
@@ -22,6 +23,7 @@ from ftkit.launch.checker import Outcome, with_more
 from ftkit.launch.drill_catalogue import (
     BLACKHOLE,
     PARTITION,
+    PARTITION_HALF,
     PARTITION_MINORITY,
     SLOW_LINK,
     SLOW_NIC,
@@ -34,6 +36,10 @@ from ftkit.launch.relay import Relay, Way
 
 #: After so long the link is whole again.
 CUT_S, SLOW_S = 3.0, 10.0
+#: Halves of a job find each other again once the one goes on, or so many stalls later.
+APART_STALLS = 6
+#: At most, so that a node out of reach is given up soon.
+APART_STALL_S = 3.0
 #: A link that carries nothing is healed once it is named, or this many stalls later.
 HELD_STALLS = 4
 #: What a slow link carries. The bundled job has 1 MB of gradients a step.
@@ -78,6 +84,17 @@ def culprit(drill: Drill, size: int) -> Culprit | None:
     return Culprit(fault=fault, where=where, seat=a, peer=None, ways=(*out, *back))
 
 
+def apart(far: Sequence[int], size: int) -> list[tuple[int, int]]:
+    """The links that are cut where `far` seats are on one side, and the coordinator on the other.
+
+    Those between ranks, between agents, and of the coordinator to agents; a rank on each node.
+    """
+    near = [seat for seat in range(size) if seat not in far]
+    agents = [(agent_end(NodeId(a)), agent_end(NodeId(b))) for a in near for b in far]
+    led = [(COORDINATOR, agent_end(NodeId(b))) for b in far]
+    return [*((a, b) for a in near for b in far), *agents, *led]
+
+
 class LinkStriker:
     """Strikes once the job has committed the drill's step and its paths are known. Polled."""
 
@@ -89,6 +106,7 @@ class LinkStriker:
         self._size = job.world_size
         self._culprit = culprit(drill, job.world_size)
         self._latest = job.steps * 3 // 5
+        self._apart_s = APART_STALLS * job.max_stall_s
         self._held_s = HELD_STALLS * job.max_stall_s
         self._tail = EventTail(run_dir)
         self._relay = Relay()
@@ -98,14 +116,20 @@ class LinkStriker:
         host, port = self._relay.address
         self.settings: dict[str, Any] = {"env": {VARIABLE: f"{host}:{port}"}}
         """What the job is told."""
+        if drill.fault == PARTITION_HALF:
+            self.settings["env"][CONTROL] = "1"
+        self._generation = 0
+        self._went_on = False
+        """Whether a world was entered since the halves fell apart, and trained."""
 
     def poll(self, engine: Engine) -> None:
         """Strike, and later heal, when it is time."""
         for event in self._tail.poll():
             self._take(event)
         if self._heal_at is not None:
-            named = self._drill.fault == BLACKHOLE and self._named
-            if named or time.monotonic() >= self._heal_at:
+            seen = self._drill.fault == BLACKHOLE and self._named
+            seen |= self._drill.fault == PARTITION_HALF and self._went_on
+            if seen or time.monotonic() >= self._heal_at:
                 self._relay.heal()
                 self._tell("healed")
                 self._heal_at = None
@@ -125,6 +149,9 @@ class LinkStriker:
         match event["kind"]:
             case "commit":
                 self._step = max(self._step, int(event["step"]))
+                self._went_on |= self._done and int(event["generation"]) > self._generation
+                if not self._done:
+                    self._generation = max(self._generation, int(event["generation"]))
             case "probed":
                 self._measured = True
             case "verdict" if self._culprit is not None:
@@ -143,6 +170,13 @@ class LinkStriker:
             for seat in set(range(self._size)) - {alone}:
                 self._relay.cut(alone, seat)
             lasts_s = CUT_S
+        elif self._drill.fault == PARTITION_HALF:
+            far = self._drill.seats
+            for seat in far:
+                self._tell("drill", seat=seat, member=seat)
+            for a, b in apart(far, self._size):
+                self._relay.cut(a, b)
+            lasts_s = self._apart_s
         elif self._drill.fault == BLACKHOLE:
             self._tell("drill")
             self._relay.hold(*self._ends)
@@ -177,6 +211,8 @@ def judge_link(
     * L4 nothing else is named for communication, before or after.
     """
     ordered = sorted(events, key=lambda e: float(e["mono"]))
+    if drill.fault == PARTITION_HALF:
+        return _judge_half(outcome, set(drill.seats), size, ordered)
     begin = next((e["mono"] for e in ordered if e["kind"] == "drill"), None)
     wanted = culprit(drill, size)
     if begin is None or wanted is None:
@@ -209,6 +245,45 @@ def judge_link(
         step_s=before,
         slow_step_s=slow,
         **_how_soon(ordered, begin, right),
+    )
+
+
+def _judge_half(
+    outcome: Outcome, far: set[int], size: int, ordered: Sequence[Mapping[str, Any]]
+) -> Outcome:
+    """The outcome with the rules of halves added; pure.
+
+    * Q1 while the halves are apart, the coordinator's commits steps in a world of its own;
+    * Q2 the other commits none, but for a vote that had passed: it stands still;
+    * Q3 once they find each other, every seat is taken again.
+    """
+    begin = next((e["mono"] for e in ordered if e["kind"] == "drill"), None)
+    end = next((e["mono"] for e in ordered if e["kind"] == "healed"), None)
+    if begin is None or end is None:
+        return with_more(outcome, problems=[], missing=["the halves did not fall apart and heal"])
+    commits = [e for e in ordered if e["kind"] == "commit"]
+    before = max((e["generation"] for e in commits if e["mono"] <= begin), default=0)
+    alone = [e for e in commits if begin < e["mono"] <= end and e["generation"] > before]
+    strays = sorted({e["seat"] for e in alone} & far)
+    problems = [f"seats {strays} trained apart from the coordinator"] if strays else []
+    if not {e["seat"] for e in alone} - far:
+        problems.append("the coordinator's half did not go on by itself")
+    sizes = [
+        len(e["members"])
+        for e in ordered
+        if e["kind"] == "decision"
+        and e["action"] in ("form", "resume", "grown")
+        and e["mono"] > end
+    ]
+    missing = [] if size in sizes else [f"the world was not whole again: {sizes}"]
+    steps = sorted({e["step"] for e in alone})
+    return with_more(
+        outcome,
+        problems=problems,
+        missing=missing,
+        apart_s=round(end - begin, 3),
+        steps_apart=len(steps),
+        far=sorted(far),
     )
 
 

@@ -68,15 +68,7 @@ def follow(run_dir: Path, *, once: bool, as_json: bool) -> int:
     view = RunView()
     for event in read_run(run_dir):
         view.feed(event)
-    state = {
-        "run_dir": str(run_dir),
-        "step": view.step,
-        "loss": view.loss,
-        "world_size": view.world_size,
-        "generation": view.generation,
-        "ended": view.ended,
-        "incidents": [story.sentence() for story in view.stories],
-    }
+    state = {"run_dir": str(run_dir)} | view.to_json()
     if as_json:
         print(json.dumps(state))
     else:

@@ -2,8 +2,8 @@
 
 Locking the SM clock (`nvmlDeviceSetGpuLockedClocks`, Volta and later) needs root, or a driver that was
 told to let others do it; it lasts until it is released, whatever becomes of this process, so
-`release` belongs into a `finally`. Nothing in ftkit calls it by itself: the rebalancing plan
-says which clocks it would take (`recovery.clocks.reclock`).
+`release` belongs into a `finally`. `session.steps(..., clocks=NvmlClocks(index))` raises it while ranks
+are away.
 """
 
 from typing import Any

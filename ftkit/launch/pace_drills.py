@@ -128,7 +128,9 @@ def judge_pace(
         None,
     )
     for v in verdicts:
-        if v["fault"] in _ACCUSING and v is not named:
+        # That it is slow may be over for a moment, and be said again.
+        again = named is not None and (v["fault"], v["member"]) == (wanted, named["member"])
+        if v["fault"] in _ACCUSING and not again:
             problems.append(f"seat {v['seat']} was accused: {v['reason']}")
     problems += [f"a halt: {e.get('reason', '')}" for e in ordered if e["kind"] == "halt"]
     struck = next((e for e in ordered if e["kind"] == "drill"), None)

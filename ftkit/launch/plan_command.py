@@ -1,7 +1,7 @@
 """`ftkit plan`: what would be done about a loss, and what every way would cost."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,6 +15,10 @@ from ftkit.recovery.failure_rate import FailureRate
 from ftkit.recovery.growth import Growth, growth
 from ftkit.recovery.intervals import Interval, tier_intervals
 from ftkit.recovery.policy import Choice, Loss, choose
+from ftkit.recovery.virtual_blocks import Placed, placements
+
+#: With more ranks their blocks, which are as many as their pairs, are not counted out.
+PLACED_MAX = 256
 
 #: Costs that `--cost` takes: all but those with an option of their own.
 COSTS = sorted(
@@ -84,6 +88,7 @@ def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
             remaining_s=loss.remaining_s,
         )
     copies = tier_intervals(costs, rate)
+    placed = placements(loss.world) if 2 <= loss.world <= PLACED_MAX and loss.lost == 1 else ()
     if as_json:
         click.echo(
             json.dumps(
@@ -91,13 +96,14 @@ def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
                     "choice": choice.to_json(),
                     "growth": back.to_json() if back else None,
                     "intervals": [_interval_json(i) for i in copies],
+                    "placements": [p.to_json() for p in placed],
                     "mtbf_s": rate.mtbf_s(costs.world),
                     "costs": costs.to_json(),
                 }
             )
         )
         return
-    for line in _lines(choice, back, copies, costs, rate):
+    for line in (*_lines(choice, back, copies, costs, rate), *_placed(placed, costs)):
         click.echo(line)
 
 
@@ -126,6 +132,27 @@ def _lines(
         assumed = ["step_s", *assumed]
     if assumed:
         yield f"Assumed, not measured: {', '.join(assumed)}."
+
+
+def _placed(placed: Sequence[Placed], costs: Costs) -> Iterable[str]:
+    """What moves by how shards are placed, the one that moves less first."""
+    if not placed:
+        return
+    whole = costs.lost_bytes * costs.world
+
+    def much(share: float) -> str:
+        return f"{share:.1%} of the state" + (f" ({share * whole:.3g} bytes)" if whole else "")
+
+    yield "If the state is sharded over these ranks, the loss of one moves, at most:"
+    for each in placed:
+        told = f"{much(each.before)}, {much(each.before_rank)} to one rank"
+        told = told if each.before else "nothing"
+        later = f"; then {much(each.replicas)}, for new replicas" if each.replicas else ""
+        yield f"  {each.name:11} {told} before training goes on{later}"
+    yield (
+        f"{placed[0].name.capitalize()} move fewer bytes first. FSDP2 places contiguously, and so does ftkit "
+        "for it; blocks are for state that is sharded by itself."
+    )
 
 
 def _interval_json(interval: Interval) -> Mapping[str, object]:

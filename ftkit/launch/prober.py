@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ftkit.core.clock import Clock
-from ftkit.core.detour import Detour
+from ftkit.core.detour import Detour, agent_end
 from ftkit.core.errors import WireError
 from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.core.wire import authenticate
@@ -103,7 +103,11 @@ class Prober:
     ) -> None:
         error = ""
         try:
-            sock = socket.create_connection(address, limit_s)
+            detour = Detour.of_control(self._environ, agent_end(node))
+            if detour is None:
+                sock = socket.create_connection(address, limit_s)
+            else:
+                sock = detour.dial(agent_end(other), address, limit_s)
             with self._using(sock):
                 # That the kernel takes a connection says nothing of the process.
                 authenticate(

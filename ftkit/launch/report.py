@@ -15,7 +15,7 @@ from ftkit.launch.report_svg import loss_plot, timeline_plot
 from ftkit.launch.report_timeline import Doing, read_timeline
 from ftkit.launch.report_view import RunView
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --faint: #d9dee3;
   --training: #bcd9c4; --repairing: #f2c879; --lost: #e39a94; --joining: #a9c4e8; --line: #0b62c4; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --paper: #15181b; --faint: #3a4148;
@@ -71,7 +71,7 @@ def render(
     title = f"{outcome.fault} at {outcome.phase}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>ftkit drill: {escape(title)}</title><style>{_STYLE}</style></head><body>
+<title>ftkit drill: {escape(title)}</title><style>{STYLE}</style></head><body>
 <h1>Drill: {escape(title)}, <span class="{outcome.outcome}">{outcome.outcome}</span></h1>
 <table>{rows}</table>
 <h2>What happened</h2><ul>{stories or "<li>Nothing went wrong.</li>"}</ul>

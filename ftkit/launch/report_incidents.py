@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+from ftkit.core.fault_plan import KILL_COORDINATOR
 from ftkit.core.pace_plan import PaceFault
 from ftkit.launch.report_history import Commit, History, Injection
+
+#: Faults that take no rank away, also where others of the run do.
+_KEEPS_ALL = frozenset({*PaceFault, KILL_COORDINATOR})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,12 +63,11 @@ def read_incidents(
     """
     targets = targets_of(history)
     return [
-        # Who only loses time keeps its place, also beside one that is lost.
         _follow(
             history,
             injection,
             targets,
-            evicts and injection.fault not in set(PaceFault),
+            evicts and injection.fault not in _KEEPS_ALL,
             loses_all,
             spares,
         )

@@ -56,18 +56,25 @@ class Timeline:
     faults: tuple[Mark, ...]
 
 
-def read_timeline(events: Iterable[Event], *, whole: bool = True) -> Timeline:
+def read_timeline(
+    events: Iterable[Event], *, whole: bool = True, last_s: float | None = None
+) -> Timeline:
     """Work out the spans of every seat. Without any event the timeline is empty.
 
     Args:
       events: all events of a run, in any order.
       whole: show until the lost seats are back; False: until the survivors go on, which is
         a small part of it, since starting a process takes far longer than the repair.
+      last_s: show the last so many seconds up to the newest event instead, whatever happened.
     """
     listed = [e for e in events if isinstance(e.get("mono"), int | float)]
     listed.sort(key=lambda e: float(e["mono"]))
     history = read_history(listed)
-    start, end = _window(history, whole)
+    if last_s is None or not listed:
+        start, end = _window(history, whole)
+    else:
+        end = float(listed[-1]["mono"])
+        start = max(end - last_s, float(listed[0]["mono"]))
     turns = _turns(listed, history)
     spans = []
     for seat, changes in sorted(turns.items()):
@@ -90,6 +97,7 @@ def read_timeline(events: Iterable[Event], *, whole: bool = True) -> Timeline:
         faults=tuple(
             Mark(seat=i.seat, at=i.mono, step=0, text=f"{i.fault} at {i.phase}")
             for i in history.injections
+            if last_s is None or start <= i.mono <= end
         ),
     )
 

@@ -86,6 +86,17 @@ class RunView:
     def world_size(self) -> int:
         return len(self.training)
 
+    def to_json(self) -> dict[str, object]:
+        """Where the run stands, for programs and for whoever looks once."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "world_size": self.world_size,
+            "generation": self.generation,
+            "ended": self.ended,
+            "incidents": [story.sentence() for story in self.stories],
+        }
+
     def feed(self, event: Mapping[str, Any]) -> Story | None:
         """Take one event, roughly in order of time; an event that lacks a field is passed over.
 

@@ -1,4 +1,4 @@
-"""A job that ends with a checkpoint, and is started again from it with one rank fewer."""
+"""A job that ends with a checkpoint, and is started again from it with one rank fewer, or more."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -13,19 +13,21 @@ if TYPE_CHECKING:
     from ftkit.launch.drill_plan import Drill
 
 RESTART_SMALLER: Final = "restart-smaller"
+GROW: Final = "grow"
 
 CATALOGUE: Final[Mapping[str, str]] = {
     RESTART_SMALLER: "the job ends half-way with a checkpoint, and starts again with a rank fewer",
+    GROW: "the job ends half-way with a checkpoint, and starts again with a rank more than it ever had",
 }
 
 Events = Iterable[Mapping[str, Any]]
 
 
-def smaller(job: "Job") -> "Job":
-    """The job with a rank fewer, or a node where each has one."""
-    if job.nproc > 1:
-        return replace(job, nproc=job.nproc - 1)
-    return replace(job, nodes=job.nodes - 1)
+def resized(job: "Job", ranks: int) -> "Job":
+    """The job with so many ranks more on each node, or nodes more where each has one."""
+    if job.nodes == 1:
+        return replace(job, nproc=job.nproc + ranks)
+    return replace(job, nodes=job.nodes + ranks)
 
 
 def run_restart(
@@ -35,15 +37,17 @@ def run_restart(
     settings = {"checkpoint_dir": str(run_dir / "checkpoints")}
     half = replace(job, steps=drill.step)
     first, before = half.run(run_dir / "before", settings=settings)
-    second, after = smaller(job).run(run_dir, settings=settings)
+    then = resized(job, 1 if drill.fault == GROW else -1)
+    second, after = then.run(run_dir, settings=settings)
     outcome = judge(
-        [first, second], before, after, reference or (), half=drill.step, steps=job.steps,
+        drill.fault, [first, second], before, after, reference or (), half=drill.step, steps=job.steps,
         slots=job.slots, slot_size=job.slot_size, seed=drill.seed,
     )  # fmt: skip
     return outcome, after
 
 
 def judge(
+    fault: str,
     stops: Iterable[Stop],
     before: Events,
     after: Events,
@@ -81,7 +85,7 @@ def judge(
         problems.append("the final parameters are not the undisturbed run's")
     answer = Answer.FAIL if problems else Answer.UNKNOWN if missing else Answer.PASS
     return Outcome(
-        outcome=answer, fault=RESTART_SMALLER, phase="any", seed=seed, detect_s=None,
+        outcome=answer, fault=fault, phase="any", seed=seed, detect_s=None,
         repair_s=None, steps_lost=0, samples_lost=lost, samples_doubled=doubled,
         survivor_exits=0, params_equal=equal, verdict=None,
         evidence={"problems": problems, "missing": missing, "began_with": began},

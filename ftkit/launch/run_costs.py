@@ -46,6 +46,7 @@ def run_costs(events: Iterable[Event]) -> tuple[Costs, FailureRate]:
         disk_bps=_median([_rate(e) for e in disk]),
         snapshot_block_s=_median(_blocked(kinds["snapshot"])),
         parity_round_s=_median([e.get("seconds") for e in kinds["parity"]]),
+        clock_gain=_median([_raised(e) for e in kinds["clock-set"]]),
         checkpoint_write_s=_median([e.get("seconds") for e in kinds["checkpoint"]]),
     )
     failures = sum(len(i.culprits) for i in found)
@@ -93,6 +94,13 @@ def _blocked(snapshots: Iterable[Event]) -> list[float]:
             held = float(event["begin_s"]) + float(event["gate_s"])
             steps[int(event["step"])] = max(steps.get(int(event["step"]), 0.0), held)
     return list(steps.values())
+
+
+def _raised(event: Event) -> float | None:
+    """By how much a rank's clock was raised, where it was."""
+    if event.get("action") != "raised" or not event.get("before"):
+        return None
+    return max(1.0, float(event["mhz"]) / float(event["before"]))
 
 
 def _rate(event: Event) -> float | None:

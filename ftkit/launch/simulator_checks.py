@@ -95,6 +95,10 @@ class Checker:
             if after.resumed == world.generation:
                 self._stand_still(world, after, facts, ranks)
 
+    def stays_ended(self, plan: Plan) -> None:
+        """What became of a plan that had ended (I5)."""
+        self._require(plan.mode is Mode.ENDED, f"I5: plan {plan.order} follows one that ended")
+
     def _stand_still(
         self, world: World, plan: Plan, facts: JobFacts, ranks: dict[MemberId, "SimRank"]
     ) -> None:

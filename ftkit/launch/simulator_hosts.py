@@ -216,6 +216,9 @@ class SimCoordinator:
             self.sim.to_agent(node, after)
         if after.stop is not None:
             self.sim.ended = after.stop
+            # Whoever asks again, or takes over, finds it ended.
+            for plan in (after, adopt([after], term=Term(self.term + 1))):
+                self.sim.checker.stays_ended(advance(plan, facts, self.sim.budget)[0])
 
     def _take_over(self) -> bool:
         for node, agent in self.sim.agents.items():

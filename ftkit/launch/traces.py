@@ -11,11 +11,12 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.core.ids import Generation, MemberId, Seat, Step
 from ftkit.detection.cusum import median
+from ftkit.detection.peers import log_or_none
 from ftkit.detection.signals import StepSeen, from_json
 
 #: Columns without which an operation says nothing.
@@ -39,7 +40,7 @@ def read_trace(path: Path, format_: str) -> list[StepSeen]:
         raise UsageError(f"{path} is not a file")
     try:
         steps = FORMATS[format_](path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as {format_}: {error}") from error
     if not steps:
         raise UsageError(f"{path} holds no step that could be judged")
@@ -58,34 +59,40 @@ def _bytedance(path: Path) -> list[StepSeen]:
     missing = [c for c in _BYTEDANCE if c not in table.column_names]
     if missing:
         raise ValueError(f"columns {', '.join(missing)} are missing")
-    columns = {c: table.column(c).to_pylist() for c in table.column_names}
-    count = table.num_rows
-    none = [0] * count
-    ranks = columns.get("rank")
-    dps, stages = columns.get("dp_rank", none), columns.get("stage", none)
-    if ranks is None:
-        numbers = {pair: i for i, pair in enumerate(sorted(set(zip(dps, stages, strict=True))))}
-        ranks = [numbers[pair] for pair in zip(dps, stages, strict=True)]
-    starts = columns.get("start_ts", none)
+    if not {"rank", "dp_rank", "stage"} & set(table.column_names):
+        raise ValueError("no column says whose an operation is: rank, or dp_rank and stage")
+
+    def numbers_of(name: str) -> list[float | None]:
+        try:
+            return list(table.column(name).cast(pyarrow.float64()).to_pylist())
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
+            raise ValueError(f"column {name} holds no numbers: {error}") from error
+
+    def whole_of(name: str) -> list[int | None]:
+        return [int(n) if n is not None and math.isfinite(n) else None for n in numbers_of(name)]
+
+    has, none = set(table.column_names), [None] * table.num_rows
+    steps, durations_s = whole_of("step"), numbers_of("duration")
+    starts = numbers_of("start_ts") if "start_ts" in has else none
+    dps, stages = (whole_of(name) if name in has else none for name in ("dp_rank", "stage"))
+    if "rank" in has:
+        ranks = whole_of("rank")
+    else:
+        pairs = [(dp or 0, stage or 0) for dp, stage in zip(dps, stages, strict=True)]
+        numbers = {pair: i for i, pair in enumerate(sorted(set(pairs)))}
+        ranks = [numbers[pair] for pair in pairs]
 
     durations: dict[tuple[int, int], dict[str, list[float]]] = {}
     ends: dict[int, float] = {}
     places: dict[int, tuple[int, int]] = {}
-    rows = zip(
-        ranks,
-        columns["step"],
-        columns["optype"],
-        columns["duration"],
-        starts,
-        dps,
-        stages,
-        strict=True,
-    )
+    optypes = table.column("optype").to_pylist()
+    rows = zip(ranks, steps, optypes, durations_s, starts, dps, stages, strict=True)
     for rank, step, op, duration, start, dp, stage in rows:
-        if rank is None or step is None or not _is_duration(duration):
+        if rank is None or step is None or duration is None or not _is_duration(duration):
             continue
         durations.setdefault((step, rank), defaultdict(list))[str(op)].append(duration)
-        places[rank] = (dp or 0, stage or 0)
+        before = places.get(rank, (0, 0))
+        places[rank] = (before[0] if dp is None else dp, before[1] if stage is None else stage)
         if start is not None and math.isfinite(start):
             ends[step] = max(ends.get(step, 0.0), start + duration)
 
@@ -183,8 +190,8 @@ def _rows(path: Path, needed: tuple[str, ...]) -> Iterator[dict[str, str]]:
         yield from reader
 
 
-def _is_duration(value: Any) -> bool:
-    return value is not None and math.isfinite(value) and value > 0
+def _is_duration(value: float) -> bool:
+    return log_or_none(value) is not None
 
 
 FORMATS: Final[Mapping[str, Callable[[Path], list[StepSeen]]]] = {

@@ -1,11 +1,11 @@
-"""Clocks: what a stage that is still slow would have to be clocked at, and the port that sets it.
+"""Clocks: how much faster a smaller world can be clocked, and the port that sets a clock. Pure but for that.
 
-Pure but for the port. Re-clocking comes last: what a division of slots or layers evens out costs no
-power and no wear. Time falls with the clock only in what is bound by compute, so the plan says
-what it assumes, and stays within what the device allows.
+While ranks are away, those that are left have their work to do as well. Where an operator has capped
+clocks (power, heat), the cap may be lifted for that while: it costs power, and is given back once the world
+is full. Time falls with the clock only in what is bound by compute, so the share of a step that is has
+to be said. ElasWave (arXiv 2510.00606) calls this the frequency dimension.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,44 +36,16 @@ class ClockGovernor(Protocol):
         """Let the device choose again."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reclock:
-    """The clock one rank should have."""
-
-    mhz: int
-    step_s: float
-    """Its step with it."""
-
-
-def reclock(
-    step_s: Sequence[float], clocks: Sequence[ClockRange], *, bound: float = 1.0
-) -> list[Reclock]:
-    """Clocks with which ranks are done at the same time, as far as they go.
-
-    The target is the least time that every rank can reach at its highest clock; those that would be
-    done sooner are slowed down to it, which saves power and changes nothing else.
+def speedup(gain: float, bound: float) -> float:
+    """How many times as fast a step is with the clock `gain` times as high (Amdahl).
 
     Args:
-      step_s: each rank's step as it runs now.
-      clocks: of each rank.
+      gain: the new clock over the old one.
       bound: share of a step that scales with the clock; the rest is memory and network.
 
     Raises:
-      ValueError: `bound` is no share above 0.
+      ValueError: `gain` is not above 0, or `bound` is no share.
     """
-    if not 0 < bound <= 1:
-        raise ValueError(f"the share bound by the clock is above 0 and at most 1, got {bound}")
-
-    def at(step: float, clock: ClockRange, mhz: float) -> float:
-        return step * ((1 - bound) + bound * clock.now / mhz)
-
-    pairs = list(zip(step_s, clocks, strict=True))
-    target = max((at(s, c, c.highest) for s, c in pairs), default=0.0)
-    plan = []
-    for step, clock in pairs:
-        # Solved for the clock; where even the lowest is done sooner, that one.
-        rest = target / step - (1 - bound)
-        wanted = bound * clock.now / rest if rest > 0 else float(clock.highest)
-        mhz = min(clock.highest, max(clock.lowest, round(wanted)))
-        plan.append(Reclock(mhz=mhz, step_s=at(step, clock, mhz)))
-    return plan
+    if not gain > 0 or not 0 <= bound <= 1:
+        raise ValueError(f"a gain is above 0 and a share in 0..1, got {gain} and {bound}")
+    return 1 / ((1 - bound) + bound / gain)

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ftkit.recovery.clocks import speedup
+
 #: A step at the full world where none was measured.
 STEP_S = 1.0
 
@@ -23,6 +25,11 @@ class Costs:
     """A step's time by world size, as far as measured."""
     slots: int | None = None
     """Slots of the global batch where they stay whole (`bitwise`); None: work divides evenly."""
+
+    clock_gain: float = 1.0
+    """Ranks' highest clock over the usual one, where it is raised while the world is smaller."""
+    clock_bound: float = 0.8
+    """Share of a step that scales with the clock."""
 
     detect_s: float = 1.0
     """From a fault to the halt."""
@@ -82,6 +89,16 @@ class Costs:
             for number in numbers:
                 if isinstance(number, int | float) and not (number >= 0 and math.isfinite(number)):
                     raise ValueError(f"{each.name} is {number}: costs are finite and not negative")
+        for share in ("beyond_memory", "beyond_parity"):
+            if getattr(self, share) > 1:
+                raise ValueError(
+                    f"{share} is {getattr(self, share)}: a share of failures is at most 1"
+                )
+        if self.clock_gain < 1 or self.clock_bound > 1:
+            raise ValueError(
+                f"clocks are raised, and a share of a step is bound by them: clock_gain is "
+                f"{self.clock_gain}, clock_bound {self.clock_bound}"
+            )
         if any(s <= 0 for s in self.step_s.values()):
             raise ValueError(f"a step takes time, got {dict(self.step_s)}")
         if min(self.memory_bps, self.parity_bps, self.disk_bps) <= 0:
@@ -90,14 +107,15 @@ class Costs:
     def step_time(self, world: int) -> float:
         """A step's seconds with `world` ranks: measured, else scaled from the nearest measured.
 
-        Scaled by the slots of the busiest rank where slots stay whole, else by 1 / world.
+        Scaled by the slots of the busiest rank where slots stay whole, else by 1 / world; and where
+        clocks are raised in worlds smaller than the job, by that, too.
         """
         if world < 1:
             return math.inf
         if not self.step_s:
-            return STEP_S * self._share(world) / self._share(self.world)
+            return STEP_S * self._relative(world) / self._relative(self.world)
         nearest = min(self.step_s, key=lambda w: (abs(w - world), -w))
-        return self.step_s[nearest] * self._share(world) / self._share(nearest)
+        return self.step_s[nearest] * self._relative(world) / self._relative(nearest)
 
     def kept(self, world: int) -> float:
         """The share of the full job's throughput that `world` ranks keep, at most 1."""
@@ -114,6 +132,11 @@ class Costs:
             "step_s": {str(w): s for w, s in sorted(self.step_s.items())},
             "measured": sorted(self.measured),
         }
+
+    def _relative(self, world: int) -> float:
+        """A step's time, but for a factor. What was measured in a smaller world had clocks raised."""
+        faster = speedup(self.clock_gain, self.clock_bound) if world < self.world else 1.0
+        return self._share(world) / faster
 
     def _share(self, world: int) -> float:
         return math.ceil(self.slots / world) if self.slots else 1 / world

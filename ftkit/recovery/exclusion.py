@@ -2,8 +2,8 @@
 
 How often a node fails, and how sure that is, detection says from the history of all jobs
 (`NodeAdvice`); nothing is counted here. What this adds is the price: a node is left out when what
-its failures are expected to cost exceeds what it contributes, or what another in its place costs. To
-exclude after *every* failure is worse than to exclude nobody: the fleet shrinks by nodes that were
+its failures are expected to cost exceeds what another in its place costs (`swap_cost`), or, where nobody
+comes, what it contributes. To exclude after *every* failure is worse than to exclude nobody: the fleet shrinks by nodes that were
 merely unlucky (`benchmarks/policy.py` shows it).
 """
 
@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ftkit.core.ids import NodeId
+from ftkit.recovery.costs import Costs
 
 #: No node is left out for fewer failures, whatever they cost: one can be anything.
 FAILURES_MIN = 2
-#: While a spare stands ready, a node makes way for it at this many times the fleet's rate.
+#: A node makes way for another at this many times the fleet's rate: below that it was unlucky.
 LEMON_TIMES = 3.0
 
 
@@ -57,7 +58,7 @@ def excluded(
     nodes: int,
     cost_s: float,
     spares: int = 0,
-    swap_s: float = 0.0,
+    swap_s: float | None = None,
     remaining_s: float = math.inf,
 ) -> list[Exclusion]:
     """The nodes to leave out, the worst first.
@@ -68,9 +69,9 @@ def excluded(
       cost_s: lost seconds a failure of one node costs, all told (`policy.choose`).
       spares: nodes that could take a place at once; so many may go without making the job
         smaller.
-      swap_s: lost seconds that another node in its place costs: the wait for it, above all. What
-        the change saves until the job ends must be more, spare or not: a spare that is
-        taken is missing at the next loss.
+      swap_s: lost seconds that another node in its place costs (`swap_cost`). What the change
+        saves until the job ends must be more, spare or not. None: nobody comes but spares,
+        and those cost nothing.
       remaining_s: training still to do.
     """
     failing = {n: a for n, a in advice.items() if a.failures >= FAILURES_MIN}
@@ -78,12 +79,15 @@ def excluded(
     for node in sorted(failing, key=lambda n: (-failing[n].failures_per_s, n)):
         one = failing[node]
         lost, brought = one.failures_per_s * cost_s, 1 / nodes
-        if (one.failures_per_s - one.fleet_per_s) * cost_s * remaining_s < swap_s:
+        saved_s = (one.failures_per_s - one.fleet_per_s) * cost_s * remaining_s
+        if saved_s < (swap_s or 0.0):
             continue
-        if len(found) < spares:
+        if len(found) < spares or swap_s is not None:
             if not one.offender and one.times < LEMON_TIMES:
                 continue
             why = "a spare stands ready"
+            if len(found) >= spares:
+                why = f"another in its place costs {swap_s:.3g} s and saves {saved_s:.3g} s"
         elif lost > brought:
             why = f"its failures cost {lost:.2%} of the job, and it brings {brought:.2%}"
         else:
@@ -99,3 +103,19 @@ def excluded(
             )
         )
     return found
+
+
+def swap_cost(costs: Costs, *, world_min: int = 1) -> float:
+    """Lost seconds that another node in the place of one costs: the wait, at the smaller world.
+
+    A ready spare costs as much: it is missing at the next loss, and losses come in bursts. To reckon
+    with the chance that all spares are taken, as if losses were independent, lost two per cent of a
+    month on Titan's failures where every rank is needed.
+
+    Args:
+      costs: of the job.
+      world_min: with fewer ranks nobody trains.
+    """
+    smaller = costs.world - 1
+    kept = costs.kept(smaller) if smaller >= world_min else 0.0
+    return (1 - kept) * costs.replacement_s

@@ -15,6 +15,10 @@ PRIOR_MTBF_S = 50_000 * 3600.0
 #: own second failure should say more than everybody else's thousands.
 PRIOR_FAILURES = 0.1
 
+#: Events of a kind that a prior share counts for. Of half, one and two, half has the least regret
+#: on average over truths up to ten times off in either direction (`docs/policy.md`).
+PRIOR_EVENTS = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailureRate:
@@ -54,7 +58,7 @@ class FailureRate:
 def posterior_share(prior: float, events: float, of: float) -> float:
     """The share of failures that are of a kind, when `events` of `of` were seen to be.
 
-    A Beta posterior whose prior weighs as much as one event of the kind: a kind that was not
-    seen among a hundred failures may still be one in two hundred, and is not written off.
+    A Beta posterior whose prior weighs as much as `PRIOR_EVENTS` of the kind: a kind that was not
+    seen among a hundred failures may still be one in three hundred, and is not written off.
     """
-    return (1 + events) / (1 / prior + of)
+    return (PRIOR_EVENTS + events) / (PRIOR_EVENTS / prior + of)

@@ -6,6 +6,7 @@ adopts the newest copy it finds and goes on from there, one term higher. Plans a
 by (term, version); whoever holds a newer one ignores an older one.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
@@ -207,11 +208,23 @@ def adopt(copies: list[Plan], *, term: Term) -> Plan:
         # The predecessor may have formed a world since, in a plan that is on its way to its
         # members. They say again where they stand, now that they will not follow it.
         halted = Generation(next_generation - 1)
+    # A seat that no agent was to start in this copy may have been started by one that is lost with
+    # the plan that said so (I7): its member gets another number.
+    numbers = itertools.count(max(newest.next_member, first))
+    worlds = [w for w in (newest.world, newest.joining) if w is not None]
+    begun = frozenset().union(*(w.member_ids for w in worlds))
+    seats = tuple(
+        replace(seat, member=MemberId(next(numbers)))
+        if seat.boot is None and seat.member not in begun
+        else seat
+        for seat in newest.seats
+    )
     return replace(
         newest,
         term=new_term,
         version=0,
+        seats=seats,
         halted=halted,
         next_generation=next_generation,
-        next_member=MemberId(max(newest.next_member, first)),
+        next_member=MemberId(next(numbers)),
     )

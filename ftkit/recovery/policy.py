@@ -93,6 +93,8 @@ class Loss:
             raise ValueError(f"{self.lost} of {self.world} ranks cannot be lost")
         if not 0 <= self.salvaged <= 1:
             raise ValueError(f"salvaged is a share of a step, got {self.salvaged}")
+        if self.remaining_s is not None and not self.remaining_s >= 0:
+            raise ValueError(f"training still to do is a time, got remaining_s={self.remaining_s}")
 
     @property
     def survivors(self) -> int:

@@ -5,12 +5,12 @@ job promises:
 
 * whole slots (`bitwise`): a slot stays one micro-batch of fixed shape, and only how many a rank
   has changes. Each slot weighs the same, so the canonical sum has the same bits.
-* resized (`scaled`): the samples of the batch are divided anew, uneven micro-batches and all. Each
-  rank's gradient is of a *sum* over its samples, divided by the global count: weights are exact,
-  whatever the division; the sum's order differs, so it is equal up to rounding.
+* resized (`scaled`): a slot is one sample, so the batch is divided to the sample, and a rank plays
+  several at once (`micro_batches`). Each rank's gradient is of a *sum* over its samples, divided by
+  the global count: weights are exact, whatever the division; the sum's order differs, so it is equal
+  up to rounding.
 
-ElasWave (arXiv 2510.00606) calls this the dataflow dimension; it resizes, and re-clocks what is still
-slow. Here a clock is a port (`clocks`), and the plan says what it would take.
+ElasWave (arXiv 2510.00606) calls this the dataflow dimension.
 """
 
 import heapq
@@ -104,37 +104,6 @@ def evenly(slots: int, speeds: Sequence[Speed]) -> Division:
     ranks = len(speeds)
     counts = [(r + 1) * slots // ranks - r * slots // ranks for r in range(ranks)]
     return divided(counts, speeds)
-
-
-def resized(samples: int, sample_s: Sequence[float]) -> tuple[int, ...]:
-    """Divide samples in proportion to speed, whole samples, all of them. For `scaled` only.
-
-    The largest remainders get what rounding leaves; of equals the lower rank.
-
-    Args:
-      samples: of the global batch.
-      sample_s: seconds a sample takes each rank.
-    """
-    if not sample_s or any(not (s > 0 and math.isfinite(s)) for s in sample_s):
-        raise ValueError(f"a sample takes time on every rank, got {list(sample_s)}")
-    rates = [1 / s for s in sample_s]
-    shares = [samples * r / sum(rates) for r in rates]
-    counts = [math.floor(share) for share in shares]
-    by_rest = sorted(range(len(shares)), key=lambda r: (counts[r] - shares[r], r))
-    for rank in by_rest[: samples - sum(counts)]:
-        counts[rank] += 1
-    return tuple(counts)
-
-
-def weights(counts: Sequence[int]) -> tuple[float, ...]:
-    """What each rank's *mean* gradient is multiplied by in the sum, for exact weighting.
-
-    An average over ranks would weigh the samples of a rank with few of them too much.
-    """
-    total = sum(counts)
-    if total < 1:
-        raise ValueError("there is no sample to weigh")
-    return tuple(count / total for count in counts)
 
 
 def worth_it(now: Division, then: Division, *, switch_s: float, steps: int) -> bool:

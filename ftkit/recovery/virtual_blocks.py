@@ -1,4 +1,4 @@
-"""Virtual blocks: a sharded optimizer that shrinks without moving a byte first. Pure.
+"""Virtual blocks: shards that shrink without moving a byte first, beside contiguous ones. Pure.
 
 The state is cut into N (N - 1) blocks. Rank r owns N - 1 of them, and a replica of each lies on
 another rank: the k-th on the k-th other one (declustered). When rank r dies, each of the N - 1
@@ -7,8 +7,8 @@ training goes on, and every survivor owns the same again. New replicas are made 
 training. Contiguous shards move a quarter to a half of the whole state instead.
 
 After k losses survivors own N (N - 1) / (N - k) blocks each, as evenly as whole blocks allow. FSDP2
-cannot hold its parameters so, as its rank r must hold chunk r of each; this is for what is sharded
-alone, as in ZeRO-1, and for snapshots.
+cannot hold its parameters so, as its rank r must hold chunk r of each: ftkit's sharded jobs are
+contiguous, and `ftkit plan` shows what that costs against blocks.
 """
 
 from collections.abc import Iterable, Mapping
@@ -116,15 +116,73 @@ def replicate(placement: Placement) -> tuple[Placement, list[Copy]]:
 
 
 def contiguous_shrink(ranks: int, lost: int) -> float:
-    """The share of the state that moves when contiguous shards close the gap; for comparison.
+    """The share of the state that moves when contiguous shards close the gap.
 
     Rank r of N holds [r/N, (r + 1)/N); the N - 1 survivors, in order, hold equal parts of it again.
     The lost part counts: it comes from where its copy lies.
     """
+    return sum(_received(ranks, lost))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placed:
+    """What a placement of shards moves when one of the ranks is lost, as shares of the state."""
+
+    name: str
+    before: float
+    """Before training goes on, at the worst place of the lost rank."""
+    before_rank: float
+    """Of it, what the busiest rank takes in."""
+    replicas: float
+    """Beside training, until every block has a replica again. 0 where shards have none."""
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "name": self.name,
+            "before": round(self.before, 6),
+            "before_rank": round(self.before_rank, 6),
+            "replicas": round(self.replicas, 6),
+        }
+
+
+def placements(ranks: int) -> tuple[Placed, ...]:
+    """Both ways to place the shards of `ranks`; first the one that moves fewer bytes before going on.
+
+    Raises:
+      ValueError: there are fewer than two ranks.
+    """
+    if ranks < 2:
+        raise ValueError("a shard that is lost comes from another rank: there is none")
+    gaps = [_received(ranks, lost) for lost in range(ranks)]
+    whole = declustered(map(Seat, range(ranks)))
+    left = shrink(whole, Seat(ranks - 1))
+    taken_over = [
+        b for b, s in left.owner.items() if not (s == whole.owner[b] or s == whole.replica[b])
+    ]
+    copies = replicate(left)[1]
+    found = (
+        Placed(
+            name="contiguous",
+            before=max(map(sum, gaps)),
+            before_rank=max(map(max, gaps)),
+            replicas=0.0,
+        ),
+        Placed(
+            name="blocks",
+            before=len(taken_over) / len(whole.owner),
+            before_rank=0.0,
+            replicas=len(copies) / len(whole.owner),
+        ),
+    )
+    return tuple(sorted(found, key=lambda p: p.before))
+
+
+def _received(ranks: int, lost: int) -> list[float]:
+    """What each survivor takes in as contiguous shards close the gap."""
     left = [r for r in range(ranks) if r != lost]
-    moved = 0.0
+    moved = []
     for new, old in enumerate(left):
         a, b = new / len(left), (new + 1) / len(left)
         kept = max(0.0, min(b, (old + 1) / ranks) - max(a, old / ranks))
-        moved += (b - a) - kept
+        moved.append((b - a) - kept)
     return moved

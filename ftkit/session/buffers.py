@@ -58,6 +58,12 @@ class StepBuffers:
         self._after_first = [place.now().detach().clone() for place in self._places]
 
     @property
+    def changed(self) -> bool:
+        """Whether slot 0 was played here and made something else of a buffer."""
+        pairs = zip(self._places, self._after_first, strict=False)
+        return any(not torch.equal(place.before, after) for place, after in pairs)
+
+    @property
     def after_first(self) -> list[torch.Tensor]:
         """What slot 0 made of the buffers, if it was played here; for `resume`."""
         return self._after_first

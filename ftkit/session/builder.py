@@ -8,7 +8,6 @@ from the same seed each time, so that the first values do not depend on the worl
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from enum import StrEnum
 from typing import Any
 
 import numpy
@@ -20,26 +19,10 @@ from torch.optim import Optimizer
 from ftkit.core.errors import UsageError
 from ftkit.core.world import World
 from ftkit.recovery.data_cursor import derive
+from ftkit.session.consistency import Consistency, refusal
 
 #: Gives (model, optimizer) or (model, optimizer, scheduler), sharded over the mesh it is given.
 Build = Callable[[Any], Sequence[Any]]
-
-#: Optimizers of torch whose step treats each element by itself, so that it does not matter where a
-#: parameter is cut.
-_ELEMENTWISE = (
-    torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.Adamax,
-    torch.optim.AdamW, torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam,
-    torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD,
-)  # fmt: skip
-
-
-class Consistency(StrEnum):
-    """What is promised of the result, whatever happens to the job."""
-
-    BITWISE = "bitwise"
-    """The bits of the undisturbed run."""
-    BEST_EFFORT = "best_effort"
-    """The same samples with the same weights; sums may be rounded otherwise."""
 
 
 class Builder:
@@ -63,11 +46,12 @@ class Builder:
             raise UsageError("a pipeline's stages are not cut again: give stages= or shards=")
         if shards is not None and shards < 2:
             raise UsageError(f"shards={shards}: a model is cut over 2 ranks or more")
-        try:
-            self._consistency = Consistency(consistency)
-        except ValueError:
-            known = ", ".join(Consistency)
-            raise UsageError(f"consistency={consistency!r} is not known; choose {known}") from None
+        self._consistency = Consistency.of(consistency)
+        if stages and self._consistency is Consistency.SCALED:
+            raise UsageError(
+                "every stage of a pipeline plays all micro-batches, so there is nothing to resize: "
+                'consistency="scaled" is for models that are not cut into stages'
+            )
         self._build, self._shards, self._device = build, shards, device
         self.stages = stages
         """Whether each rank holds other layers, rather than a part of each."""
@@ -100,10 +84,8 @@ class Builder:
                 f"build(mesh) must return a module and its optimizer, not a {type(model).__name__} "
                 f"and a {type(optimizer).__name__}"
             )
-        if self._consistency is Consistency.BITWISE and (reason := breaks_bits(model, optimizer)):
-            raise UsageError(
-                f'{reason}; or accept other bits with protect(..., consistency="best_effort")'
-            )
+        if reason := refusal(self._consistency, [model], [optimizer], sharded=True):
+            raise UsageError(reason)
         self.model, self.optimizer = model, optimizer
         self.scheduler = made[2] if len(made) == 3 else None
 
@@ -139,28 +121,6 @@ def mesh_shape(size: int, shards: int | None) -> tuple[int, ...]:
         return (size,)
     cut = next((n for n in range(min(shards, size), size + 1) if size % n == 0), size)
     return size // cut, cut
-
-
-def breaks_bits(model: nn.Module, optimizer: Optimizer) -> str:
-    """Why the result would depend on how the model is cut, and what to do; empty if it does not."""
-    kind = type(optimizer)
-    if kind.__module__.startswith("torch.optim") and not isinstance(optimizer, _ELEMENTWISE):
-        return (
-            f"{kind.__name__} looks at more than one element at a time, so its result depends on "
-            "where a parameter is cut: use an optimizer that does not, such as AdamW"
-        )
-    on_cuda = any(p.is_cuda for p in model.parameters())
-    if not on_cuda and any(group.get("fused") for group in optimizer.param_groups):
-        return (
-            f"{kind.__name__}(fused=True) on the CPU rounds the last elements of a shard otherwise "
-            "than the rest, so its result depends on where a parameter is cut: leave fused out"
-        )
-    if on_cuda and not torch.are_deterministic_algorithms_enabled():
-        return (
-            "CUDA kernels may add in any order: call torch.use_deterministic_algorithms(True) "
-            "before ftkit.init()"
-        )
-    return ""
 
 
 @contextmanager

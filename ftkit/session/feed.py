@@ -91,7 +91,15 @@ class DatasetFeed:
         self._collate = collate
 
     def batch(self, step: Step, slot: Slot) -> Any:
-        return self._collate([self._source[i] for i in self._cursor.samples(step, slot)])
+        return self.collate(self.read(step, slot))
+
+    def read(self, step: Step, slot: Slot) -> list[Any]:
+        """The samples of a slot, one by one."""
+        return [self._source[i] for i in self._cursor.samples(step, slot)]
+
+    def collate(self, samples: list[Any]) -> Any:
+        """A batch of these samples."""
+        return self._collate(samples)
 
     def digest(self, step: Step) -> int:
         return 0

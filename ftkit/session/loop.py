@@ -1,8 +1,8 @@
 """Loop: what every step of one step loop shares."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -14,19 +14,31 @@ from ftkit.collectives.staged import StageReducer
 from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
 from ftkit.core.ids import Slot
 from ftkit.core.ids import Step as StepNumber
+from ftkit.recovery.micro_batches import Together, rounds, together
 from ftkit.session.corrupt import Corrupter
 from ftkit.session.feed import Feed, digest_of
 from ftkit.session.layers import Layers
 from ftkit.session.numbers import Numbers, OnNaN, names_of
 from ftkit.session.parts import Parts
 from ftkit.session.replicas import OnDiverged, Replicas
+from ftkit.session.scaled import Scaled
 from ftkit.session.schedulers import Schedulers
+from ftkit.session.shard_watch import ShardWatch
 from ftkit.session.shares import Shares
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
 
 if TYPE_CHECKING:
     from ftkit.session.step import Step
+
+
+class Play(NamedTuple):
+    """One micro-batch of a rank."""
+
+    at: Slot
+    """Its place in the sum."""
+    slots: Together
+    """What it holds; nothing where the rank only plays along."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,7 +53,7 @@ class Loop:
     schedulers: Schedulers
     feed: Feed
     slots: int
-    """Slots of the global batch."""
+    """Slots of the global batch; where micro-batches are resized, each is one sample."""
     seed: int
     until: int
     """Steps to commit in all."""
@@ -49,6 +61,8 @@ class Loop:
     """Whether gradients and losses are divided by the number of slots, or summed."""
     rebalance: bool = False
     """Whether ranks hold as many slots as they are fast."""
+    scaled: Scaled | None = None
+    """Where micro-batches are resized."""
     shares: Shares = field(init=False)
     layers: Layers | None = None
     """Of a pipeline, of which each rank holds a stage."""
@@ -65,6 +79,7 @@ class Loop:
     on_nan: OnNaN = OnNaN.REPORT
     corrupter: Corrupter = field(init=False)
     replicas: Replicas = field(init=False)
+    shard_watch: ShardWatch = field(init=False)
     numbers: Numbers = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,6 +93,12 @@ class Loop:
             every=0 if self.sharded else self.verify_every,
             on_diverged=self.on_diverged,
         )
+        self.shard_watch = ShardWatch(
+            self.parts,
+            self.snapshots,
+            every=self.verify_every if self.sharded else 0,
+            on_diverged=self.on_diverged,
+        )
         self.numbers = Numbers(self.parts, self.feed, self.corrupter, on_nan=self.on_nan)
         if self.sharded:
             return
@@ -88,6 +109,7 @@ class Loop:
             slots=self.slots,
             reduce=self._reduce,
             mean=self.mean,
+            running=self.scaled is not None,
         )
         self.numbers.follow(self.reducer, names_of(self.modules))
 
@@ -100,7 +122,8 @@ class Loop:
         else:
             self.reducer = ShardedReducer(
                 [model],
-                slots=self.slots,
+                slots=self._places(group.size),
+                weights=self.slots,
                 world_size=group.size,
                 rank=group.rank,
                 exchange=self._exchange,
@@ -116,7 +139,7 @@ class Loop:
             if self.sharded:
                 self.modules = ()
 
-    def slots_of(self, world_size: int, rank: int) -> list[Slot]:
+    def plays_of(self, world_size: int, rank: int) -> list[Play]:
         """What a rank of a model in parts plays in a step, one after another.
 
         As many on every rank, whose passes need each other: from `slots` on it is no slot, and what
@@ -124,8 +147,27 @@ class Loop:
         one's: it knows their losses.
         """
         if self.layers is not None:
-            return [Slot(s) for s in range(self.slots)] if rank == world_size - 1 else []
-        return [Slot(s) for s in assign_rounds(self.slots, world_size, rank)]
+            return self.alone(range(self.slots)) if rank == world_size - 1 else []
+        if self.scaled is not None:
+            mine = rounds(self.slots, world_size, rank, self.scaled.most)
+            return [Play(Slot(j * world_size + rank), slots) for j, slots in enumerate(mine)]
+        return self.alone(assign_rounds(self.slots, world_size, rank))
+
+    def alone(self, slots: Iterable[int]) -> list[Play]:
+        """Each slot a micro-batch of its own; from `slots` on, there is none."""
+        return [Play(Slot(s), (Slot(s),) if s < self.slots else ()) for s in slots]
+
+    def grouped(self, slots: Sequence[Slot]) -> list[Play]:
+        """The micro-batches of a rank that holds the whole model, and these slots."""
+        if self.scaled is None:
+            return self.alone(slots)
+        return [Play(group[0], group) for group in together(slots, self.scaled.most)]
+
+    def _places(self, world_size: int) -> int:
+        """How many terms the sum of a model in shards has."""
+        if self.scaled is None:
+            return self.slots
+        return world_size * len(rounds(self.slots, world_size, 0, self.scaled.most))
 
     def check_parameters(self) -> None:
         """Raise StateChanged when parameters came or went since the loop began."""

@@ -5,9 +5,7 @@ optimizer changes them. Where one differs the vote does not pass; the ranks find
 differ (`verify`), those who were outvoted fetch them anew, and the step is played again: what a
 flipped bit had done to this step's gradients is gone with the attempt.
 
-How often is a matter of cost: every k-th step, with k a power of two such that hashing takes no
-more than `BUDGET` of the training time. Each rank measures for itself; as all take powers of
-two, they meet at the larger one's steps, and a digest that nobody else sent is compared with none.
+How often is a matter of cost (`cadence`): a digest that nobody else sent is compared with none.
 """
 
 import time
@@ -19,19 +17,11 @@ from ftkit.collectives.state_hash import hash_of, layout_of
 from ftkit.core.errors import IntegrityError
 from ftkit.core.verdict import Fault
 from ftkit.recovery.vote import Tally
+from ftkit.session.cadence import Cadence
 from ftkit.session.findings import Findings
 from ftkit.session.parts import Parts
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.verify import verify
-
-#: Share of the training time that hashing may take.
-BUDGET = 0.005
-
-#: Looking less often than this would find nothing worth mending.
-EVERY_MAX = 1024
-
-#: What a step's time is smoothed with: the newest counts this much.
-_NEWEST = 0.2
 
 
 class OnDiverged(StrEnum):
@@ -62,49 +52,25 @@ class Replicas:
         """
         self._parts = parts
         self._snapshots = snapshots
-        self._every = every
         self._on_diverged = on_diverged
-        self._over = every == 0
-        self._cost_s: float | None = None
-        self._step_s: float | None = None
-        self._committed_at: float | None = None
-
-    @property
-    def every(self) -> int:
-        """Steps between two looks, as far as is known; 0 for never."""
-        if self._over:
-            return 0
-        if self._every is not None:
-            return self._every
-        if self._cost_s is None or self._step_s is None:
-            return 1  # the first look tells what looks cost
-        every = 1
-        while every < EVERY_MAX and self._cost_s > BUDGET * self._step_s * every:
-            every *= 2
-        return every
+        self._cadence = Cadence(every)
 
     def digest(self, step: int) -> int:
         """64 bits over the state before `step` is applied; 0 when it is not looked at. Blocks."""
-        every = self.every
         # Before the first step there may be no optimizer state, and nothing is known of costs.
-        if not every or step < 2 or step % every or self._parts.group.size < 2:
+        if step < 2 or self._parts.group.size < 2 or not self._cadence.due(step):
             return 0
         began = time.perf_counter()
         tensors = self._snapshots.replicated(steady=True)
         digest = xxhash.xxh3_64(layout_of(tensors).to_bytes(8))
         for name in sorted(tensors):
             digest.update(hash_of(tensors[name]).to_bytes(8))
-        self._cost_s = time.perf_counter() - began
+        self._cadence.took(time.perf_counter() - began)
         return digest.intdigest() or 1
 
     def committed(self) -> None:
         """A step was committed: learn how long steps take."""
-        now = time.monotonic()
-        if self._committed_at is not None:
-            took_s = now - self._committed_at
-            before = took_s if self._step_s is None else self._step_s
-            self._step_s = before + _NEWEST * (took_s - before)
-        self._committed_at = now
+        self._cadence.committed()
 
     def settle(self, result: Tally, step: int) -> None:
         """The vote on `step` was refused: find out who differs in what, and mend it. Blocks.
@@ -128,7 +94,7 @@ class Replicas:
             return
         if found.undecided or found.refusal or self._on_diverged is OnDiverged.REPORT:
             # It would be found at every step from here on.
-            self._over = True
+            self._cadence.end()
         if found.undecided:
             self._tell_undecided(result, step, found.undecided)
         mine = [d.tensor for d in found.damaged if d.rank == self._parts.group.rank]

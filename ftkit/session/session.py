@@ -24,7 +24,10 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
+from ftkit.recovery.clocks import ClockGovernor
 from ftkit.session.builder import Build, Builder
+from ftkit.session.clock import Clock
+from ftkit.session.consistency import Consistency, refusal
 from ftkit.session.feed import Feed, MapStyle, feed_of
 from ftkit.session.layers import Layers
 from ftkit.session.loop import Loop
@@ -32,6 +35,7 @@ from ftkit.session.numbers import OnNaN
 from ftkit.session.parts import Parts
 from ftkit.session.replicas import OnDiverged
 from ftkit.session.role import of_mesh
+from ftkit.session.scaled import Scaled
 from ftkit.session.schedulers import Schedulers
 from ftkit.session.shards_digest import shards_digest
 from ftkit.session.snapshots import Snapshots
@@ -56,6 +60,8 @@ class Session:
         self._layers: Layers | None = None
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._digest_of_all: str | None = None
+        self._consistency = Consistency.BITWISE
+        self._clock = Clock(None, parts.trace, seats=1)
         self._newcomer = False
         self._cleanup = contextlib.ExitStack()
         self._closed = False
@@ -178,8 +184,10 @@ class Session:
             divide the world, a copy is cut over the next larger number that does.
           stages: with `build`: the model is a pipeline, and what `build` returns are the layers of
             this rank's stage, with their names in the whole model: docs/pipelines.md.
-          consistency: with `build`: "bitwise" refuses what would make the result depend on the
-            world, "best_effort" does not.
+          consistency: "bitwise" promises the undisturbed run's bits and refuses what would make them
+            depend on the world; "scaled" the same samples, random numbers and weights, in
+            micro-batches that are resized, equal but for rounding; "best_effort", with
+            `build`, refuses nothing: docs/sharded.md.
           device: with `build`: the kind of device of the mesh; "cuda" where there is one.
           **extra: further objects with `state_dict` and `load_state_dict`, whose values are
             tensors or JSON-safe.
@@ -189,6 +197,7 @@ class Session:
         """
         if self._snapshots is not None:
             raise UsageError("session.protect() may be called once")
+        self._consistency = Consistency.of(consistency)
         if build is not None:
             if model != () or optimizer != () or scheduler is not None:
                 raise UsageError(
@@ -201,14 +210,21 @@ class Session:
                 extra,
             )
             return
-        if shards is not None or consistency != "bitwise" or device is not None or stages:
-            raise UsageError("shards=, stages=, consistency= and device= go with build=")
+        if shards is not None or device is not None or stages:
+            raise UsageError("shards=, stages= and device= go with build=")
+        if self._consistency is Consistency.BEST_EFFORT:
+            raise UsageError(
+                'consistency="best_effort" goes with build=: of a model that every rank holds whole '
+                'nothing is refused that it would allow; leave it out, or take "scaled"'
+            )
         self._modules = [model] if isinstance(model, torch.nn.Module) else list(model)
         optimizers = (
             [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         )
         if not self._modules or not optimizers:
             raise UsageError("protect needs model= and optimizer=, or build= for a sharded model")
+        if reason := refusal(self._consistency, self._modules, optimizers, sharded=False):
+            raise UsageError(reason)
         for module in self._modules:
             if isinstance(module, DistributedDataParallel):
                 self._cleanup.enter_context(module.no_sync())
@@ -275,6 +291,7 @@ class Session:
         on_nan: OnNaN | str = OnNaN.REPORT,
         mean: bool = True,
         rebalance: bool = False,
+        clocks: ClockGovernor | None = None,
     ) -> Iterator[Step]:
         """The step loop: yields the next step to play until `until` are committed.
 
@@ -285,9 +302,11 @@ class Session:
           data: a data set (`__len__`, `__getitem__`), or a DataLoader, of which a slot is
             then one batch, or a `Feed` that gives any slot's batch.
           slots: slots of the global batch, at least as many as ranks. Fixed for the job:
-            the result does not depend on how many ranks share them.
+            the result does not depend on how many ranks share them. With
+            `consistency="scaled"` the batch is divided by samples, `slots` times `slot_size`.
           until: steps to commit in all.
-          slot_size: samples in a slot; only for a data set.
+          slot_size: samples in a slot; only for a data set. With `consistency="scaled"` the most
+            that are played at once.
           seed: decides the order of samples and every slot's random numbers.
           shuffle: whether a data set is read in a random order.
           collate: makes a batch of a list of samples; torch's default one if not given.
@@ -302,6 +321,8 @@ class Session:
             `step.loss` is then the sum too.
           rebalance: whether slots go to ranks by how fast they are, measured every few steps. The
             result is the same, bit for bit. Not for a model that `build` makes.
+          clocks: raises this rank's clock to its highest while the world is smaller than the job, and
+            lets it go when it is full, or the session closes.
 
         Raises:
           UsageError: `protect` was not called, there are more ranks than slots, or an option is
@@ -320,6 +341,10 @@ class Session:
             raise UsageError(f"{error}: see steps()") from error
         if verify_every is not None and verify_every < 0:
             raise UsageError(f"verify_every is {verify_every}: give steps, or 0 for never")
+        scaled = self._consistency is Consistency.SCALED
+        most = 1
+        if scaled and slot_size is not None and slot_size > 0:
+            most, slots, slot_size = slot_size, slots * slot_size, 1
         if slots < self.seats:
             raise UsageError(
                 f"{self.seats} ranks cannot share {slots} slots: some would have nothing to do; "
@@ -330,21 +355,23 @@ class Session:
                 "rebalance=True is for models that every rank holds whole: the ranks of a sharded "
                 "one play every micro-batch together, and stages are balanced by session.cut()"
             )
+        feed = feed_of(
+            data,
+            slots=slots,
+            slot_size=slot_size,
+            seed=seed,
+            shuffle=shuffle,
+            collate=collate,
+            tell=self.trace.event,
+        )
+        self._clock = Clock(clocks, self.trace, seats=self.seats)
         self._loop = Loop(
             parts=self._parts,
             worlds=self._worlds,
             modules=self._modules,
             snapshots=self._snapshots,
             schedulers=self._schedulers,
-            feed=feed_of(
-                data,
-                slots=slots,
-                slot_size=slot_size,
-                seed=seed,
-                shuffle=shuffle,
-                collate=collate,
-                tell=self.trace.event,
-            ),
+            feed=feed,
             slots=slots,
             seed=seed,
             verify_every=verify_every,
@@ -354,6 +381,7 @@ class Session:
             mean=mean,
             layers=self._layers,
             rebalance=rebalance,
+            scaled=Scaled(feed, most=most, seed=seed, mean=mean) if scaled else None,
         )
         return self._play(self._loop)
 
@@ -453,6 +481,7 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        self._clock.close()
         if self._loop is not None and "final" not in self.trace.kinds:
             # What a drill compares with the undisturbed run, where the script says nothing.
             self.trace.event("final", params=self.digest(), loss=None, step=self.step)
@@ -494,6 +523,7 @@ class Session:
                 if self._all_arrived(loop):
                     break
                 continue
+            self._clock.entered(self.world_size)
             step = Step(loop, StepNumber(self.step + 1))
             yield step
             if not step.entered:

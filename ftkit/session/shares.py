@@ -106,9 +106,9 @@ class Shares:
         """Work for a slot begins."""
         self._began = time.perf_counter()
 
-    def ended(self) -> None:
-        """Work for a slot has ended."""
-        self._took.append(time.perf_counter() - self._began)
+    def ended(self, slots: int = 1) -> None:
+        """Work has ended, for so many slots at once."""
+        self._took.append((time.perf_counter() - self._began) / max(1, slots))
 
     @property
     def costs(self) -> dict[int, float]:

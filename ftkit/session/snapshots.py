@@ -231,6 +231,10 @@ class Snapshots:
             if item.global_shape == item.tensor.shape and not (steady and item.early)
         }
 
+    def steady(self) -> dict[str, torch.Tensor]:
+        """What this rank holds of the live tensors that nothing but the optimizer's step changes."""
+        return {item.name: item.tensor for item in self._state.picture().live if not item.early}
+
     def look_ahead(self, world: World) -> bool:
         """Do early what a newcomer to `world` needs, so that the others wait less for it.
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.handle import finished
+from ftkit.collectives.running_sum import by_rank
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.core.errors import (
     GenerationAborted,
@@ -40,7 +41,7 @@ from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.clip import clip
 from ftkit.session.layers import seed_all
-from ftkit.session.loop import Loop
+from ftkit.session.loop import Loop, Play
 from ftkit.session.membership import Fate
 from ftkit.session.shares import Carried
 from ftkit.session.worlds import broadcast_from
@@ -58,16 +59,19 @@ class Step:
         self._parts = loop.parts
         self._number = number
         self._generation: Generation = self._parts.group.world.generation
-        self._plays: list[Slot] = []
-        """Slots to play, one after another."""
+        self._plays: list[Play] = []
+        """Micro-batches to play, one after another."""
         self._division: tuple[tuple[Slot, ...], ...] = ()
         """The slots of every rank's sum, where each holds the whole model."""
         if loop.sharded:
-            self._plays = loop.slots_of(loop.parts.group.size, self._rank)
-        self._held = [slot for slot in self._plays if slot < loop.slots]
+            self._plays = loop.plays_of(loop.parts.group.size, self._rank)
+        self._held = [slot for play in self._plays for slot in play.slots]
         """Slots of this rank's sum."""
         self._buffers: StepBuffers | None = None
         self._slot: Slot | None = None
+        """The place in the sum of what is being played."""
+        self._playing: tuple[Slot, ...] = ()
+        """Its slots."""
         self._losses: dict[Slot, float] = {}
         self._bucket = 0
         self._digest: int | None = None
@@ -113,7 +117,7 @@ class Step:
         self._begin_sums()
         self._loop.numbers.begin(self._number, self._generation)
         if self._loop.corrupter.armed:
-            self._loop.corrupter.state(self._number, self._loop.snapshots.replicated(steady=True))
+            self._loop.corrupter.state(self._number, self._loop.snapshots.steady())
         self._buffers = StepBuffers(self._loop.modules)
         return self
 
@@ -136,9 +140,9 @@ class Step:
             raise UsageError("every stage of a pipeline plays all slots: use step.slots()")
         if not self._loop.sharded:
             self._divide()
-        for slot in self._plays:
-            yield self._begin_slot(slot)
-            self._end_slot(slot)
+        for play in self._plays:
+            yield self._begin_slot(play)
+            self._end_slot(play)
         self._reduce()
 
     def slots(self) -> list[Any]:
@@ -159,6 +163,7 @@ class Step:
         for number in range(self._loop.slots):
             self._check()
             slot = self._slot = Slot(number)
+            self._playing = (slot,)
             self._parts.recorder.phase(Phase.DATA)
             self._parts.injector.at(Point.DATA, self._number)
             seed_all(rng_key(self._loop.seed, self._number, slot))
@@ -215,9 +220,12 @@ class Step:
         if self._slot is None:
             raise UsageError("step.record(loss) belongs inside `for ... in step.batches()`")
         value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
-        at = self._slot if slot is None else Slot(slot)
-        if at < self._loop.slots:
-            self._losses[at] = self._loop.corrupter.loss(float(value))
+        told = self._playing if slot is None else (Slot(slot),)
+        if told:
+            value = self._loop.corrupter.loss(float(value))
+            # A mean over samples is that of each, a sum is shared among them.
+            share = value if self._loop.mean else value / len(told)
+            self._losses.update(dict.fromkeys(told, share))
 
     def __exit__(
         self,
@@ -243,6 +251,8 @@ class Step:
             return True
         finally:
             self._loop.current = None
+            if self._loop.scaled is not None:
+                self._loop.scaled.stop()
             self._loop.reducer.end()
             if not self.committed and self._buffers is not None:
                 # Whatever ended it: what comes next begins where this step began.
@@ -279,8 +289,12 @@ class Step:
         if slip := self._parts.injector.slip(self._number, bucket=self._bucket, last=last):
             self._bucket += 1
             return self._slip(slip, nodes, out, scale)
+        slots, division = self._loop.slots, self._division
+        if self._loop.scaled is not None:
+            nodes, division = by_rank(nodes, division, self._rank)
+            slots = sum(map(len, division))
         handle = self._parts.group.reduce_slots(
-            nodes, out, slots=self._loop.slots, scale=scale, division=self._division
+            nodes, out, slots=slots, scale=scale, division=division
         )
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
@@ -357,39 +371,52 @@ class Step:
             self._losses.update({s: v for s, v in carried.losses.items() if s in share.kept})
             if 0 in share.kept:
                 self._buffers.resume(carried.after_first)
-        self._division, self._plays = share.division, list(share.todo)
+        self._division, self._plays = share.division, self._loop.grouped(share.todo)
         self._held = sorted((*share.kept, *share.todo))
 
-    def _begin_slot(self, slot: Slot) -> Any:
+    def _begin_slot(self, play: Play) -> Any:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
+        loop = self._loop
         self._parts.recorder.phase(Phase.DATA)
         self._parts.injector.at(Point.DATA, self._number)
         self._parts.drag.loading(self._number)
-        self._slot = slot
+        self._slot, self._playing = play.at, play.slots
         # Without a slot it plays along with what it has read already.
-        drawn = slot if slot < self._loop.slots else self._held[0]
-        seed_all(rng_key(self._loop.seed, self._number, drawn))
+        drawn = play.slots or (self._held[0],)
         self._buffers.rewind()
-        self._loop.shares.began()
-        batch = self._loop.feed.batch(self._number, drawn)
-        self._loop.note_batch(self._number, drawn, batch)
-        self._loop.reducer.start_slot(slot, last=slot == self._plays[-1])
-        self._loop.corrupter.slot(self._number, drawn)
+        loop.shares.began()
+        weight = 1
+        if loop.scaled is not None:
+            batch = loop.scaled.begin(self._number, drawn, loop.note_batch)
+            weight = loop.scaled.weight(play.slots)
+        else:
+            seed_all(rng_key(loop.seed, self._number, drawn[0]))
+            batch = loop.feed.batch(self._number, drawn[0])
+            loop.note_batch(self._number, drawn[0], batch)
+        loop.reducer.start_slot(play.at, last=play is self._plays[-1], weight=weight)
+        loop.corrupter.slot(self._number, drawn[0])
         self._parts.recorder.phase(Phase.FORWARD)
         self._parts.injector.at(Point.FORWARD, self._number)
         self._parts.drag.began(self._number)
         return batch
 
-    def _end_slot(self, slot: Slot) -> None:
+    def _end_slot(self, play: Play) -> None:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.drag.ended(self._number)
-        self._loop.shares.ended()
+        self._loop.shares.ended(len(play.slots))
+        if self._loop.scaled is not None:
+            self._loop.scaled.end()
         self._loop.reducer.end_slot()
-        if slot == 0:
+        if 0 in play.slots:
             self._buffers.keep()
-        self._done.add(slot)
+            if self._loop.scaled is not None and self._buffers.changed:
+                raise UsageError(
+                    "a buffer of the model changes in the forward pass, and what it becomes depends "
+                    'on which samples are played together: use consistency="bitwise"'
+                )
+        self._done.update(play.slots)
 
     def _reduce(self) -> None:
         self._check()
@@ -431,6 +458,7 @@ class Step:
         parts, number = self._parts, self._number
         parts.recorder.phase(Phase.VOTE)
         newcomers = parts.membership.prepared
+        self._loop.shard_watch.look(number)
         ballot = Ballot(
             generation=self._generation,
             step=number,
@@ -513,6 +541,7 @@ class Step:
         parts.trace.event("commit", step=self._number, generation=self._generation, loss=self.loss)
         self._loop.numbers.committed(self._result, self._number)
         self._loop.replicas.committed()
+        self._loop.shard_watch.committed(self._number)
         # A sharded job may go back by so many steps.
         kept = SHARDS_BACK if self._loop.sharded else 0
         self._loop.feed.committed(StepNumber(self._number - kept))
@@ -549,7 +578,9 @@ class Step:
         group, summed = self._parts.group, list[int]()
         active = self._parts.membership.active
         broken = group.world.generation != self._generation or not active or group.aborted
-        if broken and self._division and not self._loop.numbers.again and self._buffers:
+        # Samples that were summed together cannot be told apart again.
+        whole = self._division and self._loop.scaled is None
+        if broken and whole and not self._loop.numbers.again and self._buffers:
             self._loop.shares.carried = Carried(
                 step=self._number,
                 restores=self._loop.snapshots.restores,

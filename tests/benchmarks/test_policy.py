@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fleet import Failure, Fixed, Month, Policy, Scenario, synthetic, titan
-from benchmarks.policy import COSTS, ORDERS, judge
+from benchmarks.fleet import Failure, Fixed, Month, Policy, Scenario, evenly, synthetic, titan
+from benchmarks.policy import COSTS, ORDERS, Result, judge
 from ftkit.recovery.policy import Option
 
 DAY = 86_400.0
@@ -100,3 +100,47 @@ def test_recorded_failures_are_read_into_a_month(tmp_path: Path) -> None:
     assert [(f.at_s / DAY, f.node_lost) for f in month] == [(1.0, False), (2.0, True)]
     assert month == titan(table, nodes=10, month=0, fold=True)
     assert len(titan(table, nodes=10, month=1, fold=True)) == 1
+
+
+def test_draws_are_spread_evenly_over_all_failures_and_change_nothing_else() -> None:
+    before = [synthetic(seed, nodes=100, span_s=10 * DAY, mtbf_s=5400) for seed in range(3)]
+    after = evenly(before * 2, seed=4)
+    drawn = [f for history in after for f in history]
+    for name in ("reach", "patience"):
+        values = sorted(getattr(f, name) for f in drawn)
+        assert all(i <= v * len(drawn) < i + 1 for i, v in enumerate(values)), name
+    assert [[replace(f, reach=0, patience=0) for f in h] for h in after] == [
+        [replace(f, reach=0, patience=0) for f in h] for h in before * 2
+    ]
+    assert after[:3] != after[3:], "each draw of a history is another"
+    assert after == evenly(before * 2, seed=4) != evenly(before * 2, seed=5)
+
+
+def test_a_quiet_week_says_that_failures_are_rare() -> None:
+    policy = Policy()
+    policy.begin(Scenario(name="thousand", costs=COSTS))
+    first = policy.interval_s(0.0)
+    assert policy.interval_s(7 * DAY) > 2 * first
+
+
+def test_a_lemon_that_another_node_can_replace_goes() -> None:
+    """Six failures of one node in six days; it brings a tenth, and so does the one that comes."""
+    often = [
+        Failure(at_s=k * DAY, node=3, node_lost=False, reach=0.5, patience=MEAN)
+        for k in range(1, 7)
+    ]
+    others = [replace(f, at_s=f.at_s + 100, node=k) for k, f in enumerate(often[:2], 5)]
+    costs = replace(BARE, replacement_s=60)
+    month = Month(Scenario(name="lemon", costs=costs, span_s=30 * DAY), Policy())
+    month.play(sorted([*often, *others], key=lambda f: f.at_s))
+    assert month.banned == {3}
+
+
+def test_a_difference_counts_in_its_standard_errors() -> None:
+    scenario = replace(ALONE, span_s=10 * DAY)
+    histories = [synthetic(seed, nodes=10, span_s=10 * DAY, mtbf_s=5400) for seed in range(3)]
+    result = judge(scenario, histories)
+    assert isinstance(result, Result)
+    assert result.error > 0
+    assert result.errors == pytest.approx((result.policy - result.best) / result.error)
+    assert judge(scenario, histories[:1]).errors == 0

@@ -25,6 +25,18 @@ def test_events_carry_time_and_context(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["5", "null", "[]", '{"kind":"a"}', '{"kind":"a","t":1,"mono":NaN}', '{"kind":"a","t":1,"mono":"1"}',
+     '{"kind":["a"],"t":1,"mono":1}', "[" * 100_000],
+)  # fmt: skip
+def test_what_is_no_event_is_left_out(tmp_path: Path, line: str) -> None:
+    folder = tmp_path / "events"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"kind":"a","t":1,"mono":1}\n' + line + "\n")
+    assert [e["kind"] for e in read_run(tmp_path)] == ["a"]
+
+
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     with Trace(path) as trace:

@@ -54,10 +54,16 @@ def test_the_suspect_and_one_beside_it_are_asked_once_and_nobody_waits() -> None
     assert (made.orders(), made.ended()) == ([], [])
 
 
+def test_whether_suspected_arithmetic_errs_is_looked_into() -> None:
+    made = checks()
+    made.tick(0.0, [verdict(1, Fault.SDC, suspected=True)])
+    assert 1 in made.orders()
+
+
 @pytest.mark.parametrize("fault", [Fault.EXITED, Fault.STARVED, Fault.SLOW_COMM, Fault.NUMERIC])
 def test_what_a_node_cannot_be_blamed_for_asks_nobody(fault: Fault) -> None:
     made = checks()
-    made.tick(0.0, [verdict(0, fault), verdict(1, suspected=True)])
+    made.tick(0.0, [verdict(0, fault), verdict(1, Fault.SLOW, suspected=True)])
     assert made.orders() == []
 
 

@@ -49,10 +49,10 @@ def test_what_is_written_is_read(board) -> None:
     writer.phase = Phase.VOTE
     fill(writer, 2**31)
     writer.beat(11)
-    writer.allow(12)
+    writer.allow(12_000_000)
     found = board.read(1)
     assert check(found) == 2**31
-    assert (found.phase, found.t_heartbeat_ns, found.allowance_ns) == (Phase.VOTE, 11, 12)
+    assert (found.phase, found.t_heartbeat_ns, found.allowance_ns) == (Phase.VOTE, 11, 12_000_000)
     assert board.read(0) is None
     assert board.read(2) is None
 
@@ -87,7 +87,7 @@ def test_a_writer_killed_on_any_line_leaves_the_row_before(board) -> None:
         assert check(board.read(0)) == n
 
 
-@pytest.mark.parametrize("byte", [*range(16), *range(32, 56)])
+@pytest.mark.parametrize("byte", [*range(16), *range(24, 56)])
 def test_a_flipped_byte_is_never_a_row(tmp_path, byte) -> None:
     with StatusBoard.create(tmp_path / "board", seats=1) as board:
         writer = board.attach(0, MemberId(1), pid=3)

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from ftkit.core.errors import UsageError
+from ftkit.core.fault_plan import KILL_COORDINATOR
 from ftkit.core.trace import read_run
-from ftkit.launch.drill_catalogue import KILL_COORDINATOR
 from ftkit.launch.drill_command import DEMO_STEPS_MIN, demo
 from ftkit.launch.drill_plan import choose
 from ftkit.launch.drills import CoordinatorKiller
@@ -30,7 +30,7 @@ def test_the_coordinator_is_killed_once_and_no_event_is_read_twice(tmp_path: Pat
     events.parent.mkdir()
     line = '{"mono": 1.0, "kind": "commit", "step": %d}\n'
     engine: Any = Struck()
-    killer = CoordinatorKiller(drill, tmp_path)
+    killer = CoordinatorKiller(drill.step, tmp_path)
     killer.poll(engine)
     events.write_text(line % 2)
     killer.poll(engine)

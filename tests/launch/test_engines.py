@@ -42,10 +42,32 @@ class TestEmbedded(EngineContract):
         return EmbeddedEngine(config, secret)
 
 
+#: Takes its time while both ranks are there, so that one can be told to go.
+PACED = """
+    import time
+    import torch
+    import ftkit
+    from tests.drills.training import Curve, build
+
+    torch.set_num_threads(1)
+    session = ftkit.init()
+    model = build(16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    session.protect(model=model, optimizer=optimizer)
+    for step in session.steps(Curve(), slots=6, slot_size=4, until=200):
+        with step:
+            for x, y in step.batches():
+                torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        time.sleep(0.1 if session.world_size == 2 else 0)
+"""
+
+
 class Cluster:
     """A Ray head of our own on free ports, and everything below it."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self.gcs, self.dashboard, client = (free_port() for _ in range(3))
         environ = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
         self.environ = environ | {
@@ -62,6 +84,37 @@ class Cluster:
         self.process = subprocess.Popen(
             command, env=self.environ, stdout=self._log, stderr=self._log, start_new_session=True
         )
+
+    @contextmanager
+    def machine(self) -> Iterator[None]:
+        """Another machine of the cluster, as far as Ray knows."""
+        command = ["ray", "start", f"--address={self.address}", "--block", "--disable-usage-stats"]
+        command += ["--num-cpus=2", "--object-store-memory=100000000"]
+        with (self._folder / "machine.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, env=self.environ, stdout=log, stderr=log, start_new_session=True
+            )
+            below: list[psutil.Process] = []
+            try:
+                deadline = time.monotonic() + START_LIMIT_S
+                while b"runtime started" not in (said := Path(log.name).read_bytes()):
+                    assert process.poll() is None, said
+                    assert time.monotonic() < deadline, said
+                    time.sleep(0.1)
+                below = psutil.Process(process.pid).children(recursive=True)
+                yield
+            finally:
+                process.terminate()
+                process.wait(timeout=20)
+                for left in psutil.wait_procs(below, timeout=10)[1]:
+                    left.kill()
+
+    def drain(self, machine: str) -> None:
+        """Tell Ray that a machine is about to be taken away, as a cloud's notice does."""
+        command = ["ray", "drain-node", f"--address={self.address}", f"--node-id={machine}"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+        command += ["--deadline-remaining-seconds=60"]
+        subprocess.run(command, env=self.environ, check=True, capture_output=True, timeout=60)
 
     def actors(self) -> list[str]:
         """ftkit's actors that run on this cluster."""
@@ -242,6 +295,42 @@ class TestRay(EngineContract):
         held = OnDisk.read(disk)
         assert held.good[-1] == 160
         assert not held.damaged
+
+    @pytest.mark.timeout(240)  # a second raylet, and a cluster that is busy for it
+    def test_a_node_that_ray_drains_loses_no_step(self, cluster: Cluster, tmp_path: Path) -> None:
+        """Two machines; that of one rank is about to go, and its rank leaves between two steps."""
+        import ray
+
+        script = tmp_path / "train.py"
+        script.write_text(textwrap.dedent(PACED))
+        folder, drained = tmp_path / "run", dict[str, float]()
+
+        def poll(engine: Any) -> None:
+            if drained or not any(
+                e["kind"] == "commit" and e["step"] > 2 for e in read_run(folder)
+            ):
+                return
+            here = ray.get_runtime_context().get_node_id()
+            (there,) = {engine._node_id(node) for node in (0, 1)} - {here}
+            drained[there] = time.monotonic()
+            cluster.drain(there)
+
+        with cluster.machine():
+            done = run(folder, script, nodes=2, nproc=1, on_poll=poll, engine="ray")
+        assert done.stop.code == 0, f"{done.stop.reason}\n{done.log}"
+        (at,) = drained.values()
+        left = [e for e in done.of("left") if e["mono"] > at]
+        assert len(left) == 1, f"the rank left by itself: {left}"
+        undone = [
+            e
+            for kind in ("report", "rollback", "halt")
+            for e in done.of(kind)
+            if at < e["mono"] <= left[0]["mono"]
+        ]
+        assert undone == [], "nobody stood still for it"
+        votes = {(e["step"], e["generation"]): 0 for e in done.of("commit")}
+        assert sorted(step for step, _ in votes) == list(range(1, 201)), "no step was played twice"
+        assert len(done.params) == 1
 
 
 @pytest.mark.ray

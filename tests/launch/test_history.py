@@ -55,6 +55,9 @@ def test_a_line_cut_short_costs_itself_only_and_nonsense_is_passed_over(tmp_path
     with path.open("ab") as file:
         for value in (5, {"kind": "end"}, {"v": 1, "kind": "job", "at": 1, "nodes": [3]}):
             file.write(json.dumps(value).encode() + b"\n")
+        for at in (b"NaN", b"1e300", b"-1", b"1" + b"0" * 400, b"4102444800"):  # the last: 2100
+            file.write(b'{"v":1,"kind":"end","at":%s,"job":"j","code":0,"trained":true}\n' % at)
+        file.write(b"[" * 60_000 + b"\n")  # nested deeper than the parser goes
         file.write(b"\xff\xfe\n" + b"[" * 100_000 + b"\n" + b'{"v":1,"kind":"fau')
     history.append("end", at=2.0, code=1, trained=False)
     assert [r["at"] for r in history.read()] == [1.0, 2.0]

@@ -1,18 +1,29 @@
 """Who is broken in a drill of links, and what has to be said of it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ftkit.core.errors import UsageError
 from ftkit.launch.checker import Answer
-from ftkit.launch.drill_catalogue import BLACKHOLE, LINK_FAULTS, PARTITION, SLOW_LINK, SLOW_NIC
+from ftkit.launch.drill_catalogue import (
+    BLACKHOLE,
+    LINK_FAULTS,
+    PARTITION,
+    PARTITION_HALF,
+    RANKS_MIN,
+    SLOW_LINK,
+    SLOW_NIC,
+)
+from ftkit.launch.drill_command import run_drills
 from ftkit.launch.drill_plan import Drill, choose
-from ftkit.launch.link_drills import culprit, judge_link
+from ftkit.launch.link_drills import apart, culprit, judge_link
 from tests.launch.test_member_drills import event, outcome
 
 
 def drill(fault: str, seed: int = 1) -> Drill:
-    return choose(fault, None, seed=seed, nproc=3, steps=200)
+    return choose(fault, None, seed=seed, nproc=RANKS_MIN[fault], steps=200)
 
 
 def steps(begin: float, each: float, count: int) -> list[dict[str, Any]]:
@@ -94,3 +105,47 @@ def test_a_cut_names_nobody_and_every_fault_needs_a_third_rank() -> None:
     assert culprit(drill(PARTITION), 3) is None
     for fault in LINK_FAULTS:
         assert drill(fault).second_seat is not None
+
+
+HALVES = choose(PARTITION_HALF, None, seed=1, nproc=4, steps=200)
+
+
+def half(*alone: int, size: int = 4, healed: bool = True) -> Any:
+    """What is said when these seats commit in a world of their own, and `size` come together."""
+    events = [event(0.5, "commit", seat=s, member=s, step=1, generation=1) for s in range(4)]
+    events += [event(1.0, "drill", seat=s, member=s) for s in HALVES.seats]
+    # A vote that had passed ends in a commit of the world that was.
+    events.append(event(1.1, "commit", seat=HALVES.seats[0], member=9, step=2, generation=1))
+    events += [event(2.0, "commit", seat=s, member=s, step=2, generation=2) for s in alone]
+    events += [event(3.0, "healed")] if healed else []
+    events.append(event(4.0, "decision", action="grown", members=list(range(size))))
+    return judge_link(outcome(PARTITION_HALF), HALVES, 4, events)
+
+
+def test_halves_are_two_and_every_way_between_them_is_cut() -> None:
+    assert len(HALVES.seats) == 2
+    cut = apart((2, 3), 4)
+    assert {frozenset(p) for p in cut if min(p) >= 0} == {
+        frozenset(p) for p in ((0, 2), (0, 3), (1, 2), (1, 3))
+    }
+    assert (-1, -4) in cut, "the coordinator does not reach node 2"
+    assert (-2, -5) in cut, "nor does node 0's agent reach node 3"
+    assert len(cut) == 10
+
+
+def test_only_the_coordinators_half_may_go_on() -> None:
+    near = [s for s in range(4) if s not in HALVES.seats]
+    good = half(*near)
+    assert good.outcome is Answer.PASS, good.evidence
+    assert good.evidence["steps_apart"] == 1
+    assert half(*near, HALVES.seats[0]).outcome is Answer.FAIL, "both halves trained"
+    assert half().outcome is Answer.FAIL, "nobody did"
+    assert half(*near, size=2).outcome is Answer.UNKNOWN, "they never came together"
+    assert half(*near, healed=False).outcome is Answer.UNKNOWN
+
+
+def test_halves_of_a_sharded_job_want_parity(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="give --parity"):
+        run_drills(
+            PARTITION_HALF, at=None, seed=1, count=1, run_dir=tmp_path, as_json=True, sharded=1
+        )

@@ -58,7 +58,8 @@ def judged(*more: dict[str, Any], plan: PacePlan | None = PLAN) -> Outcome:
 
 
 def test_the_right_rank_by_the_right_name_with_the_right_factor_passes() -> None:
-    outcome = judged(said(34.5, "slow", 1, 1.45), said(35.0, "imbalance", 0))
+    again = said(38.0, "slow", 1, 1.2)
+    outcome = judged(said(34.5, "slow", 1, 1.45), said(35.0, "imbalance", 0), again)
     assert outcome.outcome is Answer.PASS
     assert (outcome.evidence["factor"], outcome.evidence["true_factor"]) == (1.45, 1.5)
     assert outcome.evidence["detect_steps"] == 4

@@ -111,3 +111,14 @@ def test_explain_and_report_say_where_the_time_went(run_dir: Path) -> None:
     told = json.loads(ftkit("report", str(run_dir), "--out", str(out), "--json"))
     assert told["goodput"] == pytest.approx(5 / 9.6)
     assert "<h2>Goodput</h2>" in out.read_text()
+
+
+def test_it_shows_what_both_placements_of_shards_move() -> None:
+    told = plan("--world", "4", "--cost", "lost_bytes=1e9")
+    assert [p["name"] for p in told["placements"]] == ["blocks", "contiguous"]
+    text = ftkit("plan", "--world", "4", "--cost", "lost_bytes=1e9")
+    assert (
+        "contiguous  50.0% of the state (2e+09 bytes), 25.0% of the state (1e+09 bytes) to" in text
+    )
+    assert "blocks      nothing before training goes on" in text
+    assert not plan("--world", "4", "--lost", "2")["placements"]

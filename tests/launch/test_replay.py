@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def spoil(rows: list[dict[str, Any]], how: str) -> list[dict[str, Any]]:
                     r["duration"] = rng.choice([math.nan, math.inf, 0.0, -1.0, None])
         case "two replicas":
             rows = [r for r in rows if r["dp_rank"] >= 2]
+        case "text":
+            rows = [{**r, "step": str(r["step"]), "duration": str(r["duration"])} for r in rows]
+        case "now and then no place":
+            rows = [{**r, "stage": None if rng.random() < 0.3 else r["stage"]} for r in rows]
+        case "absurd":
+            for r in rows:
+                if rng.random() < 0.02:
+                    r["duration"] = 1e30
         case "played twice":
             rows = rows + [r for r in rows if r["step"] < 120]
         case _:
@@ -111,12 +120,32 @@ def spoil(rows: list[dict[str, Any]], how: str) -> list[dict[str, Any]]:
     "how",
     [
         *("shuffled", "rows lost", "steps of ranks lost", "a rank lost", "no numbers"),
-        *("played twice", "rank", "start_ts"),
+        *("played twice", "rank", "start_ts", "text", "now and then no place", "absurd"),
     ],
 )
 def test_traces_that_lack_something(tmp_path, how) -> None:
     rows = operations(slow=(2, 1), stages=3)
     assert accused(judged(tmp_path, spoil(rows, how))) == ["dp=2 pp=1"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "text"),
+    [
+        ({"duration": timedelta(seconds=1)}, "column duration holds no numbers"),
+        ({"start_ts": datetime(2026, 1, 1, tzinfo=UTC)}, "column start_ts holds no numbers"),
+        ({"rank": None, "dp_rank": "x"}, "column dp_rank holds no numbers"),
+    ],
+)
+def test_columns_of_another_kind_are_refused_by_name(tmp_path, wrong, text) -> None:
+    rows = [r | wrong for r in operations(dps=2)]
+    with pytest.raises(UsageError, match=text):
+        judged(tmp_path, rows)
+
+
+def test_operations_of_nobody_are_refused(tmp_path) -> None:
+    rows = [{k: r[k] for k in ("step", "optype", "duration")} for r in operations(dps=2)]
+    with pytest.raises(UsageError, match="whose"):
+        judged(tmp_path, rows)
 
 
 def test_two_replicas_of_three_stages(tmp_path) -> None:
@@ -171,6 +200,8 @@ def test_our_own_signals_and_what_else_stands_between_them(tmp_path) -> None:
         (b"worker,time,batch_time_norm\n", "alibaba", "no step"),
         (b'{"kind": "step"}\n', "jsonl", "line 1"),
         (b"{\n", "jsonl", "line 1"),
+        (b"[" * 100_000 + b"\n", "jsonl", "recursion"),
+        (b"worker,time,batch_time_norm\n1,inf,2\n", "alibaba", "infinity"),
     ],
 )
 def test_what_is_no_trace_is_refused_with_the_reason(tmp_path, content, format_, text) -> None:

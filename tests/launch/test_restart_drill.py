@@ -8,7 +8,7 @@ from ftkit.core.errors import UsageError
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import choose
-from ftkit.launch.restart_drill import RESTART_SMALLER, judge, smaller
+from ftkit.launch.restart_drill import GROW, RESTART_SMALLER, judge, resized
 from ftkit.recovery.plan import Stop
 
 WELL = Stop(code=0, reason="every rank finished")
@@ -26,7 +26,7 @@ def events(steps: range, shares: list[list[int]], params: str = "p") -> list[dic
 def judged(after: list[dict[str, Any]], second: Stop = WELL, reference: str = "p") -> Outcome:
     before = events(range(1, 4), [[0, 1], [2], [3]], params="half")
     return judge(
-        [WELL, second], before, after, [{"kind": "final", "params": reference}], half=3, steps=6,
+        GROW, [WELL, second], before, after, [{"kind": "final", "params": reference}], half=3, steps=6,
         slots=4, slot_size=2, seed=1,
     )  # fmt: skip
 
@@ -57,8 +57,11 @@ def test_a_half_that_fails_is_said() -> None:
     assert outcome.outcome is Answer.FAIL
 
 
-def test_one_fewer() -> None:
-    assert smaller(Job(nproc=3)).world_size == 2
-    assert smaller(Job(nproc=1, nodes=3)).world_size == 2
+def test_one_fewer_or_one_more() -> None:
+    assert resized(Job(nproc=3), -1).world_size == 2
+    assert resized(Job(nproc=1, nodes=3), -1).world_size == 2
+    assert resized(Job(nproc=1), 1).world_size == 2
+    assert resized(Job(nproc=1, nodes=3), 1).world_size == 4
+    assert choose(GROW, None, seed=0, nproc=1, steps=60).fault == GROW
     with pytest.raises(UsageError, match="--nproc 2 or more"):
         choose(RESTART_SMALLER, None, seed=0, nproc=1, steps=60)

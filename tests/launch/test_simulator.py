@@ -28,6 +28,11 @@ def test_a_thousand_seeds_hold() -> None:
     assert sum(o.verdicts.get(Wrong.STOPPED, 0) for o in ended) >= 5
 
 
+def test_a_seed_that_once_started_a_member_twice_holds() -> None:
+    """An agent died with the coordinator, and with the only plan that said what it had started."""
+    assert Simulation(1_006_840).run().stop.code == 0
+
+
 def test_the_same_seed_is_the_same_job() -> None:
     assert Simulation(7).run() == Simulation(7).run()
 

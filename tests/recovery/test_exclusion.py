@@ -3,7 +3,8 @@
 import pytest
 
 from ftkit.core.ids import NodeId
-from ftkit.recovery.exclusion import Exclusion, NodeAdvice, excluded
+from ftkit.recovery.costs import Costs
+from ftkit.recovery.exclusion import Exclusion, NodeAdvice, excluded, swap_cost
 
 DAY = 86_400.0
 #: Of the other nodes: one failure in a month.
@@ -75,3 +76,26 @@ def test_a_change_that_costs_more_than_it_saves_is_not_made() -> None:
     more = {"nodes": 63, "spares": 1, "cost_s": 600.0, "remaining_s": 7 * DAY}
     assert names(excluded(advice({7: 11}), swap_s=1300, **more)) == [7]  # type: ignore[arg-type]
     assert not excluded(advice({7: 11}), swap_s=1500, **more)  # type: ignore[arg-type]
+
+
+def test_a_node_that_is_replaced_goes_for_less_than_it_brings() -> None:
+    # Ten failures a month of 120 s each are 0.05 % of the job, and one node of 63 brings 1.6 %: but
+    # another brings that too, and the wait for it costs 13 s once.
+    more = {"nodes": 63, "cost_s": 120.0, "remaining_s": 20 * DAY}
+    assert not excluded(advice({7: 11}), **more)  # type: ignore[arg-type]
+    (gone,) = excluded(advice({7: 11}), swap_s=13, **more)  # type: ignore[arg-type]
+    assert "another in its place costs 13 s and saves 800 s" in gone.reason
+    assert not excluded(advice({7: 11}), swap_s=900, **more)  # type: ignore[arg-type]
+    # Bad luck is no reason, however cheap the change.
+    unlucky = advice({7: 2.9}, sure=False)
+    assert not excluded(unlucky, swap_s=0, **more)  # type: ignore[arg-type]
+
+
+#: One of ten is a tenth of the work, for an hour.
+TEN = Costs(world=10, replacement_s=3600)
+
+
+def test_a_swap_costs_the_wait_at_the_smaller_world() -> None:
+    assert swap_cost(TEN) == pytest.approx(360)
+    # With fewer nobody trains.
+    assert swap_cost(TEN, world_min=10) == pytest.approx(3600)

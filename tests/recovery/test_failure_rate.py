@@ -36,5 +36,10 @@ def test_nonsense_is_refused() -> None:
 
 def test_a_kind_that_was_not_seen_yet_is_not_written_off() -> None:
     assert posterior_share(0.01, 0, 0) == pytest.approx(0.01)
-    assert posterior_share(0.01, 0, 100) == pytest.approx(0.005)
-    assert posterior_share(0.01, 300, 1000) == pytest.approx(0.274, abs=1e-3)
+    assert posterior_share(0.01, 0, 100) == pytest.approx(1 / 300)
+    assert posterior_share(0.01, 300, 1000) == pytest.approx(0.286, abs=1e-3)
+
+
+def test_a_wrong_prior_is_left_behind_after_one_event_s_worth_of_failures() -> None:
+    # One in twenty where one in ten was believed: of forty failures two.
+    assert posterior_share(0.1, 2, 40) == pytest.approx(0.0556, abs=1e-3)

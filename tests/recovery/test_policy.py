@@ -254,3 +254,15 @@ def test_costs_say_what_was_measured() -> None:
 def test_costs_that_cannot_be_are_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Costs(**{"world": 8, **wrong})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", ["beyond_memory", "beyond_parity"])
+def test_a_share_of_failures_is_at_most_all(share: str) -> None:
+    with pytest.raises(ValueError, match=f"{share} is 1.5"):
+        Costs(world=4, **{share: 1.5})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan")])
+def test_training_still_to_do_is_a_time(seconds: float) -> None:
+    with pytest.raises(ValueError, match="remaining_s"):
+        Loss(world=4, remaining_s=seconds)

@@ -1,5 +1,7 @@
 """The protocol's moves, as stories of what goes wrong."""
 
+from dataclasses import replace
+
 import pytest
 
 from ftkit.core import exit_codes
@@ -413,6 +415,20 @@ def test_a_takeover_takes_the_newest_copy_and_issues_no_number_twice() -> None:
     assert taken.next_member > story.plan.next_member + 1000
     again = first_plan(1, 3, term=Term(2))
     assert {s.member for s in again.seats}.isdisjoint(s.member for s in story.plan.seats)
+
+
+def test_a_takeover_starts_no_member_that_a_lost_agent_may_have_started() -> None:
+    """The predecessor had an agent start its seats; both died before another saw that plan."""
+    begun = first_plan(2, 1, term=Term(1))
+    assert all(s.boot is None for s in begun.seats)
+    taken = adopt([begun], term=Term(2))
+    members = [s.member for s in taken.seats]
+    assert len(set(members)) == 2
+    assert {s.member for s in begun.seats}.isdisjoint(members)
+    assert taken.next_member > max(members)
+    # Who started a member and lives holds the plan that says so.
+    known = replace(begun, seats=tuple(replace(s, boot=Boot("b")) for s in begun.seats))
+    assert [s.member for s in adopt([begun, known.revised()], term=Term(2)).seats] == [0, 1]
 
 
 def test_an_interrupted_job_ends_and_stays_ended() -> None:

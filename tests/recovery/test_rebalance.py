@@ -1,19 +1,15 @@
 """Slots to the fast: least step, exact weights, every slot once."""
 
 import itertools
-from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ftkit.recovery.clocks import ClockRange, reclock
 from ftkit.recovery.rebalance import (
     Speed,
     divided,
     evenly,
-    resized,
-    weights,
     whole_slots,
     worth_it,
 )
@@ -73,28 +69,6 @@ def test_no_division_is_faster_and_every_slot_is_held_once(slots: int, ranks: li
     assert slowest == pytest.approx(best)
 
 
-@given(st.integers(1, 500), st.lists(st.floats(0.01, 100), min_size=1, max_size=9))
-def test_samples_are_all_divided_and_within_one_of_their_share(
-    samples: int, sample_s: list[float]
-) -> None:
-    counts = resized(samples, sample_s)
-    total = sum(1 / s for s in sample_s)
-    assert sum(counts) == samples
-    for count, s in zip(counts, sample_s, strict=True):
-        assert abs(count - samples / s / total) < 1 + 1e-6
-
-
-def test_uneven_means_are_weighted_exactly() -> None:
-    counts = resized(7, [1.0, 2.0, 3.0])
-    values = [Fraction(v) for v in range(7)]
-    places = itertools.accumulate(counts, initial=0)
-    means = [sum(values[at : at + n]) / n for at, n in zip(places, counts, strict=False) if n]
-    exact = [Fraction(n, 7) for n in counts if n]
-    assert sum(w * m for w, m in zip(exact, means, strict=True)) == sum(values) / 7
-    assert weights(counts) == tuple(float(Fraction(n, 7)) for n in counts)
-    assert sum(means) / len(means) != sum(values) / 7, "an average over ranks is another number"
-
-
 def test_a_change_must_pay_for_itself() -> None:
     before, after = divided((7, 7, 7, 7), HALF), whole_slots(28, HALF)
     assert worth_it(before, after, switch_s=5, steps=2)
@@ -105,32 +79,3 @@ def test_a_change_must_pay_for_itself() -> None:
 def test_nonsense_is_refused() -> None:
     with pytest.raises(ValueError, match="takes time"):
         Speed(slot_s=0)
-    with pytest.raises(ValueError, match="takes time"):
-        resized(4, [1.0, 0.0])
-    with pytest.raises(ValueError, match="no sample"):
-        weights([0, 0])
-
-
-# ---- clocks
-
-
-def test_the_fast_are_slowed_to_what_the_slowest_reaches() -> None:
-    clock = ClockRange(now=1000, lowest=500, highest=1250)
-    fast, slow = reclock([0.8, 1.25], [clock, clock])
-    assert (slow.mhz, fast.mhz) == (1250, 800)
-    assert slow.step_s == pytest.approx(1.0)
-    assert fast.step_s == pytest.approx(1.0)
-
-
-def test_what_is_not_bound_by_the_clock_does_not_get_faster() -> None:
-    clock = ClockRange(now=1000, lowest=500, highest=2000)
-    (only,) = reclock([1.0], [clock], bound=0.5)
-    assert only.step_s == pytest.approx(0.75)
-
-
-def test_no_clock_leaves_its_limits() -> None:
-    narrow = ClockRange(now=1000, lowest=950, highest=1000)
-    fast, slow = reclock([0.2, 1.0], [narrow, narrow])
-    assert (fast.mhz, slow.mhz) == (950, 1000)
-    with pytest.raises(ValueError, match="between its limits"):
-        ClockRange(now=10, lowest=20, highest=30)

@@ -9,6 +9,7 @@ from ftkit.recovery.virtual_blocks import (
     Placement,
     contiguous_shrink,
     declustered,
+    placements,
     replicate,
     shrink,
 )
@@ -96,3 +97,14 @@ def test_contiguous_shards_move_a_quarter_to_a_half() -> None:
 def test_one_rank_has_nobody_to_lie_on() -> None:
     with pytest.raises(ValueError, match="another rank"):
         world(1)
+
+
+def test_both_placements_are_shown_and_the_one_that_moves_fewer_bytes_first() -> None:
+    first, second = placements(8)
+    assert (first.name, first.before, first.before_rank) == ("blocks", 0.0, 0.0)
+    assert first.replicas == pytest.approx(2 / 8), "those it held, and those of what it owned"
+    assert second.name == "contiguous"
+    assert second.before == pytest.approx(contiguous_shrink(8, 7)) == pytest.approx(0.5)
+    assert second.before_rank <= 1 / 7 + 1e-9, "a new shard at most"
+    with pytest.raises(ValueError, match="there is none"):
+        placements(1)

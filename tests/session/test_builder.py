@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ftkit.core.errors import UsageError
-from ftkit.session.builder import breaks_bits, mesh_shape
+from ftkit.session.builder import mesh_shape
+from ftkit.session.consistency import breaks_bits
 from ftkit.session.shards_digest import _mix, _signed, shards_digest
 from tests.session.alone import Points, alone
 
@@ -51,6 +52,11 @@ def test_optimizers_whose_bits_depend_on_the_cut_are_refused(
         ({"build": lambda mesh: None, "consistency": "some"}, "best_effort"),
         ({"build": lambda mesh: None, "model": nn.Linear(1, 1)}, "give none beside it"),
         ({"model": nn.Linear(1, 1), "shards": 2}, "go with build="),
+        ({"model": nn.Linear(1, 1), "consistency": "best_effort"}, "holds whole"),
+        (
+            {"build": lambda mesh: None, "stages": True, "consistency": "scaled"},
+            "nothing to resize",
+        ),
         ({"model": nn.Linear(1, 1), "stages": True}, "go with build="),
         ({"build": lambda mesh: None, "shards": 2, "stages": True}, "not cut again"),
         ({}, "needs model= and optimizer="),

@@ -1,0 +1,104 @@
+"""Two hundred drills of one to three faults each, half on DDP and half on FSDP2.
+
+Drill k is `ftkit drill run mixed --seed SEED+k`: ranks are killed, stopped, hung or made to raise,
+in phases and steps that the seed picks, often while the last fault is being repaired, and in one
+of four runs the coordinator is killed besides. The drills' checker judges each against one undisturbed
+run of the same job. A drill that failed or could not be judged is listed with the command that
+does it again, and its events are kept under --runs-dir.
+
+    python -m benchmarks.mixed_drills --count 200 [--quick] [--json] [--save]
+"""
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.drills import Judged, figures, run_all, samples, unpassed
+from benchmarks.figures import Figure, Report, finish, parser
+from benchmarks.jobs import python_path, scratch
+from ftkit.launch.drill_job import Job
+from ftkit.launch.drill_plan import choose
+from ftkit.launch.mixed_drills import MIXED, RANKS_MIN
+
+#: Ranks that a copy of the model is cut over, 0 for none and 1 for all, by the name of the series.
+SERIES = {"DDP": 0, "FSDP2": 1}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Drill and print. Returns the exit code."""
+    options = _options(argv)
+    # Agents and ranks are processes of their own: they find ftkit where this process did.
+    os.environ["PYTHONPATH"] = python_path()
+    judged: dict[str, list[Judged]] = {}
+    params: dict[str, str] = {}
+    for i, name in enumerate(SERIES):
+        job = Job(
+            nproc=options.nproc,
+            steps=options.steps,
+            max_stall_s=options.max_stall,
+            sharded=SERIES[name],
+        )
+        seeds = range(options.seed + i, options.seed + options.count, len(SERIES))
+        drills = [
+            choose(MIXED, None, seed=s, nproc=options.nproc, steps=options.steps) for s in seeds
+        ]
+        with scratch(f"mixed-{name.lower()}") as folder:
+            kept = options.runs_dir / name.lower()
+            judged[name], params[name] = run_all(drills, job, folder, kept=kept)
+    return finish(report(judged, params, vars(options)), options)
+
+
+def report(
+    judged: Mapping[str, Sequence[Judged]], params: Mapping[str, str], options: Mapping[str, object]
+) -> Report:
+    """Counts of each series; pure."""
+    struck = Counter(
+        j.drill.mixed.count for each in judged.values() for j in each if j.drill.mixed is not None
+    )
+    return Report(
+        name="mixed_drills",
+        figures=[
+            *(
+                Figure(name=f"drills with {n} fault{'s' * (n > 1)}", value=struck[n], unit="")
+                for n in sorted(struck)
+            ),
+            *(f for name, each in judged.items() for f in figures(each, of=f"{name}: ")),
+        ],
+        computed={
+            f"parameters of the undisturbed run, {name}": digest for name, digest in params.items()
+        },
+        notes=[
+            f"{name}: {line}"
+            for name, each in judged.items()
+            for line in unpassed(
+                each, options, fault=MIXED, more=" --sharded" if SERIES[name] else ""
+            )
+        ],
+        options=dict(options),
+        samples={name: samples(each) for name, each in judged.items()},
+    )
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = parser(__doc__)
+    made.add_argument("--count", type=int, help="drills (200; quick: 4)")
+    made.add_argument("--seed", type=int, default=0, help="seed of the first drill")
+    made.add_argument("--nproc", type=int, default=4, help="ranks of the job")
+    made.add_argument("--steps", type=int, default=150, help="steps of the job")
+    made.add_argument("--max-stall", type=float, default=5.0, help="max_stall_s of the job")
+    made.add_argument(
+        "--runs-dir", type=Path, default=Path("runs/mixed"), help="keeps what did not pass"
+    )
+    options = made.parse_args(argv)
+    if options.count is None:
+        options.count = 4 if options.quick else 200
+    if options.nproc < RANKS_MIN[MIXED]:
+        made.error(f"--nproc is {RANKS_MIN[MIXED]} at least: somebody has to survive")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
