@@ -1,6 +1,6 @@
 """Approximate recovery: iterations lost a failure, on a byte-level LLaMA of six stages.
 
-One process plays all stages: what is measured is what a loss does to the *training*, and not how long
+One process plays all stages, and another the next seed: what is measured is what a loss does to the *training*, and not how long
 recovery takes. Every method trains on the same batches and meets the same failures, Bernoulli per
 stage and iteration (no two neighbouring stages at once). "Lost" is by how many iterations the
 undisturbed run was further: its iteration with the same validation loss, taken from its smoothed
@@ -20,7 +20,9 @@ import logging
 import statistics
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -28,9 +30,12 @@ from torch import nn
 from torch.nn import functional
 
 from benchmarks.figures import Figure, Report, finish, parser, say
+from ftkit.launch.workload.text import load_text
 from ftkit.session.approximate import StaleShard, copy_neighbour, fresh_optimizer, rebuild_between
 
 STAGES, WIDTH, HEADS, CONTEXT, BATCH, LR = 6, 64, 4, 64, 8, 1e-3
+#: Of the text, at most.
+TEXT_BYTES = 4 << 20
 EVERY = 25
 """Iterations between two looks at the validation loss."""
 METHODS = ("stale shard", "CheckFree", "CheckFree+", "random")
@@ -242,16 +247,9 @@ def rollback(schedule: Sequence[Sequence[int]], every: int) -> tuple[int, int]:
     return done, failures
 
 
-def corpus(path: Path | None) -> torch.Tensor:
-    """Bytes to train on: a file, or this project's own sources."""
-    root = Path(__file__).parents[1]
-    found = [path] if path else sorted([*root.glob("ftkit/**/*.py"), *root.glob("docs/*.md")])
-    return torch.frombuffer(bytearray(b"".join(p.read_bytes() for p in found)), dtype=torch.uint8)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
-    made.add_argument("--data", type=Path, help="bytes to train on; default: the sources of ftkit")
+    made.add_argument("--data", type=Path, help="text to train on; default: Python's library")
     made.add_argument("--seeds", type=int, help="default 5, 1 with --quick")
     made.add_argument("--iterations", type=int, help="default 2000, 400 with --quick")
     made.add_argument("--rate", type=float, default=0.002, help="per stage and iteration")
@@ -259,39 +257,66 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_args(arguments)
     options.seeds = options.seeds or (1 if options.quick else 5)
     options.iterations = options.iterations or (400 if options.quick else 2000)
+    return finish(report(options), options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """What came of one seed."""
+
+    lost: dict[str, float]
+    """Method -> iterations lost a failure."""
+    swap_cost: float
+    finals: dict[str, tuple[float, int]]
+    """Method -> validation loss in the end, and failures met."""
+
+
+def play(seed: int, data: bytes, total: int, rate: float, every: int) -> Played:
+    """Train by all methods through the failures of one seed. Blocks, for minutes, on one core."""
     torch.set_num_threads(1)
     # Each loss is told by the method itself; hundreds of them are no news here.
     logging.getLogger("ftkit.session.approximate").setLevel(logging.ERROR)
-    return finish(report(options), options)
+    text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    reference = train(text, seed, "", total, rate, every).losses
+    swapped = train(text, seed, "swapped", total, rate, every).losses
+    whole = equivalent(reference, statistics.fmean(reference[-3:]))
+    lost, finals = dict[str, float](), dict[str, tuple[float, int]]()
+    for method in METHODS:
+        run = train(text, seed, method, total, rate, every)
+        final = statistics.fmean(run.losses[-3:])
+        finals[method] = final, run.failures
+        if run.failures:
+            lost[method] = max(0.0, whole - equivalent(reference, final)) / run.failures
+    for interval in ROLLBACKS:
+        done, failures = rollback(failures_of(seed, total, rate), interval)
+        if failures:
+            lost[f"rollback at {interval}"] = (total - done) / failures
+    return Played(
+        lost=lost,
+        swap_cost=whole - equivalent(reference, statistics.fmean(swapped[-3:])),
+        finals=finals,
+    )
 
 
 def report(options: argparse.Namespace) -> Report:
     """Train everything, and what came of it."""
-    data = corpus(options.data)
+    data = load_text(options.data, bytes_max=TEXT_BYTES)
     total = options.iterations
     lost: dict[str, list[float]] = {}
     samples: list[dict[str, object]] = []
     swap_costs, finals = [], []
-    for seed in range(options.seeds):
-        reference = train(data, seed, "", total, options.rate, options.every).losses
-        swapped = train(data, seed, "swapped", total, options.rate, options.every).losses
-        whole = equivalent(reference, statistics.fmean(reference[-3:]))
-        swap_costs.append(whole - equivalent(reference, statistics.fmean(swapped[-3:])))
-        for method in METHODS:
-            run = train(data, seed, method, total, options.rate, options.every)
-            final = statistics.fmean(run.losses[-3:])
-            if run.failures:
-                behind = max(0.0, whole - equivalent(reference, final))
-                lost.setdefault(method, []).append(behind / run.failures)
-            samples.append(
-                {"seed": seed, "method": method, "loss": final, "failures": run.failures}
-            )
-            finals.append(f"{seed} {method} {final!r}")
-            say(f"seed {seed}, {method}: loss {final:.4f} after {run.failures} failures")
-        for every in ROLLBACKS:
-            done, failures = rollback(failures_of(seed, total, options.rate), every)
-            if failures:
-                lost.setdefault(f"rollback at {every}", []).append((total - done) / failures)
+    # Seeds are alike and know nothing of each other: one on each core.
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        given = (data, total, options.rate, options.every)
+        waiting = [pool.submit(play, seed, *given) for seed in range(options.seeds)]
+        for seed, played in enumerate(w.result() for w in waiting):
+            swap_costs.append(played.swap_cost)
+            for method, value in played.lost.items():
+                lost.setdefault(method, []).append(value)
+            for method, (loss, failures) in played.finals.items():
+                samples.append({"seed": seed, "method": method, "loss": loss, "failures": failures})
+                finals.append(f"{seed} {method} {loss!r}")
+                say(f"seed {seed}, {method}: loss {loss:.4f} after {failures} failures")
     goals = {"stale shard": 15.0, "CheckFree": 80.0}
     figures = [
         Figure(

@@ -14,7 +14,9 @@ another, each at a rank and a moment that the seed picks:
 What counts is the first that is said of anybody after the fault, as the event stream has it: the
 member it was done to, and a class that fits. A crash is seen when the coordinator says so, from
 the moment before the fault; for a hang the goal is the larger of a second and eight steps of the
-same job. Naming somebody else is a wrong blame, whether he had to go for it or not.
+same job. Naming somebody else is a wrong blame, whether he had to go for it or not; that a node
+flaps which was taken away several times is none. What is wrong with a rank again within some
+seconds is told as one, so that ranks whose calls differ, and who stay, are struck in turn.
 
     python -m benchmarks.naming [--quick] [--json] [--save]
 """
@@ -37,6 +39,7 @@ from ftkit.core.trace import Trace
 from ftkit.core.verdict import ACCUSES_NOBODY, Fault
 from ftkit.launch.engine import Engine
 from ftkit.launch.event_tail import EventTail
+from ftkit.recovery.budget import BudgetConfig
 
 _EXITED = frozenset({Fault.EXITED})
 #: Class -> the faults of it, each with the names that fit.
@@ -53,6 +56,8 @@ CLASSES: Mapping[str, Mapping[str, frozenset[Fault]]] = {
     },
     "desync": dict.fromkeys(sorted(DESYNCS), frozenset({Fault.DESYNC})),
 }
+#: About the work, or the host that others keep busy: none of these is a word about a fault done here.
+_LABELS = (ACCUSES_NOBODY | {Fault.STARVED}) - {Fault.STALL}
 #: Classes in which the rank stays and only stands still.
 HANGS = ("stop", "hang")
 FITS = {fault: fits for kinds in CLASSES.values() for fault, fits in kinds.items()}
@@ -119,21 +124,24 @@ def run_faults(
     """
     faults, seats, next_member = list[PlannedFault](), list(range(NPROC)), NPROC
     kinds = [Kind(k) for k in CLASSES[group]]
+    gap = options.gap * (2 if group == "desync" else 1)
     for i in range(many):
-        kind, seat = kinds[i % len(kinds)], rng.randrange(NPROC)
+        kind = kinds[i % len(kinds)]
+        last = faults[-1].seat if faults and kind in DESYNCS else None
+        seat = rng.choice([s for s in range(NPROC) if s != last])
         fault = PlannedFault(
             kind=kind,
             point=Point.BACKWARD if kind in DESYNCS else rng.choice(POINTS),
             seat=seat,
             member=seats[seat],
-            step=FIRST + i * options.gap + rng.randrange(10),
+            step=FIRST + i * gap + rng.randrange(10),
             bucket=rng.randrange(3) if kind in DESYNCS else 0,
             delay_s=rng.uniform(0, 0.004),
         )
         faults.append(fault)
         if kind not in DESYNCS:
             seats[seat], next_member = next_member, next_member + 1
-    job = _job(options, steps=FIRST + many * options.gap + 20)
+    job = _job(options, steps=FIRST + many * gap + 20)
     return follow(group, job.run(folder, faults=faults))
 
 
@@ -148,7 +156,10 @@ def run_nodes(
 
 
 class NodeKiller:
-    """Kills a node's agent every `gap` steps, once all seats train."""
+    """Kills a node's agent every `gap` steps, once all seats have trained for a while.
+
+    A process that is lost before it has played some steps is taken to be unable to, three times.
+    """
 
     def __init__(self, folder: Path, rng: random.Random, many: int, gap: int) -> None:
         self._folder, self._rng, self._left, self._gap = folder, rng, many, gap
@@ -156,14 +167,20 @@ class NodeKiller:
         self._next = FIRST
         self._members: dict[int, int] = {}
         self._at: dict[int, int] = {}
+        self._first: dict[int, int] = {}
 
     def poll(self, engine: Engine) -> None:
         """Strike when it is time. Called while the job runs."""
         for event in self._tail.poll():
             if event["kind"] == "commit":
+                if self._members.get(event["seat"]) != event["member"]:
+                    self._first[event["seat"]] = event["step"]
                 self._members[event["seat"]] = event["member"]
                 self._at[event["seat"]] = event["step"]
-        if not self._left or len(self._at) < NPROC or min(self._at.values()) < self._next:
+        played = [step - self._first[seat] for seat, step in self._at.items()]
+        if not self._left or len(played) < NPROC or min(played) < 2 * BudgetConfig().progress_steps:
+            return
+        if min(self._at.values()) < self._next:
             return
         node = self._rng.randrange(NPROC)
         with Trace(self._folder / "events" / f"drill-{self._left}.jsonl") as trace:
@@ -182,10 +199,17 @@ def follow(group: str, events: Sequence[Event]) -> list[Named]:
     strikes = [e for e in events if e["kind"] == "drill"]
     ends = [float(e["mono"]) for e in strikes[1:]] + [math.inf]
     said = [e for e in events if e["kind"] in ("suspicion", "verdict")]
+    struck = set[int]()
     for strike, until in zip(strikes, ends, strict=True):
         at, member = float(strike["mono"]), int(strike["member"])
-        told = [e for e in said if at <= e["mono"] < until]
-        first = next((e for e in told if e["fault"] in set(Fault)), None)
+        struck.add(int(strike.get("seat", -1)))
+        told = [
+            e
+            for e in said
+            if at <= e["mono"] < until
+            and not (e["fault"] == Fault.FLAPPING and e.get("seat") in struck)
+        ]
+        first = next((e for e in told if e["fault"] in frozenset(Fault) - _LABELS), None)
         found.append(
             Named(
                 group=group,
@@ -197,7 +221,8 @@ def follow(group: str, events: Sequence[Event]) -> list[Named]:
                 reason="" if first is None else str(first["reason"])[:300],
                 step_s=_step_s(events, before=at),
                 blamed=len(
-                    {e["member"] for e in told if e["fault"] not in ACCUSES_NOBODY} - {member}
+                    {e["member"] for e in told if e["fault"] not in ACCUSES_NOBODY | _LABELS}
+                    - {member}
                 ),
             )
         )

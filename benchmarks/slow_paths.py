@@ -1,7 +1,8 @@
 """A path between hosts gets three times slower while a job trains: is it named, and how soon?
 
 Four hosts are network namespaces with a wire of their own between each two, limited by `tc tbf`; an
-agent and one rank run on each, as in a job on four machines. A run trains until the paths have been
+agent and one rank run on each, as in a job on four machines: their memory is one, so that they are
+told to leave it alone. A run trains until the paths have been
 measured, makes something slow, and waits for a word: a link both ways, one direction of it, all
 that leaves a host, all that reaches it, a link that training does not use, nothing at all. Needs
 root.
@@ -23,11 +24,13 @@ from benchmarks.figures import Figure, Report, finish, parser, percentile, say
 from benchmarks.jobs import JobFailed, python_path, scratch
 from benchmarks.slow_paths_host import AGENTS, JOB, SECRET
 from benchmarks.wires import Wires
+from ftkit.collectives.config import Transport
 from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig, new_job_id, new_secret
 from ftkit.launch.drill_catalogue import WORKLOAD
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.job import python_command
+from ftkit.session.parts import TRANSPORT
 
 HOSTS, MBIT, TIMES = 4, 600, 3
 #: Large enough that the wires matter: 16 MB of gradients.
@@ -78,7 +81,7 @@ class Run:
             run_dir=str(folder),
             rank_logs=True,
             preload=False,
-            env={"PYTHONPATH": python_path()},
+            env={"PYTHONPATH": python_path(), TRANSPORT: Transport.TCP.value},
         )
         env = {JOB: config.to_json(), SECRET: new_secret()}
         module = ("-m", "benchmarks.slow_paths_host")

@@ -14,8 +14,9 @@ from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import Member, World
 from ftkit.detection import desync, rules, wording
-from ftkit.detection.config import DetectionConfig
+from ftkit.detection.config import NAMED_FLOOR_S, DetectionConfig
 from ftkit.detection.desync import Disagreement, disagreements
+from ftkit.detection.halts import Halts
 from ftkit.detection.observations import (
     Exited,
     Observation,
@@ -74,10 +75,10 @@ class Detector:
         self._accused_at = float("-inf")
         self._blind: dict[MemberId, float] = {}
         self._tails: dict[MemberId, tuple[float, Sequence[OpRecord]]] = {}
-        self._settled: dict[tuple[Generation, int, int], Disagreement] = {}
-        #: When it was first seen that members differ at a collective.
-        self._parted_at: dict[tuple[Generation, int, int], float] = {}
+        #: Where members differ: when that was first seen, and what was made of it.
+        self._parted: dict[tuple[Generation, int, int], tuple[float, Disagreement]] = {}
         self._tempo = Tempo()
+        self._halts = Halts()
         self._still: _Still | None = None
         self._newest_step: Step | None = None
 
@@ -107,6 +108,7 @@ class Detector:
                     self._world, self._world_since = world, at
                     self._members = {m.member: m for m in world.members}
                     self._tracks.clear()
+                    self._halts.keep(world)
                     self._still = None
                     self._exits = {
                         m: e
@@ -114,8 +116,7 @@ class Detector:
                         if m in self._members or at - e.at < _EXITS_S
                     }
                     recent = world.generation - 2
-                    self._settled = {k: d for k, d in self._settled.items() if k[0] >= recent}
-                    self._parted_at = {k: t for k, t in self._parted_at.items() if k[0] >= recent}
+                    self._parted = {k: d for k, d in self._parted.items() if k[0] >= recent}
             case ObserverLate(by_s=by_s, who=who):
                 self._stretch.note(who, by_s)
             case _:
@@ -150,7 +151,7 @@ class Detector:
             self._still = None
         else:
             self._watch_tempo(view)
-            verdicts = rules.suspicions(view)
+            verdicts = rules.suspicions(view) | self._entering(now)
         if desynced := self._desynced(now):
             # Who waits, waits because of it.
             verdicts = {
@@ -160,17 +161,36 @@ class Detector:
             } | desynced
         return sorted(verdicts.values(), key=lambda v: v.seat)
 
+    def _entering(self, now: float) -> dict[MemberId, Verdict]:
+        """STOPPED, on the way into this world."""
+        assert self._world is not None
+        return self._halts.suspicions(
+            now,
+            self._world,
+            self._tracks,
+            limit_s=NAMED_FLOOR_S,
+            recent_s=self._config.blind_after_s,
+            stretch_s=self._stretch.since,
+            confidence=rules.SUSPECTED,
+        )
+
     def _desynced(self, now: float) -> dict[MemberId, Verdict]:
         """DESYNC, by what members recorded: also in the generation before, which it ended."""
         self._tails = {m: told for m, told in self._tails.items() if now - told[0] <= _TAILS_S}
         verdicts: dict[MemberId, Verdict] = {}
+        told = set()
         for found in disagreements({m: records for m, (_, records) in self._tails.items()}):
             place = (found.generation, found.group, found.seq)
+            told.add(place)
+            since, before = self._parted.get(place, (now, found))
             # With one of the majority gone there may be none any more: what was found then holds.
-            if found.majority or (found.by_history and place not in self._settled):
-                self._settled[place] = found
-            found = self._settled.get(place, found)
-            since = self._parted_at.setdefault(place, now)
+            if before.decided and not found.majority:
+                found = before
+            self._parted[place] = since, found
+        for place, (since, found) in self._parted.items():
+            # Newer records that an agent told may not reach back so far.
+            if place not in told and now - since > _TAILS_S:
+                continue
             if found.awaited and not found.majority and now - since < _AWAIT_S:
                 continue  # with one more there may be a majority
             for member in found.slips.keys() & self._members.keys():
@@ -217,6 +237,7 @@ class Detector:
         if member is None:
             return
         assert self._world is not None
+        self._halts.see(seen)
         if seen.ops:
             self._tails[seen.member] = (seen.at, seen.ops)
         if seen.row.generation != self._world.generation or seen.row.member != seen.member:

@@ -41,6 +41,10 @@ _HEARD: Final = 0.25
 #: What starvation must explain of what a member is behind by, for the host to be at fault.
 _EXPLAINS: Final = 0.5
 
+#: Who waits for a core for more than this share of its work shares cores; and then what shares a core's
+#: units and caches with it may make its own work longer by so much, without its being at fault.
+_SHARED, _SHARED_FACTOR = 0.05, 1.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PaceConfig:
@@ -82,6 +86,9 @@ class _Standing:
     finding: Finding
     phase: str
     seen: StepSeen
+    judge: Slowness
+    """Whose finding it is."""
+    why: str = ""
 
 
 @dataclass(slots=True)
@@ -208,31 +215,40 @@ class StepDetector:
     ) -> None:
         """Bring the findings that stand up to date."""
         for member, standing in list(self._standing.items()):
-            judge = self._own if standing.fault is Fault.SLOW else self._wall
-            if member in warm and judge.suspicion(member) < _HOLDS:
+            if member in warm and standing.judge.suspicion(member) < _HOLDS:
                 del self._standing[member]
         for member, finding in late.items():
             # Who was found slow is so until that no longer holds, on a busy host as well.
             known = self._standing.get(member)
-            if known is not None and known.fault is Fault.SLOW:
+            if known is not None and known.judge is self._own:
                 continue
-            if member not in slow and self._starved(member, finding, warm):
-                self._standing[member] = self._standing_of(Fault.STARVED, finding, warm)
-        for finding in slow.values():
-            self._standing[finding.member] = self._standing_of(Fault.SLOW, finding, warm)
+            starved_s, work_s = self._starved(member, finding, warm)
+            behind_s = work_s * (1 - 1 / finding.factor)
+            if member not in slow and starved_s >= _EXPLAINS * behind_s > 0:
+                why = ", because it waits for a core of its host"
+                self._stand_for(Fault.STARVED, finding, warm, self._wall, why)
+        for member, finding in slow.items():
+            starved_s, work_s = self._starved(member, finding, warm)
+            if starved_s >= _SHARED * work_s > 0 and finding.factor <= _SHARED_FACTOR:
+                share = 100 * starved_s / work_s
+                why = f", on cores that it shares: it waits for one {share:.0f} % of that time"
+                self._stand_for(Fault.STARVED, finding, warm, self._own, why)
+            else:
+                self._stand_for(Fault.SLOW, finding, warm, self._own)
 
-    def _standing_of(self, fault: Fault, finding: Finding, warm: StepOf) -> _Standing:
-        seen = warm[finding.member]
-        return _Standing(fault, finding, self._phase(finding.member, warm), seen)
+    def _stand_for(
+        self, fault: Fault, finding: Finding, warm: StepOf, judge: Slowness, why: str = ""
+    ) -> None:
+        phase, seen = self._phase(finding.member, warm), warm[finding.member]
+        self._standing[finding.member] = _Standing(fault, finding, phase, seen, judge, why)
 
-    def _starved(self, member: MemberId, finding: Finding, warm: StepOf) -> bool:
-        """Whether waiting for a core is what it is behind by."""
+    def _starved(self, member: MemberId, finding: Finding, warm: StepOf) -> tuple[float, float]:
+        """For how long it waited for a core in a step since then, and took for its work in all."""
         steps = [one for one in self._recent[member].steps if one.at >= finding.since]
         steps = steps or [warm[member]]
         starved = median([one.starved_s for one in steps])
         work = median([sum(one.seconds.get(p, 0.0) for p in WORK) for one in steps])
-        behind = work * (1 - 1 / finding.factor)
-        return starved >= _EXPLAINS * behind > 0
+        return starved, work
 
     def _phase(self, member: MemberId, warm: StepOf) -> str:
         """The phase of work in which it loses most against its peers, or against its own past."""
@@ -259,7 +275,6 @@ class StepDetector:
             whom = f"{finding.others} members that do the same work"
         else:
             whom = "it used to, beyond what changed for the others"
-        why = "" if standing.fault is Fault.SLOW else ", because it waits for a core of its host"
         role = f" of {seen.role}" if seen.role else ""
         return Verdict(
             fault=standing.fault,
@@ -267,7 +282,7 @@ class StepDetector:
             seat=seen.seat,
             reason=(
                 f"seat {seen.seat} (member {member}){role} takes {more:.0f} % longer in "
-                f"{standing.phase} than {whom}, for {finding.steps} steps{why}"
+                f"{standing.phase} than {whom}, for {finding.steps} steps{standing.why}"
             ),
             since_s=finding.since,
             evidence={

@@ -90,7 +90,7 @@ class Track:
     @property
     def stopped(self) -> bool:
         """Whether the kernel does not schedule it (SIGSTOP, a debugger)."""
-        return self.facts is not None and self.facts.state in ("T", "t")
+        return is_stopped(self.facts)
 
     @property
     def heartbeat_age_s(self) -> float | None:
@@ -114,6 +114,11 @@ class Track:
         if at >= last_at:
             return None
         return (last - ticks) / self.facts.ticks_per_s / (last_at - at)
+
+
+def is_stopped(facts: ProcessFacts | None) -> bool:
+    """Whether the kernel does not schedule it (SIGSTOP, a debugger)."""
+    return facts is not None and facts.state in ("T", "t")
 
 
 def behind(one: Track, waiter: Track) -> bool:

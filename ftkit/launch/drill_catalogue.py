@@ -12,6 +12,7 @@ from ftkit.launch import (
     restart_drill,
     rot_drills,
 )
+from ftkit.launch.clean_drill import CLEAN
 from ftkit.launch.faulty_store import StoreFaultKind
 
 #: The bundled training job.
@@ -75,6 +76,7 @@ CATALOGUE: dict[str, str] = {
     SLOW_NIC: "all that one rank sends, or receives, or both, is slow for some seconds",
     BLACKHOLE: "the link between two ranks stays open and carries nothing until it is named",
     **pace_drills.CATALOGUE,
+    CLEAN: "nothing, beside evaluations, checkpoints, a busy core and a node that leaves with notice",
     StoreFaultKind.KILL: "SIGKILL to an agent at a byte of a checkpoint that it writes",
     StoreFaultKind.FULL: "the disk is full from a byte of a checkpoint on",
     StoreFaultKind.SLOW: "one node's disk is slow from a byte of a checkpoint on",
@@ -105,7 +107,7 @@ RANKS_MIN: dict[str, int] = {
     SLOW_LINK: 3,
     SLOW_NIC: 3,
     BLACKHOLE: 3,
-    **dict.fromkeys(pace_drills.CATALOGUE, pace_drills.RANKS_MIN),
+    **dict.fromkeys((*pace_drills.CATALOGUE, CLEAN), pace_drills.RANKS_MIN),
     Kind.PAUSE: 2,
     TWO_AT_ONCE: 4,
     **dict.fromkeys(DESYNCS, 3),
@@ -146,6 +148,7 @@ NODE_CATALOGUE: dict[str, str] = {
 NOBODY_LOST = (
     *(KILL_COORDINATOR, PREEMPT, StoreFaultKind.FULL, StoreFaultKind.SLOW, *LINK_FAULTS),
     *pace_drills.CATALOGUE,
+    CLEAN,
     *(Kind.PAUSE, *DESYNCS),
     *number_drills.CATALOGUE,
     *resource_drills.CATALOGUE,
@@ -164,7 +167,7 @@ SHRINK_STEPS = 1
 OF_TWO = (*LINK_FAULTS, SHRINK_GROW, TWO_AT_ONCE)
 
 #: Faults over time, and of links: no step has them.
-OF_NO_POINT = (FLAP, JOIN, CHURN, PREEMPT, *LINK_FAULTS, *pace_drills.CATALOGUE)
+OF_NO_POINT = (FLAP, JOIN, CHURN, PREEMPT, *LINK_FAULTS, CLEAN, *pace_drills.CATALOGUE)
 
 #: What a training thread does to itself.
 USERS = frozenset(set(Kind) - {Kind.KILL, Kind.STOP, Kind.HANG})

@@ -15,6 +15,7 @@ from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.launch import detector_drills, pace_drills, resource_drills
 from ftkit.launch.checker import Answer, Outcome
+from ftkit.launch.clean_drill import CLEAN
 from ftkit.launch.config import new_job_id
 from ftkit.launch.drill_catalogue import (
     CHURN,
@@ -39,7 +40,7 @@ CODES = {Answer.PASS: 0, Answer.FAIL: 1, Answer.UNKNOWN: 2}
 
 #: Drills in which a step is to take a certain time.
 PACED = frozenset(
-    {*pace_drills.CATALOGUE, *detector_drills.CATALOGUE, resource_drills.LEAK, TWO_AT_ONCE}
+    {*pace_drills.CATALOGUE, *detector_drills.CATALOGUE, resource_drills.LEAK, TWO_AT_ONCE, CLEAN}
 )
 
 #: Drills in which a step is to take longer while a seat is empty.

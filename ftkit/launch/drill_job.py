@@ -7,11 +7,7 @@ from typing import Any
 
 from ftkit.core.fault_plan import PlannedFault, to_environ
 from ftkit.core.trace import read_run
-from ftkit.launch import (
-    detector_drills,
-    pace_drills,
-    resource_drills,
-)
+from ftkit.launch import clean_drill, detector_drills, pace_drills, resource_drills
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.drill_catalogue import LOSE_NODE, NODE_FAULTS, SHORT_HANDED_S, WORKLOAD
 from ftkit.launch.engine import Engine
@@ -71,7 +67,8 @@ class Job:
             detector_drills.DETECTOR_FAULTS: detector_drills.DEVICE_S,
         }
         seconds = longer.get(fault, pace_drills.DEVICE_S)
-        return replace(self, workload=(*self.workload, "--device-s", str(seconds)))
+        more = clean_drill.WORKLOAD_OPTIONS if fault == clean_drill.CLEAN else ()
+        return replace(self, workload=(*self.workload, "--device-s", str(seconds), *more))
 
     @property
     def world_size(self) -> int:

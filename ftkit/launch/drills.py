@@ -14,6 +14,7 @@ from typing import Any
 
 from ftkit.core.corruption_plan import to_environ as corruption_environ
 from ftkit.core.fault_plan import KILL_COORDINATOR
+from ftkit.core.pace_plan import to_environ as pace_environ
 from ftkit.core.trace import Trace
 from ftkit.launch import (
     detector_drills,
@@ -24,6 +25,7 @@ from ftkit.launch import (
     rot_drills,
 )
 from ftkit.launch.checker import Expectation, Outcome, check, expectation_of
+from ftkit.launch.clean_drill import CLEAN, CleanStriker, judge_clean
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.drill_catalogue import (
     CHURN,
@@ -136,9 +138,15 @@ def run_drill(
         )
         striker, settings = rot.poll, rot.settings
     elif drill.fault == TWO_AT_ONCE or drill.fault in pace_drills.CATALOGUE:
-        pace = pace_drills.PaceStriker(drill.fault, drill.pace, run_dir)
-        ends.callback(pace.close)
-        striker, settings = pace.poll, pace.settings
+        assert drill.pace is not None, "somebody loses time"
+        settings = {"env": pace_environ(drill.pace)}
+    elif drill.fault == CLEAN:
+        job = job if job.nodes > 1 else replace(job, nodes=job.nproc, nproc=1)
+        clean = CleanStriker(
+            node=drill.seat // job.nproc, nproc=job.nproc, steps=job.steps, run_dir=run_dir
+        )
+        ends.callback(clean.close)
+        striker, settings = clean.poll, clean.settings
 
     def poll(engine: Engine) -> None:
         if striker is not None:
@@ -186,7 +194,10 @@ def _judge(
     if drill.fault == TWO_AT_ONCE:
         assert drill.second_seat is not None, "two ranks are hit"
         return pace_drills.judge_two(outcome, events, killed=drill.seat, slowed=drill.second_seat)
+    if drill.fault == CLEAN:
+        return judge_clean(outcome, events, accusing=pace_drills.ACCUSING)
     if drill.fault in pace_drills.CATALOGUE:
+        assert drill.pace is not None, "somebody loses time"
         return pace_drills.judge_pace(outcome, events, drill.pace)
     return outcome
 

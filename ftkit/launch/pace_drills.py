@@ -1,27 +1,19 @@
-"""Drills of pace: one rank loses time, or nobody does on a busy host. Who is said to be slow?
+"""Drills of pace: one rank loses time. Who is said to be slow?
 
 Nobody is lost in any of them; judged is what was said: of the right rank, by the right name, with
 about the right factor, and nothing of anybody else.
 """
 
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, Final
 
-from ftkit.core.pace_plan import PaceFault, PacePlan, to_environ
-from ftkit.core.trace import Trace
+from ftkit.core.pace_plan import PaceFault, PacePlan
 from ftkit.core.verdict import EVICT, Fault
 from ftkit.launch.checker import Outcome, with_more
-from ftkit.launch.engine import Engine
-from ftkit.launch.event_tail import EventTail
 
 #: One of the three ways to be slow, as the seed picks.
 SLOW_RANK: Final = "slow-rank"
-CLEAN: Final = "clean"
 
 CATALOGUE: Final[Mapping[str, str]] = {
     SLOW_RANK: "one of the next three, as the seed picks",
@@ -30,7 +22,6 @@ CATALOGUE: Final[Mapping[str, str]] = {
     PaceFault.BURSTS: "the same, in four of eight steps",
     PaceFault.DATA: "one rank waits for a batch, once: a label, and nobody is accused",
     PaceFault.GC: "one rank collects millions of objects, once: a label, and nobody is accused",
-    CLEAN: "nothing, beside a process that keeps a core busy: nobody may be accused",
 }
 
 #: Faults here need peers to compare with: two others.
@@ -54,15 +45,13 @@ _FACTORS: Final = (1.5, 2.0, 3.0)
 _FACTOR_OFF: Final = 0.25
 
 #: Words that accuse. A starved rank, uneven work, a stall: those are reports.
-_ACCUSING: Final = frozenset({*EVICT, Fault.SLOW, Fault.SDC, Fault.NUMERIC})
+ACCUSING: Final = frozenset({*EVICT, Fault.SLOW, Fault.SDC, Fault.NUMERIC})
 
 
-def choose_pace(fault: str, *, seed: int, seat: int) -> PacePlan | None:
-    """What the rank on `seat` is to do; None for nothing. Pure."""
+def choose_pace(fault: str, *, seed: int, seat: int) -> PacePlan:
+    """What the rank on `seat` is to do. Pure."""
     rng = random.Random(f"pace {fault} {seed}")
     kind = rng.choice(_SLOW) if fault == SLOW_RANK else fault
-    if kind == CLEAN:
-        return None
     return PacePlan(
         fault=PaceFault(kind),
         member=seat,  # the first member of a seat has its number
@@ -78,36 +67,7 @@ def slowed(*, seed: int, seat: int) -> PacePlan:
     return PacePlan(fault=PaceFault.STEADY, member=seat, step=0, factor=factor)
 
 
-class PaceStriker:
-    """Tells the ranks, and keeps a core busy where that is the drill. Polled while it runs."""
-
-    def __init__(self, fault: str, plan: PacePlan | None, run_dir: Path) -> None:
-        self._run_dir = run_dir
-        self._tail = EventTail(run_dir)
-        self._fault = fault
-        self._runner: subprocess.Popen[bytes] | None = None
-        self.settings: dict[str, Any] = {"env": to_environ(plan)} if plan else {}
-        """What the job is told."""
-
-    def poll(self, engine: Engine) -> None:
-        """Start the busy process once the job trains."""
-        if self._fault != CLEAN or self._runner is not None:
-            return
-        if any(e["kind"] == "commit" and e["step"] >= _FROM_STEP for e in self._tail.poll()):
-            self._runner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-            with Trace(self._run_dir / "events" / f"drill-{os.getpid()}.jsonl") as trace:
-                trace.event("drill", fault=CLEAN, phase="any", step=_FROM_STEP)
-
-    def close(self) -> None:
-        """End the busy process."""
-        if self._runner is not None:
-            self._runner.kill()
-            self._runner.wait()
-
-
-def judge_pace(
-    outcome: Outcome, events: Iterable[Mapping[str, Any]], plan: PacePlan | None
-) -> Outcome:
+def judge_pace(outcome: Outcome, events: Iterable[Mapping[str, Any]], plan: PacePlan) -> Outcome:
     """The outcome with what was said of the pace; pure.
 
     * P1 the rank that lost time was called what it is;
@@ -118,24 +78,17 @@ def judge_pace(
     ordered = sorted(events, key=lambda e: float(e["mono"]))
     verdicts = [e for e in ordered if e["kind"] == "verdict"]
     problems, missing = list[str](), list[str]()
-    wanted = NAMES[plan.fault] if plan else None
-    named = next(
-        (
-            v
-            for v in verdicts
-            if plan is not None and v["member"] == plan.member and v["fault"] == wanted
-        ),
-        None,
-    )
+    wanted = NAMES[plan.fault]
+    named = next((v for v in verdicts if v["member"] == plan.member and v["fault"] == wanted), None)
     for v in verdicts:
         # That it is slow may be over for a moment, and be said again.
         again = named is not None and (v["fault"], v["member"]) == (wanted, named["member"])
-        if v["fault"] in _ACCUSING and not again:
+        if v["fault"] in ACCUSING and not again:
             problems.append(f"seat {v['seat']} was accused: {v['reason']}")
     problems += [f"a halt: {e.get('reason', '')}" for e in ordered if e["kind"] == "halt"]
     struck = next((e for e in ordered if e["kind"] == "drill"), None)
     steps = factor = None
-    if plan is not None and struck is not None:
+    if struck is not None:
         if named is None:
             problems.append(f"member {plan.member} was never called {wanted}")
         else:
@@ -152,7 +105,7 @@ def judge_pace(
         problems=problems,
         missing=missing,
         factor=factor,
-        true_factor=plan.factor if plan and plan.fault in _SLOW else None,
+        true_factor=plan.factor if plan.fault in _SLOW else None,
         detect_steps=steps,
         said=sorted({(v["fault"], v["seat"]) for v in verdicts}),
     )
@@ -170,7 +123,7 @@ def judge_two(
     said = {
         (str(e["fault"]), int(e["seat"]))
         for e in events
-        if e["kind"] == "verdict" and e["fault"] in _ACCUSING
+        if e["kind"] == "verdict" and e["fault"] in ACCUSING
     }
     problems = [f"seat {seat} was never called {fault}" for fault, seat in sorted(due - said)]
     problems += [f"seat {seat} was called {fault}" for fault, seat in sorted(said - due)]

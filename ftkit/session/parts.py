@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.group import Group
@@ -16,6 +17,7 @@ from ftkit.core import corruption_plan, pace_plan
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.corruption_plan import PlannedCorruption
 from ftkit.core.detour import Detour
+from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import from_environ
 from ftkit.core.ids import Generation, MemberId, Seat
 from ftkit.core.rank_env import RankEnv
@@ -71,6 +73,20 @@ class Parts:
         self.trace.close()
 
 
+#: How payloads travel between ranks of one host: auto, tcp or cma.
+TRANSPORT: Final = "FTKIT_TRANSPORT"
+
+
+def transport_of(environ: Mapping[str, str]) -> Transport:
+    """What the environment asks for, `Transport.AUTO` by default. UsageError: there is no such."""
+    given = environ.get(TRANSPORT) or Transport.AUTO.value
+    try:
+        return Transport(given)
+    except ValueError:
+        known = ", ".join(Transport)
+        raise UsageError(f"{TRANSPORT} is {given!r}, and may be one of {known}") from None
+
+
 def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
     """Make the parts of a rank of the job `env`, or of a process that is alone.
 
@@ -96,6 +112,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
     if env is not None:
         last.enter_context(stacks.answering(Path(env.shm_dir), member))
     detour = Detour.read(environ, seat)
+    transport = transport_of(environ) if detour is None else Transport.TCP
 
     def abort(generation: Generation, reason: str) -> None:
         group.abort(generation, reason)
@@ -115,7 +132,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         on_tell=lambda _, payload: membership.take_admission(payload),
         recorder=recorder,
         detour=detour,
-        config=CollectivesConfig(transport=Transport.AUTO if detour is None else Transport.TCP),
+        config=CollectivesConfig(transport=transport),
     )
     faults = from_environ(environ, member=member)
     return Parts(

@@ -211,6 +211,29 @@ def test_who_does_not_come_is_not_waited_for_long() -> None:
     assert 0.5 < verdicts[0].confidence < 1
 
 
+def test_what_was_found_is_said_though_newer_records_do_not_reach_back_to_it() -> None:
+    scene = Scene(3)
+    scene.wait(0, 1, 2)
+    known = {0: STEP[:2], 1: [STEP[0], STEP[2]], 2: STEP[:1]}
+    _tell(scene, {seat: [*STEP * 2, *ops] for seat, ops in known.items()})
+    assert scene.tick(0.1) == []
+    for seat in known:
+        now = scene.clock.now()
+        later = [replace(r, seq=r.seq + 100) for r in records(100 + seat, STEP)]
+        seen = RowSeen(
+            member=MemberId(100 + seat),
+            seat=Seat(seat),
+            row=row(100 + seat, moved=now, pending_since=now, entered=51),
+            facts=facts(),
+            at=now,
+            ops=later,
+        )
+        scene.detector.ingest(seen)
+    said = [v.seat for _ in range(6) for v in scene.tick(0.1) if v.fault is Fault.DESYNC]
+    assert set(said) == {1}
+    assert scene.until(3.0) == []
+
+
 def test_what_a_majority_decided_holds_when_one_of_it_is_gone() -> None:
     scene = Scene(3)
     scene.wait(0, 1, 2)

@@ -285,6 +285,15 @@ class TestTheHost:
         starved = lambda seat, step: {"starved_s": 0.2} if seat == 2 else {}
         assert pace.ever(30, slow(2, by=2.0), change=starved) == {(Fault.SLOW, 2)}
 
+    def test_who_is_a_little_slow_on_cores_that_it_shares_is_not_accused(self) -> None:
+        # What runs on the other half of a core makes its work longer, and no clock tells.
+        pace = Pace(8)
+        pace.last(20)
+        shared = lambda seat, step: {"starved_s": 0.2} if seat == 2 else {}
+        assert pace.ever(40, slow(2, by=1.3), change=shared) == {(Fault.STARVED, 2)}
+        (verdict,) = pace.last(1, slow(2, by=1.3), change=shared)
+        assert "cores that it shares" in verdict.reason
+
     def test_who_is_slow_is_not_called_starved_and_slow_by_turns(self) -> None:
         pace = Pace(8)
         pace.last(30, slow(2, by=2.0))

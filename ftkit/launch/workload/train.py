@@ -24,6 +24,9 @@ from ftkit.core.errors import UsageError
 from ftkit.launch.workload.gpt import GPT, PRESETS, GPTConfig, next_byte_loss, parameters_digest
 from ftkit.launch.workload.text import ByteWindows, load_text
 
+#: Windows of an evaluation, and how long it may take at most.
+EVAL_WINDOWS, EVAL_MAX_S = 512, 60.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -56,6 +59,8 @@ class Options:
     """Whether ranks play as many slots as they are fast. No part of the outcome."""
     stages: bool = False
     """Whether the model is a pipeline, one stage on each rank."""
+    eval_every: int = 0
+    """Steps between two evaluations by rank 0, for which the others wait; 0 for none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +175,22 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             if session.rank == 0 and done % 100 == 0:
                 # A step that was rolled forward has no loss: its ballots were lost.
                 print(f"step {done}: loss {loss_value}", flush=True)
+            if options.eval_every and done % options.eval_every == 0 and session.rank == 0:
+                evaluate(session, replicated.module, dataset, step=done)
     params = session.digest() if built else parameters_digest(replicated.module)
     return Result(steps=done, loss=loss_value, params=params)
+
+
+def evaluate(session: Any, model: nn.Module, dataset: ByteWindows, *, step: int) -> float:
+    """Mean loss over fixed windows; one rank does it, and tells the others' patience of it."""
+    model.eval()
+    with session.unhurried(EVAL_MAX_S), torch.no_grad():
+        windows = [dataset[i * len(dataset) // EVAL_WINDOWS] for i in range(EVAL_WINDOWS)]
+        losses = [next_byte_loss(model(x[None]), y[None]).item() for x, y in windows]
+    model.train()
+    loss = sum(losses) / len(losses)
+    session.trace.event("evaluation", step=step, loss=loss)
+    return loss
 
 
 def shard(model: GPT, mesh: Any) -> None:
@@ -212,6 +231,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     parser.add_argument(
         "--short-handed-s", type=float, default=0.0, help="pause of a step while a seat is empty"
     )
+    parser.add_argument(
+        "--eval-every", type=int, default=0, metavar="STEPS", help="rank 0 evaluates; 0 for never"
+    )
     parser.add_argument("--device-s", type=float, default=0.0, help="sleep for each slot")
     given = parser.parse_args(argv)
 
@@ -219,6 +241,10 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         if getattr(given, name) < 1:
             flag = name.replace("_", "-")
             parser.error(f"--{flag} must be at least 1, got {getattr(given, name)}")
+    if given.eval_every > 0 and (given.sharded or given.stages):
+        parser.error(
+            "--eval-every is for a model that each rank has whole: one rank evaluates alone"
+        )
     if not given.lr > 0:
         parser.error(f"--lr must be above 0, got {given.lr}")
     shape = {
@@ -244,6 +270,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         clip=max(given.clip, 0.0),
         rebalance=given.rebalance,
         stages=given.stages,
+        eval_every=max(given.eval_every, 0),
         verify_every=given.verify_every,
         on_nan=given.on_nan,
         short_handed_s=max(given.short_handed_s, 0.0),
