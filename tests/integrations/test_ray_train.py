@@ -54,7 +54,7 @@ def test_ranks_wait_for_their_function(tmp_path: Path) -> None:
 
 
 def test_ranks_that_get_no_function_say_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(TimeoutError, match="wrap train_loop_per_worker in .*in_ranks"):
+    with pytest.raises(TimeoutError, match=r"wrap train_loop_per_worker in .*in_ranks"):
         take_over(tmp_path, 0.0)
 
 
@@ -173,9 +173,7 @@ def test_a_worker_that_comes_after_the_end_is_told(
     assert group.told == [(backend.ray_train_worker.job_over, 3, "seat 0 exited with 3")]
 
 
-def test_a_worker_without_an_agent_says_why(
-    backend: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_worker_without_an_agent_says_why(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = backend.ray_train_worker
     monkeypatch.setattr(worker, "_here", worker._Here())
     with pytest.raises(UsageError, match="torch_config=FtkitConfig"):
