@@ -30,6 +30,8 @@ from ftkit.recovery.policy import Option
 NODES = 1_000
 #: Standard errors within which a difference is luck.
 NOISE = 2.0
+#: Of goodput: two histories may by chance differ by the same to the last digit.
+RESOLUTION = 1e-6
 
 #: Seconds and bytes of a job that one could meet; nobody's own.
 COSTS = Costs(
@@ -84,8 +86,8 @@ class Result:
 
     @property
     def errors(self) -> float:
-        """The policy less the best, in standard errors; 0 where they do not differ."""
-        return (self.policy - self.best) / self.error if self.error else 0.0
+        """The policy less the best, in standard errors."""
+        return (self.policy - self.best) / max(self.error, RESOLUTION)
 
 
 def scenarios() -> Iterator[tuple[bool, Scenario]]:

@@ -96,7 +96,7 @@ def test_a_benchmark_runs_small(name: str, tmp_path: Path) -> None:
     assert told["problems"] == []
     for figure in told["figures"]:
         assert figure["value"] is not None, figure
-        assert figure["value"] >= 0, figure
+        assert figure["value"] >= 0 or figure["goal"].startswith(">= -"), figure
     for what, value in told["computed"].items():
         assert value, what
     assert json.loads((kept / f"{name}.json").read_text()) == told

@@ -71,7 +71,11 @@ class EngineContract:
         assert stop.code == 128 + signal.SIGKILL
         assert "seat 1 killed by SIGKILL" in stop.reason
 
-    def test_ranks_of_two_nodes_get_torchruns_variables(self, jobs: "Jobs") -> None:
+    def test_ranks_of_two_nodes_get_torchruns_variables(
+        self, jobs: "Jobs", monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # Whoever imports Ray has this from then on, and so has what he starts.
+        monkeypatch.delenv("RAY_CLIENT_MODE", raising=False)
         names = ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"]
         names += ["MASTER_ADDR", "MASTER_PORT"]
         script = f"""

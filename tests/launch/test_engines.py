@@ -261,7 +261,8 @@ class TestRay(EngineContract):
         assert "from beside 1 an argument" in done.stdout
 
     def test_a_node_is_lost_and_parity_and_checkpoints_go_on(self, tmp_path: Path) -> None:
-        disk, lost = tmp_path / "disk", list[int]()
+        # As many as the first checkpoint may take on a busy machine.
+        disk, lost, steps = tmp_path / "disk", list[int](), 480
 
         def poll(engine: Engine) -> None:
             if not lost and {"parity", "checkpoint"} <= {e["kind"] for e in read_run(folder)}:
@@ -272,7 +273,7 @@ class TestRay(EngineContract):
         done = run(
             folder,
             TRAINING,
-            ["160"],
+            [str(steps)],
             nodes=2,
             nproc=1,
             settings={
@@ -286,14 +287,14 @@ class TestRay(EngineContract):
         )
         assert done.stop.code == 0, f"{done.stop.reason}\n{done.log}"
         ((before,), after) = lost, {e["generation"] for e in done.of("commit")}
-        assert before < 160
+        assert before < steps
         assert len(after) > 1
         assert min(e["step"] for e in done.of("commit") if e["generation"] == max(after)) > before
         assert len({e["generation"] for e in done.of("parity")}) > 1, "parity goes on"
-        assert max(e["step"] for e in done.of("checkpoint")) == 160
+        assert max(e["step"] for e in done.of("checkpoint")) == steps
         assert len(done.params) == 1
         held = OnDisk.read(disk)
-        assert held.good[-1] == 160
+        assert held.good[-1] == steps
         assert not held.damaged
 
     @pytest.mark.timeout(240)  # a second raylet, and a cluster that is busy for it
