@@ -93,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             computed=computed,
             problems=problems,
             notes=notes,
-            options={k: str(v) for k, v in vars(options).items()},
+            options={
+                k: v.name if isinstance(v, Path) else str(v) for k, v in vars(options).items()
+            },
             samples={},
         ),
         options,
