@@ -86,8 +86,8 @@ class Result:
 
     @property
     def errors(self) -> float:
-        """The policy less the best, in standard errors."""
-        return (self.policy - self.best) / max(self.error, RESOLUTION)
+        """The policy less the best, in standard errors; 0 where one history tells of none."""
+        return (self.policy - self.best) / max(self.error, RESOLUTION) if self.error else 0.0
 
 
 def scenarios() -> Iterator[tuple[bool, Scenario]]:
