@@ -160,19 +160,27 @@ def _why(outcome: Outcome) -> str:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    made = parser(__doc__)
-    made.add_argument("--count", type=int, help="drills (100; quick: 5)")
-    made.add_argument("--seed", type=int, default=0, help="seed of the first drill")
-    made.add_argument("--nproc", type=int, default=3, help="ranks of the job")
-    made.add_argument("--steps", type=int, default=150, help="steps of the job")
-    made.add_argument("--max-stall", type=float, default=5.0, help="max_stall_s of the job")
-    made.add_argument(
-        "--runs-dir", type=Path, default=Path("runs/drills"), help="keeps what did not pass"
-    )
+    made = series_parser(__doc__, count=100, quick=5, nproc=3, runs_dir="runs/drills")
     options = made.parse_args(argv)
     if options.count is None:
         options.count = 5 if options.quick else 100
     return options
+
+
+def series_parser(
+    doc: str | None, *, count: int, quick: int, nproc: int, runs_dir: str
+) -> argparse.ArgumentParser:
+    """The options of a benchmark that does drills in series; `--count` stays None unless given."""
+    made = parser(doc)
+    made.add_argument("--count", type=int, help=f"drills ({count}; quick: {quick})")
+    made.add_argument("--seed", type=int, default=0, help="seed of the first drill")
+    made.add_argument("--nproc", type=int, default=nproc, help="ranks of the job")
+    made.add_argument("--steps", type=int, default=150, help="steps of the job")
+    made.add_argument("--max-stall", type=float, default=5.0, help="max_stall_s of the job")
+    made.add_argument(
+        "--runs-dir", type=Path, default=Path(runs_dir), help="keeps what did not pass"
+    )
+    return made
 
 
 if __name__ == "__main__":

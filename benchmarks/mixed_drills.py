@@ -14,10 +14,9 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from benchmarks.drills import Judged, figures, run_all, samples, unpassed
-from benchmarks.figures import Figure, Report, finish, parser
+from benchmarks.drills import Judged, figures, run_all, samples, series_parser, unpassed
+from benchmarks.figures import Figure, Report, finish
 from benchmarks.jobs import python_path, scratch
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import choose
@@ -83,15 +82,7 @@ def report(
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    made = parser(__doc__)
-    made.add_argument("--count", type=int, help="drills (200; quick: 4)")
-    made.add_argument("--seed", type=int, default=0, help="seed of the first drill")
-    made.add_argument("--nproc", type=int, default=4, help="ranks of the job")
-    made.add_argument("--steps", type=int, default=150, help="steps of the job")
-    made.add_argument("--max-stall", type=float, default=5.0, help="max_stall_s of the job")
-    made.add_argument(
-        "--runs-dir", type=Path, default=Path("runs/mixed"), help="keeps what did not pass"
-    )
+    made = series_parser(__doc__, count=200, quick=4, nproc=4, runs_dir="runs/mixed")
     options = made.parse_args(argv)
     if options.count is None:
         options.count = 4 if options.quick else 200

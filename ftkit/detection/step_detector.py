@@ -220,11 +220,11 @@ class StepDetector:
         for member, finding in late.items():
             # Who was found slow is so until that no longer holds, on a busy host as well.
             known = self._standing.get(member)
-            if known is not None and known.judge is self._own:
+            if member in slow or (known is not None and known.judge is self._own):
                 continue
             starved_s, work_s = self._starved(member, finding, warm)
             behind_s = work_s * (1 - 1 / finding.factor)
-            if member not in slow and starved_s >= _EXPLAINS * behind_s > 0:
+            if starved_s >= _EXPLAINS * behind_s > 0:
                 why = ", because it waits for a core of its host"
                 self._stand_for(Fault.STARVED, finding, warm, self._wall, why)
         for member, finding in slow.items():
