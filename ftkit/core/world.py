@@ -1,7 +1,7 @@
 """World: who is in the job in one generation, and where to reach them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
@@ -53,11 +53,17 @@ class World:
 
     generation: Generation
     members: tuple[Member, ...]
+    member_ids: frozenset[MemberId] = field(init=False, repr=False, compare=False)
+    _ranks: dict[MemberId, Rank] = field(init=False, repr=False, compare=False)
+    """Every member of a large world is asked for at every look."""
 
     def __post_init__(self) -> None:
         seats = [m.seat for m in self.members]
         if seats != sorted(set(seats)):
             raise ValueError(f"members must be in order of distinct seats, got {seats}")
+        ranks = {m.member: Rank(rank) for rank, m in enumerate(self.members)}
+        object.__setattr__(self, "_ranks", ranks)
+        object.__setattr__(self, "member_ids", frozenset(ranks))
 
     @classmethod
     def of(cls, generation: Generation, members: Iterable[Member]) -> "World":
@@ -68,10 +74,6 @@ class World:
     def size(self) -> int:
         return len(self.members)
 
-    @property
-    def member_ids(self) -> frozenset[MemberId]:
-        return frozenset(m.member for m in self.members)
-
     def first_on(self, node: NodeId) -> Member | None:
         """The member on `node` with the lowest seat; None when there is none."""
         there = [m for m in self.members if m.node == node]
@@ -79,10 +81,7 @@ class World:
 
     def rank_of(self, member: MemberId) -> Rank | None:
         """The rank of `member` in this world, or None when it is not in it."""
-        for rank, candidate in enumerate(self.members):
-            if candidate.member == member:
-                return Rank(rank)
-        return None
+        return self._ranks.get(member)
 
     def to_json(self) -> dict[str, object]:
         return {

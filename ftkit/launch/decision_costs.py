@@ -118,12 +118,16 @@ class DecisionCosts:
         ):
             self._halted_at = now
         explained = []
+        in_arena = set(arena)
+        losses: dict[str, dict[str, object] | None] = {}
         for decision in decisions:
             self._measure(decision, now)
             told: dict[str, object] | None = None
             match decision.action:
-                case "respawn" | "resume" | "reform" | "restart" | "form":
-                    told = self._loss(decision.action, before, after, facts, set(arena), written)
+                case "respawn" | "resume" | "reform" | "restart" | "form" as action:
+                    if action not in losses:  # of a thousand respawns the table is the same
+                        losses[action] = self._loss(action, before, after, facts, in_arena, written)
+                    told = losses[action]
                 case "join":
                     told = self._growth(before, after)
             fields = decision.fields | ({"costs": told} if told else {})
@@ -141,7 +145,7 @@ class DecisionCosts:
             case "grown":
                 members = decision.fields["members"]
                 assert isinstance(members, list), "the protocol lists the seats"
-                for seat in [s for s in self._ordered if s in members]:
+                for seat in self._ordered.keys() & set(members):
                     self._respawn.add(now - self._ordered.pop(seat))
             case "form":
                 self._ordered.clear()

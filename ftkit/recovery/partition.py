@@ -50,7 +50,9 @@ def count(
     """
     known = {cut.seats: cut for cut in before}
     seats = {f.member: f.seat for f in standing}
-    pairs = sorted({_pair(f.seat, seats[m]) for f in standing for m in f.cut if m in seats})
+    # When many have died, every survivor tells of the same: those are looked through once.
+    told = {cut: cut & seats.keys() for cut in {f.cut for f in standing}}
+    pairs = sorted({_pair(f.seat, seats[m]) for f in standing for m in told[f.cut]})
     cuts = []
     for pair in pairs:
         cut = known.get(pair)

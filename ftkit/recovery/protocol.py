@@ -34,6 +34,7 @@ Invariants (tests/recovery and the simulator check them on every state they reac
       it, and when that is over so is the member, whether or not anybody knew it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from ftkit.core import exit_codes
@@ -84,8 +85,8 @@ def advance(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> tuple[Plan, li
         moved = _one_move(plan, facts, budget)
         if moved is None:
             break
-        before, (plan, decision) = plan, moved
-        decisions.append(decision)
+        before, (plan, told) = plan, moved
+        decisions += told
         if plan.mode is Mode.FORMING and before.mode is not Mode.FORMING:
             break  # what can be restored, and is worth waiting for, is asked only now
     return plan, decisions
@@ -105,28 +106,31 @@ def gone(plan: Plan, facts: JobFacts, member: MemberId) -> bool:
 Move = tuple[Plan, Decision]
 
 
-def _one_move(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
+def _one_move(
+    plan: Plan, facts: JobFacts, budget: BudgetConfig
+) -> tuple[Plan, Sequence[Decision]] | None:
+    if moved := _whatever_mode(plan, facts):
+        return moved[0], [moved[1]]
+    if replaced := _replace_dead(plan, facts, budget):
+        return replaced
+    match plan.mode:
+        case Mode.FORMING:
+            moved = _form(plan, facts, budget)
+        case Mode.RUNNING:
+            moved = _run(plan, facts)
+        case Mode.HALTING:
+            moved = _resume(plan, facts, budget)
+        case Mode.ENDED:
+            moved = None
+    return moved and (moved[0], [moved[1]])
+
+
+def _whatever_mode(plan: Plan, facts: JobFacts) -> Move | None:
     if facts.interrupted:
         return _end(plan, Stop(code=exit_codes.INTERRUPTED, reason=facts.interrupted))
     if facts.refused:
         return _end(plan, Stop(code=exit_codes.USAGE, reason=facts.refused))
-    whatever = (
-        _finish(plan, facts)
-        or _assign(plan, facts)
-        or _evict(plan, facts)
-        or _replace_dead(plan, facts, budget)
-    )
-    match plan.mode:
-        case _ if whatever:
-            return whatever
-        case Mode.FORMING:
-            return _form(plan, facts, budget)
-        case Mode.RUNNING:
-            return _run(plan, facts)
-        case Mode.HALTING:
-            return _resume(plan, facts, budget)
-        case Mode.ENDED:
-            return None
+    return _finish(plan, facts) or _assign(plan, facts) or _evict(plan, facts)
 
 
 def _end(plan: Plan, stop: Stop) -> Move:
@@ -196,11 +200,18 @@ def _evict(plan: Plan, facts: JobFacts) -> Move | None:
     )
 
 
-def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
-    """Give the seat of one dead process to a new one, or stop the job.
+def _replace_dead(
+    plan: Plan, facts: JobFacts, budget: BudgetConfig
+) -> tuple[Plan, list[Decision]] | None:
+    """Give the seats of dead processes to new ones, or stop the job.
 
-    Only once the process is really gone: two incarnations of a seat never share its arena.
+    Only once a process is really gone: two incarnations of a seat never share its arena. All at
+    once: where a thousand have died the facts are not looked through a thousand times.
     """
+    seats, evicted, restarts = {s.seat: s for s in plan.seats}, dict(plan.evicted), plan.restarts
+    step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
+    decisions = list[Decision]()
+    broken = False
     for seat in plan.seats:
         dead = facts.members.get(seat.member)
         if dead is None or not (
@@ -208,53 +219,77 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
             or (dead.stage is Stage.FINISHED and seat.member in plan.evicted)
         ):
             continue
-        outside_cause = dead.exit_code is None or seat.member in plan.evicted
-        if plan.world is None and not dead.port and not outside_cause:
-            return _end(
-                plan,
-                Stop(
-                    code=exit_status(dead.exit_code),
-                    reason=f"the process in seat {seat.seat} {describe_exit(dead.exit_code)} "
-                    "before it joined the job" + (f":\n{dead.error}" if dead.error else ""),
-                ),
-            )
-        drained = seat.node in facts.draining and dead.exit_code == exit_codes.STOPPED
-        blameless = drained or plan.evicted.get(seat.member) == RESTART
-        step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
-        next_seat = respawn(
-            replace(seat, failures=seat.failures - 1) if blameless else seat,
-            dead,
-            step=Step(step),
-            restarts=plan.restarts,
-            member=plan.next_member,
-            config=budget,
+        at = replace(plan, seats=tuple(seats.values())) if decisions and facts.advised else plan
+        next_seat = _next_in(
+            at, seat, dead, facts, budget, step=Step(step), replaced=len(decisions)
         )
         if isinstance(next_seat, Stop):
-            return _end(plan, next_seat)
-        node, why = place(plan, next_seat, facts)
-        if node in facts.draining:
+            ended, decision = _end(plan, next_seat)
+            return ended, [decision]
+        assigned, why = next_seat
+        if assigned.node in facts.draining:
             continue  # once its agent is gone, and another has come
-        next_seat = replace(next_seat, node=node, boot=facts.boots.get(node))
-        reason = plan.evicted.get(seat.member, describe_exit(dead.exit_code))
-        reason += f"; on node {node} now: {why}" if why else ""
-        mode, halted = plan.mode, plan.halted
-        if mode is Mode.RUNNING and plan.world and seat.member in plan.world.member_ids:
-            mode, halted = Mode.HALTING, _issued(plan)
-        fields: dict[str, object] = {"seat": seat.seat, "member": next_seat.member}
+        seats[seat.seat] = assigned
+        reason = evicted.pop(seat.member, describe_exit(dead.exit_code))
+        reason += f"; on node {assigned.node} now: {why}" if why else ""
+        broken |= plan.world is not None and seat.member in plan.world.member_ids
+        fields: dict[str, object] = {"seat": seat.seat, "member": assigned.member}
         fields["dead"] = seat.member
-        return plan.revised(
-            mode=mode,
-            halted=halted,
-            seats=tuple(next_seat if s.seat == seat.seat else s for s in plan.seats),
-            evicted={m: r for m, r in plan.evicted.items() if m != seat.member},
-            next_member=MemberId(plan.next_member + 1),
-            restarts=plan.restarts + 1,
-        ), Decision(
-            action="respawn",
-            reason=f"member {seat.member} in seat {seat.seat} {reason}",
-            fields=fields | ({"node": node, "avoided": seat.node} if why else {}),
+        decisions.append(
+            Decision(
+                action="respawn",
+                reason=f"member {seat.member} in seat {seat.seat} {reason}",
+                fields=fields | ({"node": assigned.node, "avoided": seat.node} if why else {}),
+            )
         )
-    return None
+    if not decisions:
+        return None
+    halts = broken and plan.mode is Mode.RUNNING
+    return plan.revised(
+        mode=Mode.HALTING if halts else plan.mode,
+        halted=_issued(plan) if halts else plan.halted,
+        seats=tuple(seats.values()),
+        evicted=evicted,
+        next_member=MemberId(plan.next_member + len(decisions)),
+        restarts=restarts + len(decisions),
+    ), decisions
+
+
+def _next_in(
+    plan: Plan,
+    seat: Assignment,
+    dead: MemberFacts,
+    facts: JobFacts,
+    budget: BudgetConfig,
+    *,
+    step: Step,
+    replaced: int,
+) -> tuple[Assignment, str] | Stop:
+    """Who fills the seat of a dead process, and why on another node; or the reason to stop.
+
+    `replaced` seats are filled before it by the same move.
+    """
+    outside_cause = dead.exit_code is None or seat.member in plan.evicted
+    if plan.world is None and not dead.port and not outside_cause:
+        return Stop(
+            code=exit_status(dead.exit_code),
+            reason=f"the process in seat {seat.seat} {describe_exit(dead.exit_code)} "
+            "before it joined the job" + (f":\n{dead.error}" if dead.error else ""),
+        )
+    drained = seat.node in facts.draining and dead.exit_code == exit_codes.STOPPED
+    blameless = drained or plan.evicted.get(seat.member) == RESTART
+    next_seat = respawn(
+        replace(seat, failures=seat.failures - 1) if blameless else seat,
+        dead,
+        step=step,
+        restarts=plan.restarts + replaced,
+        member=MemberId(plan.next_member + replaced),
+        config=budget,
+    )
+    if isinstance(next_seat, Stop):
+        return next_seat
+    node, why = place(plan, next_seat, facts)
+    return replace(next_seat, node=node, boot=facts.boots.get(node)), why
 
 
 def _finish(plan: Plan, facts: JobFacts) -> Move | None:
@@ -262,8 +297,8 @@ def _finish(plan: Plan, facts: JobFacts) -> Move | None:
     expected = [s.member for s in plan.seats]
     if plan.mode is Mode.RUNNING and plan.world is not None:
         expected = [m.member for m in plan.world.members]
-    stages = [facts.members[m].stage if m in facts.members else None for m in expected]
-    if any(stage is not Stage.FINISHED for stage in stages):
+    here = (facts.members.get(m) for m in expected)
+    if any(f is None or f.stage is not Stage.FINISHED for f in here):
         return None
     if any(m in plan.evicted for m in expected):
         # Told to leave, it left; a process that exits with 0 then has not finished its work.

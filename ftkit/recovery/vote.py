@@ -13,6 +13,7 @@ the same samples a second time is in the data or the model; what does not, was c
 import math
 import statistics
 import struct
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum, auto
@@ -216,20 +217,28 @@ def tally(ballots: Sequence[Ballot]) -> Tally:
 
 def _apart(ballots: Sequence[Ballot]) -> Iterator[list[int]]:
     """Ranks whose gradients are not those of most that have their layout."""
-    for layout in {b.layout for b in ballots}:
-        ranks = [rank for rank, b in enumerate(ballots) if b.layout == layout]
+    by_layout = defaultdict[int, list[int]](list)
+    for rank, b in enumerate(ballots):
+        by_layout[b.layout].append(rank)
+    for ranks in by_layout.values():
         yield [ranks[i] for i in minority([ballots[rank].digest for rank in ranks])]
 
 
 def doubtful(norms: Sequence[float]) -> list[int]:
     """Ranks whose gradients are not finite, or `OUTLIER` times those of the others."""
     bad = [rank for rank, norm in enumerate(norms) if not math.isfinite(norm)]
-    sound = [rank for rank in range(len(norms)) if rank not in bad]
-    for rank in sound:
-        others = [norms[r] for r in sound if r != rank]
-        if others and norms[rank] > OUTLIER * statistics.median(others) > 0:
+    sound = sorted((norm, rank) for rank, norm in enumerate(norms) if math.isfinite(norm))
+    for place, (norm, rank) in enumerate(sound):
+        if len(sound) > 1 and norm > OUTLIER * _median_without(sound, place) > 0:
             bad.append(rank)
     return sorted(bad)
+
+
+def _median_without(ordered: Sequence[tuple[float, int]], place: int) -> float:
+    """The median of the values of all but one of at least two, which are in order."""
+    left = len(ordered) - 1
+    low, high = (left - 1) // 2, left // 2
+    return (ordered[low + (low >= place)][0] + ordered[high + (high >= place)][0]) / 2
 
 
 def _usual(numbers: Tally) -> float:
@@ -241,9 +250,10 @@ def minority(values: Sequence[int]) -> list[int]:
     """Positions that differ from the commonest value; all of them when there is no majority."""
     if not values:
         return []
-    commonest = max(set(values), key=lambda v: (values.count(v), -values.index(v)))
-    if values.count(commonest) == len(values):
+    # Of equally common values the first that occurs.
+    commonest, times = Counter(values).most_common(1)[0]
+    if times == len(values):
         return []
-    if values.count(commonest) * 2 <= len(values):
+    if times * 2 <= len(values):
         return list(range(len(values)))
     return [i for i, value in enumerate(values) if value != commonest]

@@ -45,6 +45,28 @@ def test_two_are_killed_together() -> None:
     assert story.world == [1]
 
 
+def test_many_that_die_together_are_replaced_in_one_move() -> None:
+    story = training(seats=40)
+    for member in range(0, 40, 2):
+        story.says(member, Stage.DEAD, exit_code=-9)
+    version = story.plan.version
+    assert story.moves() == ["respawn"] * 20
+    assert story.plan.version == version + 1, "the facts are not looked through once for each"
+    assert [s.member for s in story.plan.seats[::2]] == list(range(40, 60))
+    assert (story.plan.mode, story.plan.restarts) == (Mode.HALTING, 20)
+    assert story.plan.next_member == 60
+
+
+def test_the_budget_counts_those_that_die_together() -> None:
+    story = training(seats=40)
+    story.budget = BudgetConfig(restarts_max=19)
+    for member in range(0, 40, 2):
+        story.says(member, Stage.DEAD, exit_code=-9)
+    assert story.moves() == ["end"], "nobody is replaced in a job that ends"
+    assert story.plan.stop is not None
+    assert story.plan.stop.reason.startswith("19 processes were replaced")
+
+
 def test_between_vote_and_commit_those_behind_roll_forward() -> None:
     story = training(5)
     story.says(0, Stage.DEAD, exit_code=-9)

@@ -1,6 +1,7 @@
 """Every rank counts the same ballots and must come to the same result."""
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,17 @@ def test_ranks_may_differ_by_their_samples() -> None:
     assert doubtful([1e-3, 1.0]) == [1]
     assert doubtful([math.nan, 1.0, 1e9]) == [0, 2]
     assert doubtful([math.nan] * 3) == [0, 1, 2]
+
+
+@given(st.lists(st.sampled_from([0.0, 1e-4, 0.3, 1.0, 99.0, 150.0, 1e9, math.nan]), max_size=9))
+def test_each_norm_is_held_against_the_median_of_all_others(norms: list[float]) -> None:
+    def is_bad(rank: int) -> bool:
+        others = [n for r, n in enumerate(norms) if r != rank and math.isfinite(n)]
+        if not math.isfinite(norms[rank]):
+            return True
+        return bool(others) and norms[rank] > 100 * statistics.median(others) > 0
+
+    assert doubtful(norms) == [r for r in range(len(norms)) if is_bad(r)]
 
 
 @given(st.integers(3, 9), st.data())
