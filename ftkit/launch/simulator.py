@@ -6,27 +6,30 @@ every seat must be in one world again and the job must end with code 0. A seed t
 says so with the faults and the last events, and plays again the same way::
 
     python -m ftkit.launch.simulator --seed 17 -v
+
+`simulator_seeds` plays many of them.
 """
 
-import argparse
 import heapq
 import random
 import sys
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.ids import Boot, MemberId, NodeId, Seat, Term
 from ftkit.core.verdict import Fault as Wrong
 from ftkit.launch.config import JobConfig
-from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState
+from ftkit.launch.simulator_arenas import Arenas
+from ftkit.launch.simulator_checks import Checker, SimulationFailure
 from ftkit.launch.simulator_faults import Fault, Kind, schedule
-from ftkit.launch.simulator_hosts import SNAPSHOTS_KEPT, Report, SimAgent, SimCoordinator
+from ftkit.launch.simulator_hosts import Report, SimAgent, SimCoordinator
+from ftkit.launch.simulator_network import Network
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
-from ftkit.recovery.plan import Mode, Plan, Stop
+from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 #: Virtual time at which every fault is over.
 HEALED_S = 10.0
@@ -34,17 +37,13 @@ HEALED_S = 10.0
 RECOVERY_S = 60.0
 #: What the simulated job calls a stall; every other time of it follows from this.
 MAX_STALL_S = 2.0
+#: Ranks on a node, where their number is given: at most.
+SEATS_MAX = 8
+#: A job of more ranks takes its time: the coordinator looks less often (`simulator_hosts.LOOK_S`),
+#: so steps, stalls, faults and recovery are that much longer.
+UNHURRIED = 2500
 #: Where training never ends by itself, so that faults have time to happen.
 FOREVER = 1_000_000
-
-
-@dataclass(slots=True)
-class _Link:
-    """A connection between two processes. A message of an older epoch is lost."""
-
-    up: bool = False
-    epoch: int = 0
-    last_s: dict[MemberId, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +51,7 @@ class Outcome:
     """How a simulated job ended."""
 
     seed: int
+    ranks: int
     stop: Stop
     virtual_s: float
     events: int
@@ -72,7 +72,7 @@ class Simulation:
         seed: int,
         *,
         faults: list[Fault] | None = None,
-        shape: tuple[int, int] | None = None,
+        ranks: int | None = None,
         verbose: bool = False,
     ) -> None:
         """Draw the job from `seed`.
@@ -80,7 +80,7 @@ class Simulation:
         Args:
           seed: decides everything that is not given.
           faults: in place of its schedule of faults.
-          shape: nodes and seats on each, in place of its own.
+          ranks: how many, in place of its own few.
           verbose: print every event.
         """
         self.seed = seed
@@ -90,18 +90,23 @@ class Simulation:
         self.seats_per_node = rng.randint(1, 3) if self.nodes > 1 else rng.randint(2, 5)
         if self.nodes * self.seats_per_node > 6:
             self.seats_per_node = 2
-        if shape is not None:
-            self.nodes, self.seats_per_node = shape
+        if ranks is not None:
+            self.nodes, self.seats_per_node = _shape(ranks)
+        self._replay = f"--seed {seed} -v" + (f" --ranks {ranks}" if ranks else "")
+        self.span = max(1.0, self.size / UNHURRIED)
+        self.healed_s = HEALED_S * self.span
         self.config = JobConfig(
             job=f"sim-{seed}",
             command=("simulated",),
             nodes=self.nodes,
             nproc=self.seats_per_node,
-            max_stall_s=MAX_STALL_S,
+            max_stall_s=MAX_STALL_S * self.span,
         )
         self.times = self.config.times
         self.verdicts: Counter[Wrong] = Counter()
         self.slots = rng.randint(1, 8)
+        if self.size > self.slots and rng.random() < 0.5:
+            self.slots = rng.randint(self.size, 2 * self.size)
         self.endless = rng.random() < 0.5
         self.until = FOREVER if self.endless else rng.randint(6, 14)
         self.tight_budget = rng.random() < 0.15
@@ -110,12 +115,12 @@ class Simulation:
             self.budget = BudgetConfig(same_place_max=1000, restarts_max=100_000)
         self.forgetful = rng.random() < 0.5
         self.unborn_say_halted = rng.random() < 0.5
-        self.step_s = rng.choice((0.05, 0.3)) if not self.endless else 0.4
-        self.faults = (
-            schedule(rng, count=rng.randint(0, 8), until_s=HEALED_S - 2)
-            if faults is None
-            else faults
-        )
+        self.step_s = self.span * (rng.choice((0.05, 0.3)) if not self.endless else 0.4)
+        if faults is None:
+            count = rng.randint(0, 8)
+            until_s = self.healed_s - 2 * self.span
+            faults = schedule(rng, count=count, until_s=until_s, span=self.span, ranks=self.size)
+        self.faults = faults
         self.checker = Checker(self.slots)
         self.ranks: dict[MemberId, SimRank] = {}
         self.agents: dict[NodeId, SimAgent] = {}
@@ -125,14 +130,17 @@ class Simulation:
         self._verbose = verbose
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._sequence = 0
-        self._links: dict[tuple[MemberId, MemberId], _Link] = {}
-        #: Until when two seats cannot connect, whoever sits there.
-        self._cut_until: dict[frozenset[Seat], float] = {}
+        self.network = Network(self)
+        self.arenas = Arenas()
+        self.seated: dict[Seat, SimRank] = {}
+        """The process that was started last in each seat."""
+        self._assigned: dict[int, tuple[Plan, dict[Boot | None, list[Assignment]]]] = {}
         nodes = [NodeId(n) for n in range(self.nodes)]
         self._deaf_until = dict.fromkeys(nodes, 0.0)
         self._slow_until = dict.fromkeys(nodes, 0.0)
         self._fifo_s: dict[object, float] = {}
         self._passed: dict[str, int] = {}
+        self._at_point: dict[tuple[str, int], list[Fault]] = {}
         self._log: deque[tuple[float, str, MemberId | None, str]] = deque(maxlen=60)
         self._healed = False
         self._whole_again = False
@@ -145,7 +153,9 @@ class Simulation:
         for fault in self.faults:
             if not fault.point:
                 self.after(fault.at_s, self._strike, fault, None)
-        self.after(HEALED_S, self._heal)
+            else:
+                self._at_point.setdefault((fault.point, fault.nth), []).append(fault)
+        self.after(self.healed_s, self._heal)
 
     @property
     def size(self) -> int:
@@ -163,7 +173,7 @@ class Simulation:
             stop = self.ended
             if stop is None:
                 raise SimulationFailure(
-                    f"no end within {RECOVERY_S} s of the last fault: {self._where()}"
+                    f"no end within {RECOVERY_S * self.span:g} s of the last fault: {self._where()}"
                 )
             if stop.code and not self._may_stop(stop):
                 raise SimulationFailure(f"ended with {stop.code}: {stop.reason}")
@@ -172,6 +182,7 @@ class Simulation:
         plan = self.coordinator.plan
         return Outcome(
             seed=self.seed,
+            ranks=self.size,
             stop=stop,
             virtual_s=self.now,
             events=self.handled,
@@ -185,7 +196,7 @@ class Simulation:
         queue = self._queue
         while queue and self.ended is None:
             self.now, _, action, args = heapq.heappop(queue)
-            if self.now > HEALED_S + RECOVERY_S:
+            if self.now > self.healed_s + RECOVERY_S * self.span:
                 return
             self.handled += 1
             action(*args)
@@ -221,69 +232,28 @@ class Simulation:
         if self._verbose:
             print(_line(*self._log[-1]))
 
-    def _link(self, a: MemberId, b: MemberId) -> _Link:
-        key = (a, b) if a < b else (b, a)
-        link = self._links.get(key)
-        if link is None:
-            link = self._links[key] = _Link()
-        return link
-
-    def linked(self, a: MemberId, b: MemberId) -> bool:
-        """Whether the connection between two members stands."""
-        return a == b or self._link(a, b).up
-
-    def connect(self, rank: SimRank, peer: MemberId) -> bool:
-        """Make sure that `rank` and `peer` are connected; False when they cannot be."""
-        if peer == rank.member:
-            return True
-        link, other = self._link(rank.member, peer), self.ranks[peer]
-        cut_until = self._cut_until.get(frozenset({rank.seat, other.seat}), 0.0)
-        if not link.up and other.alive and self.now >= cut_until:
-            link.up, link.epoch = True, link.epoch + 1
-        return link.up
-
-    def send(
-        self, source: SimRank, to: MemberId, action: Callable[..., None], *args: object
-    ) -> None:
-        """Send over the data plane; in order, and lost when the connection breaks."""
-        link = self._link(source.member, to)
-        if link.up:
-            self._arrive_later(link, to, self._arrive, link.epoch, action, *args)
-
-    def _arrive_later(
-        self, link: _Link, to: MemberId, action: Callable[..., None], *args: Any
-    ) -> None:
-        at = max(self.now + self.delay_s(), link.last_s.get(to, 0.0))
-        link.last_s[to] = at
-        self.after(at - self.now, action, link, to, *args)
-
-    def _arrive(
-        self, link: _Link, to: MemberId, epoch: int, action: Callable[..., None], *args: Any
-    ) -> None:
-        if link.epoch == epoch:
-            rank = self.ranks[to]
-            rank.do(action, rank, *args)
-
-    def _break(self, a: MemberId, b: MemberId, *, lossy: bool) -> None:
-        """End a connection: a reset loses what is on the way, an end of stream does not."""
-        link = self._link(a, b)
-        if not link.up:
-            return
-        link.up = False
-        link.epoch += lossy
-        for end, peer in ((a, b), (b, a)):
-            self._arrive_later(link, end, self._arrive, link.epoch, SimRank.link_broke, peer)
-
     def is_deaf(self, node: NodeId) -> bool:
         """Whether node and coordinator cannot hear each other."""
         return self.now < self._deaf_until[node]
 
-    def to_coordinator(self, agent: SimAgent, asked: bool) -> None:
+    def assigned(self, plan: Plan, boot: Boot) -> list[Assignment]:
+        """The seats of `plan` that this life of an agent starts."""
+        if id(plan) not in self._assigned:
+            seats = defaultdict[Boot | None, list[Assignment]](list)
+            for seat in plan.seats:
+                seats[seat.boot].append(seat)
+            self._assigned[id(plan)] = plan, seats
+            for old in list(self._assigned)[:-4]:
+                del self._assigned[old]
+        return self._assigned[id(plan)][1].get(boot, [])
+
+    def to_coordinator(self, agent: SimAgent, asked: bool, *, rows: bool = True) -> None:
         """Carry an agent's report; one in twenty is lost, unless it was asked for."""
         if not agent.alive or self.is_deaf(agent.node):
             return
         if asked or self.rng.random() > 0.05:
-            self._in_order(("up", agent.node), self._hear, self.coordinator, agent, agent.report())
+            report = agent.report(rows=rows)
+            self._in_order(("up", agent.node), self._hear, self.coordinator, agent, report)
 
     def _hear(self, coordinator: SimCoordinator, agent: SimAgent, report: Report) -> None:
         # A report to a coordinator that has died since is lost with it.
@@ -312,10 +282,11 @@ class Simulation:
         """Start a process for a seat."""
         if member in self.ranks:
             raise SimulationFailure(f"member {member} was spawned twice")
-        if any(r.alive and r.seat == seat for r in self.ranks.values()):
+        before = self.seated.get(seat)
+        if before is not None and before.alive:
             raise SimulationFailure(f"two processes share the arena of seat {seat}")
         self.note("spawn", None, f"member {member} in seat {seat} on node {node}")
-        rank = self.ranks[member] = SimRank(self, member, seat, node)
+        rank = self.ranks[member] = self.seated[seat] = SimRank(self, member, seat, node)
         return rank
 
     def exits(self, rank: SimRank, code: int) -> None:
@@ -329,51 +300,25 @@ class Simulation:
     def _die(self, rank: SimRank, code: int | None) -> None:
         if not rank.alive:
             return
+        rank.cut_off(self.now if rank.stopped_since is None else rank.stopped_since)
         rank.alive = False
         self.note("exit", rank, f"code {code}, {rank.stage.value}, step {rank.step}")
-        lossy = code != 0 and self.rng.random() < 0.5
-        for (a, b), link in list(self._links.items()):
-            if link.up and rank.member in (a, b):
-                self._break(a, b, lossy=lossy)
+        self.network.died(rank, lossy=code != 0 and self.rng.random() < 0.5)
         self.after(self.rng.uniform(0.003, 0.03), self.agents[rank.node].saw_exit, rank, code)
-
-    def seal(self, node: NodeId, seat: Seat, state: TrainingState) -> None:
-        """A snapshot is complete in a seat's arena, which keeps the newest few."""
-        arena = self.agents[node].arenas.setdefault(seat, [])
-        others = [s for s in arena if s.step != state.step]
-        arena[:] = [*others[-(SNAPSHOTS_KEPT - 1) :], state]
-
-    def forget_newer(self, seat: Seat, state: TrainingState) -> None:
-        """What a predecessor left in this arena beyond `state` is of another history."""
-        for agent in self.agents.values():
-            if seat in agent.arenas:
-                agent.arenas[seat] = [s for s in agent.arenas[seat] if s.step <= state.step]
-
-    def snapshot(self, step: Step, attempt: Generation | None) -> TrainingState | None:
-        """A sealed snapshot of `step`: of that attempt, or else of the newest one."""
-        if step == 0:
-            return TrainingState()
-        found = [
-            s
-            for agent in self.agents.values()
-            if agent.alive
-            for arena in agent.arenas.values()
-            for s in arena
-            if s.step == step and attempt in (None, s.attempt)
-        ]
-        return max(found, key=lambda s: s.attempt, default=None)
 
     # Faults.
 
-    def point(self, name: str, rank: SimRank) -> None:
-        """A rank passes a point at which a fault may be due."""
+    def point(self, name: str, rank: SimRank, *, within_s: float | None = None) -> None:
+        """A rank passes a point at which a fault may be due; or begins to, and takes `within_s`."""
         count = self._passed[name] = self._passed.get(name, 0) + 1
-        for fault in self.faults:
-            if fault.point == name and fault.nth == count:
+        for fault in self._at_point.get((name, count), ()):
+            if within_s is None:
                 self._strike(fault, rank)
+            else:
+                self.after(self.rng.uniform(0.0, within_s), self._strike, fault, rank)
 
     def _strike(self, fault: Fault, at: SimRank | None) -> None:
-        if self.now > HEALED_S:
+        if self.now > self.healed_s:
             return
         alive = [r for _, r in sorted(self.ranks.items()) if r.alive]
         if not alive:
@@ -412,9 +357,7 @@ class Simulation:
             case Kind.CUT_LINK:
                 other = alive[(fault.target + 1) % len(alive)]
                 if other is not victim:
-                    ends = frozenset({victim.seat, other.seat})
-                    self._cut_until[ends] = self.now + fault.duration_s
-                    self._break(victim.member, other.member, lossy=True)
+                    self.network.cut(victim, other, self.now + fault.duration_s)
             case Kind.DEAF_NODE:
                 self._deaf_until[node] = max(self._deaf_until[node], self.now + fault.duration_s)
             case Kind.SLOW_PLANS:
@@ -442,6 +385,7 @@ class Simulation:
         if not agent.alive:
             return
         agent.alive = False
+        self.arenas.lose(node)
         for rank in list(agent.ranks.values()):
             self._die(rank, None)
         self.after(0.2 + duration_s, self._revive, node)
@@ -461,7 +405,7 @@ class Simulation:
         self.note("HEALED", None, "")
         for node in self.agents:
             self._deaf_until[node] = self._slow_until[node] = 0.0
-        self._cut_until.clear()
+        self.network.heal()
         for rank in list(self.ranks.values()):
             self._continue(rank)
         self._look()
@@ -473,7 +417,7 @@ class Simulation:
             if self.endless:
                 self.until = 3 + max(r.step or 0 for r in self.ranks.values())
             return
-        self.after(0.25, self._look)
+        self.after(0.25 * self.span, self._look)
 
     def _whole(self) -> bool:
         plan = self.coordinator.plan
@@ -511,7 +455,7 @@ class Simulation:
                 *(f"  {fault}" for fault in self.faults),
                 "last events:",
                 *(_line(*event) for event in self._log),
-                f"replay: python -m ftkit.launch.simulator --seed {self.seed} -v",
+                f"replay: python -m ftkit.launch.simulator {self._replay}",
             ]
         )
 
@@ -520,24 +464,13 @@ def _line(at: float, kind: str, member: MemberId | None, text: str) -> str:
     return f"  {at:8.4f} {kind:9} {'' if member is None else member!s:>3} {text}"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line: one seed, or many. Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ftkit.launch.simulator", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--count", type=int, default=1, help="how many seeds to play")
-    parser.add_argument("-v", "--verbose", action="store_true", help="print every event")
-    options = parser.parse_args(arguments)
-    for seed in range(options.seed, options.seed + options.count):
-        try:
-            outcome = Simulation(seed, verbose=options.verbose).run()
-        except SimulationFailure as failure:
-            print(failure, file=sys.stderr)
-            return 1
-        if options.count == 1 or options.verbose:
-            print(outcome)
-    print(f"{options.count} seeds hold")
-    return 0
+def _shape(ranks: int) -> tuple[int, int]:
+    """Nodes, and as many seats on each as divide the ranks evenly, up to `SEATS_MAX`."""
+    seats = max(n for n in range(1, SEATS_MAX + 1) if ranks % n == 0)
+    return ranks // seats, seats
 
 
 if __name__ == "__main__":
+    from ftkit.launch.simulator_seeds import main
+
     sys.exit(main())

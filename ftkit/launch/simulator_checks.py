@@ -9,6 +9,7 @@ not reproducible, and must be equal wherever ranks train together.
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from ftkit.core.ids import Generation, MemberId, Step
@@ -37,13 +38,18 @@ class TrainingState:
 
     def after(self, attempt: Generation) -> "TrainingState":
         """The state once one more step, reduced in generation `attempt`, is committed."""
-        step = Step(self.step + 1)
-        return TrainingState(
-            step=step,
-            state=chain(self.state, step),
-            lineage=chain(self.lineage, step, attempt),
-            attempt=attempt,
-        )
+        return _after(self, attempt)
+
+
+@lru_cache(maxsize=64)
+def _after(before: TrainingState, attempt: Generation) -> TrainingState:
+    step = Step(before.step + 1)
+    return TrainingState(
+        step=step,
+        state=chain(before.state, step),
+        lineage=chain(before.lineage, step, attempt),
+        attempt=attempt,
+    )
 
 
 def chain(*values: int) -> int:
@@ -123,8 +129,9 @@ class Checker:
 
     def entered(self, rank: "SimRank", world: World) -> None:
         """A rank entered a world (I1, I2)."""
+        issued = self._worlds.get(world.generation)
         self._require(
-            self._worlds.get(world.generation) == world.member_ids,
+            issued is world.member_ids or issued == world.member_ids,
             f"member {rank.member} entered generation {world.generation}, not as issued",
         )
         self._require(

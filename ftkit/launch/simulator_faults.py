@@ -61,7 +61,7 @@ class Fault:
 
     kind: Kind
     target: int
-    """Chooses seat or node, modulo how many there are. At a point: 0 strikes whoever
+    """Chooses seat or node, modulo how many there are. At a point: a multiple of 3 strikes whoever
     passes it, otherwise somebody else."""
     duration_s: float = 0.0
     at_s: float = 0.0
@@ -73,8 +73,14 @@ class Fault:
         return f"{self.kind.value} target={self.target} for {self.duration_s:.3f} s {when}"
 
 
-def schedule(rng: random.Random, *, count: int, until_s: float) -> list[Fault]:
-    """`count` faults, the last of which begins before `until_s` virtual seconds."""
+def schedule(
+    rng: random.Random, *, count: int, until_s: float, span: float = 1.0, ranks: int = 6
+) -> list[Fault]:
+    """`count` faults, the last of which begins before `until_s` virtual seconds.
+
+    They last `span` times as long as in a small job, and come as late in the life of `ranks`.
+    """
+    passes = max(1, ranks // 6)
     weights = {
         Kind.KILL_RANK: 10,
         Kind.KILL_SEVERAL: 3,
@@ -96,11 +102,11 @@ def schedule(rng: random.Random, *, count: int, until_s: float) -> list[Fault]:
         faults.append(
             Fault(
                 kind=kind,
-                target=rng.randrange(12),
-                duration_s=rng.choice((0.0, 0.05, 0.5, 2.0, 4.0)),
+                target=rng.randrange(2 * max(ranks, 6)),
+                duration_s=rng.choice((0.0, 0.05, 0.5, 2.0, 4.0)) * span,
                 at_s=0.0 if at_point else rng.uniform(0.0, until_s),
                 point=point if at_point else "",
-                nth=rng.randrange(1, 40 if point in OFTEN else 12) if at_point else 0,
+                nth=rng.randrange(1, (40 if point in OFTEN else 12) * passes) if at_point else 0,
             )
         )
     return faults

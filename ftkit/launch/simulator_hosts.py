@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.launch.decision_costs import DecisionCosts
-from ftkit.launch.judge import Judge, SeatRow
-from ftkit.launch.simulator_checks import TrainingState
-from ftkit.launch.simulator_rank import SimRank
+from ftkit.launch.judge import Judge
+from ftkit.launch.pace import Rest
+from ftkit.launch.simulator_rank import Glance, SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan, adopt, first_plan
 from ftkit.recovery.protocol import advance
@@ -20,7 +20,9 @@ from ftkit.recovery.protocol import advance
 if TYPE_CHECKING:
     from ftkit.launch.simulator import Simulation
 
-SNAPSHOTS_KEPT = 2
+#: What a coordinator's look costs for each rank, as measured (`benchmarks.scale`). After a look it
+#: rests (`pace.Rest`), so a large job is looked at less often.
+LOOK_S = 3e-5
 
 
 class SimAgent:
@@ -30,7 +32,6 @@ class SimAgent:
         self.sim, self.node, self.boot = sim, node, boot
         self.alive = True
         self.ranks: dict[Seat, SimRank] = {}
-        self.arenas: dict[Seat, list[TrainingState]] = {}
         self.plan: Plan | None = None
         self._spawned: set[MemberId] = set()
         self._facts: dict[MemberId, MemberFacts] = {}
@@ -86,8 +87,8 @@ class SimAgent:
             if rank.member in self.plan.evicted or self.plan.seat_of(rank.member) is None:
                 # Those that can leave by themselves get a moment for it.
                 self.sim.after(0.1, self.sim.kill, rank)
-        for seat in self.plan.seats:
-            if seat.boot != self.boot or seat.seat in self.ranks or seat.member in self._spawned:
+        for seat in self.sim.assigned(self.plan, self.boot):
+            if seat.seat in self.ranks or seat.member in self._spawned:
                 continue
             self._spawned.add(seat.member)
             rank = self.ranks[seat.seat] = self.sim.spawn(seat.member, seat.seat, self.node)
@@ -96,8 +97,9 @@ class SimAgent:
                 return
         if self.sim.forgetful:
             # Nobody promised to remember members that have no seat any more.
+            here = {r.member for r in self.ranks.values()}
             for member in [m for m in self._facts if self.plan.seat_of(m) is None]:
-                if all(r.member != member for r in self.ranks.values()):
+                if member not in here:
                     del self._facts[member]
         self._changed()
 
@@ -115,18 +117,18 @@ class SimAgent:
         if not beat:
             self._dirty = False
         if self.alive and not self.sim.is_deaf(self.node):
-            self.sim.to_coordinator(self, False)
+            self.sim.to_coordinator(self, False, rows=beat)
 
-    def report(self) -> "Report":
-        """Everything this agent knows, at this moment."""
+    def report(self, *, rows: bool) -> "Report":
+        """Everything this agent knows, at this moment; `rows` once a tick, as they are judged."""
         # A torn answer to "where do you stand" would be a lie; what a rank says of itself is
         # whole, so the agent relays it untouched.
         return Report(
             members=dict(self._facts),
-            snapshots=frozenset(s.step for arena in self.arenas.values() for s in arena),
+            snapshots=self.sim.arenas.steps(self.node),
             plan=self.plan,
             boot=self.boot,
-            rows=[SeatRow(rank.seat, *rank.row()) for rank in self.ranks.values() if rank.alive],
+            rows=[r.glance() for r in self.ranks.values() if r.alive] if rows else [],
         )
 
 
@@ -138,7 +140,7 @@ class Report:
     snapshots: frozenset[Step]
     plan: Plan | None
     boot: Boot
-    rows: Sequence[SeatRow]
+    rows: Sequence[Glance]
 
 
 class SimCoordinator:
@@ -152,6 +154,10 @@ class SimCoordinator:
         self.alive = True
         self.plan: Plan | None = None
         self._reports: dict[NodeId, Report] = {}
+        self._known: dict[MemberId, MemberFacts] = {}
+        self._rest = Rest(sim.times.tick_s)
+        self._judging = False
+        self._rows: dict[NodeId, tuple[Sequence[Glance], float]] = {}
         self._heard: dict[NodeId, float] = {}
         self._born_s = sim.now
 
@@ -167,11 +173,29 @@ class SimCoordinator:
             for agent in self.sim.agents.values():
                 if agent.node not in self._reports:
                     self.sim.to_coordinator(agent, True)
-        if self.plan is not None:
-            # Once a tick, and not at every report: the simulation is fast enough so.
+        # Once a tick, and not at every report: the simulation is fast enough so.
+        self._judging = True
+        self._look()
+        self.sim.after(self.sim.times.tick_s, self._tick)
+
+    def _look(self) -> None:
+        """Judge and advance, or do so after a rest."""
+        now, owed = self.sim.now, self._rest.owed
+        if not self.alive:
+            return
+        if not self._rest.due(now):
+            if not owed:
+                self.sim.after(self._rest.until - now, self._look_again)
+            return
+        if self.plan is not None and self._judging:
+            self._judging = False
             self._evictions = self._judged(self.plan)
         self._advance()
-        self.sim.after(self.sim.times.tick_s, self._tick)
+        self._rest.looked(now, now + LOOK_S * self.sim.size)
+
+    def _look_again(self) -> None:
+        self._rest.owed = False
+        self._look()
 
     def hear(self, agent: SimAgent, report: Report) -> None:
         """An agent's report arrives."""
@@ -179,14 +203,10 @@ class SimCoordinator:
             return
         self._reports[agent.node] = report
         self._heard[agent.node] = self.sim.now
-        self._judge.take_report(
-            agent.node,
-            report.rows,
-            list(report.members.values()),
-            sent=self.sim.now,
-            at=self.sim.now,
-        )
-        self._advance()
+        self._known.update(report.members)
+        if report.rows:
+            self._rows[agent.node] = report.rows, self.sim.now
+        self._look()
         order = report.plan.order if report.plan else (-1, -1)
         if self.plan is not None and order < self.plan.order:
             self.sim.to_agent(agent.node, self.plan)
@@ -246,19 +266,20 @@ class SimCoordinator:
         )
         reachable = [r for n, r in self._reports.items() if n not in lost]
         return JobFacts(
-            members=self._members(),
+            members=self._known,
             snapshots=frozenset(s for r in reachable for s in r.snapshots),
             evictions=self._evictions,
             nodes_lost=lost,
             boots={n: r.boot for n, r in self._reports.items()},
         )
 
-    def _members(self) -> dict[MemberId, MemberFacts]:
-        return {m: f for r in self._reports.values() for m, f in r.members.items()}
-
     def _judged(self, plan: Plan) -> Mapping[MemberId, str]:
-        """Who has to go, as the real judge and detector see it."""
-        findings = self._judge.verdicts(plan, self._members(), self.sim.now)
+        """Who has to go, as the real judge and detector see it: by what came last."""
+        for node, report in self._reports.items():
+            rows, at = self._rows.pop(node, ((), self._heard[node]))
+            seen = [glance.row() for glance in rows]
+            self._judge.take_report(node, seen, list(report.members.values()), sent=at, at=at)
+        findings = self._judge.verdicts(plan, self._known, self.sim.now)
         for verdict in findings.fresh:
             if verdict.suspected:
                 continue  # nothing follows from it

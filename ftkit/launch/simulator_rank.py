@@ -6,17 +6,19 @@ halt interrupts carries `epoch` and comes to nothing.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.core.world import World
 from ftkit.detection.observations import ProcessFacts
 from ftkit.detection.row import Phase, Row
+from ftkit.launch.judge import SeatRow
 from ftkit.launch.simulator_checks import TrainingState, slots_of
+from ftkit.launch.simulator_network import Circle, Exchange
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.member import Duty, Standing, react
 from ftkit.recovery.plan import Mode, Plan
-from ftkit.recovery.vote import Ballot, tally
+from ftkit.recovery.vote import Ballot, Tally, tally
 
 if TYPE_CHECKING:
     from ftkit.launch.simulator import Simulation
@@ -24,6 +26,43 @@ if TYPE_CHECKING:
 
 #: What a rank is doing in a step, as its row says it; anything else is user code.
 _PHASES = {"reduce": Phase.REDUCE, "vote": Phase.VOTE}
+
+#: Ballots are cast one after another, so that a fault can come between; in a large world faster.
+BALLOT_S, BALLOTS_S = 0.0002, 0.02
+
+
+class Glance(NamedTuple):
+    """A look at a rank, before it is made a row: most are never judged, a newer one having come."""
+
+    member: MemberId
+    seat: Seat
+    shown: tuple[Phase, Step, Generation]
+    moved_s: float
+    beat_s: float
+    warm: bool
+    stopped: bool
+
+    def row(self) -> SeatRow:
+        """As an agent would tell it. A simulated rank's collectives leave no trace."""
+        phase, step, generation = self.shown
+        row = Row(
+            member=self.member,
+            pid=self.member + 1,
+            generation=generation,
+            step=step,
+            phase=phase,
+            group=0,
+            entered=-1,
+            left=-1,
+            op="",
+            t_progress_ns=int(self.moved_s * 1e9),
+            t_enter_ns=0,
+            t_heartbeat_ns=int(self.beat_s * 1e9),
+            allowance_ns=0,
+            warm=self.warm,
+        )
+        facts = ProcessFacts(state="T" if self.stopped else "S", cpu_ticks=0, rss_bytes=0)
+        return SeatRow(self.seat, row, facts)
 
 
 class SimRank:
@@ -48,7 +87,10 @@ class SimRank:
         self.world: World | None = None
         # By generation: a vote may switch to an offer that was replaced since it was cast.
         self._offers: dict[Generation, World] = {}
-        self._linked_to: frozenset[MemberId] = frozenset()
+        #: Whom it is linked to, and what the network has still on its way here.
+        self.circle: Circle | None = None
+        self.notice_s = self.inbox_s = self.reset_s = -1.0
+        self._linked_world: World | None = None
         self._state: TrainingState | None = None
         self._held = Generation(0)
         self._greeted = self._begun = self._busy = self._leaving = False
@@ -56,10 +98,9 @@ class SimRank:
         self._sequence = 0
         self._doing = ""
         self._aborted: set[Generation] = set()
-        self._shares: dict[tuple[Generation, int], dict[MemberId, range]] = {}
-        self._ballots: dict[tuple[Generation, int], dict[MemberId, Ballot]] = {}
         self._unsealed: TrainingState | None = None
-        self._to_cast = 0
+        self._casting: tuple[Ballot, float, float] | None = None
+        """Its ballot, when it began to cast it, and how long that takes."""
         self._warm = False
         self._shown = self._place()
         self._moved_s = sim.now
@@ -83,26 +124,11 @@ class SimRank:
             )
         return phase, played, self.generation
 
-    def row(self) -> tuple[Row, ProcessFacts]:
-        """What its agent reads in shared memory, and in /proc. Its collectives leave no trace."""
-        phase, step, generation = self._shown
+    def glance(self) -> Glance:
+        """What its agent reads in shared memory, and in /proc."""
         beat = self.sim.now if self.stopped_since is None else self.stopped_since
-        return Row(
-            member=self.member,
-            pid=self.member + 1,
-            generation=generation,
-            step=step,
-            phase=phase,
-            group=0,
-            entered=-1,
-            left=-1,
-            op="",
-            t_progress_ns=int(self._moved_s * 1e9),
-            t_enter_ns=0,
-            t_heartbeat_ns=int(beat * 1e9),
-            allowance_ns=0,
-            warm=self._warm,
-        ), ProcessFacts(state="S" if self.stopped_since is None else "T", cpu_ticks=0, rss_bytes=0)
+        stopped = self.stopped_since is not None
+        return Glance(self.member, self.seat, self._shown, self._moved_s, beat, self._warm, stopped)
 
     def facts(self) -> MemberFacts:
         """What its agent knows of it once told."""
@@ -207,7 +233,7 @@ class SimRank:
                 self._abort()
                 self._later(0.02, self.sim.exits, self, 1)
             elif duty is Duty.PREPARE and world is not None:
-                if not all(self.sim.linked(self.member, m.member) for m in world.members):
+                if self.sim.network.unlinked(self, world):
                     self._later(0.05, self.heed)
                     return
                 self._offers[world.generation] = world
@@ -248,12 +274,12 @@ class SimRank:
         self._busy = False
         if self.stage is Stage.ACTIVE or self._leaving:
             return
-        if not all(self.sim.connect(self, m.member) for m in world.members):
+        if self.sim.network.connect(self, world):
             self._later(0.1, self.heed)
             return
         self._state, self.voted = None, False
         self.stage, self.linked = Stage.LINKED, world.generation
-        self._linked_to = world.member_ids
+        self._linked_world = world
         self._say()
         if self._point("linked"):
             self.heed()
@@ -262,10 +288,9 @@ class SimRank:
 
     def _resume(self, world: World, step: Step) -> None:
         self.sim.checker.resumes(self, step)
-        away = [m.member for m in world.members if not self.sim.connect(self, m.member)]
-        if away:
-            self.cut = frozenset(away)
-            self.halt(world.generation, f"members {away} cannot be reached")
+        if away := self.sim.network.connect(self, world):
+            self.cut = away
+            self.halt(world.generation, f"members {_some(away)} cannot be reached")
             self.heed()
             return
         forward = self._state is not None and step == self._state.step + 1
@@ -299,9 +324,6 @@ class SimRank:
         self._sequence = 0
         self._doing = ""
         self._offers = {g: w for g, w in self._offers.items() if g > self.generation}
-        for inbox in (self._shares, self._ballots):
-            for key in [k for k in inbox if k[0] < self.generation]:
-                del inbox[key]
         self.sim.note("enter", self, f"generation {world.generation} step {self.step}")
 
     def admit(self, world: World, step: Step) -> None:
@@ -313,7 +335,7 @@ class SimRank:
         self._say()
         if not self._point("admitted"):
             return
-        if not self._all_linked(world) or world.generation in self._aborted:
+        if self.sim.network.connect(self, world) or world.generation in self._aborted:
             self.halt(world.generation, "refused: a link is down")
             self.heed()
             return
@@ -327,7 +349,7 @@ class SimRank:
         self._restore(step, None)
 
     def _restore(self, step: Step, attempt: Generation | None) -> None:
-        found = self.sim.snapshot(step, attempt)
+        found = self.sim.arenas.find(step, attempt)
         if found is None:
             self._train(0.05, self._restore, step, attempt)
         else:
@@ -336,7 +358,7 @@ class SimRank:
     def _restored(self, found: TrainingState) -> None:
         self._state = found
         self.sim.checker.restored(self, found)
-        self.sim.forget_newer(self.seat, found)
+        self.sim.arenas.forget_newer(self.node, self.seat, found)
         self._say()
         if self._point("restored"):
             self._begin()
@@ -348,6 +370,7 @@ class SimRank:
         if self._state.step >= self.sim.until:
             self._abandon()
             self.stage = Stage.DONE
+            self.sim.network.unwatch(self)
             self._say()
             if self._point("done"):
                 self._later(self.sim.rng.uniform(0.01, 0.3), self.sim.exits, self, 0)
@@ -356,40 +379,36 @@ class SimRank:
         self.sim.checker.attempted(self, self._state)
         self._train(self.sim.compute_s(), self._reduce)
 
-    def _key(self) -> tuple[Generation, int]:
-        return (self.generation, self._sequence)
-
-    def _peers(self) -> list[MemberId]:
-        assert self.world is not None, "an active rank has a world"
-        return [m.member for m in self.world.members if m.member != self.member]
-
     def _reduce(self) -> None:
         assert self.world is not None, "an active rank has a world"
         rank = self.world.rank_of(self.member)
         assert rank is not None, "a rank is in its own world"
         share = slots_of(rank, self.world.size, self.sim.slots)
         self._doing = "reduce"
-        for peer in self._peers():
-            self.sim.send(self, peer, SimRank.take_share, self.member, self._key(), share)
-        self.take_share(self.member, self._key(), share)
+        self.sim.network.put(self, self.world, "reduce", self._sequence, share)
 
-    def take_share(self, source: MemberId, key: tuple[Generation, int], share: range) -> None:
-        """A peer's part of a reduction; of an older generation it is refused."""
-        if key[0] < self.generation:
+    def heard(self, what: str, sequence: int, exchange: Exchange) -> None:
+        """What all members sent in an exchange is here; of an older generation it is refused."""
+        generation = exchange.circle.world.generation
+        if (generation, what, sequence) != (self.generation, self._doing, self._sequence):
             return
-        shares = self._shares.setdefault(key, {})
-        shares[source] = share
-        if self._doing == "reduce" and key == self._key() and self._complete(shares):
-            self.sim.checker.reduced(self, list(shares.values()))
-            del self._shares[key]
+        if self.stage is not Stage.ACTIVE or not self.sim.network.reaches(exchange, self):
+            return
+        if what == "reduce":
+            if exchange.result is None:
+                self.sim.checker.reduced(self, list(exchange.said.values()))
+                exchange.result = True
             self._vote()
-
-    def _complete(self, got: dict[MemberId, Any]) -> bool:
-        assert self.world is not None, "an active rank has a world"
-        return len(got) == self.world.size
+            return
+        if exchange.result is None:
+            # All have the same ballots, and count them in the same way.
+            members = exchange.circle.world.members
+            exchange.result = tally([exchange.said[m.member] for m in members])
+        self._count(exchange.result)
 
     def _vote(self) -> None:
         assert self._state is not None, "a rank without state does not vote"
+        assert self.world is not None, "an active rank has a world"
         self._doing = "vote"
         self.voted, self._held = True, self.generation
         if not self._point("reduced") or self.stage is not Stage.ACTIVE:
@@ -401,36 +420,29 @@ class SimRank:
             prepared=self.prepared,
         )
         self.refuses = False
-        # Nobody leaves an exchange before his own part is on its way to all.
-        self._to_cast = len(self._peers())
-        for i, peer in enumerate(self._peers()):
-            # One after another, so that a fault can come between.
-            self._train(0.0002 * i, self._cast, peer, self._key(), ballot)
-        self.take_ballot(self.member, self._key(), ballot)
+        cast_s = min(BALLOT_S * max(self.world.size - 2, 0), BALLOTS_S)
+        self._casting = (ballot, self.sim.now, cast_s)
+        self._train(cast_s, self._cast)
+        self.sim.point("ballot", self, within_s=cast_s)
 
-    def _cast(self, peer: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
-        if self._point("ballot"):
-            self.sim.send(self, peer, SimRank.take_ballot, self.member, key, ballot)
-            self._to_cast -= 1
-            self._count(key)
-
-    def take_ballot(self, source: MemberId, key: tuple[Generation, int], ballot: Ballot) -> None:
-        """A peer's ballot; of an older generation it is refused."""
-        if key[0] < self.generation:
-            return
-        ballots = self._ballots.setdefault(key, {})
-        ballots[source] = ballot
-        self._count(key)
-
-    def _count(self, key: tuple[Generation, int]) -> None:
-        ballots = self._ballots.get(key, {})
-        if self._doing != "vote" or key != self._key() or not self._complete(ballots):
-            return
-        if self._to_cast:
-            return
+    def _cast(self) -> None:
+        """Nobody leaves an exchange before his own part is on its way to all."""
         assert self.world is not None, "an active rank has a world"
-        result = tally([ballots[m.member] for m in self.world.members])
-        del self._ballots[key]
+        assert self._casting is not None, "it has begun to cast"
+        ballot, self._casting = self._casting[0], None
+        self.sim.network.put(self, self.world, "vote", self._sequence, ballot)
+
+    def cut_off(self, at_s: float) -> None:
+        """What was being cast has gone to those it came to by then, and to nobody else."""
+        if self._casting is None or self.world is None:
+            return
+        (ballot, began_s, cast_s), self._casting = self._casting, None
+        count = int((at_s - began_s) / cast_s * (self.world.size - 1)) if cast_s else 0
+        if count:
+            network = self.sim.network
+            network.put(self, self.world, "vote", self._sequence, ballot, cast_to=count)
+
+    def _count(self, result: Tally) -> None:
         self._doing = ""
         if not result.passed:
             self.voted = False
@@ -460,26 +472,20 @@ class SimRank:
 
     def _seal(self) -> None:
         if self._unsealed is not None:
-            self.sim.seal(self.node, self.seat, self._unsealed)
+            self.sim.arenas.seal(self.node, self.seat, self._unsealed)
             self._unsealed = None
 
     def _switch(self, generation: Generation) -> None:
-        old, new = self.world, self._offers[generation]
-        assert old is not None, "an active rank has a world"
-        step = self.step
+        network, new = self.sim.network, self._offers[generation]
+        newcomers = network.beyond(self, new)
         self._enter(new)
         self._say()
-        for newcomer in new.members:
-            if newcomer.member not in old.member_ids:
-                self.sim.send(self, newcomer.member, SimRank.admit, new, step)
+        network.flood(self, "admit", generation, newcomers, SimRank.admit, new, self.step)
         if not self._point("switched"):
             return
-        if not self._all_linked(new) or generation in self._aborted:
+        if network.connect(self, new) or generation in self._aborted:
             self.halt(generation, "a link is down")
         self.heed()
-
-    def _all_linked(self, world: World) -> bool:
-        return all(self.sim.linked(self.member, m.member) for m in world.members)
 
     # Halting.
 
@@ -488,7 +494,9 @@ class SimRank:
         if self.stage is Stage.ACTIVE:
             self._abort()
             self.broken_setup = not self.stepping
-            self.cut = frozenset(p for p in self._peers() if not self.sim.linked(self.member, p))
+            assert self.world is not None, "an active rank has a world"
+            self.cut = self.sim.network.unlinked(self, self.world)
+            self.sim.network.unwatch(self)
             unborn = not self.stepping and self.sim.unborn_say_halted
             self.stage = Stage.HALTED if self._state is not None or unborn else Stage.READY
             self.sim.note("halt", self, f"{reason}; step {self.step} voted {self.voted}")
@@ -498,11 +506,18 @@ class SimRank:
 
     def _abort(self) -> None:
         self._abandon()
-        if self.stage is Stage.ACTIVE:
-            for peer in self._peers():
-                self.sim.send(self, peer, SimRank.take_abort, self.generation)
+        if self.stage is Stage.ACTIVE and self.world is not None:
+            self.sim.network.flood(
+                self,
+                "abort",
+                self.generation,
+                self.world.member_ids,
+                SimRank.take_abort,
+                self.generation,
+            )
 
     def _abandon(self) -> None:
+        self.cut_off(self.sim.now)
         self._epoch += 1
         self._doing = ""
 
@@ -514,13 +529,23 @@ class SimRank:
             self.halt(generation, "a peer aborted it")
             self.heed()
 
-    def link_broke(self, peer: MemberId) -> None:
-        """The connection to `peer` is gone."""
-        if self.stage is Stage.ACTIVE and peer in self._peers():
-            self.halt(self.generation, f"lost member {peer}")
-            self.heed()
-        elif self.stage is Stage.LINKED and peer in self._linked_to:
+    def see_links(self) -> None:
+        """A connection is gone, and perhaps more of them."""
+        if self.stage is Stage.ACTIVE and self.world is not None:
+            if away := self.sim.network.unlinked(self, self.world):
+                self.halt(self.generation, f"lost members {_some(away)}")
+                self.heed()
+        elif (
+            self.stage is Stage.LINKED
+            and self._linked_world is not None
+            and self.sim.network.unlinked(self, self._linked_world)
+        ):
             # It cannot be let in without this link, so it connects anew.
             self.stage, self.linked = Stage.READY, Generation(0)
+            self.sim.network.unwatch(self)
             self._say()
             self.heed()
+
+
+def _some(members: frozenset[MemberId]) -> str:
+    return ", ".join(str(m) for m in sorted(members)[:4]) + (" ..." if len(members) > 4 else "")

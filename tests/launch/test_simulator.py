@@ -1,13 +1,17 @@
 """The whole job, simulated: whatever breaks, nothing wrong is committed, and it recovers."""
 
+import json
+
 import pytest
 
 from ftkit.core.ids import Generation, Step
 from ftkit.core.verdict import Fault as Wrong
 from ftkit.launch import simulator_rank
-from ftkit.launch.simulator import HEALED_S, Outcome, Simulation, main
+from ftkit.launch.simulator import HEALED_S, Outcome, Simulation
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
+from ftkit.launch.simulator_network import Exchange
+from ftkit.launch.simulator_seeds import main
 from ftkit.recovery import protocol
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.member import Duty
@@ -60,10 +64,28 @@ def test_the_detector_tells_a_pause_from_a_stop(seconds: float, evicted: bool) -
 
 def test_a_hundred_ranks_lose_one() -> None:
     kill = Fault(kind=Kind.KILL_RANK, target=5, point="committed", nth=50)
-    job = Simulation(0, shape=(10, 10), faults=[kill])
+    job = Simulation(0, ranks=100, faults=[kill])
     job.endless, job.until = False, 3
     outcome = job.run()
     assert (outcome.stop.code, outcome.faults, outcome.restarts) == (0, 1, 1)
+
+
+def test_half_of_many_ranks_are_lost_at_once() -> None:
+    kill = Fault(kind=Kind.KILL_SEVERAL, target=5, point="committed", nth=1000)
+    job = Simulation(0, ranks=400, faults=[kill])
+    job.endless, job.until, job.step_s = False, 5, 0.3
+    outcome = job.run()
+    assert (outcome.stop.code, outcome.restarts) == (0, 201)
+
+
+def test_what_a_rank_costs_does_not_grow_with_the_job() -> None:
+    def events(ranks: int) -> float:
+        kill = Fault(kind=Kind.KILL_SEVERAL, target=5, point="committed", nth=3 * ranks)
+        job = Simulation(1, ranks=ranks, faults=[kill])
+        job.endless, job.until, job.step_s = False, 6, 0.3
+        return job.run().events / ranks
+
+    assert events(240) < 1.2 * events(48)
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -124,7 +146,7 @@ def test_members_lost_with_all_who_knew_them_are_missed(monkeypatch: pytest.Monk
 
 def test_a_rank_that_waits_for_nobody_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator_rank, "tally", lambda ballots: Tally())
-    monkeypatch.setattr(simulator_rank.SimRank, "_complete", lambda self, got: True)
+    monkeypatch.setattr(Exchange, "missing", lambda self: 0)
     with pytest.raises(SimulationFailure, match="reduced slots"):
         play(range(20))
 
@@ -147,6 +169,25 @@ def test_the_command_line(
     monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (Duty.NOTHING, None))
     assert main(["--seed", "5"]) == 1
     assert "replay" in capsys.readouterr().err
+
+
+def test_many_seeds_are_played_by_several_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--seeds", "6", "--ranks", "12", "--processes", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["seeds"], told["ranks"], told["largest"]) == (6, 72, 12)
+    assert told["violations"] == {}
+    assert sum(told["codes"].values()) == 6
+    assert told["faults"] > 0
+
+
+def test_a_seed_that_fails_is_in_the_count_of_many(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulator_rank, "react", lambda me, plan: (Duty.NOTHING, None))
+    assert main(["--seeds", "2", "--ranks", "4", "--processes", "1"]) == 1
+    said = capsys.readouterr()
+    assert "2 seeds, 2 violations" in said.out
+    assert "--seed 1 -v --ranks 4" in said.err
 
 
 @pytest.mark.parametrize("size", range(1, 9))
