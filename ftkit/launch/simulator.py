@@ -22,11 +22,12 @@ from ftkit.core.ids import Boot, MemberId, NodeId, Seat, Term
 from ftkit.core.verdict import Fault as Wrong
 from ftkit.launch.config import JobConfig
 from ftkit.launch.simulator_arenas import Arenas
-from ftkit.launch.simulator_checks import Checker, SimulationFailure
-from ftkit.launch.simulator_faults import Fault, Kind, schedule
+from ftkit.launch.simulator_checks import SHARDS_GONE, Checker, SimulationFailure
+from ftkit.launch.simulator_faults import LOSE_SHARDS, Fault, Kind, schedule
 from ftkit.launch.simulator_hosts import Report, SimAgent, SimCoordinator
 from ftkit.launch.simulator_network import Network
 from ftkit.launch.simulator_rank import SimRank
+from ftkit.launch.simulator_shards import Shards
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.facts import Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
@@ -37,6 +38,8 @@ HEALED_S = 10.0
 RECOVERY_S = 60.0
 #: What the simulated job calls a stall; every other time of it follows from this.
 MAX_STALL_S = 2.0
+#: Of so many jobs the state is in shards: nobody has enough of it to go on from alone.
+SHARDED = 0.3
 #: Ranks on a node, where their number is given: at most.
 SEATS_MAX = 8
 #: A job of more ranks takes its time: the coordinator looks less often (`simulator_hosts.LOOK_S`),
@@ -121,6 +124,9 @@ class Simulation:
             until_s = self.healed_s - 2 * self.span
             faults = schedule(rng, count=count, until_s=until_s, span=self.span, ranks=self.size)
         self.faults = faults
+        self.sharded = rng.random() < SHARDED
+        parity = int(self.nodes > 1 and rng.random() < 0.5)
+        self.shards = Shards(self, parity)
         self.checker = Checker(self.slots)
         self.ranks: dict[MemberId, SimRank] = {}
         self.agents: dict[NodeId, SimAgent] = {}
@@ -207,6 +213,8 @@ class Simulation:
             return self.struck > 0
         if "could not reach each other" in stop.reason:
             return any(fault.kind is Kind.CUT_LINK for fault in self.faults)
+        if SHARDS_GONE in stop.reason:
+            return any(fault.kind in LOSE_SHARDS for fault in self.faults)
         return self.tight_budget and "replac" in stop.reason
 
     # Time, chance and messages: what the simulated processes use.
@@ -359,6 +367,7 @@ class Simulation:
                 if other is not victim:
                     self.network.cut(victim, other, self.now + fault.duration_s)
             case Kind.DEAF_NODE:
+                self.shards.lost = True
                 self._deaf_until[node] = max(self._deaf_until[node], self.now + fault.duration_s)
             case Kind.SLOW_PLANS:
                 self._slow_until[node] = self.now + fault.duration_s
@@ -386,6 +395,7 @@ class Simulation:
             return
         agent.alive = False
         self.arenas.lose(node)
+        self.shards.lose(node)
         for rank in list(agent.ranks.values()):
             self._die(rank, None)
         self.after(0.2 + duration_s, self._revive, node)
@@ -448,6 +458,7 @@ class Simulation:
 
     def _report(self, what: str) -> str:
         shape = f"{self.nodes} nodes x {self.seats_per_node} seats, until step {self.until}"
+        shape += ", sharded" if self.sharded else ""
         return "\n".join(
             [
                 f"seed {self.seed} at {self.now:.3f} s: {what}",

@@ -16,10 +16,16 @@ from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import World
 from ftkit.recovery.facts import JobFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
-from ftkit.recovery.protocol import gone
+from ftkit.recovery.protocol import FIRST_SNAPSHOT_BY, SHARDS_BACK, gone
 
 if TYPE_CHECKING:
     from ftkit.launch.simulator_rank import SimRank
+
+
+#: How the protocol says that a job of shards cannot go on.
+SHARDS_GONE = "shards of every step in memory are lost"
+#: Steps that are committed, at most, before a coordinator hears of them.
+UNTOLD = 4
 
 
 class SimulationFailure(AssertionError):
@@ -71,6 +77,7 @@ class Checker:
         self._worlds: dict[Generation, frozenset[MemberId]] = {}
         self._commits: dict[tuple[Step, Generation], int] = {}
         self._attempt_lineage: dict[tuple[Step, Generation], int] = {}
+        self._newest = Step(0)
 
     @property
     def worlds(self) -> int:
@@ -100,6 +107,37 @@ class Checker:
             self._require(not lost, f"I4: members {lost} are gone and in {world.generation}")
             if after.resumed == world.generation:
                 self._stand_still(world, after, facts, ranks)
+
+    def shards_kept(self, before: Plan, after: Plan, whole: Step | None, *, intact: bool) -> None:
+        """What became of shards as the coordinator went from one plan to the next (I8).
+
+        Args:
+          before: the plan it went from.
+          after: the plan it went to.
+          whole: the newest step that the nodes it reaches hold whole; None when there is none.
+          intact: whether neither a node with shards nor all who know the job's step were lost.
+        """
+        if after.stop is not None and SHARDS_GONE in after.stop.reason:
+            self._require(whole is None, f"I8: the job ends, though step {whole} is whole")
+        formed = before.mode is not Mode.RUNNING and after.resumed > before.resumed
+        if not formed:
+            return
+        self._require(
+            after.step in (0, whole),
+            f"I8: a world begins with step {after.step}, and step {whole} is whole",
+        )
+        self._require(
+            not intact or after.step >= self._newest - SHARDS_BACK,
+            f"I8: with no shard lost, the job goes back from step {self._newest} to {after.step}",
+        )
+        self._require(
+            after.step > 0 or self._newest <= FIRST_SNAPSHOT_BY + UNTOLD,
+            f"I8: the job begins anew without a word, and {self._newest} steps are lost",
+        )
+
+    def begins_anew(self) -> None:
+        """Every copy of the plan is lost: nobody can know any more how far the job had come."""
+        self._newest = Step(0)
 
     def stays_ended(self, plan: Plan) -> None:
         """What became of a plan that had ended (I5)."""
@@ -180,6 +218,7 @@ class Checker:
             after.state == self.reference(after.step),
             f"member {rank.member}: the state at step {after.step} is not the reference's",
         )
+        self._newest = max(self._newest, after.step)
         first = self._commits.setdefault((after.step, after.attempt), after.lineage)
         self._require(
             first == after.lineage,

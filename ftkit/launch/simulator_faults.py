@@ -34,6 +34,9 @@ class Kind(StrEnum):
     """A rank votes with other gradients than the rest, so that its next step does not pass."""
 
 
+#: What may take shards out of reach: of a job without enough parity, the state with them.
+LOSE_SHARDS = frozenset({Kind.LOSE_NODE, Kind.LOSE_NODE_AND_COORDINATOR, Kind.DEAF_NODE})
+
 #: Points that every step passes; the others come a few times in a job.
 OFTEN = frozenset({"reduced", "ballot", "committed"})
 

@@ -5,10 +5,11 @@ on its node begins with nothing but another `boot`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
+from ftkit.core.inventory import Copy, Inventory
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.judge import Judge
 from ftkit.launch.pace import Rest
@@ -40,8 +41,17 @@ class SimAgent:
 
     def _beat(self) -> None:
         if self.alive:
+            if self.sim.sharded:
+                self._look_at_steps()
             self._flush(True)
             self.sim.after(self.sim.times.tick_s, self._beat)
+
+    def _look_at_steps(self) -> None:
+        """Their rows say what step they play: what a job of shards has lost is told by it."""
+        for rank in self.ranks.values():
+            known = self._facts.get(rank.member)
+            if known is not None and known.at_step != rank.at_step:
+                self._facts[rank.member] = replace(known, at_step=rank.at_step)
 
     def told(self, facts: MemberFacts) -> None:
         """A rank says where it stands."""
@@ -64,7 +74,7 @@ class SimAgent:
             return
         told = self._facts.get(rank.member, rank.facts())
         stage = Stage.FINISHED if code == 0 else Stage.DEAD
-        self._facts[rank.member] = _ended(told, stage, code)
+        self._facts[rank.member] = _ended(told, stage, code, rank.at_step)
         if self.ranks.get(rank.seat) is rank:
             del self.ranks[rank.seat]
         self._carry_out()
@@ -126,6 +136,7 @@ class SimAgent:
         return Report(
             members=dict(self._facts),
             snapshots=self.sim.arenas.steps(self.node),
+            copies=self.sim.shards.copies(self.node) if self.sim.sharded else (),
             plan=self.plan,
             boot=self.boot,
             rows=[r.glance() for r in self.ranks.values() if r.alive] if rows else [],
@@ -138,6 +149,7 @@ class Report:
 
     members: Mapping[MemberId, MemberFacts]
     snapshots: frozenset[Step]
+    copies: tuple[Copy, ...]
     plan: Plan | None
     boot: Boot
     rows: Sequence[Glance]
@@ -230,6 +242,13 @@ class SimCoordinator:
         for decision in decisions:
             self.sim.note(decision.action, None, f"{decision.reason} {decision.fields}")
         self.sim.checker.revised(before, after, facts, self.sim.ranks)
+        if self.sim.sharded:
+            reached = [
+                n for n, a in self.sim.agents.items() if a.alive and n not in facts.nodes_lost
+            ]
+            newest = self.sim.shards.inventory(reached).newest_complete()
+            whole = newest[1] if newest is not None else None
+            self.sim.checker.shards_kept(before, after, whole, intact=not self.sim.shards.lost)
         self.plan = after
         self._judge.take_plan(after, at=self.sim.now)
         for node in self.sim.agents:
@@ -250,6 +269,7 @@ class SimCoordinator:
         if copies:
             self.plan = adopt(copies, term=self.term)
         else:
+            self.sim.checker.begins_anew()
             self.plan = first_plan(self.sim.nodes, self.sim.seats_per_node, term=self.term)
         self._judge.take_plan(self.plan, at=self.sim.now)
         self.sim.note("adopt", None, f"{len(copies)} copies, now {self.plan.order}")
@@ -265,9 +285,19 @@ class SimCoordinator:
             if now - self._heard.get(n, self._born_s) > self.sim.times.node_s
         )
         reachable = [r for n, r in self._reports.items() if n not in lost]
+        snapshots = frozenset(s for r in reachable for s in r.snapshots)
+        awaited = ""
+        if self.sim.sharded:
+            newest = Inventory(
+                copies=tuple(c for r in reachable for c in r.copies)
+            ).newest_complete()
+            snapshots = frozenset({newest[1]} if newest else ())
+            if self.plan is not None and self.plan.mode is Mode.FORMING and self.plan.world:
+                awaited = self.sim.shards.awaited(newest)
         return JobFacts(
+            awaited=awaited,
             members=self._known,
-            snapshots=frozenset(s for r in reachable for s in r.snapshots),
+            snapshots=snapshots,
             evictions=self._evictions,
             nodes_lost=lost,
             boots={n: r.boot for n, r in self._reports.items()},
@@ -288,7 +318,7 @@ class SimCoordinator:
         return findings.evictions
 
 
-def _ended(told: MemberFacts, stage: Stage, code: int | None) -> MemberFacts:
+def _ended(told: MemberFacts, stage: Stage, code: int | None, at_step: Step) -> MemberFacts:
     return MemberFacts(
         member=told.member,
         seat=told.seat,
@@ -297,6 +327,8 @@ def _ended(told: MemberFacts, stage: Stage, code: int | None) -> MemberFacts:
         generation=Generation(told.generation),
         step=told.step,
         stepping=told.stepping,
+        sharded=told.sharded,
+        at_step=at_step,
         port=told.port,
         exit_code=code,
     )

@@ -15,6 +15,7 @@ from ftkit.detection.row import Phase, Row
 from ftkit.launch.judge import SeatRow
 from ftkit.launch.simulator_checks import TrainingState, slots_of
 from ftkit.launch.simulator_network import Circle, Exchange
+from ftkit.launch.simulator_shards import Shard
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.member import Duty, Standing, react
 from ftkit.recovery.plan import Mode, Plan
@@ -99,6 +100,10 @@ class SimRank:
         self._doing = ""
         self._aborted: set[Generation] = set()
         self._unsealed: TrainingState | None = None
+        self._captured_in: World | None = None
+        """The world whose share, or shard, of it is captured."""
+        self._loaded: TrainingState | None = None
+        """Its new shard, while others have still to load theirs."""
         self._casting: tuple[Ballot, float, float] | None = None
         """Its ballot, when it began to cast it, and how long that takes."""
         self._warm = False
@@ -110,6 +115,16 @@ class SimRank:
     def step(self) -> Step | None:
         """Steps committed; None without state."""
         return self._state.step if self._state else None
+
+    @property
+    def at_step(self) -> Step:
+        """The step that its row shows it playing, or played last."""
+        return self._shown[1]
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether what it holds is of no use without the shards of others, now that it halted."""
+        return self.sim.sharded and self.stepping and self.stage is Stage.HALTED
 
     def _place(self) -> tuple[Phase, Step, Generation]:
         """Where the training thread stands, as it would put it into its row."""
@@ -143,6 +158,8 @@ class SimRank:
             voted=self.voted,
             cut=self.cut,
             stepping=self.stepping,
+            sharded=self.sim.sharded and self.stepping,
+            at_step=self.at_step,
             port=1 if self._greeted else 0,
         )
 
@@ -251,6 +268,9 @@ class SimRank:
         self._busy = False
         if self._leaving or self.plan is None:
             return
+        if self.gives_up:
+            self._give_up()
+            return
         duty, world = self._duty()
         if duty is Duty.RESUME and world is not None:
             self._resume(world, self.plan.step)
@@ -262,6 +282,17 @@ class SimRank:
                 # It waited for a world to set up in; now it sets up alone, as a newcomer.
                 self._later(0.1, self._set_up_alone)
         else:
+            self.heed()
+
+    def _give_up(self) -> None:
+        """Finish the capture under way: nothing in its arena changes until it is in a new world."""
+        if not self.gives_up:
+            return
+        self._seal()
+        self._state, self.voted = None, False
+        self.stage = Stage.READY
+        self._say()
+        if self._point("gave-up"):
             self.heed()
 
     def _set_up_alone(self) -> None:
@@ -349,16 +380,28 @@ class SimRank:
         self._restore(step, None)
 
     def _restore(self, step: Step, attempt: Generation | None) -> None:
-        found = self.sim.arenas.find(step, attempt)
+        sharded = self.sim.sharded
+        found = self.sim.shards.find(step) if sharded else self.sim.arenas.find(step, attempt)
         if found is None:
             self._train(0.05, self._restore, step, attempt)
         else:
-            self._train(self.sim.rng.uniform(0.005, 0.1), self._restored, found)
+            done = self._agree if sharded else self._restored
+            self._train(self.sim.rng.uniform(0.005, 0.1), done, found)
+
+    def _agree(self, found: TrainingState) -> None:
+        """Wait until all have loaded their shards: until then nobody overwrites the old ones."""
+        assert self.world is not None, "an active rank has a world"
+        self._loaded, self._doing = found, "agree"
+        self.sim.network.put(self, self.world, "agree", self._sequence, found)
 
     def _restored(self, found: TrainingState) -> None:
         self._state = found
         self.sim.checker.restored(self, found)
-        self.sim.arenas.forget_newer(self.node, self.seat, found)
+        if self.sim.sharded:
+            if found.step:
+                self._capture(found)
+        else:
+            self.sim.arenas.forget_newer(self.node, self.seat, found)
         self._say()
         if self._point("restored"):
             self._begin()
@@ -393,6 +436,11 @@ class SimRank:
         if (generation, what, sequence) != (self.generation, self._doing, self._sequence):
             return
         if self.stage is not Stage.ACTIVE or not self.sim.network.reaches(exchange, self):
+            return
+        if what == "agree":
+            assert self._loaded is not None, "it waits with what it has loaded"
+            self._doing = ""
+            self._restored(self._loaded)
             return
         if what == "reduce":
             if exchange.result is None:
@@ -453,39 +501,63 @@ class SimRank:
             return
         if result.switch is not None:
             self._switch(result.switch)
-        self._train(0.005, self._begin)
+        if self._state is not None:
+            self._train(0.005, self._begin)
 
     def _commit(self, attempt: Generation) -> None:
         before = self._state
         assert before is not None, "a rank without state does not commit"
         self._seal()  # a capture must be done before the state changes again
-        self._state = self._unsealed = before.after(attempt)
+        self._state = before.after(attempt)
         self.voted, self._warm = False, True
         self.sim.checker.committed(self, before, self._state)
         self.sim.note("commit", self, f"step {self.step} of generation {attempt}")
-        self._later(self.sim.rng.uniform(0.01, 0.2), self._seal_this, self._state)
+        self._capture(self._state)
         self._point("committed")
+
+    def _capture(self, state: TrainingState) -> None:
+        self._unsealed, self._captured_in = state, self.world
+        self._later(self.sim.rng.uniform(0.01, 0.2), self._seal_this, state)
 
     def _seal_this(self, state: TrainingState) -> None:
         if self._unsealed is state:
             self._seal()
 
     def _seal(self) -> None:
-        if self._unsealed is not None:
-            self.sim.arenas.seal(self.node, self.seat, self._unsealed)
-            self._unsealed = None
+        state, self._unsealed = self._unsealed, None
+        if state is None:
+            return
+        if not self.sim.sharded:
+            self.sim.arenas.seal(self.node, self.seat, state)
+            return
+        world = self._captured_in
+        rank = world.rank_of(self.member) if world is not None else None
+        assert world is not None, "a shard is of a world"
+        assert rank is not None, "a rank is in its own world"
+        shard = Shard(state=state, generation=world.generation, rank=rank, size=world.size)
+        self.sim.shards.seal(self.node, self.seat, shard)
 
     def _switch(self, generation: Generation) -> None:
         network, new = self.sim.network, self._offers[generation]
         newcomers = network.beyond(self, new)
+        step = self.step
+        assert step is not None, "a rank that switches has just committed"
+        if self.sim.sharded:
+            # Everybody loads its new shards from what was captured here.
+            self._seal()
+            self._state = None
         self._enter(new)
         self._say()
-        network.flood(self, "admit", generation, newcomers, SimRank.admit, new, self.step)
+        network.flood(self, "admit", generation, newcomers, SimRank.admit, new, step)
         if not self._point("switched"):
             return
         if network.connect(self, new) or generation in self._aborted:
             self.halt(generation, "a link is down")
+            self.heed()
+            return
         self.heed()
+        if self.sim.sharded:
+            self._restore(step, None)
 
     # Halting.
 
@@ -502,7 +574,8 @@ class SimRank:
             self.sim.note("halt", self, f"{reason}; step {self.step} voted {self.voted}")
         self.generation = max(generation, self.generation)
         self._say()
-        self._point("halted")
+        if self._point("halted") and self.gives_up:
+            self._later(self.sim.rng.uniform(0.001, 0.05), self._give_up)
 
     def _abort(self) -> None:
         self._abandon()

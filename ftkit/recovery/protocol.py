@@ -32,6 +32,9 @@ Invariants (tests/recovery and the simulator check them on every state they reac
       (`adopt`): the predecessor's last plan may still be on its way to a member.
 * I7  No member is started twice: its seat names the life of the agent (`boot`) that starts
       it, and when that is over so is the member, whether or not anybody knew it.
+* I8  A world of shards begins from the newest snapshot of which every shard is left, once nobody
+      changes any. Where there is none the job ends with the reason; it begins anew only where it
+      had none yet.
 """
 
 from collections.abc import Sequence
