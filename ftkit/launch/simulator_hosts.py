@@ -285,14 +285,14 @@ class SimCoordinator:
             if now - self._heard.get(n, self._born_s) > self.sim.times.node_s
         )
         reachable = [r for n, r in self._reports.items() if n not in lost]
-        snapshots = frozenset(s for r in reachable for s in r.snapshots)
-        awaited = ""
-        if self.sim.sharded:
+        snapshots, awaited = frozenset(s for r in reachable for s in r.snapshots), ""
+        # What is whole is asked where a world may be formed from it: to know it takes a while.
+        if self.sim.sharded and self.plan is not None and self.plan.mode is not Mode.RUNNING:
             newest = Inventory(
                 copies=tuple(c for r in reachable for c in r.copies)
             ).newest_complete()
             snapshots = frozenset({newest[1]} if newest else ())
-            if self.plan is not None and self.plan.mode is Mode.FORMING and self.plan.world:
+            if self.plan.mode is Mode.FORMING and self.plan.world is not None:
                 awaited = self.sim.shards.awaited(newest)
         return JobFacts(
             awaited=awaited,

@@ -5,7 +5,7 @@ captured it, whoever sits there now, or rebuilt from parity. What is whole the p
 says. Parity is played: a round counts once all nodes have it, and outlives `parity` of them.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SHARDS_KEPT = 3
 
 
+Name = tuple[Generation, Step]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
     """One rank's part of the state, as captured in a world of `size` ranks."""
@@ -29,6 +32,11 @@ class Shard:
     generation: Generation
     rank: int
     size: int
+
+    @property
+    def name(self) -> Name:
+        """Which snapshot it is of. Shards of different ones do not go together."""
+        return self.generation, self.state.step
 
     def copy(self, node: NodeId, seat: Seat) -> Copy:
         """As an agent tells of it."""
@@ -50,12 +58,12 @@ class _Round:
     state: TrainingState
     generation: Generation
     size: int
-    parts: list[tuple[NodeId, Seat, Shard]]
+    parts: dict[NodeId, dict[Seat, Shard]]
     lost: set[NodeId] = field(default_factory=set)
     rebuilding: bool = False
 
     @property
-    def name(self) -> tuple[Generation, Step]:
+    def name(self) -> Name:
         return self.generation, self.state.step
 
 
@@ -64,7 +72,10 @@ class Shards:
 
     def __init__(self, sim: "Simulation", parity: int) -> None:
         self._sim, self._parity = sim, parity
-        self._kept: dict[NodeId, dict[Seat, list[Shard]]] = defaultdict(dict)
+        self._kept: dict[NodeId, dict[Seat, tuple[Shard, ...]]] = defaultdict(dict)
+        #: How often each shard is there. Every rank that restores asks what is whole.
+        self._there: dict[Name, Counter[Shard]] = defaultdict(Counter)
+        self._copies: dict[NodeId, tuple[Copy, ...]] = {}
         self._round: _Round | None = None
         self._making = False
         self.lost = False
@@ -72,32 +83,32 @@ class Shards:
 
     def seal(self, node: NodeId, seat: Seat, shard: Shard) -> None:
         """A rank's shard is complete in its seat's arena."""
-        name = (shard.generation, shard.state.step)
-        kept = [s for s in self._kept[node].get(seat, []) if (s.generation, s.state.step) != name]
-        self._kept[node][seat] = [*kept[-(SHARDS_KEPT - 1) :], shard]
+        before = self._kept[node].get(seat, ())
+        others = tuple(s for s in before if s.name != shard.name)
+        after = self._kept[node][seat] = (*others[-(SHARDS_KEPT - 1) :], shard)
+        self._note(node, before, after)
         if self._parity and not self._making:
             self._making = True
-            self._sim.after(self._sim.rng.uniform(0.05, 0.5), self._make_parity)
+            delay_s = self._sim.span * self._sim.rng.uniform(0.05, 0.5)
+            self._sim.after(delay_s, self._make_parity)
 
     def lose(self, node: NodeId) -> None:
         """All that a node held is gone."""
         self.lost = True
-        self._kept.pop(node, None)
+        for kept in self._kept.pop(node, {}).values():
+            self._note(node, kept, ())
         if self._round is not None:
             self._round.lost.add(node)
-            self._round.parts = [p for p in self._round.parts if p[0] != node]
+            self._note(node, self._round.parts.pop(node, {}).values(), ())
 
     def copies(self, node: NodeId) -> tuple[Copy, ...]:
         """What a node holds."""
-        found = {
-            shard.copy(node, seat): None
-            for seat, kept in self._kept.get(node, {}).items()
-            for shard in kept
-        }
-        for at, seat, shard in self._round.parts if self._round is not None else ():
-            if at == node:
-                found[shard.copy(node, seat)] = None
-        return tuple(found)
+        if node not in self._copies:
+            held = [(seat, s) for seat, kept in self._kept[node].items() for s in kept]
+            if self._round is not None:
+                held += self._round.parts.get(node, {}).items()
+            self._copies[node] = tuple(dict.fromkeys(s.copy(node, seat) for seat, s in held))
+        return self._copies[node]
 
     def inventory(self, nodes: Iterable[NodeId]) -> Inventory:
         """What these nodes hold together."""
@@ -107,14 +118,10 @@ class Shards:
         """The state of `step`, if all shards of it are somewhere; of the newest generation."""
         if step == 0:
             return TrainingState()
-        generation = self.inventory(self._living()).complete().get(step)
-        everywhere = [s for seats in self._kept.values() for kept in seats.values() for s in kept]
-        if self._round is not None:
-            everywhere += [shard for _, _, shard in self._round.parts]
-        named = [s for s in everywhere if (s.state.step, s.generation) == (step, generation)]
-        return named[0].state if named else None
+        whole = self._newest_whole(step)
+        return whole.state if whole is not None else None
 
-    def awaited(self, newest: tuple[Generation, Step] | None) -> str:
+    def awaited(self, newest: Name | None) -> str:
         """What is being rebuilt from parity, and worth waiting for; "" for nothing.
 
         `newest` is whole by the same reports that the answer is judged with.
@@ -129,38 +136,60 @@ class Shards:
             self._sim.after(self._sim.rng.uniform(0.1, 0.8), self._rebuild, kept)
         return f"step {kept.state.step} is rebuilt from parity"
 
-    def _living(self) -> list[NodeId]:
-        return [n for n, agent in self._sim.agents.items() if agent.alive]
+    def _note(self, node: NodeId, before: Iterable[Shard], after: Iterable[Shard]) -> None:
+        self._copies.pop(node, None)
+        for shard in after:
+            self._there[shard.name][shard] += 1
+        for shard in before:
+            there = self._there[shard.name]
+            there[shard] -= 1
+            if not there[shard]:
+                del there[shard]
+            if not there:
+                del self._there[shard.name]
+
+    def _newest_whole(self, step: Step | None = None) -> Shard | None:
+        """One shard of the newest snapshot, or of the newest of `step`, that is whole."""
+        for name in sorted(self._there, reverse=True):
+            one = next(iter(self._there[name]))
+            if step in (None, name[1]) and len(self._there[name]) == one.size:
+                return one
+        return None
 
     def _make_parity(self) -> None:
         """Let the newest whole snapshot outlive nodes, if all of them are there to keep it."""
         self._making = False
-        living = self._living()
-        newest = self.inventory(living).newest_complete()
-        if newest is None or len(living) < self._sim.nodes:
+        one = self._newest_whole()
+        if one is None or not all(agent.alive for agent in self._sim.agents.values()):
             return
-        if self._round is not None and newest <= self._round.name:
+        old = self._round
+        if old is not None and one.name <= old.name:
             return
-        parts = {
-            shard.rank: (node, seat, shard)
-            for node, seats in self._kept.items()
-            for seat, kept in seats.items()
-            for shard in kept
-            if (shard.generation, shard.state.step) == newest
-        }
-        _, _, one = next(iter(parts.values()))
-        if len(parts) == one.size:
-            self._round = _Round(one.state, one.generation, one.size, list(parts.values()))
+        parts: dict[NodeId, dict[Seat, Shard]] = defaultdict(dict)
+        for node, seats in self._kept.items():
+            for seat, kept in seats.items():
+                for shard in kept:
+                    if shard.name == one.name:
+                        parts[node][seat] = shard
+        if sum(map(len, parts.values())) < one.size:
+            return  # some of it is only in the round before
+        self._round = _Round(one.state, one.generation, one.size, dict(parts))
+        for node in {*parts, *(old.parts if old is not None else ())}:
+            before = old.parts.get(node, {}) if old is not None else {}
+            self._note(node, before.values(), parts.get(node, {}).values())
 
     def _rebuild(self, kept: _Round) -> None:
         kept.rebuilding = False
-        living = self._living()
+        living = [n for n, agent in self._sim.agents.items() if agent.alive]
         if kept is not self._round or len(kept.lost) > self._parity or not living:
             return
-        here = {shard.rank for _, _, shard in kept.parts}
-        for rank in range(kept.size):
-            if rank not in here:
-                shard = Shard(
-                    state=kept.state, generation=kept.generation, rank=rank, size=kept.size
-                )
-                kept.parts.append((living[0], Seat(-1 - rank), shard))
+        here = {shard.rank for parts in kept.parts.values() for shard in parts.values()}
+        made = {
+            Seat(-1 - rank): Shard(
+                state=kept.state, generation=kept.generation, rank=rank, size=kept.size
+            )
+            for rank in range(kept.size)
+            if rank not in here
+        }
+        kept.parts[living[0]] = kept.parts.get(living[0], {}) | made
+        self._note(living[0], (), made.values())
