@@ -108,13 +108,22 @@ class Checker:
             if after.resumed == world.generation:
                 self._stand_still(world, after, facts, ranks)
 
-    def shards_kept(self, before: Plan, after: Plan, whole: Step | None, *, intact: bool) -> None:
+    def shards_kept(
+        self,
+        before: Plan,
+        after: Plan,
+        whole: Step | None,
+        writing: Sequence[MemberId],
+        *,
+        intact: bool,
+    ) -> None:
         """What became of shards as the coordinator went from one plan to the next (I8).
 
         Args:
           before: the plan it went from.
           after: the plan it went to.
           whole: the newest step that the nodes it reaches hold whole; None when there is none.
+          writing: members of the last world that may still change their shards.
           intact: whether neither a node with shards nor all who know the job's step were lost.
         """
         if after.stop is not None and SHARDS_GONE in after.stop.reason:
@@ -122,6 +131,9 @@ class Checker:
         formed = before.mode is not Mode.RUNNING and after.resumed > before.resumed
         if not formed:
             return
+        self._require(
+            not writing, f"I8: a world begins while members {writing} still change their shards"
+        )
         self._require(
             after.step in (0, whole),
             f"I8: a world begins with step {after.step}, and step {whole} is whole",

@@ -50,6 +50,8 @@ POINTS = (
     "ballot",
     "committed",
     "halted",
+    "gave-up",
+    "agreed",
     "linked",
     "prepared",
     "switched",

@@ -16,7 +16,7 @@ from ftkit.launch.pace import Rest
 from ftkit.launch.simulator_rank import Glance, SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan, adopt, first_plan
-from ftkit.recovery.protocol import advance
+from ftkit.recovery.protocol import advance, gone
 
 if TYPE_CHECKING:
     from ftkit.launch.simulator import Simulation
@@ -242,13 +242,8 @@ class SimCoordinator:
         for decision in decisions:
             self.sim.note(decision.action, None, f"{decision.reason} {decision.fields}")
         self.sim.checker.revised(before, after, facts, self.sim.ranks)
-        if self.sim.sharded:
-            reached = [
-                n for n, a in self.sim.agents.items() if a.alive and n not in facts.nodes_lost
-            ]
-            newest = self.sim.shards.inventory(reached).newest_complete()
-            whole = newest[1] if newest is not None else None
-            self.sim.checker.shards_kept(before, after, whole, intact=not self.sim.shards.lost)
+        if self.sim.sharded and (after.stop is not None or after.resumed > before.resumed):
+            self._check_shards(before, after, facts)
         self.plan = after
         self._judge.take_plan(after, at=self.sim.now)
         for node in self.sim.agents:
@@ -258,6 +253,21 @@ class SimCoordinator:
             # Whoever asks again, or takes over, finds it ended.
             for plan in (after, adopt([after], term=Term(self.term + 1))):
                 self.sim.checker.stays_ended(advance(plan, facts, self.sim.budget)[0])
+
+    def _check_shards(self, before: Plan, after: Plan, facts: JobFacts) -> None:
+        agents = {n: a for n, a in self.sim.agents.items() if n not in facts.nodes_lost}
+        if any(not a.alive or a.boot != facts.boots.get(n) for n, a in agents.items()):
+            return  # nobody can have heard yet of what was lost this moment
+        newest = self.sim.shards.inventory(agents).newest_complete()
+        whole = newest[1] if newest is not None else None
+        last = [w for w in (before.world, before.joining) if w is not None]
+        writing = [
+            m
+            for m in frozenset().union(*(w.member_ids for w in last))
+            if self.sim.ranks[m].writes_shards and not gone(after, facts, m)
+        ]
+        intact = not self.sim.shards.lost
+        self.sim.checker.shards_kept(before, after, whole, writing, intact=intact)
 
     def _take_over(self) -> bool:
         for node, agent in self.sim.agents.items():

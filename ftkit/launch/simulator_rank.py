@@ -126,6 +126,11 @@ class SimRank:
         """Whether what it holds is of no use without the shards of others, now that it halted."""
         return self.sim.sharded and self.stepping and self.stage is Stage.HALTED
 
+    @property
+    def writes_shards(self) -> bool:
+        """Whether what its arena holds may still change."""
+        return self.alive and self.stepping and self.stage in (Stage.ACTIVE, Stage.HALTED)
+
     def _place(self) -> tuple[Phase, Step, Generation]:
         """Where the training thread stands, as it would put it into its row."""
         played = Step(0 if self.step is None else self.step + 1)
@@ -440,7 +445,8 @@ class SimRank:
         if what == "agree":
             assert self._loaded is not None, "it waits with what it has loaded"
             self._doing = ""
-            self._restored(self._loaded)
+            if self._point("agreed") and self.stage is Stage.ACTIVE:
+                self._restored(self._loaded)
             return
         if what == "reduce":
             if exchange.result is None:
