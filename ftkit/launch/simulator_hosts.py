@@ -44,7 +44,7 @@ class SimAgent:
             if self.sim.sharded:
                 self._look_at_steps()
             self._flush(True)
-            self.sim.after(self.sim.times.tick_s, self._beat)
+            self.sim.after(self.sim.times.report_s, self._beat)
 
     def _look_at_steps(self) -> None:
         """Their rows say what step they play: what a job of shards has lost is told by it."""
