@@ -7,7 +7,7 @@ not reproducible, and must be equal wherever ranks train together.
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -112,7 +112,7 @@ class Checker:
         self,
         before: Plan,
         after: Plan,
-        whole: Step | None,
+        whole: Mapping[Step, Generation],
         writing: Sequence[MemberId],
         *,
         intact: bool,
@@ -122,12 +122,12 @@ class Checker:
         Args:
           before: the plan it went from.
           after: the plan it went to.
-          whole: the newest step that the nodes it reaches hold whole; None when there is none.
+          whole: the steps that the nodes it reaches hold whole, with the generation of each.
           writing: members of the last world that may still change their shards.
           intact: whether neither a node with shards nor all who know the job's step were lost.
         """
         if after.stop is not None and SHARDS_GONE in after.stop.reason:
-            self._require(whole is None, f"I8: the job ends, though step {whole} is whole")
+            self._require(not whole, f"I8: the job ends, though steps {sorted(whole)} are whole")
         formed = before.mode is not Mode.RUNNING and after.resumed > before.resumed
         if not formed:
             return
@@ -135,8 +135,14 @@ class Checker:
             not writing, f"I8: a world begins while members {writing} still change their shards"
         )
         self._require(
-            after.step in (0, whole),
-            f"I8: a world begins with step {after.step}, and step {whole} is whole",
+            after.step in whole or not (after.step or whole),
+            f"I8: a world begins with step {after.step}, and steps {sorted(whole)} are whole",
+        )
+        # Those who are through with training may seal their last step at this moment.
+        newest = max(((g, s) for s, g in whole.items()), default=(Generation(0), Step(0)))[1]
+        self._require(
+            after.step >= newest - 1,
+            f"I8: a world begins with step {after.step}, though step {newest} is whole",
         )
         self._require(
             not intact or after.step >= self._newest - SHARDS_BACK,

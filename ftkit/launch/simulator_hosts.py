@@ -258,8 +258,7 @@ class SimCoordinator:
         agents = {n: a for n, a in self.sim.agents.items() if n not in facts.nodes_lost}
         if any(not a.alive or a.boot != facts.boots.get(n) for n, a in agents.items()):
             return  # nobody can have heard yet of what was lost this moment
-        newest = self.sim.shards.inventory(agents).newest_complete()
-        whole = newest[1] if newest is not None else None
+        whole = self.sim.shards.inventory(agents).complete()
         last = [w for w in (before.world, before.joining) if w is not None]
         writing = [
             m
