@@ -83,6 +83,8 @@ class SimRank:
         self.voted = False
         self.cut: frozenset[MemberId] = frozenset()
         self.stepping = False
+        self.at_step = Step(0)
+        """The step it plays, or played last, whatever it has given up since."""
         self.broken_setup = False
         self.refuses = False
         self.world: World | None = None
@@ -115,11 +117,6 @@ class SimRank:
     def step(self) -> Step | None:
         """Steps committed; None without state."""
         return self._state.step if self._state else None
-
-    @property
-    def at_step(self) -> Step:
-        """The step that its row shows it playing, or played last."""
-        return self._shown[1]
 
     @property
     def gives_up(self) -> bool:
@@ -424,6 +421,7 @@ class SimRank:
                 self._later(self.sim.rng.uniform(0.01, 0.3), self.sim.exits, self, 0)
             return
         self._sequence += 1
+        self.at_step = Step(self._state.step + 1)
         self.sim.checker.attempted(self, self._state)
         self._train(self.sim.compute_s(), self._reduce)
 

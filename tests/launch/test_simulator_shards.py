@@ -15,10 +15,12 @@ def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(simulator, "SHARDED", 1.0)
 
 
-def lose_a_node(seed: int, *, parity: int, nodes_lost: int = 1) -> Outcome:
+def lose_a_node(
+    seed: int, *, parity: int, nodes_lost: int = 1, kind: Kind = Kind.LOSE_NODE
+) -> Outcome:
     """A job on three nodes that loses some of them, one right after the other."""
     faults = [
-        Fault(kind=Kind.LOSE_NODE, target=t, duration_s=1.0, at_s=5.0 + t / 50)
+        Fault(kind=kind, target=t, duration_s=1.0, at_s=5.0 + t / 50)
         for t in range(0, 2 * nodes_lost, 2)
     ]
     job = Simulation(seed, ranks=21, faults=faults)
@@ -31,6 +33,12 @@ def lose_a_node(seed: int, *, parity: int, nodes_lost: int = 1) -> Outcome:
 def test_a_lost_node_without_parity_ends_the_job_with_the_reason() -> None:
     for seed in range(3):
         stop = lose_a_node(seed, parity=0).stop
+        assert (stop.code, SHARDS_GONE in stop.reason) == (70, True)
+
+
+def test_those_who_are_left_tell_a_new_coordinator_how_far_the_job_had_come() -> None:
+    for seed in range(3):
+        stop = lose_a_node(seed, parity=0, kind=Kind.LOSE_NODE_AND_COORDINATOR).stop
         assert (stop.code, SHARDS_GONE in stop.reason) == (70, True)
 
 
