@@ -13,6 +13,7 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.bench_command import bench
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
@@ -557,6 +558,7 @@ def doctor_offenders(history: str, as_json: bool) -> None:
     sys.exit(offenders(history, as_json=as_json))
 
 
+main.add_command(bench)
 main.add_command(ckpt)
 main.add_command(detect)
 
