@@ -89,9 +89,9 @@ def run(settings: Settings, *, out: Path, keep: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps(made.to_json() | {"page": str(out)}), flush=True)
     else:
-        print("\n".join([page.markdown(rows), "", *notes_of(rows, settings)]), flush=True)
-        print("\n".join(f"PROBLEM: {words}" for words in made.problems), flush=True)
-        print(f"wrote {out}")
+        troubles = [f"PROBLEM: {words}" for words in made.problems]
+        lines = [page.markdown(rows), "", page.LEGEND, *made.notes, *troubles, f"wrote {out}"]
+        print("\n".join(lines), flush=True)
     if keep and not made.problems:
         save(made, RESULTS)
     return 1 if made.problems else 0

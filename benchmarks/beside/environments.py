@@ -96,7 +96,14 @@ def _make(
 
 
 def last_words(errors: str) -> str:
-    """What a process died of, in a line: the last one that names an error; pure."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    named = [line for line in lines if "Error" in line or line.startswith("ERROR")]
-    return (named or lines or ["it said nothing"])[-1][:300]
+    """What a process died of, in a line: the last one that names an error; pure.
+
+    An assertion without words is told with its source line.
+    """
+    lines = [line.strip() for line in errors.splitlines() if line.strip(" ^~")]
+    named = [n for n, line in enumerate(lines) if "Error" in line or line.startswith("ERROR")]
+    if not named:
+        return (lines or ["it said nothing"])[-1][:300]
+    last = lines[named[-1]]
+    bare = last.isidentifier() and named[-1] > 0
+    return (f"{last} at: {lines[named[-1] - 1]}" if bare else last)[:300]

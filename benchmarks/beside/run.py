@@ -69,7 +69,15 @@ def play(tool: Tool, task: Task, python: Path, *, limit_s: float) -> Played:
         ]
         awaited = [p for c, p in zip(commands, started, strict=True) if not c.server]
         standstill, job_mib = _watch(awaited, folder, limit_s, weigh=not task.fault)
-    failed = [n for n, p in enumerate(started) if p.returncode not in (0, -signal.SIGKILL)]
+        # What was struck says nothing of why the others did not go on.
+        failed = [
+            number
+            for number, process in enumerate(started)
+            if process.poll() not in (0, -signal.SIGKILL)
+            and not (commands[number].server or _is_stopped(process.pid))
+        ]
+    for process in started:
+        process.wait()  # gone already: for its own book-keeping
     errors = [(folder / f"process-{n}.err").read_text(errors="replace") for n in failed]
     return Played(
         logs={
@@ -79,7 +87,7 @@ def play(tool: Tool, task: Task, python: Path, *, limit_s: float) -> Played:
         finals=[torch.load(path) for path in sorted((folder / "finals").glob("*.pt"))],
         standstill=standstill,
         job_mib=job_mib,
-        said=last_words(errors[-1]) if errors else "",
+        said=last_words("\n".join(errors)) if errors else "",
     )
 
 

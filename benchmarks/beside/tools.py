@@ -100,7 +100,7 @@ def _torchft(variant: str) -> Callable[[Site], list[Command]]:
         port, meet = free_port(), free_port()
         lighthouse = Command(
             argv=[
-                *(str(site.python.with_name("torchft_lighthouse")), "--bind", f"0.0.0.0:{port}"),
+                *(str(site.python.with_name("torchft_lighthouse")), "--bind", f"127.0.0.1:{port}"),
                 *("--min_replicas", "1", "--quorum_tick_ms", "100", "--join_timeout_ms", "10000"),
             ],
             server=True,
@@ -142,7 +142,10 @@ def _nvrx(site: Site) -> list[Command]:
 
 def _ray(site: Site) -> list[Command]:
     return [
-        Command(argv=_module(site, "with_ray", str(Path(site.task.folder) / "ray"), str(site.shm)))
+        Command(
+            argv=_module(site, "with_ray", str(Path(site.task.folder) / "ray"), str(site.shm)),
+            env={"RAY_USAGE_STATS_ENABLED": "0"},
+        )
     ]
 
 

@@ -1,6 +1,6 @@
 """The task through Ray Train, on a cluster of its own that ends with it: the driver and its workers.
 
-python -m benchmarks.beside.with_ray TEMP
+python -m benchmarks.beside.with_ray TEMP SHM
 """
 
 import sys
@@ -61,7 +61,7 @@ def work(settings: dict[str, str]) -> None:
     log.final(model)
 
 
-def main(temp: str) -> None:
+def main(temp: str, shm: str) -> None:
     """Start a cluster, train, end both."""
     task = Task.from_environ()
     ray.init(
@@ -70,6 +70,7 @@ def main(temp: str) -> None:
         include_dashboard=False,
         object_store_memory=100 * 2**20,
         _temp_dir=temp,
+        _plasma_directory=shm,
         log_to_driver=False,
     )
     try:
@@ -89,4 +90,4 @@ def main(temp: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

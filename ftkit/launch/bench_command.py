@@ -64,7 +64,7 @@ def bench() -> None:
     "--time-limit",
     "limit_s",
     type=click.FloatRange(min=1),
-    default=60.0,
+    default=90.0,
     show_default=True,
     help="Seconds without a finished step after which a run is ended.",
 )
