@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -82,7 +83,6 @@ def run(settings: Settings, *, out: Path, keep: bool, as_json: bool) -> int:
             rows,
             fault={"kill": "SIGKILL", "stop": "SIGSTOP"}[settings.fault],
             ranks=settings.nproc,
-            limit_s=settings.limit_s,
             facts=facts,
         ),
     )
@@ -138,11 +138,23 @@ def measure(settings: Settings, folder: Path, tell: Callable[[str], None]) -> li
                     victim=victim,
                     strike=strike,
                 )
-                Path(task.folder).mkdir()
-                played = play(one.tool, task, one.python, limit_s=settings.limit_s)
-                words = note(one, task, played, found[0].reference, settings.limit_s)
-                tell(f"[{number}/{total}] {one.tool.name}: {words}")
+                tell(f"[{number}/{total}] {one.tool.name}: {_try(one, task, found[0], settings)}")
     return found
+
+
+def _try(one: Found, task: Task, plain: Found, settings: Settings) -> str:
+    """One run, noted; what it came to, in a line. Its files are gone afterwards."""
+    assert one.python is not None, "measure() has looked"
+    folder = Path(task.folder)
+    folder.mkdir()
+    try:
+        played = play(one.tool, task, one.python, limit_s=settings.limit_s)
+    except OSError as error:
+        one.trouble.append(f"could not be run: {error}")
+        return one.trouble[-1]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return note(one, task, played, plain.reference, settings.limit_s)
 
 
 def note(one: Found, task: Task, played: Played, plain: Tensor | None, limit_s: float) -> str:
@@ -156,6 +168,9 @@ def note(one: Found, task: Task, played: Played, plain: Tensor | None, limit_s: 
             one.trouble.append(
                 f"undisturbed, {len(played.finals)} of {task.slots} ranks came to the end: {why}"
             )
+            return one.trouble[-1]
+        if not intervals(played.logs):
+            one.trouble.append("undisturbed, it started anew so often that no step could be timed")
             return one.trouble[-1]
         one.calm.append(calm(played, plain))
         if one.reference is None:

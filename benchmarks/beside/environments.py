@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.peers import NoPeer
 
-#: For pip, which may have to download.
-INSTALL_S = 1800.0
+#: For pip, which may have to download; and for a first import.
+INSTALL_S, PROBE_S = 1800.0, 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +56,7 @@ def interpreter(wanted: Environment, cache: Path, say: Callable[[str], None]) ->
     if not (found.exists() and stamp.is_file() and stamp.read_text() == recipe):
         _make(wanted, folder, ours, python, say)
         stamp.write_text(recipe)
-    done = subprocess.run(
-        [str(found), "-c", wanted.probe], capture_output=True, text=True, check=False, timeout=300
-    )
+    done = _python(found, "-c", wanted.probe, name=wanted.name, limit_s=PROBE_S)
     if done.returncode:
         raise NoPeer(f"{wanted.name} cannot be imported: {last_words(done.stderr)}")
     return found
@@ -76,23 +74,30 @@ def _make(
         (site / "ftkit-torch.pth").write_text(f"{lent()}\n")
         held = folder / "constraints.txt"
         held.write_text(f"torch=={ours}\n")
-        done = subprocess.run(
-            [
-                *(str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet"),
-                *("--constraint", str(held), *wanted.packages),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=INSTALL_S,
-        )
     except (OSError, subprocess.SubprocessError) as error:
         raise NoPeer(f"{wanted.name}'s environment {folder} could not be made: {error}") from error
+    pip = ("-m", "pip", "install", "--quiet", "--constraint", str(held), *wanted.packages)
+    done = _python(folder / "bin" / "python", *pip, name=wanted.name, limit_s=INSTALL_S)
     if done.returncode:
         raise NoPeer(
             f"{wanted.name} could not be installed: pip exited with {done.returncode}: "
             f"{last_words(done.stderr)}"
         )
+
+
+def _python(
+    python: Path, *arguments: str, name: str, limit_s: float
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            [str(python), *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_s,
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise NoPeer(f"{name}'s environment {python.parents[1]} cannot be used: {error}") from error
 
 
 def last_words(errors: str) -> str:

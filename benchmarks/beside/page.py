@@ -35,7 +35,7 @@ def markdown(rows: Mapping[str, Row]) -> str:
     return "\n".join([drawn[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *drawn[1:]])
 
 
-def plot(rows: Sequence[Row], *, limit_s: float) -> str:
+def plot(rows: Sequence[Row]) -> str:
     """A line for each tool, a dot for each run, over seconds after the fault on a log scale."""
     struck = [row for row in rows if row.struck]
     times = [
@@ -72,22 +72,21 @@ def plot(rows: Sequence[Row], *, limit_s: float) -> str:
                 parts.append(_dot(x(s.recovery.ahead_s), y, "ahead", s.recovery.ahead_s))
             if s.recovery.again_s is not None:
                 parts.append(_dot(x(s.recovery.again_s), y, "again", s.recovery.again_s))
-        never = len(row.struck) - len(row.recovered)
+        never = [s for s in row.struck if s.recovery.again_s is None]
         if never:
-            count = f"{never} of {len(row.struck)}" if row.recovered else "never"
-            mark = f"{count}: no step within {limit_s:g} s, or all ranks ended"
+            count = f"{len(never)} of {len(row.struck)} never" if row.recovered else "never"
+            mark = f"{count}: {never[0].why.partition(';')[0]}"
             parts.append(text(_LEFT + 6, y - 6 if row.recovered else y + 4, mark, "start", "small"))
     return "".join([*parts, "</svg>"])
 
 
-def render(rows: Mapping[str, Row], *, fault: str, ranks: int, limit_s: float, facts: str) -> str:
+def render(rows: Mapping[str, Row], *, fault: str, ranks: int, facts: str) -> str:
     """The whole page, without scripts or links.
 
     Args:
       rows: in the order of the table, "plain DDP" among them.
       fault: what was done to a rank.
       ranks: of the job.
-      limit_s: how long a run may go without a step.
       facts: the machine and the versions, in a line.
     """
     plain = rows["plain DDP"]
@@ -117,7 +116,7 @@ h3 {{ font-size: 1rem; margin-bottom: 0; }} svg {{ max-width: {WIDTH}px; }}
 <h2>Time to recover</h2>
 <p>Full dot: a step was finished again. Ring: the struck step was done, so that all that follows is
 new.</p>
-{plot(list(rows.values()), limit_s=limit_s)}
+{plot(list(rows.values()))}
 <h2>Row by row</h2>
 {notes}
 <p>{escape(facts)}</p>

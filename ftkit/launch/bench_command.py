@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from ftkit.core.errors import UsageError
 
 #: The peers that there are; `benchmarks.beside.tools` says how each is run.
 PEERS = ("torchft", "torchrun", "nvrx", "ray")
+
+#: NVRx waits twice the stall before it ends a rank, and gives it some seconds; then all begin anew.
+PATIENCE = 4
 
 
 @click.group()
@@ -93,8 +97,18 @@ def peers(only: str, keep: bool, as_json: bool, out: Path, **asked: Any) -> None
             f"--steps {asked['steps']} is less than twice --save-every {asked['save_every']}: a run "
             "would be struck before its first checkpoint; give more steps or save more often"
         )
-    if not out.resolve().parent.is_dir():
-        raise UsageError(f"--out {out}: there is no folder {out.resolve().parent}")
+    stall, limit = asked["stall_s"], asked["limit_s"]
+    if limit < PATIENCE * stall:
+        raise UsageError(
+            f"--time-limit {limit:g} is less than {PATIENCE} times --stall {stall:g}: tools that wait so "
+            "long before they begin to recover would be ended in the middle of it; raise the one or "
+            "lower the other"
+        )
+    folder = out.resolve().parent
+    if not folder.is_dir():
+        raise UsageError(f"--out {out}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--out {out}: {folder} cannot be written to; name another file")
     bench = benchmark("benchmarks.beside.bench")
     code = bench.run(bench.Settings(only=names, **asked), out=out, keep=keep, as_json=as_json)
     sys.exit(code)

@@ -245,16 +245,16 @@ def test_the_page_has_every_row_and_says_never_where_nothing_came():
     drawn = page.markdown(rows).splitlines()
     assert len(drawn) == 2 + len(rows)
     assert len({len(line) for line in drawn}) == 1
-    html = page.render(rows, fault="SIGKILL", ranks=3, limit_s=60.0, facts="2 cores")
+    html = page.render(rows, fault="SIGKILL", ranks=3, facts="2 cores")
     assert "ray could not be installed: no network" in html
-    assert "never: no step within 60 s" in html
+    assert "never: no step was finished for 60 s</text>" in html
     assert "&lt;refused&gt;" in html
     assert html.count('class="again"') == 1
 
 
 def test_a_plot_of_nothing_says_so():
     row = Row(name="torchrun", how="", struck=[NEVER])
-    assert "No tool trained on" in page.plot([row], limit_s=60.0)
+    assert "No tool trained on" in page.plot([row])
 
 
 def test_every_peer_of_the_command_has_a_row():
@@ -267,6 +267,7 @@ def test_every_peer_of_the_command_has_a_row():
         (["--only", "torchft,rey"], "did you mean ray?"),
         (["--only", "horovod"], "'horovod' is none of torchft"),
         (["--steps", "30"], "less than twice --save-every 20"),
+        (["--stall", "30"], "--time-limit 90 is less than 4 times --stall 30"),
         (["--out", "/no/such/folder/x.html"], "there is no folder /no/such/folder"),
     ],
 )
@@ -297,12 +298,18 @@ def test_a_peer_that_cannot_be_installed_has_its_reason_in_its_row(monkeypatch, 
 
     played = list[str]()
     monkeypatch.setattr(bench, "interpreter", refuse)
-    monkeypatch.setattr(bench, "play", lambda tool, *_, **__: played.append(tool.name))
-    monkeypatch.setattr(bench, "note", lambda *_: "")
+
+    def cannot(tool: tools.Tool, *_: object, **__: object) -> run.Played:
+        played.append(tool.name)
+        raise FileNotFoundError("no such program")
+
+    monkeypatch.setattr(bench, "play", cannot)
     found = bench.measure(settings(only=["ray"]), tmp_path, lambda _: None)
     assert [one.tool.name for one in found] == ["plain DDP", "ftkit", "Ray Train"]
     assert found[2].row().trouble == "ray could not be installed: no matching distribution"
-    assert set(played) == {"plain DDP", "ftkit"}
+    assert played == ["plain DDP", "ftkit", "ftkit"]
+    assert found[1].row().trouble == "could not be run: no such program"
+    assert list(tmp_path.iterdir()) == []
 
 
 def settings(**given: Any) -> bench.Settings:
