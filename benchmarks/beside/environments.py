@@ -5,6 +5,7 @@ version: all tools then compute with the same torch, and an environment costs wh
 takes. What a peer wants in another version is installed into its environment and comes first there.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,10 @@ from benchmarks.peers import NoPeer
 
 #: For pip, which may have to download; and for a first import.
 INSTALL_S, PROBE_S = 1800.0, 300.0
+
+#: An error with words of its own, and how much of them is shown.
+_TOLD = re.compile(r"(^|\s|\.)\w*(Error|ERROR): +\S")
+WORDS = 300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +106,15 @@ def _python(
 
 
 def last_words(errors: str) -> str:
-    """What a process died of, in a line: the last one that names an error; pure.
+    """What a process died of, in a line: the last one that names an error and says of what; pure.
 
     An assertion without words is told with its source line.
     """
     lines = [line.strip() for line in errors.splitlines() if line.strip(" ^~")]
-    named = [n for n, line in enumerate(lines) if "Error" in line or line.startswith("ERROR")]
-    if not named:
-        return (lines or ["it said nothing"])[-1][:300]
-    last = lines[named[-1]]
-    bare = last.isidentifier() and named[-1] > 0
-    return (f"{last} at: {lines[named[-1] - 1]}" if bare else last)[:300]
+    told = [line for line in lines if _TOLD.search(line)]
+    bare = [n for n, line in enumerate(lines) if line.endswith("Error") and line.isidentifier()]
+    if told:
+        return told[-1][:WORDS]
+    if bare:
+        return f"{lines[bare[-1]]} at: {lines[max(bare[-1] - 1, 0)]}"[:WORDS]
+    return (lines or ["it said nothing"])[-1][:WORDS]
