@@ -120,6 +120,12 @@ def main() -> None:
     flag_value="stop",
     help="Check every node as `ftkit doctor` does before ranks start; stop when one fails, or warn.",
 )
+@click.option(
+    "--drills/--no-drills",
+    default=True,
+    show_default=True,
+    help="Whether `ftkit drill plan` of the same user may strike this job while it trains.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -147,6 +153,7 @@ def run(
     otel: bool,
     history: str,
     preflight: str | None,
+    drills: bool,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -194,6 +201,7 @@ def run(
         metrics_port=metrics_port,
         history=absolute(history),
         preflight=preflight or "",
+        drills=drills,
         quiet=quiet,
     )
     if checkpoint_dir:

@@ -149,6 +149,21 @@ class Roster:
                 self._killed.add(member)
                 rank.signal(signal.SIGKILL)
 
+    def drilled(self, members: Iterable[MemberId]) -> None:
+        """A drill is about to strike them: what becomes of them is nobody's fault."""
+        for member in members:
+            self._set(self.facts[member], drilled=True)
+
+    def send_signal(self, member: MemberId, number: signal.Signals) -> None:
+        """(drills) Send a signal as somebody else would: nothing is noted."""
+        self._processes[member].signal(number)
+
+    def wake_drilled(self, member: MemberId) -> None:
+        """SIGCONT to one that a drill has stopped, if it still runs."""
+        facts = self.facts.get(member)
+        if facts is not None and facts.drilled:
+            self.send_signal(member, signal.SIGCONT)
+
     def ask_to_end(self) -> None:
         """SIGTERM to all."""
         for rank in self._processes.values():
