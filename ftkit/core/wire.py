@@ -75,9 +75,7 @@ def admit(
 ) -> tuple[bool, dict[str, Any]]:
     """As `authenticate` of a server, for visitors too, who hold another key.
 
-    Args:
-      sock, secret, hello, timeout_s: as `authenticate`.
-      visitors: their key; None lets none of them in.
+    `visitors` is their key; None lets none of them in. All else is as in `authenticate`.
 
     Returns:
       Whether the peer is a visitor, which its hello cannot say otherwise; and its hello.

@@ -16,6 +16,7 @@ from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
+from ftkit.launch.programme import command as programme
 
 log_to_stderr()
 
@@ -565,6 +566,8 @@ def doctor_offenders(history: str, as_json: bool) -> None:
     sys.exit(offenders(history, as_json=as_json))
 
 
+for command in (programme.plan, programme.stop, programme.certificate):
+    drill.add_command(command)
 main.add_command(ckpt)
 main.add_command(detect)
 

@@ -60,7 +60,8 @@ class Door:
         """
         self._node, self._secret, self._trace = node, secret, trace
         self._take, self._guests = take, guests
-        self._key, self._receive = visitors or (None, None)
+        self._key = None if visitors is None else visitors[0]
+        self._receive = None if visitors is None else visitors[1]
         for listener, kind in self._listeners:
             threading.Thread(
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True

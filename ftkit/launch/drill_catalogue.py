@@ -13,8 +13,7 @@ from ftkit.launch import (
     rot_drills,
 )
 from ftkit.launch.clean_drill import CLEAN
-from ftkit.launch.drill_faults import LOSE_NODE as LOSE_NODE
-from ftkit.launch.drill_faults import PREEMPT as PREEMPT
+from ftkit.launch.drill_faults import LOSE_NODE, PREEMPT
 from ftkit.launch.faulty_store import StoreFaultKind
 
 #: The bundled training job.

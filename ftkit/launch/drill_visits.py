@@ -77,7 +77,8 @@ class DrillVisits:
         """Of one agent.
 
         Args:
-          node, name: which node this is, and what it is called across jobs.
+          node: which node this is.
+          name: what it is called across jobs.
           roster: its ranks.
           arenas: what is lost with the node.
           trace: told of every strike.
