@@ -150,7 +150,8 @@ class DrillVisits:
         fault = str(message["fault"])
         steps, seats = self._steps(), {f.member: f.seat for f in self._roster.alive}
         members = sorted(MemberId(int(m)) for m in message["members"])
-        self._roster.drilled(members)
+        # Who stands by goes with its node.
+        self._roster.drilled(members if fault in _SIGNALS else here)
         if fault == LOSE_NODE:
             self._tell()  # nobody can afterwards
         for member in members:

@@ -147,7 +147,8 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     share, z2 = hits / n, z * z
     centre = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # Rounding must not leave the share itself out.
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _line(fault: str, drills: Sequence[DrillRecord]) -> Line:

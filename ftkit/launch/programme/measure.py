@@ -140,7 +140,7 @@ def measure(events: Sequence[Event], target: Target, seats: int) -> Measured:
         steps_lost=0 if whole is not None else max(0, before - newest),
         slots_lost=lost,
         slots_doubled=doubled,
-        others=_others(history, at, struck),
+        others=_others(history, at, struck | set(target.beside)),
         ended=ended,
         by_hand=by_hand,
     )

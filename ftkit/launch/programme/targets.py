@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat
 from ftkit.launch.drill_faults import OF_NODES
@@ -20,6 +20,8 @@ class Target:
     generation: Generation
     """Of the world that trains."""
     order: tuple[int, int]
+    beside: tuple[MemberId, ...] = ()
+    """Who does not train and goes with the node."""
 
     @property
     def words(self) -> str:
@@ -52,7 +54,9 @@ def targets(fault: str, job: JobState) -> Sequence[Target]:
     found = []
     for node in sorted({m.node for m in world}):
         here = [m for m in world if m.node == node]
-        found.append(target(node, [m.member for m in here], [m.seat for m in here]))
+        beside = sorted(m.member for m in job.nodes[node].members if m not in here)
+        one = target(node, [m.member for m in here], [m.seat for m in here])
+        found.append(replace(one, beside=tuple(beside)))
     return found
 
 
