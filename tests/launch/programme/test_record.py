@@ -31,9 +31,9 @@ def test_a_torn_last_line_costs_itself_and_not_the_next(tmp_path: Path) -> None:
     for cut in (1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole + whole[:cut])
         found, strange = read(path)
-        assert ([r.at for r in found][0], len(found) + strange) == (1.0, 2)
+        assert (found[0].at, len(found) + strange) == (1.0, 2)
         append(path, drill(2.0))
-        assert [r.at for r in read(path)[0]][-1] == 2.0
+        assert read(path)[0][-1].at == 2.0
 
 
 @pytest.mark.parametrize(
