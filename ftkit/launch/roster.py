@@ -159,10 +159,11 @@ class Roster:
         self._processes[member].signal(number)
 
     def wake_drilled(self, member: MemberId) -> None:
-        """SIGCONT to one that a drill has stopped, if it still runs."""
+        """SIGCONT to one that a drill has stopped, if it still runs: what follows is no drill's."""
         facts = self.facts.get(member)
-        if facts is not None and facts.drilled:
+        if facts is not None and facts.drilled and facts.stage in ALIVE:
             self.send_signal(member, signal.SIGCONT)
+            self._set(facts, drilled=False)
 
     def ask_to_end(self) -> None:
         """SIGTERM to all."""

@@ -48,6 +48,8 @@ from ftkit.launch.report_history import COMPLETED
 IDLE_S = 1.0
 #: Between two looks at a job that is to be struck.
 LOOK_S = 0.5
+#: The same once it has been forbidden for some minutes.
+LOOK_MOST_S = 10.0
 #: Between two readings of the events of a job that was struck.
 WATCH_S = 0.25
 #: Events from before a strike that are kept for each rank: votes, commits and snapshots of some steps.
@@ -113,9 +115,7 @@ class Driver:
           StoreError: the history cannot be read or written.
           KeyboardInterrupt: somebody wants to go; a strike that is being watched is noted first.
         """
-        records, strange = record.read(self._history_path)
-        self._history = tuple(records)
-        if strange:
+        if strange := self._read_history():
             self._say(f"{strange} lines of {self._history_path} are no drills: passed over")
         state = begin(
             self._options, time.time(), patience_s=self._patience_s, done=self._done_interval()
@@ -146,7 +146,8 @@ class Driver:
             case Look():
                 if state.refused:
                     self._tell(f"not yet: {state.refused}")
-                    time.sleep(LOOK_S)
+                    refused_s = time.time() - state.slot.due
+                    time.sleep(min(LOOK_MOST_S, max(LOOK_S, refused_s / 20)))
                 return self._look()
             case Strike(target):
                 self._tell(f"{target.words}, at step {self._committed}")
@@ -185,6 +186,7 @@ class Driver:
         """How the job stands, and whether steps are seen."""
         if not self._looking:
             self._looking, self._heard_at = True, time.monotonic()
+            self._read_history()  # other programmes spend of the same budget
             self._tail = EventTail(self._run_dir, from_now=True)
         self._job = job = self._remote.look()
         if job.nodes:
@@ -200,11 +202,13 @@ class Driver:
 
     def _strike(self, target: Target) -> str:
         """Have it struck. Returns why it was not; empty when it was."""
+        self._watch = WorldWatch(target, self._control.seats)
+        self._watch.feed(self._events)
+        # Before it is asked for: who is interrupted meanwhile has to take it for struck.
+        self._struck_at = time.monotonic()
         refused = self._remote.strike(target)
-        if not refused:
-            self._struck_at = time.monotonic()
-            self._watch = WorldWatch(target, self._control.seats)
-            self._watch.feed(self._events)
+        if refused:
+            self._struck_at, self._watch = None, None
         return refused
 
     def _watched(self, target: Target) -> tuple[Outcome, str] | None:
@@ -272,11 +276,20 @@ class Driver:
                 slots_doubled=found.slots_doubled,
                 others_lost=len(found.others),
             )
+        try:
+            record.append(self._history_path, told)
+        finally:
+            # Where the disk is full it is told all the same.
+            self._noted(told)
+        self._history = (*self._history, told)
         self._struck_at, self._watch = None, None
         self._looking, self._events = False, []
-        record.append(self._history_path, told)
-        self._history = (*self._history, told)
-        self._noted(told)
+
+    def _read_history(self) -> int:
+        """Read what all programmes have done; returns how many lines are no drills. StoreError."""
+        records, strange = record.read(self._history_path)
+        self._history = tuple(records)
+        return strange
 
     def _done_interval(self) -> int | None:
         """The newest interval in which this job was struck, by whatever programme."""

@@ -125,11 +125,19 @@ class Said:
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, int], tuple[int, str]] = {}
+        self._coordinator = 0
 
     def feed(self, events: Iterable[Mapping[str, Any]]) -> None:
         """Take what is new; an event that lacks a field is passed over."""
         for event in events:
             try:
+                number = int(event.get("coordinator", 0))
+                if number > self._coordinator:
+                    # What its predecessor had said, it says again if it still holds.
+                    self._coordinator = number
+                    self._open.clear()
+                if number < self._coordinator:
+                    continue
                 key = str(event.get("fault")), int(event["member"])
                 if event["kind"] in ("verdict", "suspicion"):
                     words = f"rank {int(event['seat'])} is called {key[0]}"

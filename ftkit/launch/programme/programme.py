@@ -50,7 +50,8 @@ def run_programme(
     """
     stop_files = (run_dir / STOP, *((stop_file,) if stop_file else ()))
     if there := [path for path in stop_files if path.exists()]:
-        raise UsageError(f"drills are stopped: {there[0]} is there; `ftkit drill stop --clear`")
+        way = "`ftkit drill stop --clear`" if there[0].name == STOP else "remove it"
+        raise UsageError(f"drills are stopped: {there[0]} is there; {way} allows them again")
     control = read_control(run_dir)
     asked = checked_faults(faults)
     if control.nodes < 2 and (of_nodes := [f for f in asked if f in OF_NODES]):
@@ -77,7 +78,10 @@ def run_programme(
         count=count,
         prior_s=prior_s,
     )
-    history.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        history.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--history {history}: {error}") from error
     check_history(str(history))
 
     def noted(record: DrillRecord) -> None:
