@@ -40,7 +40,7 @@ def drill_key(secret: bytes) -> bytes:
 
 
 def write_control(config: JobConfig, engine: str, secret: str) -> None:
-    """Leave the file, readable by this user alone. OSError as it comes."""
+    """Leave the file, readable by this user alone. UsageError: it cannot be written."""
     control = Control(
         job=config.job,
         key=drill_key(bytes.fromhex(secret)).hex() if config.drills else "",
@@ -52,10 +52,13 @@ def write_control(config: JobConfig, engine: str, secret: str) -> None:
     )
     path = Path(config.run_dir) / NAME
     part = path.with_name(f".{NAME}.{os.getpid()}")
-    fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(fd, "w") as file:
-        json.dump({"v": VERSION} | asdict(control), file)
-    part.replace(path)
+    try:
+        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "w") as file:
+            json.dump({"v": VERSION} | asdict(control), file)
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error
 
 
 def read_control(run_dir: Path) -> Control:

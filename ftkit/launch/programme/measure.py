@@ -6,8 +6,8 @@ and otherwise the wall clock `t` stands in for it (`on_one_clock`).
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 from ftkit.core import exit_codes
@@ -61,7 +61,6 @@ class WorldWatch:
 
     def __init__(self, target: Target, seats: int) -> None:
         self._target, self._seats = target, seats
-        self._struck_at: float | None = None
         self._before = 0
         self._began: dict[int, set[int]] = defaultdict(set)
         self.whole = False
@@ -81,19 +80,6 @@ class WorldWatch:
             elif step > self._before:
                 self._began[generation].add(int(event["member"]))
                 self.whole |= len(self._began[generation]) >= self._seats
-
-
-@dataclass(slots=True)
-class _Pace:
-    """When each step was committed by all who did."""
-
-    steps: dict[int, float] = field(default_factory=dict)
-
-    @property
-    def step_s(self) -> float | None:
-        ends = [self.steps[s] for s in sorted(self.steps)]
-        gaps = [b - a for a, b in pairwise(ends)]
-        return statistics.median(gaps) if gaps else None
 
 
 def measure(events: Sequence[Event], target: Target, seats: int) -> Measured:
@@ -116,22 +102,20 @@ def measure(events: Sequence[Event], target: Target, seats: int) -> Measured:
     if not strikes:
         return Measured(ended=ended, by_hand=by_hand)
     at = min(float(e["mono"]) for e in strikes)
-    before, pace = 0, _Pace()
-    for c in history.commits:
-        if c.mono <= at:
-            before = max(before, c.step)
-            pace.steps[c.step] = c.mono
+    # When each step was committed by the last who did: commits are in order of time.
+    ends_of = {c.step: c.mono for c in history.commits if c.mono <= at}
+    before, step_s = max(ends_of, default=0), _step_s(ends_of)
     whole = _whole(history, at, target, seats, before)
     lost_s = None
-    if whole is not None and pace.step_s is not None:
-        gained = (whole[1] - before) * pace.step_s
+    if whole is not None and step_s is not None:
+        gained = (whole[1] - before) * step_s
         lost_s = max(0.0, whole[0] - at - gained)
     newest = max((c.step for c in history.commits if c.mono > at), default=before)
     lost, doubled = _slots(history, at)
     return Measured(
         at=min(float(e["t"]) for e in strikes),
         step=before,
-        step_s=pace.step_s,
+        step_s=step_s,
         detect_s=_detected(history, at, struck),
         next_step_s=_next_step(history, at, target),
         whole_s=None if whole is None else whole[0] - at,
@@ -174,6 +158,12 @@ def judge(measured: Measured, *, waited_s: float, limit_s: float) -> tuple[Outco
             f"{measured.slots_doubled} counted twice"
         )
     return Outcome.SURVIVED, ""
+
+
+def _step_s(ends: Mapping[int, float]) -> float | None:
+    """The median time from one step to the next."""
+    gaps = [ends[b] - ends[a] for a, b in pairwise(sorted(ends))]
+    return statistics.median(gaps) if gaps else None
 
 
 def _whole(

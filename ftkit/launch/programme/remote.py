@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Remote:
         return len({host for host, _ in self._addresses.values()}) <= 1
 
     def look(self) -> JobState:
-        """Ask every agent how it stands. Blocks for two times `ANSWER_S` at most."""
+        """Ask every agent how it stands. Blocks until each has answered, or `ANSWER_S` are over."""
         for event in self._agents.poll():
             if event["kind"] == "board" and "port" in event:
                 self._addresses[NodeId(int(event["node"]))] = event["host"], int(event["port"])
@@ -71,9 +72,7 @@ class Remote:
             except FtkitError as error:
                 silent[other] = str(error)
         state = JobState(seats=self._control.seats, nodes=nodes, silent=silent)
-        return JobState(
-            seats=state.seats, nodes=nodes, silent=silent, open=self._said.open(state.members)
-        )
+        return replace(state, open=self._said.open(state.members))
 
     def strike(self, target: Target) -> str:
         """Have it struck. Returns why it was refused; empty when it was not.

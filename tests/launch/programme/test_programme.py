@@ -130,6 +130,28 @@ def test_a_guard_forbids_and_says_why(ftkit: Ftkit) -> None:
     assert ftkit.drills() == before
 
 
+def test_a_drill_that_is_not_over_in_time_has_failed_and_what_it_stopped_is_woken(
+    ftkit: Ftkit,
+) -> None:
+    words = ("--fault", "stop", "--once", "--steps-between", "20", "--give-up", "1s")
+    code, out, _ = ftkit("drill", "plan", "runs/job", "--json", "--history", "h2", *words)
+    record = json.loads(out)
+    assert (code, record["outcome"], record["whole_s"]) == (1, "failed", None)
+    assert "not whole again after" in record["reason"]
+    # It goes on in its place, long before anybody would have been evicted.
+    event, deadline = ftkit.drills()[-1], time.monotonic() + 20
+    while not any(
+        e["kind"] == "commit" and e["member"] == event["member"] and e["step"] > event["step"] + 1
+        for e in read_run(ftkit.run_dir)
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    gone = [e for e in read_run(ftkit.run_dir) if e["kind"] == "exit" and e["mono"] > event["mono"]]
+    assert gone == []
+    code, out, _ = ftkit("drill", "certificate", "h2", "runs/drills.jsonl", "--json")
+    assert (code, [d["survived"] for d in json.loads(out)["drills"]]) == (1, [1, 0])
+
+
 def test_the_stop_switch_holds_and_the_job_goes_on_without_a_programme(ftkit: Ftkit) -> None:
     before = ftkit.drills()
 
