@@ -133,7 +133,7 @@ def test_a_guard_forbids_and_says_why(ftkit: Ftkit) -> None:
 def test_a_drill_that_is_not_over_in_time_has_failed_and_what_it_stopped_is_woken(
     ftkit: Ftkit,
 ) -> None:
-    words = ("--fault", "stop", "--once", "--steps-between", "20", "--give-up", "1s")
+    words = ("--fault", "stop", "--once", "--steps-between", "10", "--give-up", "1s")
     code, out, _ = ftkit("drill", "plan", "runs/job", "--json", "--history", "h2", *words)
     record = json.loads(out)
     assert (code, record["outcome"], record["whole_s"]) == (1, "failed", None)
