@@ -111,10 +111,10 @@ def last_words(errors: str) -> str:
     An assertion without words is told with its source line.
     """
     lines = [line.strip() for line in errors.splitlines() if line.strip(" ^~")]
-    told = [line for line in lines if _TOLD.search(line)]
-    bare = [n for n, line in enumerate(lines) if line.endswith("Error") and line.isidentifier()]
-    if told:
-        return told[-1][:WORDS]
-    if bare:
-        return f"{lines[bare[-1]]} at: {lines[max(bare[-1] - 1, 0)]}"[:WORDS]
+    for number in range(len(lines) - 1, -1, -1):
+        line = lines[number]
+        if _TOLD.search(line):
+            return line[:WORDS]
+        if line.endswith("Error") and line.isidentifier():
+            return f"{line} at: {lines[max(number - 1, 0)]}"[:WORDS]
     return (lines or ["it said nothing"])[-1][:WORDS]

@@ -333,7 +333,7 @@ def test_what_a_process_died_of_is_its_last_error():
     summary = "[rank0]: RuntimeError: refused\nx.errors.ChildFailedError:\n====\n"
     assert last_words(summary) == "[rank0]: RuntimeError: refused"
     assert last_words("ERROR: No matching distribution\n") == "ERROR: No matching distribution"
-    bare = "  assert fut._fut\n    ^^^^^\nAssertionError\n"
+    bare = "RuntimeError: handled\n  assert fut._fut\n    ^^^^^\nAssertionError\n"
     assert last_words(bare) == "AssertionError at: assert fut._fut"
     assert last_words("") == "it said nothing"
     assert release("2.13.0+cpu") == "2.13.0"
