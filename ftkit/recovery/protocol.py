@@ -212,20 +212,26 @@ def _replace_dead(
     Only once a process is really gone: two incarnations of a seat never share its arena. All at
     once: where a thousand have died the facts are not looked through a thousand times.
     """
+    lost = [
+        (seat, dead)
+        for seat in plan.seats
+        if (dead := facts.members.get(seat.member)) is not None
+        and (
+            dead.stage is Stage.DEAD
+            or (dead.stage is Stage.FINISHED and seat.member in plan.evicted)
+        )
+    ]
+    if not lost:
+        return None
     seats, evicted, restarts = {s.seat: s for s in plan.seats}, dict(plan.evicted), plan.restarts
     step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
     decisions = list[Decision]()
     broken = False
-    for seat in plan.seats:
-        dead = facts.members.get(seat.member)
-        if dead is None or not (
-            dead.stage is Stage.DEAD
-            or (dead.stage is Stage.FINISHED and seat.member in plan.evicted)
-        ):
-            continue
+    for seat, dead in lost:
         at = replace(plan, seats=tuple(seats.values())) if decisions and facts.advised else plan
+        member = MemberId(plan.next_member + len(decisions))
         next_seat = _next_in(
-            at, seat, dead, facts, budget, step=Step(step), replaced=len(decisions)
+            at, seat, dead, facts, budget, step=Step(step), restarts=restarts, member=member
         )
         if isinstance(next_seat, Stop):
             ended, decision = _end(plan, next_seat)
@@ -234,6 +240,7 @@ def _replace_dead(
         if assigned.node in facts.draining:
             continue  # once its agent is gone, and another has come
         seats[seat.seat] = assigned
+        restarts += not dead.drilled
         reason = evicted.pop(seat.member, describe_exit(dead.exit_code))
         reason += f"; on node {assigned.node} now: {why}" if why else ""
         broken |= plan.world is not None and seat.member in plan.world.member_ids
@@ -255,7 +262,7 @@ def _replace_dead(
         seats=tuple(seats.values()),
         evicted=evicted,
         next_member=MemberId(plan.next_member + len(decisions)),
-        restarts=restarts + len(decisions),
+        restarts=restarts,
     ), decisions
 
 
@@ -267,12 +274,10 @@ def _next_in(
     budget: BudgetConfig,
     *,
     step: Step,
-    replaced: int,
+    restarts: int,
+    member: MemberId,
 ) -> tuple[Assignment, str] | Stop:
-    """Who fills the seat of a dead process, and why on another node; or the reason to stop.
-
-    `replaced` seats are filled before it by the same move.
-    """
+    """Who fills the seat of a dead process, and why on another node; or the reason to stop."""
     outside_cause = dead.exit_code is None or seat.member in plan.evicted
     if plan.world is None and not dead.port and not outside_cause:
         return Stop(
@@ -281,13 +286,14 @@ def _next_in(
             "before it joined the job" + (f":\n{dead.error}" if dead.error else ""),
         )
     drained = seat.node in facts.draining and dead.exit_code == exit_codes.STOPPED
-    blameless = drained or plan.evicted.get(seat.member) == RESTART
+    blameless = drained or dead.drilled or plan.evicted.get(seat.member) == RESTART
     next_seat = respawn(
         replace(seat, failures=seat.failures - 1) if blameless else seat,
         dead,
         step=step,
-        restarts=plan.restarts + replaced,
-        member=MemberId(plan.next_member + replaced),
+        restarts=restarts,
+        counts=not dead.drilled,
+        member=member,
         config=budget,
     )
     if isinstance(next_seat, Stop):
