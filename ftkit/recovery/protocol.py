@@ -285,7 +285,7 @@ def _next_in(
             reason=f"the process in seat {seat.seat} {describe_exit(dead.exit_code)} "
             "before it joined the job" + (f":\n{dead.error}" if dead.error else ""),
         )
-    drained = seat.node in facts.draining and dead.exit_code == exit_codes.STOPPED
+    drained = seat.node in facts.draining and (dead.exit_code == exit_codes.STOPPED or dead.ours)
     blameless = drained or dead.drilled or plan.evicted.get(seat.member) == RESTART
     next_seat = respawn(
         replace(seat, failures=seat.failures - 1) if blameless else seat,
