@@ -1,7 +1,7 @@
 """Activations offloaded by token rows: the same gradients, to the bit; and what is kept where."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +19,15 @@ from ftkit.core.errors import UsageError
 WIDTH, HEADS, DEEP = 32, 4, 3
 
 Tensor = torch.Tensor
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A team of threads waits for the one that has no core, at every operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Block(nn.Module):
