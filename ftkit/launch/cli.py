@@ -82,6 +82,14 @@ def main() -> None:
     help="Parity and checkpoints travel while training does not, and beyond that take at most this "
     "part of the time, such as 0.01. Default: as fast as they can.",
 )
+@click.option(
+    "--link-cap", type=float, help="With --max-slowdown: MB/s that a node sends of these, at most."
+)
+@click.option(
+    "--memory-cap",
+    type=float,
+    help="With --max-slowdown: MB/s of memory traffic that they cause on a node, at most.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
@@ -134,6 +142,8 @@ def run(
     alarms_per_day: float,
     parity: str,
     max_slowdown: float | None,
+    link_cap: float | None,
+    memory_cap: float | None,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
@@ -182,6 +192,8 @@ def run(
         alarms_per_day=alarms_per_day,
         parity=parity,
         max_slowdown=max_slowdown,
+        link_cap=None if link_cap is None else link_cap * 1e6,
+        memory_cap=None if memory_cap is None else memory_cap * 1e6,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,

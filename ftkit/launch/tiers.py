@@ -52,7 +52,11 @@ class Tiers:
         self._arenas = arenas
         self._gate = None
         if config.max_slowdown is not None:
-            limits = TrafficLimits(max_slowdown=config.max_slowdown)
+            limits = TrafficLimits(
+                max_slowdown=config.max_slowdown,
+                rate_max=config.link_cap,
+                memory_rate_max=config.memory_cap,
+            )
             self._gate = TrafficGate(arenas, limits, trace)
         self._parity = None
         if config.code is not None:
