@@ -92,6 +92,12 @@ def main() -> None:
 )
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
+@click.option(
+    "--numa",
+    default="auto",
+    show_default=True,
+    help="Memory node of a rank's snapshots: auto (that of its GPU or processors), off or a number.",
+)
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
 @click.option(
     "--preload/--no-preload",
@@ -144,6 +150,7 @@ def run(
     max_slowdown: float | None,
     link_cap: float | None,
     memory_cap: float | None,
+    numa: str,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
@@ -194,6 +201,7 @@ def run(
         max_slowdown=max_slowdown,
         link_cap=None if link_cap is None else link_cap * 1e6,
         memory_cap=None if memory_cap is None else memory_cap * 1e6,
+        numa=numa,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,

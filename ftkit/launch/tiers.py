@@ -110,6 +110,9 @@ class Tiers:
         layout: object,
         replicas: int,
         answer: Callable[[dict[str, object]], None],
+        *,
+        pid: int | None = None,
+        gpu_node: int | None = None,
     ) -> None:
         """Have an arena made for a seat: `Arenas.ensure`, with its path or the error as answer.
 
@@ -118,7 +121,8 @@ class Tiers:
 
         def make() -> None:
             try:
-                answer({"path": str(self._arenas.ensure(seat, layout, replicas))})
+                path = self._arenas.ensure(seat, layout, replicas, pid=pid, gpu_node=gpu_node)
+                answer({"path": str(path)})
             except (FtkitError, OSError) as error:
                 answer({"error": str(error)})
 
