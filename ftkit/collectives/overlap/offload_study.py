@@ -198,7 +198,7 @@ class Student:
             a, b = seen.mark, part.seen[key].mark
             if a is None or b is None:
                 continue
-            if bits and not torch.equal(a[0], b[0]):
+            if bits and not (torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])):
                 return False
             if not bits and not bool((a[1] - b[1]).abs() <= 1e-3 * a[2]):
                 return False
@@ -299,7 +299,8 @@ def output_rows(output: Tensor, first: int, qkv: Sequence[Tensor]) -> Tensor:
 
 
 def _mark(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    wide = rows.double()
+    rows = rows.contiguous()  # or the sum would be taken in another order
+    wide = rows.double().nan_to_num()
     return torch.hash_tensor(rows), wide.sum(), wide.abs().sum()
 
 
