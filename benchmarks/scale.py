@@ -1,12 +1,14 @@
 """How far one coordinator carries: the real one, fed with the reports of up to 10,000 ranks.
 
 No process is started and no network is used. A `Coordinator` on a clock of ours is handed the
-reports of all agents, as text, in the form and at the pace in which agents send them: eight
-ranks a node, two reports a second, a step a second. The processor time that it takes is added to
-the clock, so that a coordinator which cannot keep up falls behind here as it would there. Faults
-strike at random moments; a verdict's delay counts from the arrival of the report that tells.
+reports of all agents, as text, in the form and at the pace in which agents send them (`agents`).
+The processor time that it takes is added to the clock, so that a coordinator which cannot keep up
+falls behind here as it would there. Faults strike at random moments. Of a killed rank the delay
+counts from the report that tells; of one that hangs, from when it stopped, and all agents tell
+that nothing moves.
 """
 
+import copy
 import gc
 import json
 import random
@@ -14,28 +16,31 @@ import sys
 import tempfile
 import time
 import tracemalloc
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from benchmarks.agents import PER_NODE, STEP_S, Agents, Stopped
 from benchmarks.figures import RESULTS, Figure, Report, finish, parser, percentile, say
 from ftkit.core.clock import ManualClock
-from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
-from ftkit.detection.observations import ProcessFacts
-from ftkit.detection.row import Phase, Row
-from ftkit.detection.signals import StepSeen, to_json
+from ftkit.core.ids import NodeId
+from ftkit.core.trace import Trace
+from ftkit.core.wire import Line
+from ftkit.detection.tempo import STEPS_MIN
 from ftkit.launch.config import JobConfig, new_job_id, new_secret
 from ftkit.launch.coordinator import Coordinator
-from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Plan
 
-PER_NODE = 8
-TICK_S, STEP_S = 0.5, 1.0
 SIZES = (1_000, 2_000, 5_000, 10_000)
 MADE_UP = (
     "the coordinator and its detectors are the real ones, the agents' reports are made up and arrive "
     "as text; the network and the decoding of frames are not in it"
 )
+#: Who is at fault has to be named within so much.
+LIMIT_S = 60.0
+#: Reports are made for so long ahead.
+FEED_S = 0.1
 #: Growth from the smallest to the largest size, over that of the size, that still counts as linear.
 LINEAR = 1.5
 
@@ -52,227 +57,213 @@ class Sample:
     memory_bytes: int
     report_bytes: int
     verdict_s: list[float]
-    """From the report's arrival to the order that answers it."""
+    """From the report of a death to the order that answers it."""
+    hang_s: list[float]
+    """From when a rank stops to when it is named."""
 
 
-class Fleet:
-    """The agents of a healthy job, as their reports say."""
+class Heard(Trace):
+    """The coordinator's events, and whom it has named when."""
 
-    def __init__(self, ranks: int) -> None:
-        self.nodes = ranks // PER_NODE
-        self.step = 10
-        self.generation = 0
-        self.dead: set[int] = set()
+    def __init__(self, path: Path, clock: ManualClock) -> None:
+        super().__init__(path)
+        self._clock = clock
+        self.named: dict[int, float] = {}
 
-    def report(self, node: int, at: float) -> str:
-        """What the agent of a node says now."""
-        seats = range(node * PER_NODE, (node + 1) * PER_NODE)
-        rows, members, told = [], [], []
-        ns = int(at * 1e9)
-        for seat in seats:
-            dead = seat in self.dead
-            active = self.generation > 0
-            stage = Stage.DEAD if dead else Stage.ACTIVE if active else Stage.READY
-            members.append(
-                MemberFacts(
-                    member=MemberId(seat),
-                    seat=Seat(seat),
-                    node=NodeId(node),
-                    stage=stage,
-                    generation=Generation(self.generation),
-                    step=Step(self.step) if active else None,
-                    host="10.0.0.1",
-                    port=29_500,
-                    pid=1000 + seat,
-                    exit_code=-9 if dead else None,
-                    stepping=True,
-                ).to_json()
-            )
-            if dead or not active:
-                continue
-            row = Row(
-                member=MemberId(seat), pid=1000 + seat, generation=Generation(self.generation),
-                step=Step(self.step), phase=Phase.FORWARD, group=0, entered=40, left=40,
-                op="reduce_slots", t_progress_ns=ns - 30_000_000, t_enter_ns=0,
-                t_heartbeat_ns=ns - 5_000_000, allowance_ns=0, warm=True,
-            )  # fmt: skip
-            facts = ProcessFacts(state="R", cpu_ticks=int(at * 100), rss_bytes=8 << 30)
-            rows.append({"seat": seat, "row": row.to_json(), "facts": facts.to_json()})
-            told.append(
-                StepSeen(
-                    member=MemberId(seat),
-                    seat=Seat(seat),
-                    generation=Generation(self.generation),
-                    step=Step(self.step),
-                    at=at,
-                    seconds={"data": 0.01, "forward": 0.8},
-                    waited_s=0.1,
-                    cpu_s=0.8,
-                    slots=1,
-                    loss=2.0,
-                )
-            )
-        steps = [to_json(s) for s in told] if int(at / TICK_S) % 2 else []
-        return json.dumps(
-            {
-                "type": "facts", "node": node, "boot": f"boot-{node}", "name": f"node-{node}",
-                "members": members, "copies": [], "store": ["10.0.0.1", 29_501],
-                "persister": {}, "parity": {"checked": 0, "holds": [], "given_up": []},
-                "rows": rows, "signals": steps, "plan": None, "ended": False, "late_s": 0.0,
-                "at": at,
-            }
-        )  # fmt: skip
+    def event(self, kind: str, /, **fields: object) -> None:
+        super().event(kind, **fields)
+        if kind in ("suspicion", "verdict"):
+            self.named.setdefault(cast("int", fields["seat"]), self._clock.now())
+
+
+class FakeLine:
+    """What the coordinator tells an agent that does not exist: it answers pair tests."""
+
+    def __init__(self, agents: Agents, node: int) -> None:
+        self._agents, self._node = agents, node
+
+    def send(self, message: Mapping[str, Any] | bytes) -> None:
+        """Take an order. The plan, which comes as bytes, changes nothing."""
+        if not isinstance(message, bytes) and message["type"] == "pairs":
+            self._agents.ask(self._node, message["tests"])
 
 
 class Desk:
     """The coordinator, and a clock that runs with the processor time it takes."""
 
-    def __init__(self, fleet: Fleet, folder: Path) -> None:
+    def __init__(self, ranks: int, folder: Path) -> None:
         config = JobConfig(
             job=new_job_id(),
             command=("true",),
-            nodes=fleet.nodes,
+            nodes=ranks // PER_NODE,
             nproc=PER_NODE,
             run_dir=str(folder),
         )
-        self.fleet = fleet
         self.clock = ManualClock(100.0)
-        agents = [("127.0.0.1", 1)] * fleet.nodes
-        self.coordinator = Coordinator(config, new_secret(), agents, number=1)
+        self.agents = Agents(ranks, config.detection, now=self.clock.now())
+        addresses = [("127.0.0.1", 1)] * self.agents.nodes
+        self.coordinator = Coordinator(config, new_secret(), addresses, number=1)
         self.coordinator._clock = self.clock  # type: ignore[assignment]
+        self.coordinator._lines = {
+            NodeId(n): cast("Line", FakeLine(self.agents, n)) for n in range(self.agents.nodes)
+        }
+        self.coordinator.trace.close()
+        self.heard = self.coordinator.trace = Heard(folder / "events.jsonl", self.clock)
+        self.cpu_s = 0.0
         self.look_cpu_s: list[float] = []
-        self.bytes = 0
+        self.nbytes = 0
+        self._pending: list[tuple[float, int]] = []
+        self._extra: tuple[float, int] | None = None
+        self._fed = self.clock.now()
+        """What agents report until then has been handed over."""
 
-    def take(self, node: int, text: str) -> None:
-        """One report arrives."""
-        began = time.process_time()
-        self.coordinator._handle("facts", NodeId(node), json.loads(text))
-        self.clock.advance(time.process_time() - began)
-        self.bytes += len(text)
-
-    def look(self) -> None:
-        """Judge what has arrived."""
-        began = time.process_time()
-        now = self.clock.now()
-        self.coordinator._lead(now)
-        spent = time.process_time() - began
-        self.look_cpu_s.append(spent)
-        self.clock.advance(spent)
-        self.coordinator._rest.looked(now, self.clock.now())
+    def close(self) -> None:
+        """Close what the coordinator holds."""
+        self.coordinator._disk.close()
+        self.coordinator._incidents.close()
+        self.heard.close()
 
     def form(self) -> None:
         """From agents that have just come up to a job that trains."""
-        empty = self.coordinator._plan
-        assert empty is None, "it has not begun"
-        texts = [
-            json.loads(self.fleet.report(n, self.clock.now())) for n in range(self.fleet.nodes)
-        ]
-        for node, report in enumerate(texts):
-            self.coordinator._handle("facts", NodeId(node), report | {"plan": Plan().to_json()})
-        self.look()
+        now = self.clock.now()
+        for node in range(self.agents.nodes):
+            report = json.loads(self.agents.report(node, now)) | {"plan": Plan().to_json()}
+            self.coordinator._handle("facts", NodeId(node), report)
+        self._look()
         assert self.coordinator._plan is not None, "all agents have spoken"
         world = self.coordinator._plan.world
         assert world is not None, "every rank is ready"
-        self.fleet.generation = world.generation
+        self.agents.generation = world.generation
 
-    def play(self, until: float, pending: list[tuple[float, int, str]]) -> None:
-        """Everything that arrives before `until`, a look after each batch as in `run`."""
+    def add(self, at: float, node: int) -> None:
+        """Beyond what comes anyway, this agent reports then."""
+        self._extra = (at, node)
+
+    def play(self, until: float, over: Callable[[], bool] = lambda: False) -> None:
+        """All reports until then come, a look after each batch as in `run`."""
+        while self._fed < until and not over():
+            self._fed = min(until, self._fed + FEED_S)
+            self._pending += self.agents.due(self._fed)
+            if self._extra and self._extra[0] <= self._fed:
+                self._pending.append(self._extra)
+                self._extra = None
+            self._pending.sort()
+            self._work(over)
+
+    def settle(self, steps: int = 3) -> None:
+        """Let the job go on for so many steps."""
+        self.play(max(self._fed, self.clock.now()) + steps * STEP_S)
+
+    def _work(self, over: Callable[[], bool]) -> None:
+        """Take what has been fed, each report when it comes."""
         rest = self.coordinator._rest
-        while True:
-            came = [item for item in pending if item[0] <= self.clock.now()]
-            del pending[: len(came)]
-            for _, node, text in came:
-                self.take(node, text)
+        while not over():
+            came = [one for one in self._pending if one[0] <= self.clock.now()]
+            del self._pending[: len(came)]
+            for at, node in came:
+                self._take(at, node)
             if (came or rest.owed) and rest.due(self.clock.now()):
-                self.look()
+                self._look()
                 continue
             next_at = min(
-                [t for t, _, _ in pending[:1]] + ([rest.until] if rest.owed else []),
+                [at for at, _ in self._pending[:1]] + ([rest.until] if rest.owed else []),
                 default=float("inf"),
             )
-            if next_at >= until:
+            if next_at > self._fed:
                 break
             self.clock.advance(max(0.0, next_at - self.clock.now()))
 
+    def _take(self, at: float, node: int) -> None:
+        text = self.agents.report(node, at)
+        began = time.process_time()
+        self.coordinator._handle("facts", NodeId(node), json.loads(text))
+        self._spent(time.process_time() - began)
+        self.nbytes += len(text)
 
-def measure(ranks: int, ticks: int, faults: int, rng: random.Random) -> Sample:
-    """One size: healthy ticks for the cost, then faults for the delay of verdicts."""
+    def _look(self) -> None:
+        began, now = time.process_time(), self.clock.now()
+        self.coordinator._lead(now)
+        spent = time.process_time() - began
+        self._spent(spent)
+        self.look_cpu_s.append(spent)
+        self.coordinator._rest.looked(now, self.clock.now())
+
+    def _spent(self, seconds: float) -> None:
+        self.cpu_s += seconds
+        self.clock.advance(seconds)
+
+
+def measure(ranks: int, steps: int, faults: int, rng: random.Random) -> Sample:
+    """One size: healthy steps for the cost, then faults for the delay of verdicts."""
     with tempfile.TemporaryDirectory() as name:
-        fleet = Fleet(ranks)
         gc.collect()
         tracemalloc.start()
-        desk = Desk(fleet, Path(name))
+        desk = Desk(ranks, Path(name))
         desk.form()
-        began = desk.clock.now()
-        desk.play(began + 1, arrivals(desk, began))
+        desk.play(desk.clock.now() + 2 * STEP_S)
         memory, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
+        desk.settle()
         desk.look_cpu_s.clear()
-        desk.bytes = 0
-        cpu_s = 0.0
-        for _ in range(ticks):
-            pending = arrivals(desk, desk.clock.now())
-            before = time.process_time()
-            desk.play(pending[-1][0] + 1e-9, pending)
-            cpu_s += time.process_time() - before
-        per_step = STEP_S / TICK_S / ticks
-        step_cpu_s, report_bytes = cpu_s * per_step, int(desk.bytes * per_step)
+        desk.cpu_s, desk.nbytes = 0.0, 0
+        desk.settle(steps)
+        step_cpu_s, report_bytes = desk.cpu_s / steps, int(desk.nbytes / steps)
         looks = sorted(desk.look_cpu_s)
-        delays = [delay_of(desk, rng) for _ in range(faults)]
-        desk.coordinator._disk.close()
-        desk.coordinator._incidents.close()
-        desk.coordinator.trace.close()
+        kills = [of_a_kill(desk, rng) for _ in range(faults)]
+        desk.settle(2 * STEPS_MIN)  # the judge is a new one, and has to learn the job's tempo
+        hangs = [of_a_hang(desk, rng) for _ in range(faults)]
+        desk.close()
     return Sample(
         ranks=ranks,
         step_cpu_s=step_cpu_s,
         look_cpu_s=looks[len(looks) // 2],
         memory_bytes=memory,
         report_bytes=report_bytes,
-        verdict_s=delays,
+        verdict_s=kills,
+        hang_s=hangs,
     )
 
 
-def arrivals(desk: Desk, begin: float) -> list[tuple[float, int, str]]:
-    """A tick's reports, evenly spread over it; the fleet has gone on a step in every second."""
-    fleet = desk.fleet
-    if int(begin / TICK_S) % 2:
-        fleet.step += 1
-    times = [begin + TICK_S * (n + 1) / fleet.nodes for n in range(fleet.nodes)]
-    return [(at, n, fleet.report(n, at)) for n, at in enumerate(times)]
-
-
-def delay_of(desk: Desk, rng: random.Random) -> float:
+def of_a_kill(desk: Desk, rng: random.Random) -> float:
     """A rank is killed; its agent tells at once, among all other reports. Then it is undone."""
-    fleet, coordinator = desk.fleet, desk.coordinator
-    plan, victim = coordinator._plan, rng.randrange(fleet.nodes * PER_NODE)
+    agents, coordinator = desk.agents, desk.coordinator
+    plan, victim = coordinator._plan, rng.randrange(agents.nodes * PER_NODE)
     assert plan is not None, "it is running"
-    begin = desk.clock.now()
-    pending = arrivals(desk, begin)
-    at = begin + rng.random() * TICK_S
-    fleet.dead = {victim}
+    at = desk.clock.now() + rng.random() * STEP_S
     node = victim // PER_NODE
-    pending = [
-        (t, n, fleet.report(n, t) if n == node and t > at else text) for t, n, text in pending
-    ]
-    pending.append((at, node, fleet.report(node, at)))
-    pending.sort(key=lambda item: item[0])
-    while coordinator._plan is plan and (pending or coordinator._rest.owed):
-        soonest = pending[0][0] if pending else coordinator._rest.until
-        desk.play(soonest + 1e-9, pending)
+    agents.dead[victim] = at
+    desk.add(at, node)
+    desk.play(at + LIMIT_S, over=lambda: coordinator._plan is not plan)
     if coordinator._plan is plan:
         raise RuntimeError(f"the death of rank {victim} was not noticed")
     delay = desk.clock.now() - at
     # As if it had not been: what follows a fault is the protocol's, and measured elsewhere.
-    fleet.dead = set()
+    del agents.dead[victim]
     coordinator._plan = plan
-    coordinator._members[MemberId(victim)] = MemberFacts.from_json(
-        json.loads(fleet.report(node, desk.clock.now()))["members"][victim % PER_NODE]
-    )
     coordinator._judge = type(coordinator._judge)(coordinator._config)
     coordinator._judge.take_plan(plan, at=desk.clock.now())
-    for n in range(fleet.nodes):
-        desk.take(n, fleet.report(n, desk.clock.now()))
+    desk.settle()
     return delay
+
+
+def of_a_hang(desk: Desk, rng: random.Random) -> float:
+    """A rank stops, and all others come to wait for it. Then it goes on."""
+    agents, victim = desk.agents, rng.randrange(desk.agents.nodes * PER_NODE)
+    at = desk.clock.now() + rng.random() * STEP_S
+    desk.play(at)
+    detector = desk.coordinator._judge._detector
+    learnt = copy.deepcopy(detector._tempo), detector._slowest_step_s
+    desk.heard.named.clear()
+    agents.stopped = Stopped(victim, at)
+    desk.play(at + LIMIT_S, over=lambda: victim in desk.heard.named)
+    named = dict(desk.heard.named)
+    if list(named) != [victim]:
+        raise RuntimeError(f"rank {victim} stopped, and {sorted(named)} were named")
+    agents.stopped = None
+    desk.settle()
+    # It went on by itself, and that is now usual in this job: the next one is to find it as it was.
+    detector._tempo, detector._slowest_step_s = learnt
+    return named[victim] - at
 
 
 def growth(samples: list[Sample], value: Any) -> float:
@@ -283,10 +274,10 @@ def growth(samples: list[Sample], value: Any) -> float:
 
 def line_of(s: Sample) -> str:
     """One size, for people; pure."""
-    p99 = percentile(s.verdict_s, 99) or 0.0
+    killed, hung = (percentile(delays, 99) or 0.0 for delays in (s.verdict_s, s.hang_s))
     return (
         f"{s.ranks:,} ranks: {s.step_cpu_s:.3f} s a step, {s.memory_bytes / 1e6:.0f} MB, one look "
-        f"{1e3 * s.look_cpu_s:.0f} ms, verdict p99 {p99:.3f} s"
+        f"{1e3 * s.look_cpu_s:.0f} ms, killed {killed:.3f} s, hung {hung:.3f} s (p99)"
     )
 
 
@@ -297,7 +288,12 @@ def plot(samples: list[Sample]) -> str:
     panels = [
         ("processor seconds a step", "#1565c0", [s.step_cpu_s for s in samples]),
         ("memory, 100 MB", "#c62828", [s.memory_bytes / 1e8 for s in samples]),
-        ("verdict p99, s", "#2e7d32", [percentile(s.verdict_s, 99) or 0.0 for s in samples]),
+        (
+            "verdict on a kill, p99, s",
+            "#2e7d32",
+            [percentile(s.verdict_s, 99) or 0.0 for s in samples],
+        ),
+        ("a hang named, p99, s", "#6a1b9a", [percentile(s.hang_s, 99) or 0.0 for s in samples]),
     ]
     top = max(max(values) for _, _, values in panels) * 1.1
 
@@ -339,16 +335,18 @@ def main(argv: list[str]) -> int:
     """Measure every size and report."""
     arguments = parser(__doc__)
     arguments.add_argument("--sizes", type=int, nargs="+", help="numbers of ranks, ascending")
-    arguments.add_argument("--ticks", type=int, help="half seconds of a healthy job, each size")
-    arguments.add_argument("--faults", type=int, help="ranks that are killed, each size")
+    arguments.add_argument("--steps", type=int, help="of a healthy job, each size")
+    arguments.add_argument(
+        "--faults", type=int, help="ranks that are killed and that hang, each size"
+    )
     options = arguments.parse_args(argv)
     sizes = options.sizes or (SIZES[:2] if options.quick else SIZES)
-    ticks = options.ticks or (4 if options.quick else 10)
+    steps = options.steps or (2 if options.quick else 5)
     faults = options.faults or (5 if options.quick else 30)
     rng = random.Random(1)
     samples = []
     for ranks in sizes:
-        samples.append(measure(ranks, ticks, faults, rng))
+        samples.append(measure(ranks, steps, faults, rng))
         say(f"{ranks} ranks: {samples[-1].step_cpu_s:.3f} s of processor a step of {STEP_S:g} s")
     last = samples[-1]
     figures = [
@@ -358,6 +356,13 @@ def main(argv: list[str]) -> int:
             unit="s",
             at_most=2.0,
             against="from the report's arrival, on one core",
+        ),
+        Figure(
+            name=f"a hang at {last.ranks} ranks named, 99th percentile",
+            value=percentile(last.hang_s, 99),
+            unit="s",
+            at_most=8 * STEP_S,
+            against="from when it stopped; the goal is 8 steps",
         ),
         Figure(
             name=f"processor time a second at {last.ranks} ranks",

@@ -1,7 +1,7 @@
 """World: who is in the job in one generation, and where to reach them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, MemberId, NodeId, Rank, Seat
@@ -53,8 +53,10 @@ class World:
 
     generation: Generation
     members: tuple[Member, ...]
+    member_ids: frozenset[MemberId] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "member_ids", frozenset(m.member for m in self.members))
         seats = [m.seat for m in self.members]
         if seats != sorted(set(seats)):
             raise ValueError(f"members must be in order of distinct seats, got {seats}")
@@ -67,10 +69,6 @@ class World:
     @property
     def size(self) -> int:
         return len(self.members)
-
-    @property
-    def member_ids(self) -> frozenset[MemberId]:
-        return frozenset(m.member for m in self.members)
 
     def first_on(self, node: NodeId) -> Member | None:
         """The member on `node` with the lowest seat; None when there is none."""

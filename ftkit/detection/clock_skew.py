@@ -5,6 +5,7 @@ shortest on its way counts, for it is the most exact.
 """
 
 from collections import deque
+from typing import ClassVar
 
 from ftkit.core.ids import NodeId
 from ftkit.core.verdict import Fault, Verdict
@@ -20,6 +21,8 @@ EXCHANGES, EXCHANGES_MIN = 5, 2
 
 class ClockSkew:
     """One detector of the panel. Owned by one thread."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({ClockSeen, WorldChanged})
 
     def __init__(self) -> None:
         self._world: World | None = None

@@ -12,6 +12,10 @@ MAX_STALL_FLOOR_S = 1.0
 #: so long costs an entry in the events.
 NAMED_FLOOR_S = 0.8
 
+#: For so long the one coordinator may be busy with the report of a node, of eight ranks say: the
+#: more nodes there are, the less often each reports. It takes half of that, the rest is reserve.
+REPORT_COST_S = 0.0008
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DetectionConfig:
@@ -42,7 +46,12 @@ class DetectionConfig:
     """A hang is named when the job stands still for this many times the 99.9th percentile of
     what is usual for the phase (`tempo`), and `NAMED_FLOOR_S` at least."""
 
+    nodes: int = 1
+    """How many agents report to one coordinator."""
+
     def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise ValueError(f"nodes is {self.nodes}, must be at least 1")
         if not (math.isfinite(self.max_stall_s) and self.max_stall_s >= MAX_STALL_FLOOR_S):
             raise ValueError(
                 f"max_stall_s is {self.max_stall_s}, must be at least {MAX_STALL_FLOOR_S}: "
@@ -78,6 +87,20 @@ class DetectionConfig:
         return min(0.5, self.max_stall_s / 20)
 
     @property
+    def report_s(self) -> float:
+        """Seconds between two reports of an agent whose ranks are well: a tick, more in large jobs."""
+        return max(self.tick_s, 2 * self.soonest_s)
+
+    @property
+    def soonest_s(self) -> float:
+        """Seconds between two reports of an agent at the least, changes apart.
+
+        When the whole job stands still all agents want to tell of it at once and often, and a
+        coordinator that falls behind names nobody.
+        """
+        return max(self.look_s, self.nodes * REPORT_COST_S)
+
+    @property
     def look_s(self) -> float:
         """Seconds between two looks of an agent at its own rows: 0.1 at most.
 
@@ -98,7 +121,7 @@ class DetectionConfig:
     @property
     def blind_after_s(self) -> float:
         """Seconds without a usable row after which we no longer speak about a member."""
-        return max(8 * self.tick_s, self.max_stall_s / 4)
+        return max(8 * self.tick_s, 4 * self.report_s, self.max_stall_s / 4)
 
     @property
     def setup_stall_s(self) -> float:

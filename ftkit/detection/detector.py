@@ -9,6 +9,7 @@ or STALL.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.verdict import Fault, Verdict
@@ -62,6 +63,8 @@ class _Still:
 
 class Detector:
     """Judges one world at a time. Owned by one thread, which ingests and ticks."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({Exited, ObserverLate, RowSeen, WorldChanged})
 
     def __init__(self, config: DetectionConfig) -> None:
         self._config = config
@@ -129,12 +132,13 @@ class Detector:
             return []
         gone = self._gone()
         self._watch_blindness(now, gone)
+        recent = now - self._config.blind_after_s
         seen = [
             track
             for member in self._world.members
             if member.member not in gone
             and (track := self._tracks.get(member.member))
-            and now - track.at <= self._config.blind_after_s
+            and track.at >= recent
         ]
         view = View(
             config=self._config,
@@ -270,10 +274,11 @@ class Detector:
     def _watch_blindness(self, now: float, gone: Mapping[MemberId, Verdict]) -> None:
         assert self._world is not None
         blind: dict[MemberId, float] = {}
+        blind_after_s = self._config.blind_after_s
         for member in self._world.members:
             track = self._tracks.get(member.member)
             age_s = now - (track.at if track else self._world_since)
-            if age_s > self._config.blind_after_s and member.member not in gone:
+            if age_s > blind_after_s and member.member not in gone:
                 blind[member.member] = age_s
         if blind.keys() != self._blind.keys():
             if blind:

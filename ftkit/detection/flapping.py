@@ -7,6 +7,7 @@ has fallen below `UNTIL`: one incident, not one for each time.
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ftkit.core.ids import NodeId
 from ftkit.core.verdict import Fault, Verdict
@@ -33,6 +34,8 @@ class _Node:
 
 class Flapping:
     """One detector of the panel. Owned by one thread."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({NodeGap, WorldChanged})
 
     def __init__(self) -> None:
         self._world: World | None = None

@@ -1,5 +1,7 @@
 """KnownOffenders: nodes of this job that fail far more often than the fleet does. Advice only."""
 
+from typing import ClassVar
+
 from ftkit.core.ids import NodeId
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import World
@@ -9,6 +11,8 @@ from ftkit.detection.signals import NodeScored
 
 class KnownOffenders:
     """Says it of the first member on such a node, for as long as it has one."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({NodeScored, WorldChanged})
 
     def __init__(self) -> None:
         self._world: World | None = None

@@ -11,6 +11,7 @@ import math
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.core.verdict import Fault, Verdict
@@ -50,6 +51,8 @@ class _Member:
 class Leaks:
     """One detector of the panel. Owned by one thread."""
 
+    HEARS: ClassVar[frozenset[type]] = frozenset({NodeSeen, RowSeen, WorldChanged})
+
     def __init__(self) -> None:
         self._world: World | None = None
         self._members: dict[MemberId, _Member] = {}
@@ -84,7 +87,9 @@ class Leaks:
         return found
 
     def _sample(self, seen: RowSeen, nbytes: int) -> None:
-        one = self._members.setdefault(seen.member, _Member(seen))
+        one = self._members.get(seen.member)
+        if one is None:
+            one = self._members[seen.member] = _Member(seen)
         if one.samples and seen.at - one.samples[-1][0] < one.spacing_s:
             return
         one.seat_seen = seen

@@ -1,11 +1,11 @@
 """Panel: every detector of a job behind one face.
 
-Each detector takes of what it is told what it knows, and says at each tick which verdicts hold.
+Each detector is told what it hears of, and says at each tick which verdicts hold.
 No I/O, no clock.
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ftkit.core.verdict import Verdict
 from ftkit.detection.observations import Observation
@@ -14,8 +14,11 @@ from ftkit.detection.observations import Observation
 class PanelMember(Protocol):
     """What a detector must be to sit on the panel."""
 
+    HEARS: ClassVar[frozenset[type]]
+    """The kinds of observations that it takes in."""
+
     def ingest(self, observation: Observation) -> None:
-        """Take in what was seen. What is none of its business is passed over."""
+        """Take in what was seen, of the kinds in `HEARS`. Other kinds are passed over."""
         ...
 
     def tick(self, now: float) -> Sequence[Verdict]:
@@ -28,10 +31,15 @@ class Panel:
 
     def __init__(self, members: Sequence[PanelMember]) -> None:
         self._members = tuple(members)
+        # A row of every rank comes with every report, and most members would pass it over.
+        self._hearers: dict[type, list[PanelMember]] = {}
+        for member in members:
+            for kind in member.HEARS:
+                self._hearers.setdefault(kind, []).append(member)
 
     def ingest(self, observation: Observation) -> None:
-        """Tell every detector."""
-        for member in self._members:
+        """Tell every detector that hears of such."""
+        for member in self._hearers.get(type(observation), ()):
             member.ingest(observation)
 
     def tick(self, now: float) -> list[Verdict]:

@@ -1,5 +1,7 @@
 """Room: a disk that has no room for what is to be written there next. Said before the write. Pure."""
 
+from typing import ClassVar
+
 from ftkit.core.ids import NodeId
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.core.world import World
@@ -12,6 +14,8 @@ MORE = 1.05
 
 class Room:
     """One detector of the panel. Owned by one thread."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({NodeSeen, WorldChanged})
 
     def __init__(self) -> None:
         self._world: World | None = None

@@ -26,7 +26,7 @@ read off their ring (`ring`), where each is written once as it begins, and one w
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -141,12 +141,22 @@ class Row:
         def shift(t_ns: int) -> int:
             return t_ns and max(1, t_ns + offset_ns)
 
-        return replace(
-            self,
+        return Row(  # `replace` takes twice as long, and every row of a job comes this way
+            member=self.member,
+            pid=self.pid,
+            generation=self.generation,
+            step=self.step,
+            phase=self.phase,
+            group=self.group,
+            entered=self.entered,
+            left=self.left,
+            op=self.op,
             t_progress_ns=shift(self.t_progress_ns),
             t_enter_ns=shift(self.t_enter_ns),
             t_heartbeat_ns=shift(self.t_heartbeat_ns),
             allowance_ns=shift(self.allowance_ns),
+            warm=self.warm,
+            plain=self.plain,
         )
 
     def to_json(self) -> dict[str, object]:

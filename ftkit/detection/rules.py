@@ -81,12 +81,25 @@ class View:
         missed_s = max(self.limit(one), self.config.heartbeat_missed_s)
         return one.stopped or (age_s is not None and age_s > missed_s)
 
+    @property
+    def least_limit_s(self) -> float:
+        """No member's limit is less."""
+        return min(self.limit_s, NAMED_FLOOR_S) if self.naming else self.limit_s
+
+    @property
+    def all_move(self) -> bool:
+        """Whether no member has stood still for as long as any rule asks: the usual case."""
+        least_s = self.least_limit_s
+        return all(one.at - one.idle_from <= least_s for one in self.seen)
+
     def frozen(self) -> bool:
         """Whether the whole job stands still, each member for longer than it may."""
         if self.gone or not self.complete:
             return False
         moved = max(one.progress_at for one in self.seen)
         still_s = min(one.at for one in self.seen) - moved
+        if still_s <= self.least_limit_s:
+            return False
         return still_s > min(self.limit(one) for one in self.seen) + self.stretch_s(moved)
 
     @property
@@ -112,6 +125,8 @@ class View:
 
 def judge(view: View) -> Verdicts:
     """What is wrong with those that are there. STALL and HANG_COMM only when nothing else is."""
+    if view.all_move:
+        return {}
     hung = hangs(view) or stuck_together(view)
     if len(view.seen) > 1 and len(hung) == len(view.seen):
         hung = {}  # everybody accuses everybody: the fault is between them
@@ -147,7 +162,9 @@ def hangs(view: View) -> Verdicts:
     places = _by_place(w for w in view.seen if w.waits_since is not None)
     for one in view.seen:
         # Most members fail this cheap test, and only those that pass are compared with others.
-        if one.row.phase in EXEMPT or not view.overdue([one]):
+        if one.at - one.idle_from <= view.least_limit_s or one.row.phase in EXEMPT:
+            continue
+        if not view.overdue([one]):
             continue
         waiters = [w for place in places if behind(one, place[0]) for w in place]
         if not waiters or (one.waits_since is not None and _may_be_victim(view, one)):

@@ -5,7 +5,7 @@ are on the sender's monotonic clock until `from_json` has put them on the reader
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar, Final, get_args
 
 from ftkit.core.errors import ProtocolError
@@ -346,7 +346,8 @@ def from_json(value: object, *, offset_s: float = 0.0) -> Signal:
     fields = {name: item for name, item in value.items() if name != "kind"}
     try:
         kind = _KINDS[kind_name]
-        signal = kind(**checked(kind, fields, unbounded=_UNBOUNDED))  # type: ignore[arg-type]
-        return replace(signal, at=signal.at + offset_s)
-    except (TypeError, ValueError) as error:
+        found = checked(kind, fields, unbounded=_UNBOUNDED)
+        found["at"] += offset_s  # type: ignore[operator]
+        return kind(**found)  # type: ignore[arg-type]
+    except (KeyError, TypeError, ValueError) as error:
         raise ProtocolError(f"not a signal: {value!r}") from error

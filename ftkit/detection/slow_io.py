@@ -11,6 +11,7 @@ that does not return is said while it hangs. Nobody is removed for it: it is a l
 from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
+from typing import ClassVar
 
 from ftkit.core.ids import NodeId
 from ftkit.core.verdict import Fault, Verdict
@@ -59,6 +60,8 @@ class _Series:
 
 class SlowIo:
     """One detector of the panel. Owned by one thread."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({IoSeen, NodeSeen, WorldChanged})
 
     def __init__(self) -> None:
         self._world: World | None = None

@@ -9,7 +9,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Final
+from typing import ClassVar, Final
 
 from ftkit.core.ids import Generation, MemberId
 from ftkit.core.verdict import Fault, Verdict
@@ -21,7 +21,7 @@ from ftkit.detection.ledger import WORK, Ledger
 from ftkit.detection.norms import Norms
 from ftkit.detection.observations import Observation, WorldChanged
 from ftkit.detection.peers import log_or_none
-from ftkit.detection.signals import CommSeen, StepSeen
+from ftkit.detection.signals import CommSeen, NodeSeen, StepSeen
 from ftkit.detection.slow import Finding, Slowness
 from ftkit.detection.slow_reads import SlowReads
 from ftkit.detection.slow_transfers import SlowTransfers
@@ -102,6 +102,8 @@ class _Recent:
 
 class StepDetector:
     """Owned by one thread, which ingests and ticks. Costs about 20 µs a member and step."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({CommSeen, NodeSeen, StepSeen, WorldChanged})
 
     def __init__(self, config: PaceConfig) -> None:
         self.config = config

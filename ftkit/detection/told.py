@@ -5,6 +5,8 @@ looks at rows from outside. Such a verdict holds for a while after it was told, 
 found again and again is one incident.
 """
 
+from typing import ClassVar
+
 from ftkit.core.ids import MemberId
 from ftkit.core.verdict import Fault, Verdict
 from ftkit.detection.observations import Observation
@@ -16,6 +18,8 @@ HOLD_S = 5.0
 
 class Told:
     """Keeps what is told of each member and fault, the newest. Owned by one thread."""
+
+    HEARS: ClassVar[frozenset[type]] = frozenset({Found})
 
     def __init__(self, hold_s: float = HOLD_S) -> None:
         """Keep each for `hold_s` after it was told last."""

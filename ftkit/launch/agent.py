@@ -21,7 +21,6 @@ from ftkit.core.ids import Boot, MemberId, NodeId
 from ftkit.core.trace import Trace
 from ftkit.core.wall_clock import wall_clock
 from ftkit.core.wire import Line
-from ftkit.detection.config import DetectionConfig
 from ftkit.detection.signals import to_json
 from ftkit.detection.status import BOARD
 from ftkit.launch.arenas import Arenas
@@ -152,9 +151,11 @@ class Agent:
         grows with the job, and every agent would send all of it with every report."""
         #: Measured and not reported yet (`detection.signals`, as JSON); the oldest go first.
         self._signals: deque[dict[str, object]] = deque(maxlen=4096)
+        detection = config.detection
         self._pace = Pace(
-            look_s=DetectionConfig(max_stall_s=config.max_stall_s).look_s,
-            tick_s=config.times.tick_s,
+            look_s=detection.look_s,
+            report_s=detection.report_s,
+            soonest_s=detection.soonest_s,
             next_look=self._clock.now(),
         )
         self._wall = wall_clock(config.env, node=node)

@@ -31,13 +31,15 @@ class Times:
 
     The chain, in order::
 
-    heartbeat <= tick <= halt <= stall <= node, and exit grace apart.
+    heartbeat <= tick <= report <= halt <= stall <= node, and exit grace apart.
     """
 
     heartbeat_s: float
     """Between two stamps of a rank's heartbeat thread."""
     tick_s: float
-    """Between two reports of an agent, and two looks of the coordinator."""
+    """Between two looks of the coordinator, and of an agent at what is to be done."""
+    report_s: float
+    """Between two reports of an agent; in a job of very many nodes it is longer than a tick."""
     halt_s: float
     """A member that was told to stand still and says nothing for this long is replaced."""
     stall_s: float
@@ -48,30 +50,32 @@ class Times:
     """From SIGTERM to SIGKILL when the job ends."""
 
     @classmethod
-    def derive(cls, max_stall_s: float) -> "Times":
-        """The times that belong to `max_stall_s`.
+    def derive(cls, max_stall_s: float, nodes: int = 1) -> "Times":
+        """The times that belong to `max_stall_s`, with so many agents.
 
         Raises:
-          UsageError: it is too short for the machine to keep the order of the chain.
+          UsageError: it is too short for the machine, or for so many nodes, to keep the order of
+            the chain.
         """
         try:
-            detection = DetectionConfig(max_stall_s=max_stall_s)
+            detection = DetectionConfig(max_stall_s=max_stall_s, nodes=nodes)
         except ValueError as error:
             raise UsageError(f"--max-stall: {error}") from error
         times = cls(
             heartbeat_s=detection.heartbeat_interval_s,
             tick_s=detection.tick_s,
+            report_s=detection.report_s,
             halt_s=max_stall_s,
             stall_s=max_stall_s,
             node_s=2 * max_stall_s,
             grace_s=5.0,
         )
-        chain = [times.heartbeat_s, times.tick_s, times.halt_s, times.node_s]
+        chain = [times.heartbeat_s, times.tick_s, times.report_s, times.halt_s, times.node_s]
         if chain != sorted(chain):
             raise UsageError(
-                f"--max-stall {max_stall_s} gives heartbeat {times.heartbeat_s:.3f} <= tick "
-                f"{times.tick_s:.3f} <= halt {times.halt_s:.3f} <= node {times.node_s:.3f} s, "
-                "which is out of order"
+                f"--max-stall {max_stall_s} with {nodes} nodes gives heartbeat {times.heartbeat_s:.3f} "
+                f"<= tick {times.tick_s:.3f} <= report {times.report_s:.3f} <= halt "
+                f"{times.halt_s:.3f} <= node {times.node_s:.3f} s, which is out of order"
             )
         return times
 
@@ -147,9 +151,9 @@ class JobConfig:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
         if self.spares < 0:
             raise UsageError(f"--spares is {self.spares}, not a number of ranks")
-        Times.derive(self.max_stall_s)  # refused here, and not by an agent that cannot start
         if self.spare_nodes < 0:
             raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
+        _ = self.times  # refused here, and not by an agent that cannot start
         if self.preflight not in ("", "stop", "warn"):
             raise UsageError(f"--preflight is stop or warn, not {self.preflight!r}")
         if not self.command:
@@ -202,7 +206,12 @@ class JobConfig:
 
     @property
     def times(self) -> Times:
-        return Times.derive(self.max_stall_s)
+        return Times.derive(self.max_stall_s, self.agents)
+
+    @property
+    def detection(self) -> DetectionConfig:
+        """What the judge of this job goes by, and how often agents report."""
+        return DetectionConfig(max_stall_s=self.max_stall_s, nodes=self.agents)
 
     @property
     def budget(self) -> BudgetConfig:

@@ -73,6 +73,7 @@ class Coordinator:
           number: higher than that of any coordinator before; agents drop older ones.
         """
         self._config = config
+        self._times = config.times
         self._secret = bytes.fromhex(secret)
         self._agents = {NodeId(i): address for i, address in enumerate(agents)}
         self._number = number
@@ -83,13 +84,15 @@ class Coordinator:
         self._silent_since: dict[NodeId, float] = {}
         self._heard: dict[NodeId, float] = {}
         self._reports: dict[NodeId, dict[str, Any]] = {}
+        self._told: dict[NodeId, list[MemberFacts]] = {}
+        """The members of each report."""
         self._members: dict[MemberId, MemberFacts] = {}
         self._plan: Plan | None = None
         self._interrupted = ""
         self._stores: dict[str, Any] = {}
         """As the agents were told last."""
         self._judge = Judge(config)
-        self._rest = Rest(config.times.tick_s)
+        self._rest = Rest(self._times.tick_s)
         self._incidents = Incidents(Path(config.run_dir))
         self._costs = DecisionCosts(config.seats)
         self.trace = Trace(
@@ -124,7 +127,7 @@ class Coordinator:
 
     def run(self) -> Stop:
         """Lead the job to its end. Blocks; returns why it ended."""
-        tick_s = self._config.times.tick_s
+        tick_s = self._times.tick_s
         started = self._clock.now()
         self._silent_since = dict.fromkeys(self._agents, started)
         next_tick = started
@@ -189,7 +192,7 @@ class Coordinator:
 
     def _take_facts(self, node: NodeId, report: dict[str, Any]) -> None:
         try:
-            members = [MemberFacts.from_json(m) for m in report["members"]]
+            members = self._members_of(node, report)
         except (FtkitError, KeyError) as error:
             logger.error("node %s reports nonsense: %s", node, error)
             return
@@ -197,7 +200,7 @@ class Coordinator:
         before = self._reports.get(node)
         if before is not None and before["boot"] == report["boot"]:
             self._judge.node_back(node)
-        self._reports[node] = report
+        self._reports[node], self._told[node] = report, members
         self._heard[node] = self._clock.now()
         self._take_clock(node, report.get("clock"))
         for member in members:
@@ -211,6 +214,16 @@ class Coordinator:
             sent=float(report["at"]),
             at=self._clock.now(),
         )
+
+    def _members_of(self, node: NodeId, report: Mapping[str, Any]) -> list[MemberFacts]:
+        """The members that an agent tells of. Most are as they were: those are not read again."""
+        told, before = report["members"], self._reports.get(node)
+        if before is None or len(told) != len(before["members"]):
+            return [MemberFacts.from_json(m) for m in told]
+        return [
+            known if m == was else MemberFacts.from_json(m)
+            for m, was, known in zip(told, before["members"], self._told[node], strict=True)
+        ]
 
     def _take_scores(self, scores: Iterable[NodeScored]) -> None:
         """What the history says of nodes now."""
@@ -239,7 +252,7 @@ class Coordinator:
         if before is None or before["boot"] != report["boot"]:
             return
         gap_s = float(report["at"]) - float(before["at"])
-        if gap_s > max(PAUSE_S, 4 * self._config.times.tick_s):
+        if gap_s > max(PAUSE_S, 4 * self._times.report_s):
             self._judge.take(NodeGap(node=node, at=self._clock.now(), gap_s=gap_s))
 
     def _ask_clocks(self, now: float) -> None:
@@ -557,7 +570,8 @@ class Coordinator:
     def _ask_others(self, now: float) -> None:
         """Have other nodes try to reach those from which nothing comes."""
         unheard, told = self._unheard(now), dict[NodeId, list[dict[str, object]]]()
-        others = {n for n in self._lines if unheard.get(n, 0.0) < PAUSE_S}
+        recent_s = max(PAUSE_S, 2 * self._times.report_s)
+        others = {n for n in self._lines if unheard.get(n, 0.0) < recent_s}
         for order in self._judge.reach.orders(unheard, others, now):
             host, port = self._agents[order.node]
             test = {"number": order.number, "node": order.node, "limit_s": order.limit_s}

@@ -13,7 +13,6 @@ from ftkit.core.world import Member, World
 from ftkit.detection import signals
 from ftkit.detection.clock_offset import ClockOffset
 from ftkit.detection.clock_skew import ClockSkew
-from ftkit.detection.config import DetectionConfig
 from ftkit.detection.detector import Detector
 from ftkit.detection.flapping import Flapping
 from ftkit.detection.inquiry import Inquiry
@@ -108,7 +107,7 @@ class Judge:
 
     def __init__(self, config: JobConfig) -> None:
         self._times = config.times
-        self._detector = Detector(DetectionConfig(max_stall_s=config.max_stall_s))
+        self._detector = Detector(config.detection)
         self._pace = StepDetector(
             PaceConfig(
                 alarms_per_day=SHARE * config.alarms_per_day,
@@ -251,6 +250,8 @@ class Judge:
 
     def _ingest(self, observation: Observation) -> None:
         self._panel.ingest(observation)
+        if isinstance(observation, RowSeen):
+            return  # most of what comes, and of no interest to the others
         self.inquiry.ingest(observation)
         if isinstance(observation, signals.ReachSeen):
             self.reach.take(observation)

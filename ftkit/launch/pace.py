@@ -1,8 +1,8 @@
 """Pace: when an agent looks at its rows, and when it tells. Pure.
 
-While training goes on it tells at every tick. While nothing on its node moves it tells more
-often, the more often the shorter that has lasted: a job that stood still for half a second is
-looked at each tenth of a second, one that did for a minute each half.
+While training goes on it tells at every tick, in a job of very many nodes less often. While nothing
+on its node moves it tells more often, the more often the shorter that has lasted: a job that stood
+still for half a second is looked at each tenth of a second, one that did for a minute each half.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,10 @@ class Pace:
     """One agent's. `now` is always the same clock."""
 
     look_s: float
-    tick_s: float
+    report_s: float
+    """Between two reports while ranks train."""
+    soonest_s: float
+    """Between two reports while nothing moves, at the least: with many nodes it is longer."""
     next_look: float
     told: float = float("-inf")
     late_s: float = 0.0
@@ -40,11 +43,12 @@ class Pace:
         """Whether it is time to report, after nothing has moved for `still_s` (None: unknown)."""
         since = now - self.told
         # A look comes a little early or late: half of one is near enough.
-        if since >= self.tick_s - self.look_s / 2:
+        if since >= self.report_s - self.look_s / 2:
             return True
         if still_s is None or still_s < STILL_S:
             return False
-        return since >= min(max(self.look_s, still_s / _PART), self.tick_s) - self.look_s / 2
+        early_s = min(max(self.soonest_s, still_s / _PART), self.report_s)
+        return since >= early_s - self.look_s / 2
 
     def reported(self, now: float) -> float:
         """A report goes out. Returns how late looks were since the last one."""
@@ -53,7 +57,7 @@ class Pace:
 
 
 #: After a look the coordinator rests for so many times what it took: reports come in meanwhile.
-RESTS = 4
+RESTS = 9
 
 
 @dataclass(slots=True)

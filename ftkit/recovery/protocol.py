@@ -170,8 +170,9 @@ def _assign(plan: Plan, facts: JobFacts) -> Move | None:
     moved: dict[NodeId, str] = {}
     seats = {s.seat: s for s in plan.seats}
     for seat in fresh:
-        at = replace(plan, seats=tuple(seats.values()))
-        node, why = place(at, seat, facts)
+        node, why = seat.node, ""
+        if node in facts.advised:
+            node, why = place(replace(plan, seats=tuple(seats.values())), seat, facts)
         seats[seat.seat] = replace(seat, node=node, boot=facts.boots[node])
         if why:
             moved[seat.node] = f"node {node} in place of node {seat.node}: {why}"
