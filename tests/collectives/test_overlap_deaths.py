@@ -32,8 +32,8 @@ Tensor = torch.Tensor
 #: Every operation below moves more than twice as much in each phase, on each rank.
 FUSE_BYTES = 1500
 
-#: Against the half minute after which a rank that waits is missed.
-PROMPT_S = 2.0
+#: On an idle machine it is 10 ms; a rank that waits is missed after half a minute.
+PROMPT_S = 5.0
 
 
 @dataclass
