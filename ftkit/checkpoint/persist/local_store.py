@@ -57,7 +57,11 @@ class LocalBatch:
     def _write(self, buffers: Sequence[Buffer], *, more: bool) -> None:
         assert self._open is not None, "a file is open"
         _, fd = self._open
-        write_all(fd, buffers)
+        try:
+            write_all(fd, buffers)
+        except BaseException:
+            self._abandon()
+            raise
         if more:
             return
         self._open = None
@@ -82,11 +86,15 @@ class LocalBatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._abandon()
+        # Each task closes its descriptor, so they are run to their ends, not cancelled.
+        self._pool.shutdown(wait=True)
+
+    def _abandon(self) -> None:
+        """Close a file that did not come to its end."""
         if self._open is not None:
             os.close(self._open[1])
             self._open = None
-        # Each task closes its descriptor, so they are run to their ends, not cancelled.
-        self._pool.shutdown(wait=True)
 
     def _enter(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
