@@ -20,6 +20,8 @@ from typing import Any
 from ftkit.core.errors import AuthenticationError, ProtocolError, WireError
 
 MAGIC = b"ftkit/1\n"
+#: The greeting of those who hold no secret of a job but a key to one thing of it.
+VISITOR = b"ftkit/v\n"
 NONCE_BYTES = 32
 PROOF_BYTES = 32
 HELLO_BYTES_MAX = 4096
@@ -37,6 +39,7 @@ def authenticate(
     server: bool,
     hello: Mapping[str, object] | None = None,
     timeout_s: float = 10.0,
+    visitor: bool = False,
 ) -> dict[str, Any]:
     """Prove to the peer that we hold `secret`, have it prove the same, and swap hellos.
 
@@ -48,6 +51,7 @@ def authenticate(
       server: whether this side accepted the connection. The two sides must differ.
       hello: JSON-safe facts to tell the peer once it is trusted (who we are).
       timeout_s: the longest any single read or write may take.
+      visitor: whether `secret` is a visitor's key, as the peer's `admit` knows it.
 
     Returns:
       The peer's hello.
@@ -57,22 +61,63 @@ def authenticate(
       ProtocolError: the peer speaks something else.
       WireError: the connection broke or the peer was silent for `timeout_s`.
     """
+    greeting = VISITOR if visitor else MAGIC
+    return _greet(sock, {greeting: secret}, greeting, server, hello, timeout_s)[1]
+
+
+def admit(
+    sock: socket.socket,
+    secret: bytes,
+    *,
+    visitors: bytes | None = None,
+    hello: Mapping[str, object] | None = None,
+    timeout_s: float = 10.0,
+) -> tuple[bool, dict[str, Any]]:
+    """As `authenticate` of a server, for visitors too, who hold another key.
+
+    `visitors` is their key; None lets none of them in. All else is as in `authenticate`.
+
+    Returns:
+      Whether the peer is a visitor, which its hello cannot say otherwise; and its hello.
+
+    Raises:
+      AuthenticationError, ProtocolError, WireError: as `authenticate`.
+    """
+    secrets = {MAGIC: secret} | ({} if visitors is None else {VISITOR: visitors})
+    greeting, said = _greet(sock, secrets, MAGIC, True, hello, timeout_s)
+    return greeting == VISITOR, said
+
+
+def _greet(
+    sock: socket.socket,
+    secrets: Mapping[bytes, bytes],
+    greeting: bytes,
+    server: bool,
+    hello: Mapping[str, object] | None,
+    timeout_s: float,
+) -> tuple[bytes, dict[str, Any]]:
+    """Greet with `greeting`; be greeted with one that has a secret. Returns that, and the hello."""
     mine, theirs = (b"server", b"client") if server else (b"client", b"server")
     sock.settimeout(timeout_s)
     try:
         nonce = os.urandom(NONCE_BYTES)
-        sock.sendall(MAGIC + nonce)
+        sock.sendall(greeting + nonce)
         opening = _read(sock, len(MAGIC) + NONCE_BYTES)
-        if not opening.startswith(MAGIC):
-            raise ProtocolError(f"peer opened with {opening[:8]!r}, not ftkit's greeting")
-        other = opening[len(MAGIC) :]
+        greeted, other = opening[: len(MAGIC)], opening[len(MAGIC) :]
+        if not server and greeted == MAGIC:
+            greeted = greeting  # servers greet all alike
+        if greeted not in secrets:
+            if greeted == VISITOR:
+                raise AuthenticationError("no visitors are let in here")
+            raise ProtocolError(f"peer opened with {greeted!r}, not ftkit's greeting")
+        secret = secrets[greeted]
         if other == nonce:
             raise AuthenticationError("peer reflected our own challenge")
         sock.sendall(_proof(secret, mine, nonce, other))
         if not hmac.compare_digest(_read(sock, PROOF_BYTES), _proof(secret, theirs, other, nonce)):
             raise AuthenticationError("peer does not hold this job's secret")
         send_message(sock, dict(hello or {}))
-        return receive_message(sock, bytes_max=HELLO_BYTES_MAX)
+        return greeted, receive_message(sock, bytes_max=HELLO_BYTES_MAX)
     except TimeoutError as error:
         raise WireError(f"peer was silent for {timeout_s} s during the greeting") from error
     except OSError as error:
@@ -142,6 +187,11 @@ class Line:
             self.close()
             raise WireError(f"peer is gone: {error}") from error
 
+    def answer_within(self, seconds: float) -> None:
+        """From now on `receive` waits so long for each read, and then takes the peer for gone."""
+        limit = _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6))
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+
     def receive(self) -> dict[str, Any]:
         """Receive one message, blocking. Raises WireError when the peer is gone."""
         try:
@@ -191,10 +241,12 @@ def connect(
     hello: Mapping[str, object],
     timeout_s: float = 10.0,
     dial: Callable[[tuple[str, int], float], socket.socket] | None = None,
+    visitor: bool = False,
 ) -> Line:
     """Connect to a TCP (host, port) or a Unix socket path, authenticate, and say who we are.
 
-    `dial`: opens the connection to a (host, port) in another way (`detour`).
+    `dial`: opens the connection to a (host, port) in another way (`detour`). `visitor`: as in
+    `authenticate`.
 
     Raises:
       WireError: nobody listens there, or the greeting failed.
@@ -212,9 +264,10 @@ def connect(
             sock.connect(address)
         if family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Line(
-            sock, authenticate(sock, secret, server=False, hello=hello, timeout_s=timeout_s)
+        said = authenticate(
+            sock, secret, server=False, hello=hello, timeout_s=timeout_s, visitor=visitor
         )
+        return Line(sock, said)
     except OSError as error:
         sock.close()
         raise WireError(f"cannot reach {address}: {error}") from error

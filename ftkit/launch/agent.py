@@ -25,7 +25,9 @@ from ftkit.detection.signals import to_json
 from ftkit.detection.status import BOARD
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
+from ftkit.launch.control import drill_key
 from ftkit.launch.door import Door
+from ftkit.launch.drill_visits import DrillVisits
 from ftkit.launch.environment import common_environment, rank_environment
 from ftkit.launch.examiner import Examiner
 from ftkit.launch.fork_server import Program
@@ -115,7 +117,8 @@ class Agent:
             raise
         self.trace = Trace(Path(config.run_dir) / "events" / f"agent-{node}.jsonl", node=node)
         # Viewers on this host read there what ranks do now; it holds nothing secret.
-        self.trace.event("board", path=str(self._arenas.directory / BOARD))
+        listens = dict(zip(("host", "port"), self._door.address, strict=True))
+        self.trace.event("board", path=str(self._arenas.directory / BOARD), **listens)
         self._examiner = Examiner(
             node,
             Path(config.run_dir),
@@ -181,6 +184,16 @@ class Agent:
             put=self._put,
             changed=self._tell_coordinator,
         )
+        self._drills = DrillVisits(
+            node,
+            self._name,
+            self._roster,
+            self._arenas,
+            self.trace,
+            put=self._put,
+            drain=self._begin_drain,
+            tell=self._tell_coordinator,
+        )
         self._ending_since: float | None = None
         self._missing_since: float | None = None
         self._draining_since: float | None = None
@@ -208,6 +221,9 @@ class Agent:
             take=self._put,
             # Who only asks whether somebody is there, knows it by now.
             guests={PAIR_TEST: self._prober.serve, REACH: lambda sock, _: sock.close()},
+            visitors=(drill_key(self._secret), self._drills.receive)
+            if self._config.drills
+            else None,
         )
         self._tiers.start()
         self._resources = Resources(
@@ -294,6 +310,11 @@ class Agent:
             case "signal":
                 self._signals.append(value)
                 self._tell_coordinator()
+            case "visit":
+                line, message = value
+                led = self._coordinator is not None and not self._blind
+                draining = self._draining_since is not None
+                self._drills.take(line, message, self._plan, draining=draining, led=led)
             case "forks":
                 self._spawn_missing()
             case "tiers":

@@ -13,9 +13,11 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch.bench_command import bench
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
+from ftkit.launch.programme import command as programme
 
 log_to_stderr()
 
@@ -134,6 +136,12 @@ def main() -> None:
     flag_value="stop",
     help="Check every node as `ftkit doctor` does before ranks start; stop when one fails, or warn.",
 )
+@click.option(
+    "--drills/--no-drills",
+    default=True,
+    show_default=True,
+    help="Whether `ftkit drill plan` of the same user may strike this job while it trains.",
+)
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
 @click.argument("script")
@@ -164,6 +172,7 @@ def run(
     otel: bool,
     history: str,
     preflight: str | None,
+    drills: bool,
     quiet: bool,
     as_json: bool,
     script: str,
@@ -214,6 +223,7 @@ def run(
         metrics_port=metrics_port,
         history=absolute(history),
         preflight=preflight or "",
+        drills=drills,
         quiet=quiet,
     )
     if checkpoint_dir:
@@ -577,6 +587,9 @@ def doctor_offenders(history: str, as_json: bool) -> None:
     sys.exit(offenders(history, as_json=as_json))
 
 
+for command in (programme.plan, programme.stop, programme.certificate):
+    drill.add_command(command)
+main.add_command(bench)
 main.add_command(ckpt)
 main.add_command(detect)
 

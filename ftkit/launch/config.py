@@ -143,6 +143,8 @@ class JobConfig:
     preflight: str = ""
     """What happens when a check of a node fails before ranks start: "stop" or "warn"; empty: nothing
     is checked."""
+    drills: bool = True
+    """Whether who runs the job may drill it while it trains (`ftkit drill plan`)."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 

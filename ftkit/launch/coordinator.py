@@ -440,7 +440,8 @@ class Coordinator:
             )
             if self._history is not None and not verdict.suspected:
                 facts = self._members.get(verdict.member)
-                node = None if facts is None else facts.node
+                # A drill's strike says nothing of the node that it fell on.
+                node = None if facts is None or facts.drilled else facts.node
                 self._take_scores(self._history.verdict(verdict, node))
         if verdicts.fresh:
             summary = {"mode": self._plan.mode.value, "step": self._plan.step}

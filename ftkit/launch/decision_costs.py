@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from ftkit.core.ids import Generation, Seat, Step
+from ftkit.core.ids import Generation, MemberId, Seat, Step
 from ftkit.recovery.costs import Costs
 from ftkit.recovery.facts import JobFacts, Stage
 from ftkit.recovery.failure_rate import FailureRate
@@ -119,7 +119,7 @@ class DecisionCosts:
             self._halted_at = now
         explained = []
         for decision in decisions:
-            self._measure(decision, now)
+            self._measure(decision, facts, now)
             told: dict[str, object] | None = None
             match decision.action:
                 case "respawn" | "resume" | "reform" | "restart" | "form":
@@ -130,10 +130,11 @@ class DecisionCosts:
             explained.append(replace(decision, fields=fields))
         return explained
 
-    def _measure(self, decision: Decision, now: float) -> None:
+    def _measure(self, decision: Decision, facts: JobFacts, now: float) -> None:
         match decision.action:
             case "respawn":
-                self._rate = self._rate.seen(failures=1)
+                dead = facts.members.get(MemberId(int(str(decision.fields["dead"]))))
+                self._rate = self._rate.seen(failures=0 if dead and dead.drilled else 1)
                 self._ordered[Seat(int(str(decision.fields["seat"])))] = now
             case "resume" if self._halted_at is not None:
                 self._regroup.add(now - self._halted_at)

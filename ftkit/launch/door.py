@@ -9,7 +9,7 @@ from typing import Any
 from ftkit.core.errors import WireError
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.core.trace import Trace
-from ftkit.core.wire import Line, authenticate, listen, listen_unix
+from ftkit.core.wire import Line, admit, listen, listen_unix
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,14 @@ class Door:
         self._listeners.append((listen_unix(path), "rank"))
 
     def open(
-        self, node: NodeId, secret: bytes, trace: Trace, *, take: Take, guests: Mapping[str, Guest]
+        self,
+        node: NodeId,
+        secret: bytes,
+        trace: Trace,
+        *,
+        take: Take,
+        guests: Mapping[str, Guest],
+        visitors: tuple[bytes, Guest] | None = None,
     ) -> None:
         """Let in who holds the secret, from now on.
 
@@ -48,9 +55,13 @@ class Door:
           trace: told of those who are refused.
           take: takes what comes from ranks and coordinators.
           guests: who takes over a connection, by the role that its hello names.
+          visitors: the key of those who do not hold the secret, and who takes them over, whatever
+            role they name; None: there are none.
         """
         self._node, self._secret, self._trace = node, secret, trace
         self._take, self._guests = take, guests
+        self._key = None if visitors is None else visitors[0]
+        self._receive = None if visitors is None else visitors[1]
         for listener, kind in self._listeners:
             threading.Thread(
                 target=self._accept, args=(listener, kind), name=f"ftkit-{kind}s", daemon=True
@@ -78,7 +89,9 @@ class Door:
     def _greet(self, sock: socket.socket, kind: str) -> None:
         """Authenticate, then pass on what the peer says until it hangs up."""
         try:
-            hello = authenticate(sock, self._secret, server=True, hello={"node": self._node})
+            visits, hello = admit(
+                sock, self._secret, visitors=self._key, hello={"node": self._node}
+            )
         except WireError as error:
             logger.warning("refused a %s: %s", kind, error)
             self._trace.event("refused", peer=kind, reason=str(error))
@@ -86,7 +99,10 @@ class Door:
             return
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if kind == "rank":
+        if visits:
+            assert self._receive is not None, "they have a key"
+            self._receive(sock, hello)
+        elif kind == "rank":
             member = MemberId(int(hello.get("member", -1)))
             self._pass_on("rank", "said", member, Line(sock, hello))
         elif guest := self._guests.get(str(hello.get("role"))):

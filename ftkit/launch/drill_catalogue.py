@@ -13,6 +13,7 @@ from ftkit.launch import (
     rot_drills,
 )
 from ftkit.launch.clean_drill import CLEAN
+from ftkit.launch.drill_faults import LOSE_NODE, PREEMPT
 from ftkit.launch.faulty_store import StoreFaultKind
 
 #: The bundled training job.
@@ -31,8 +32,6 @@ FLAP, JOIN, CHURN = "flap", "join", "churn"
 SHRINK_GROW = "shrink-grow"
 #: A stage of a pipeline.
 STAGE_LOST = "stage-lost"
-#: A node that is about to be taken away, and says so.
-PREEMPT = "preempt"
 #: A rank of a job that keeps one warm to replace it.
 SPARE = "spare"
 #: Faults of the link between two ranks.
@@ -131,7 +130,6 @@ NAMES: dict[str, frozenset[str]] = {
 #: Before this step the job has no tempo yet that a hang could be told by.
 NAMED_FROM = 25
 
-LOSE_NODE = "lose-node"
 LOSE_NODES = "lose-nodes"
 CORRUPT_SHARD = "corrupt-shard"
 

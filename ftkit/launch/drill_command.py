@@ -23,12 +23,12 @@ from ftkit.launch.drill_catalogue import (
     JOIN,
     NODE_FAULTS,
     PARTITION_HALF,
-    PREEMPT,
     SHRINK_GROW,
     SPARE,
     STAGE_LOST,
     TWO_AT_ONCE,
 )
+from ftkit.launch.drill_faults import PREEMPT
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill, choose, choose_nodes
 from ftkit.launch.drills import run_drill

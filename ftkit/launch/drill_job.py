@@ -9,7 +9,8 @@ from ftkit.core.fault_plan import PlannedFault, to_environ
 from ftkit.core.trace import read_run
 from ftkit.launch import clean_drill, detector_drills, pace_drills, resource_drills
 from ftkit.launch.config import JobConfig, new_job_id
-from ftkit.launch.drill_catalogue import LOSE_NODE, NODE_FAULTS, SHORT_HANDED_S, WORKLOAD
+from ftkit.launch.drill_catalogue import NODE_FAULTS, SHORT_HANDED_S, WORKLOAD
+from ftkit.launch.drill_faults import LOSE_NODE
 from ftkit.launch.engine import Engine
 from ftkit.launch.job import python_command, run_job
 from ftkit.recovery.plan import Stop

@@ -26,7 +26,6 @@ from ftkit.launch.drill_catalogue import (
     CORRUPT_SHARD,
     DESYNC,
     KILL_IN_COLLECTIVE,
-    LOSE_NODE,
     LOSE_NODES,
     NAMED_FROM,
     NAMES,
@@ -45,6 +44,7 @@ from ftkit.launch.drill_catalogue import (
     USERS,
     USUAL_BYTES,
 )
+from ftkit.launch.drill_faults import LOSE_NODE
 from ftkit.launch.drill_job import Job
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
 from ftkit.launch.mixed_drills import MIXED, Mixed

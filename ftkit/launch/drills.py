@@ -38,13 +38,13 @@ from ftkit.launch.drill_catalogue import (
     NOBODY_LOST,
     NODE_FAULTS,
     PARTITION_HALF,
-    PREEMPT,
     SHRINK_GROW,
     SPARE,
     STAGE_LOST,
     STRIKES,
     TWO_AT_ONCE,
 )
+from ftkit.launch.drill_faults import PREEMPT
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill
 from ftkit.launch.engine import Engine

@@ -8,13 +8,18 @@ from typing import Any
 class EventTail:
     """Reads what was added to a run's event files since the last time. One thread's object."""
 
-    def __init__(self, run_dir: Path, *, files: str = "*.jsonl") -> None:
-        """Follow `run_dir`/events; neither the folder nor one of the `files` need exist yet."""
+    def __init__(self, run_dir: Path, *, files: str = "*.jsonl", from_now: bool = False) -> None:
+        """Follow `run_dir`/events; neither the folder nor one of the `files` need exist yet.
+
+        `from_now` leaves out what is there already.
+        """
         self._events = run_dir / "events"
         self._files = files
         self._read_to: dict[Path, int] = {}
         self.unreadable = 0
         """Whole lines that were not JSON objects with a time."""
+        if from_now:
+            self._read_to = {path: path.stat().st_size for path in self._events.glob(files)}
 
     def poll(self) -> list[dict[str, Any]]:
         """The new events of all files, in order of time. A half-written line waits for its end."""

@@ -58,7 +58,7 @@ class History:
             open_store(self._where).put(f"{self._job}.jsonl", b"".join(self._mine))
             return
         try:
-            _append(self._path, line)
+            append_line(self._path, line)
         except OSError as error:
             raise StoreError(f"the history {self._where} cannot be written: {error}") from error
 
@@ -77,7 +77,7 @@ class History:
             blocks = [store.get(name) for name in store.names() if name.endswith(".jsonl")]
         else:
             try:
-                blocks = [_tail(self._path)]
+                blocks = [read_tail(self._path)]
             except FileNotFoundError:
                 return []
             except OSError as error:
@@ -175,8 +175,8 @@ def _sound(record: Record) -> bool:
     )
 
 
-def _append(path: Path, line: bytes) -> None:
-    """One write to the end of a file that is ours and no link."""
+def append_line(path: Path, line: bytes) -> None:
+    """One write to the end of a file that is ours and no link, on the disk when it returns. OSError."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     fd = os.open(path, flags, 0o600)
     try:
@@ -193,7 +193,8 @@ def _append(path: Path, line: bytes) -> None:
         os.close(fd)
 
 
-def _tail(path: Path) -> bytes:
+def read_tail(path: Path) -> bytes:
+    """The last `READ_BYTES_MAX` of a file that is no link, from the start of a line on. OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size

@@ -17,7 +17,8 @@ from typing import Any
 
 from ftkit.core.trace import Trace
 from ftkit.launch.checker import Outcome, with_more
-from ftkit.launch.drill_catalogue import CHURN, FLAP, JOIN, PREEMPT, STRIKES
+from ftkit.launch.drill_catalogue import CHURN, FLAP, JOIN, STRIKES
+from ftkit.launch.drill_faults import PREEMPT
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill
 from ftkit.launch.engine import Engine

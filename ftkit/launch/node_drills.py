@@ -14,7 +14,8 @@ from ftkit.core.errors import FtkitError, IntegrityError
 from ftkit.core.ids import NodeId
 from ftkit.core.trace import Trace
 from ftkit.launch.config import JobConfig
-from ftkit.launch.drill_catalogue import LOSE_NODE, LOSE_NODES
+from ftkit.launch.drill_catalogue import LOSE_NODES
+from ftkit.launch.drill_faults import LOSE_NODE
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill
 from ftkit.launch.engine import Engine

@@ -149,6 +149,22 @@ class Roster:
                 self._killed.add(member)
                 rank.signal(signal.SIGKILL)
 
+    def drilled(self, members: Iterable[MemberId]) -> None:
+        """A drill is about to strike them: what becomes of them is nobody's fault."""
+        for member in members:
+            self._set(self.facts[member], drilled=True)
+
+    def send_signal(self, member: MemberId, number: signal.Signals) -> None:
+        """(drills) Send a signal as somebody else would: nothing is noted."""
+        self._processes[member].signal(number)
+
+    def wake_drilled(self, member: MemberId) -> None:
+        """SIGCONT to one that a drill has stopped, if it still runs: what follows is no drill's."""
+        facts = self.facts.get(member)
+        if facts is not None and facts.drilled and facts.stage in ALIVE:
+            self.send_signal(member, signal.SIGCONT)
+            self._set(facts, drilled=False)
+
     def ask_to_end(self) -> None:
         """SIGTERM to all."""
         for rank in self._processes.values():

@@ -42,6 +42,7 @@ def respawn(
     restarts: int,
     member: MemberId,
     config: BudgetConfig,
+    counts: bool = True,
 ) -> Assignment | Stop:
     """The seat with its next incarnation `member`, or the reason to stop.
 
@@ -52,6 +53,8 @@ def respawn(
       restarts: processes replaced so far.
       member: the number the next incarnation will have.
       config: the limits.
+      counts: whether it is one of the processes that a job may replace: those that a drill strikes
+        are not.
     """
     if dead.exit_code == exit_codes.USAGE:
         return Stop(
@@ -73,7 +76,7 @@ def respawn(
                 + _quoted(dead.error)
             ),
         )
-    if restarts >= config.restarts_max:
+    if counts and restarts >= config.restarts_max:
         return Stop(
             code=exit_status(dead.exit_code),
             reason=f"{restarts} processes were replaced, the most this job allows"

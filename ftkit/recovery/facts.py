@@ -78,6 +78,8 @@ class MemberFacts:
     """DEAD: the last lines it wrote, when they are known."""
     out_of_memory: str = ""
     """DEAD: why it is taken to have run out of memory; empty when nothing says so."""
+    drilled: bool = False
+    """A drill struck it on purpose: what becomes of it is nobody's fault, and no budget's."""
     ours: bool = False
     """DEAD: ftkit killed it itself, for a reason given before: no fault of its node."""
 
@@ -109,6 +111,7 @@ class MemberFacts:
                 exit_code=None if code is None else int(code),
                 error=str(value["error"]),
                 out_of_memory=str(value["out_of_memory"]),
+                drilled=bool(value["drilled"]),
                 ours=bool(value["ours"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:

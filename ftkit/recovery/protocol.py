@@ -220,13 +220,14 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
                 ),
             )
         drained = seat.node in facts.draining and dead.exit_code == exit_codes.STOPPED
-        blameless = drained or plan.evicted.get(seat.member) == RESTART
+        blameless = drained or dead.drilled or plan.evicted.get(seat.member) == RESTART
         step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
         next_seat = respawn(
             replace(seat, failures=seat.failures - 1) if blameless else seat,
             dead,
             step=Step(step),
             restarts=plan.restarts,
+            counts=not dead.drilled,
             member=plan.next_member,
             config=budget,
         )
@@ -249,7 +250,7 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
             seats=tuple(next_seat if s.seat == seat.seat else s for s in plan.seats),
             evicted={m: r for m, r in plan.evicted.items() if m != seat.member},
             next_member=MemberId(plan.next_member + 1),
-            restarts=plan.restarts + 1,
+            restarts=plan.restarts + (not dead.drilled),
         ), Decision(
             action="respawn",
             reason=f"member {seat.member} in seat {seat.seat} {reason}",

@@ -20,6 +20,7 @@ from ftkit.core.wire import (
     MESSAGE_BYTES_MAX,
     NONCE_BYTES,
     Line,
+    admit,
     authenticate,
     connect,
     listen,
@@ -86,6 +87,50 @@ def test_both_in_the_same_role_is_refused() -> None:
         with beside(lambda: serve(a)) as server, pytest.raises(AuthenticationError):
             authenticate(b, SECRET, server=True)
         assert isinstance(server[0], AuthenticationError)
+
+
+KEY = b"k" * 32
+
+
+@pytest.mark.parametrize(("held", "visitor", "visits"), [(SECRET, False, False), (KEY, True, True)])
+def test_a_visitor_is_told_from_those_who_hold_the_secret(held, visitor, visits) -> None:
+    with pair() as (a, b):
+        with beside(lambda: admit(a, SECRET, visitors=KEY, hello={"node": 1})) as server:
+            hello = {"role": "coordinator"}
+            told = authenticate(b, held, server=False, hello=hello, visitor=visitor)
+            assert told == {"node": 1}
+        assert server == [(visits, {"role": "coordinator"})]
+
+
+@pytest.mark.parametrize(
+    ("held", "visitor", "visitors"),
+    [
+        (KEY, False, KEY),  # a visitor who claims to be more
+        (SECRET, True, KEY),
+        (b"x" * 32, True, KEY),
+        (KEY, True, None),  # where none are let in
+    ],
+)
+def test_a_visitor_s_key_opens_its_own_door_alone(held, visitor, visitors) -> None:
+    with pair() as (a, b):
+
+        def let_in() -> object:
+            with a:  # as the door does
+                return admit(a, SECRET, visitors=visitors)
+
+        with beside(let_in) as server, pytest.raises(WireError):
+            authenticate(b, held, server=False, visitor=visitor, timeout_s=5)
+        assert isinstance(server[0], AuthenticationError)
+
+
+def test_an_answer_is_waited_for_as_long_as_was_said() -> None:
+    with pair() as (a, b):
+        line = Line(a)
+        line.answer_within(0.05)
+        with pytest.raises(WireError):
+            line.receive()
+        send_message(b, {"late": True})
+        assert line.receive() == {"late": True}
 
 
 def test_an_echo_of_our_own_greeting_is_seen() -> None:

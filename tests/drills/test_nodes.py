@@ -7,7 +7,8 @@ import pytest
 
 from ftkit.core.trace import read_run
 from ftkit.launch.checker import Answer, Outcome
-from ftkit.launch.drill_catalogue import CORRUPT_SHARD, LOSE_NODE, LOSE_NODES
+from ftkit.launch.drill_catalogue import CORRUPT_SHARD, LOSE_NODES
+from ftkit.launch.drill_faults import LOSE_NODE
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import choose_nodes
 from ftkit.launch.drills import run_drill

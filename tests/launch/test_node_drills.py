@@ -14,7 +14,8 @@ from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import NodeId
 from ftkit.core.trace import read_run
 from ftkit.launch import node_drills
-from ftkit.launch.drill_catalogue import CORRUPT_SHARD, LOSE_NODE, LOSE_NODES
+from ftkit.launch.drill_catalogue import CORRUPT_SHARD, LOSE_NODES
+from ftkit.launch.drill_faults import LOSE_NODE
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import choose, choose_nodes
 from ftkit.launch.node_drills import NodeStriker, flip_bit, pick_victims

@@ -82,6 +82,17 @@ def test_what_the_others_did_meanwhile_is_no_progress() -> None:
         assert isinstance(stop, Stop)
 
 
+def test_what_a_drill_strikes_is_not_one_of_those_a_job_may_replace() -> None:
+    dead = replace(DEAD, at_step=Step(16), drilled=True)
+    config = BudgetConfig(restarts_max=0)
+    step, member = Step(15), MemberId(7)
+    for counts, kind in ((True, Stop), (False, Assignment)):
+        after = respawn(
+            SEAT, dead, step=step, restarts=0, member=member, config=config, counts=counts
+        )
+        assert isinstance(after, kind)
+
+
 def test_a_job_restarts_only_so_often_in_all() -> None:
     assert isinstance(again(15, restarts=19), Assignment)
     stop = again(15, restarts=20)

@@ -658,3 +658,16 @@ def test_a_rank_lost_while_others_are_to_leave() -> None:
     assert story.world == [1, 2]
     assert story.plan.joining is not None
     assert [m.member for m in story.plan.joining.members] == [2]
+
+
+def test_drills_are_nobody_s_failures() -> None:
+    for drilled in (True, False):
+        story = training(step=5)
+        story.budget = BudgetConfig(restarts_max=0, same_place_max=1)
+        story.says(1, Stage.DEAD, exit_code=-9, at_step=Step(6), drilled=drilled)
+        moves = story.moves()
+        if drilled:
+            assert "respawn" in moves
+            assert (story.plan.restarts, story.plan.seats[1].failures) == (0, 0)
+        else:
+            assert "end" in moves

@@ -1,0 +1,150 @@
+"""The certificate as text and as one HTML page, without scripts or links. Pure."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+
+from ftkit.launch.programme.certificate import P95_MIN, Certificate, Line, Quantiles, Setting
+from ftkit.launch.report_view import duration
+
+_HEADS = ("fault", "drills", "survived", "95 % interval", "next step p50", "p95", "whole again p50",
+          "p95", "first", "last")  # fmt: skip
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --faint: #d9dee3; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --paper: #15181b; --faint: #3a4148; } }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
+table { border-collapse: collapse; } td, th { padding: .25rem 1.2rem .25rem 0; text-align: left;
+  border-bottom: 1px solid var(--faint); vertical-align: top; font-variant-numeric: tabular-nums; }
+.good { color: #1c8a43; } .bad { color: #cf3a30; }
+"""
+
+
+def text(certificate: Certificate) -> str:
+    """For a terminal, or a mail."""
+    if not certificate.lines:
+        parts = ["No drill was done: nothing is known of what this cluster survives."]
+    else:
+        parts = [_table([_HEADS, *(_row(line) for line in certificate.lines)])]
+        parts += [s for line in certificate.lines for s in _settings(line)]
+        parts += [f"not survived: {line}" for line in _failures(certificate)]
+        parts += _notes(certificate)
+    if certificate.skipped:
+        parts.append(f"{certificate.skipped} intervals without a drill: " + _skips(certificate))
+    return "\n".join(parts)
+
+
+def html(certificate: Certificate) -> str:
+    """For people who did not run it."""
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _row(line)) + "</tr>"
+        for line in certificate.lines
+    )
+    heads = "".join(f"<th>{escape(head)}</th>" for head in _HEADS)
+    settings = "".join(
+        f"<li>{escape(s)}</li>" for line in certificate.lines for s in _settings(line)
+    )
+    failures = "".join(f"<li class=bad>{escape(f)}</li>" for f in _failures(certificate))
+    notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(certificate))
+    skips = ""
+    if certificate.skipped:
+        skips = (
+            f"<h2>Intervals without a drill</h2><p>{certificate.skipped}: "
+            f"{escape(_skips(certificate))}</p>"
+        )
+    body = (
+        f"<table><tr>{heads}</tr>{rows}</table><h2>What was drilled</h2><ul>{settings}</ul>"
+        "<h2>What was not survived</h2>"
+        + (f"<ul>{failures}</ul>" if failures else "<p class=good>Nothing.</p>")
+        + notes
+        if certificate.lines
+        else "<p>No drill was done: nothing is known of what this cluster survives.</p>"
+    )
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>ftkit: what was survived</title><style>{_STYLE}</style></head><body>
+<h1>What was survived</h1>
+{body}{skips}
+</body></html>
+"""
+
+
+def _row(line: Line) -> tuple[str, ...]:
+    low, high = line.interval
+    return (
+        line.fault,
+        str(line.struck),
+        str(line.survived),
+        f"{100 * low:.1f} to {100 * high:.1f} %",
+        *_times(line.next_step_s),
+        *_times(line.whole_s),
+        _date(line.first),
+        _date(line.last),
+    )
+
+
+def _times(q: Quantiles | None) -> tuple[str, str]:
+    if q is None:
+        return "-", "-"
+    return duration(q.p50), duration(q.p95) + ("" if q.count >= P95_MIN else "*")
+
+
+def _settings(line: Line) -> list[str]:
+    return [f"{line.fault}: {_setting(s)}" for s in line.settings]
+
+
+def _setting(s: Setting) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in s.versions)
+    drills = f"{s.drills} drill" + ("s" if s.drills != 1 else "")
+    return f"{drills} of a job of {s.world} ranks on {s.nodes} nodes ({s.engine}; {versions})"
+
+
+def _failures(certificate: Certificate) -> list[str]:
+    return [
+        f"{line.fault}, {_moment(at)}: {why}"
+        for line in certificate.lines
+        for at, why in line.failures
+    ]
+
+
+def _notes(certificate: Certificate) -> list[str]:
+    lost = sum(line.lost_s for line in certificate.lines)
+    replayed = sum(line.steps_replayed for line in certificate.lines)
+    slots = sum(line.slots_lost for line in certificate.lines)
+    notes = [
+        f"Cost: {duration(lost)} of training; {replayed} steps were played again, {slots} slots lost.",
+        "Struck: " + (", ".join(certificate.nodes) or "machines without a name") + ".",
+        "The interval is of the share that is survived (Wilson); what is not known counts as not.",
+        "Times are from the strike, of drills that were survived.",
+    ]
+    few = [
+        q
+        for line in certificate.lines
+        for q in (line.next_step_s, line.whole_s)
+        if q is not None and q.count < P95_MIN
+    ]
+    if few:
+        notes.append(f"* of fewer than {P95_MIN} drills: the slowest.")
+    return notes
+
+
+def _skips(certificate: Certificate) -> str:
+    return "; ".join(f"{count} times {reason}" for reason, count in certificate.skips)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _date(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d")
+
+
+def _moment(at: float) -> str:
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

@@ -1,0 +1,159 @@
+"""One programme from the command's options to its exit code."""
+
+import difflib
+import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from ftkit.core import exit_codes
+from ftkit.core.errors import UsageError
+from ftkit.launch.control import read_control
+from ftkit.launch.drill_faults import LIVE_FAULTS, OF_NODES
+from ftkit.launch.history import check_history
+from ftkit.launch.programme.command import STOP
+from ftkit.launch.programme.costs import Budget, prior
+from ftkit.launch.programme.driver import Driver
+from ftkit.launch.programme.guards import Guards
+from ftkit.launch.programme.machine import Options
+from ftkit.launch.programme.record import DrillRecord, Outcome
+from ftkit.launch.programme.schedule import seconds_of
+from ftkit.launch.report_view import duration
+
+
+def run_programme(
+    run_dir: Path,
+    *,
+    every: str | None,
+    faults: str,
+    count: int | None,
+    seed: int,
+    budget: str,
+    budget_window: str,
+    steps_between: int,
+    only_with_spares: bool,
+    give_up: str,
+    patience: str,
+    history: Path,
+    stop_file: Path | None,
+    as_json: bool,
+) -> int:
+    """`ftkit drill plan`, whose options these are. Blocks. Returns the exit code.
+
+    Raises:
+      UsageError: the job takes no drills, or not these, or the options contradict one another.
+      StoreError: the history cannot be read or written.
+    """
+    stop_files = (run_dir / STOP, *((stop_file,) if stop_file else ()))
+    if there := [path for path in stop_files if path.exists()]:
+        way = "`ftkit drill stop --clear`" if there[0].name == STOP else "remove it"
+        raise UsageError(f"drills are stopped: {there[0]} is there; {way} allows them again")
+    control = read_control(run_dir)
+    asked = checked_faults(faults)
+    if control.nodes < 2 and (of_nodes := [f for f in asked if f in OF_NODES]):
+        raise UsageError(f"the job has one node, and {', '.join(of_nodes)} would leave nobody")
+    if control.seats < 2:
+        raise UsageError("the job has one rank, and a drill would leave nobody")
+    prior_s, budget_s = prior(control.max_stall_s), seconds_of(budget)
+    if prior_s > budget_s:
+        raise UsageError(
+            f"--budget {budget} is less than a drill may cost that was never seen: {prior_s:g} s, twice "
+            f"the job's --max-stall of {control.max_stall_s:g} s. Nothing could ever be struck"
+        )
+    options = Options(
+        job=control.job,
+        faults=asked,
+        guards=Guards(
+            budget=Budget(lost_s=budget_s, window_s=seconds_of(budget_window)),
+            steps_between=steps_between,
+            only_with_spares=only_with_spares,
+            parity=control.parity,
+        ),
+        seed=seed,
+        every_s=None if every is None else seconds_of(every),
+        count=count,
+        prior_s=prior_s,
+    )
+    try:
+        history.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--history {history}: {error}") from error
+    check_history(str(history))
+
+    def noted(record: DrillRecord) -> None:
+        click.echo(json.dumps(record.to_json()) if as_json else sentence(record))
+
+    driver = Driver(
+        run_dir,
+        control,
+        options,
+        history=history,
+        stop_files=stop_files,
+        limit_s=seconds_of(give_up),
+        patience_s=seconds_of(patience),
+        say=lambda words: click.echo(words, err=as_json),
+        noted=noted,
+    )
+    with _interrupted_by_sigterm() as received:
+        try:
+            last = driver.run()
+        except KeyboardInterrupt:
+            click.echo("ftkit: the programme was interrupted; the job goes on", err=True)
+            return 128 + received[0] if received else exit_codes.INTERRUPTED
+    click.echo(f"the programme is over: {last.reason}", err=as_json)
+    return last.code
+
+
+def checked_faults(text: str) -> tuple[str, ...]:
+    """The faults in a list with commas, each once. UsageError: there is none, or no such."""
+    asked = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in asked:
+        if name not in LIVE_FAULTS:
+            near = difflib.get_close_matches(name, LIVE_FAULTS, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            raise UsageError(
+                f"--fault {name!r} cannot be done to a job that runs: choose among "
+                f"{', '.join(LIVE_FAULTS)}{meant}"
+            )
+    if not asked:
+        raise UsageError(f"--fault names nothing: choose among {', '.join(LIVE_FAULTS)}")
+    return asked
+
+
+def sentence(record: DrillRecord) -> str:
+    """A drill in one line."""
+    if record.outcome is Outcome.SKIPPED:
+        return f"no {record.fault} in this interval: {record.reason}"
+    ranks = ", ".join(str(s) for s in record.seats)
+    parts = [f"{record.fault} of rank {ranks} at step {record.step}: {record.outcome}"]
+    if record.reason:
+        parts.append(record.reason)
+    for what, seconds in (
+        ("seen after", record.detect_s),
+        ("next step after", record.next_step_s),
+        ("whole after", record.whole_s),
+        ("cost", record.lost_s),
+    ):
+        if seconds is not None:
+            parts.append(f"{what} {duration(seconds)}")
+    return ", ".join(parts)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[list[int]]:
+    """SIGTERM ends the body as Ctrl-C does; whether it came is in the list."""
+    received: list[int] = []
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, answer)
+    try:
+        yield received
+    finally:
+        signal.signal(signal.SIGTERM, before)
