@@ -1,6 +1,7 @@
 """The tools that are compared: how each is started for a task, and what was set."""
 
 import contextlib
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -141,10 +142,11 @@ def _nvrx(site: Site) -> list[Command]:
 
 
 def _ray(site: Site) -> list[Command]:
+    # A token of this run's own, or Ray would write one into the home of whoever runs this.
     return [
         Command(
             argv=_module(site, "with_ray", str(Path(site.task.folder) / "ray"), str(site.shm)),
-            env={"RAY_USAGE_STATS_ENABLED": "0"},
+            env={"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_TOKEN": secrets.token_hex(32)},
         )
     ]
 

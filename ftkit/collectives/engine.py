@@ -74,7 +74,6 @@ class Engine:
         self._word = word
         self._on_fault = on_fault
         self._on_tell = on_tell
-        self._retired: set[MemberId] = set()
         self._channels: dict[int, Channel] = {}
         self._abort_told: tuple[Header, bytes] | None = None
         """What all were told of the end of the current generation, once it ended by a fault."""
@@ -356,10 +355,6 @@ class Engine:
         if self._closing is not None:
             greeted.close()
             return
-        if greeted.peer in self._retired:
-            logger.warning("refused member %s: it is no longer part of the job", greeted.peer)
-            greeted.close()
-            return
         old = self.net.links.get(greeted.peer)
         if old is not None:
             if old.process != greeted.process and not old.said_bye:
@@ -482,15 +477,12 @@ class Engine:
         if self._closing is not None:
             handle.fail(GenerationAborted(self._closing))
             return
-        # A member that was put out and is let in again is told so by the world itself.
-        self._retired -= world.member_ids
         missing = self.net.missing(world.member_ids - {self.member})
         if missing:
             handle.finish(missing)
             return
         self._end_generation(f"generation {self.world.generation} was replaced")
         gone = self.world.member_ids - world.member_ids
-        self._retired |= gone
         for peer in gone:
             link = self.net.links.get(peer)
             if link is not None:

@@ -131,7 +131,7 @@ class Group(Operations):
         return frozenset(self._engine.net.missing(self.world.member_ids - {self.member}))
 
     def connect(self, members: Sequence[Member], *, timeout_s: float) -> None:
-        """Dial those of `members` with a lower id than ours. For a newcomer; blocks.
+        """Link to all of `members`. For who is in no world of theirs yet, or no more; blocks.
 
         They may be training meanwhile, and learn nothing but that a link exists.
 
@@ -139,16 +139,18 @@ class Group(Operations):
           Unreachable: one of them cannot be reached, or does not let us in.
         """
         deadline = time.monotonic() + timeout_s
-        for member in sorted(members, key=lambda m: m.member):
-            if member.member < self.member and member.member not in self._engine.net.links:
-                self._dial(member, deadline)
+        by_id = {m.member: m for m in members if m.member != self.member}
+        while missing := self._engine.net.missing(frozenset(by_id)):
+            for member in missing:
+                self._dial(by_id[member], deadline)
+            self._wait_if_dropped(missing)
 
     def edit(self, world: World, *, timeout_s: float) -> None:
         """Move to `world`: blocks until its links are up and its generation has begun.
 
         The current generation ends at once; what is pending fails. Links between members of
-        both worlds stay; those to former members are closed, and they cannot come back under
-        the same id. Sequence numbers begin again at 0.
+        both worlds stay; those to former members are closed, which may connect again and wait.
+        Sequence numbers begin again at 0.
 
         Raises:
           ValueError: the generation is not newer than ours, or we are not in this world.
@@ -276,10 +278,7 @@ class Group(Operations):
             self._dial(member, deadline)
         engine = self._engine
         if dialled:
-            if engine.net.missing(frozenset(m.member for m in dialled)):
-                # Let in and dropped again: the peer has not learned yet that we may come.
-                with engine.net.news:
-                    engine.net.news.wait(0.05)
+            self._wait_if_dropped([m.member for m in dialled])
             return
         with engine.net.news:
             while silent := engine.net.missing(frozenset(missing)):
@@ -292,6 +291,12 @@ class Group(Operations):
                         frozenset(silent),
                     )
                 engine.net.news.wait(left)
+
+    def _wait_if_dropped(self, dialled: Sequence[MemberId]) -> None:
+        """A moment, where a member let us in and dropped us again: two dialled each other at once."""
+        with self._engine.net.news:
+            if self._engine.net.missing(frozenset(dialled)):
+                self._engine.net.news.wait(0.05)
 
     def _dial(self, member: Member, deadline: float) -> None:
         left = deadline - time.monotonic()
@@ -309,8 +314,8 @@ class Group(Operations):
         except WireError as error:
             raise Unreachable(str(error), frozenset({member.member})) from error
         self._engine.add_link(link)
-        # The link is installed by the communication thread; a member that is retired, or
-        # gone again, shows as missing in the next round.
+        # The link is installed by the communication thread; a member that is gone again shows as
+        # missing in the next round.
         self._engine.barrier()
 
     def _check_not_aborted(self, world: World) -> None:

@@ -51,7 +51,7 @@ SMALL = {
     ],
     "policy": ["--days", "2", "--histories", "1"],
     "capture": ["--mib", "1", "--rounds", "1"],
-    "scale": ["--sizes", "64", "128", "--ticks", "2", "--faults", "1"],
+    "scale": ["--sizes", "64", "128", "--steps", "2", "--faults", "1"],
     "detection": [
         *("--trials", "1", "--rank-steps", "1e6", "--repetitions", "1", "--sizes", "50"),
     ],

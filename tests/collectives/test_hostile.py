@@ -23,6 +23,7 @@ from ftkit.core.ids import MemberId
 from ftkit.core.world import World
 
 from .crew import Crew
+from .ranks import play
 from .worlds import in_one_process, join, make_group, world
 
 
@@ -204,10 +205,10 @@ def sleeps_through_an_edit(rank, size, talk):
         talk.say("here")
         with pytest.raises(GenerationAborted):
             group.all_reduce(torch.ones(300_000)).wait(20)  # it wakes in the middle of this
-        with pytest.raises((Unreachable, GenerationAborted)):
+        with pytest.raises(TimeoutError):  # linked, and in no world of theirs
             begin_and_meet(group, world(3, addresses), timeout_s=0.5)
         group.close()
-        return "refused"
+        return "alone"
     talk.hear()  # rank 2 is stopped
     handle = group.all_reduce(torch.ones(300_000))
     group.abort(group.world.generation, "member 2 is stopped")
@@ -224,7 +225,7 @@ def sleeps_through_an_edit(rank, size, talk):
 
 
 @pytest.mark.multiproc
-def test_a_member_that_wakes_up_after_the_world_moved_on_is_refused():
+def test_a_member_that_wakes_up_after_the_world_moved_on_takes_part_in_nothing():
     with Crew(sleeps_through_an_edit, 3) as crew:
         crew.swap()
         assert crew.hear(2) == "here"
@@ -233,7 +234,28 @@ def test_a_member_that_wakes_up_after_the_world_moved_on_is_refused():
             crew.say(rank, "go")
         assert [crew.hear(rank) for rank in (0, 1)] == ["in 2"] * 2
         crew.kill(2, signal.SIGCONT)
-        assert crew.results([2]) == ["refused"]
+        assert crew.results([2]) == ["alone"]
         for rank in (0, 1):
             crew.say(rank, "go")
         assert crew.results([0, 1]) == [(True, 1)] * 2
+
+
+@pytest.mark.parametrize("stands_by", [0, 1, 2])
+def test_who_stands_by_is_linked_to_all_and_let_in_again(stands_by):
+    """Whatever its number is, and though it took part before."""
+    with together(3) as groups:
+        told = threading.Event()
+        spare = groups[stands_by]
+        spare._engine._on_tell = lambda member, payload: told.set()
+        others = {r: g.address for r, g in enumerate(groups) if r != stands_by}
+        smaller = world(2, others)
+        play([groups[r] for r in others], lambda group: group.edit(smaller, timeout_s=10))
+        spare.connect(smaller.members, timeout_s=10)
+        assert not spare._engine.net.missing(smaller.member_ids)
+        for r in others:
+            told.clear()
+            groups[r].tell(MemberId(stands_by), b"come")
+            assert told.wait(10)
+        assert not any(groups[r].aborted for r in others), "they train meanwhile"
+        edited(groups, 3)
+        assert works(groups)
