@@ -61,6 +61,8 @@ PRELOAD_LATEST_S = 30.0
 
 #: The longest that a node which is about to be taken away waits for its ranks to leave.
 DRAIN_S = 20.0
+#: Ranks that the world of the job goes on without end by themselves within so much; spares never do.
+LEAVE_S = 1.0
 
 #: For so long after they have left, others may still read what they captured last.
 LINGER_S = 1.0
@@ -198,6 +200,8 @@ class Agent:
         self._missing_since: float | None = None
         self._draining_since: float | None = None
         """When it was said that this node is about to be taken away."""
+        self._unused_since: float | None = None
+        """Since when no rank of a node that is drained has been in the job's world."""
         self._left_at: float | None = None
         """When the last rank of a node that is drained had left."""
         self._stopped = False
@@ -520,8 +524,20 @@ class Agent:
         if self._left_at is None and self._roster.all_ended:
             self._left_at = now
             self.trace.event("drained", seconds=now - since)
+        elif self._left_at is None and self._none_trains():
+            self._unused_since = now if self._unused_since is None else self._unused_since
+            if now - self._unused_since > LEAVE_S:
+                self._roster.kill()  # spares, which nobody waits for
         left = self._left_at is not None and now - self._left_at > LINGER_S
         self._stopped = self._stopped or left or now - since > DRAIN_S
+
+    def _none_trains(self) -> bool:
+        """Whether the job goes on without any rank of this node."""
+        plan = self._plan
+        if plan.mode is not Mode.RUNNING or plan.world is None:
+            return False
+        worlds = [plan.world] if plan.joining is None else [plan.world, plan.joining]
+        return not any(w.first_on(self._node) for w in worlds)
 
     def _through(self) -> bool:
         """Whether, the job being over, nothing is left to wait for: no rank, no last checkpoint."""

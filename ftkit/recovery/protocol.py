@@ -219,7 +219,9 @@ def _replace_dead(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | N
                     "before it joined the job" + (f":\n{dead.error}" if dead.error else ""),
                 ),
             )
-        drained = seat.node in facts.draining and dead.exit_code == exit_codes.STOPPED
+        drained = seat.node in facts.draining and (
+            dead.exit_code == exit_codes.STOPPED or dead.ours
+        )
         blameless = drained or dead.drilled or plan.evicted.get(seat.member) == RESTART
         step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
         next_seat = respawn(
