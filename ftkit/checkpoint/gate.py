@@ -4,14 +4,20 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ftkit.core.governor import Grant, Pause
+from ftkit.core.governor import TOUCHES, Grant, Pause
+
+#: A piece of what is paced: of a shard, or of a file.
+GATED_BYTES = 1 << 20
 
 
 class Gate(Protocol):
     """Asked before bytes travel, told what became of them. Any thread."""
 
-    def ask(self, nbytes: int) -> Grant | Pause:
-        """Whether so many bytes may go, all of them or none; granted, they count as gone."""
+    def ask(self, nbytes: int, *, touches: float = TOUCHES) -> Grant | Pause:
+        """Whether so many bytes may go, all of them or none; granted, they count as gone.
+
+        `touches`: how often each is read or written in memory on its way.
+        """
 
     def withdraw(self) -> None:
         """This thread, which was told to pause, does not ask again."""
@@ -26,7 +32,7 @@ class Gate(Protocol):
 class OpenGate:
     """Lets everything through at once."""
 
-    def ask(self, nbytes: int) -> Grant | Pause:
+    def ask(self, nbytes: int, *, touches: float = TOUCHES) -> Grant | Pause:
         return Grant(nbytes)
 
     def withdraw(self) -> None:
@@ -43,6 +49,7 @@ def go_through(
     gate: Gate,
     nbytes: int,
     *,
+    touches: float = TOUCHES,
     check: Callable[[], None] = lambda: None,
     rest: Callable[[float], None] = time.sleep,
 ) -> Grant:
@@ -54,7 +61,7 @@ def go_through(
     if not nbytes:
         return Grant(0)
     try:
-        while isinstance(decision := gate.ask(nbytes), Pause):
+        while isinstance(decision := gate.ask(nbytes, touches=touches), Pause):
             check()
             rest(decision.seconds)
     except BaseException:

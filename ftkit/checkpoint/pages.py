@@ -6,6 +6,7 @@ slab that grows gets its further ones before it is written, and a process maps t
 
 import contextlib
 import errno
+import logging
 import mmap
 import os
 import socket
@@ -20,8 +21,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ftkit.checkpoint.numa import MemoryNode, prefer, touching_from
 from ftkit.checkpoint.slabs import PAGE, Geometry
 from ftkit.core.errors import CapacityError, IntegrityError
+
+logger = logging.getLogger(__name__)
 
 #: madvise(2), Linux 5.14: allocate and map all pages of a range, ready to be written.
 _POPULATE_WRITE = 23
@@ -119,7 +123,9 @@ class ArenaFile:
 
 
 @contextmanager
-def new_file(path: Path, geometry: Geometry, *, part_bytes: int) -> Iterator[Path]:
+def new_file(
+    path: Path, geometry: Geometry, *, part_bytes: int, node: MemoryNode | None = None
+) -> Iterator[Path]:
     """Make an arena file beside `path`, empty; it takes the place of `path` when the body is done.
 
     Whole or not at all: whatever goes wrong, what is at `path` stays. Blocks for about a second a
@@ -129,6 +135,7 @@ def new_file(path: Path, geometry: Geometry, *, part_bytes: int) -> Iterator[Pat
       path: where it is to lie.
       geometry: its sizes.
       part_bytes: every slab gets pages for a part of this size; the rest of it is a hole.
+      node: where pages are to lie, also those that come later; None for where they are touched first.
 
     Raises:
       CapacityError: the file system has not enough room.
@@ -142,9 +149,10 @@ def new_file(path: Path, geometry: Geometry, *, part_bytes: int) -> Iterator[Pat
     try:
         try:
             os.ftruncate(fd, geometry.file_bytes)
-            _fallocate(fd, path, 0, geometry.slab_at(0))
-            for slab in range(geometry.slabs):
-                _fallocate(fd, path, geometry.slab_at(slab), geometry.data_at + part_bytes)
+            with _placed(fd, path, geometry.file_bytes, node):
+                _fallocate(fd, path, 0, geometry.slab_at(0))
+                for slab in range(geometry.slabs):
+                    _fallocate(fd, path, geometry.slab_at(slab), geometry.data_at + part_bytes)
         finally:
             os.close(fd)
         with building.open("r+b") as file:
@@ -154,6 +162,32 @@ def new_file(path: Path, geometry: Geometry, *, part_bytes: int) -> Iterator[Pat
     except BaseException:
         building.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _placed(fd: int, path: Path, count: int, node: MemoryNode | None) -> Iterator[None]:
+    """Inside, new pages of the file lie on `node`, if that can be had; otherwise it is said."""
+    if node is None:
+        yield
+        return
+    with mmap.mmap(fd, count) as mapped:
+        whole = np.frombuffer(mapped, dtype=np.uint8)
+        refused = prefer(whole.ctypes.data, count, node.number)
+        del whole
+    if not refused:
+        yield
+        return
+    with touching_from(node) as there:
+        where = (
+            "the arena is touched from there, and may grow elsewhere"
+            if there
+            else ("it has no processors that could touch the arena instead, which lies anywhere")
+        )
+        logger.warning(
+            "%s: memory node %d cannot be asked for (%s; in a container that takes CAP_SYS_NICE): %s",
+            path.name, node.number, refused, where,
+        )  # fmt: skip
+        yield
 
 
 def _fallocate(fd: int, path: Path, at: int, count: int) -> None:

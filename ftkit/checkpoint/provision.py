@@ -7,6 +7,7 @@ import numpy as np
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.chunks import CHUNK_BYTES, Share
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.numa import MemoryNode
 from ftkit.checkpoint.pages import new_file
 from ftkit.checkpoint.slabs import SLABS, Geometry, Pin
 from ftkit.core.errors import CapacityError, IntegrityError
@@ -21,6 +22,7 @@ def create_arena(
     chunk_bytes: int = CHUNK_BYTES,
     slabs: int = SLABS,
     keep: Arena | None = None,
+    node: MemoryNode | None = None,
 ) -> Arena:
     """Make an arena with its pages and put it at `path`, replacing what is there.
 
@@ -37,6 +39,7 @@ def create_arena(
       slabs: snapshots held: 3, and one for each tier below that pins one.
       keep: an arena of the same `chunk_bytes` whose good snapshots are carried over
         where they fit.
+      node: the memory node on which its pages are to lie; None for where they are touched first.
 
     Returns:
       The arena, open for writing.
@@ -48,7 +51,7 @@ def create_arena(
         data_bytes=data_bytes, meta_bytes=meta_bytes, chunk_bytes=chunk_bytes, slabs=slabs
     )
     part_bytes = data_bytes if part_bytes is None else part_bytes
-    with new_file(path, geometry, part_bytes=part_bytes) as building:
+    with new_file(path, geometry, part_bytes=part_bytes, node=node) as building:
         if keep is not None:
             with Arena.open(building, writable=True) as new:
                 _carry_over(keep, new)
@@ -62,6 +65,7 @@ def ensure_arena(
     replicas: int = 1,
     chunk_bytes: int = CHUNK_BYTES,
     slabs: int = SLABS,
+    node: MemoryNode | None = None,
 ) -> Arena:
     """Open the arena at `path` for writing, made or made larger so that `layout` fits.
 
@@ -75,6 +79,7 @@ def ensure_arena(
       replicas: among how many the state is shared out; there are pages for one share.
       chunk_bytes: as `create_arena`; an arena that is there keeps its own.
       slabs: as `create_arena`; an arena that is there keeps its own.
+      node: as `create_arena`; an arena that is there stays where it is.
 
     Raises:
       CapacityError: as `create_arena`; the old arena is untouched.
@@ -92,6 +97,7 @@ def ensure_arena(
             part_bytes=share.bytes_max(need, chunk_bytes),
             chunk_bytes=chunk_bytes,
             slabs=slabs,
+            node=node,
         )
     if old.fits(layout):
         return old
@@ -104,6 +110,7 @@ def ensure_arena(
             chunk_bytes=old.geometry.chunk_bytes,
             slabs=old.geometry.slabs,
             keep=old,
+            node=node,
         )
 
 

@@ -76,6 +76,8 @@ class Group(Operations):
         self.member = member
         self._detour = detour
         self.config = config or CollectivesConfig()
+        self.meetings = 0
+        """Overlapped operations begun, in which ranks need each other in the middle of a model."""
         self._on_fault = on_fault
         self._fault_listeners: list[Callable[[Generation], None]] = []
         word = ValidWord()

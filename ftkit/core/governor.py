@@ -1,9 +1,9 @@
 """Governor: when how many bytes that are not training's may travel. Pure: it is handed the time.
 
 Snapshots, parity and checkpoints are cut into pieces. A piece goes when the idle window that we
-are in has room for it (`idle_windows`), within the cap of the link; and when the windows do not
-suffice, a few go all the same, but never for more than `max_slowdown` of the time. So what does
-not fit takes longer, and training does not; `forecast` says how long.
+are in has room for it (`idle_windows`), within the caps of link and memory bandwidth; and when the
+windows do not suffice, a few go all the same, but never for more than `max_slowdown` of the time. So
+what does not fit takes longer, and training does not; `forecast` says how long.
 
 Pacing needs to know that a piece has *arrived*: TCP takes what fits its buffers at once, and a
 sender that counts that as sent is blind (on 1 Gbit/s: 3.6 % of slow-down, against 1.2 % with an
@@ -23,6 +23,9 @@ SAVED_S = 1.0
 #: A new measurement of the rate counts so much.
 _NEWS = 0.25
 
+#: A byte that is sent is read, and written to a buffer of the kernel's.
+TOUCHES = 2.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrafficLimits:
@@ -32,6 +35,8 @@ class TrafficLimits:
     """Outside of idle windows it takes at most this part of the time."""
     rate_max: float | None = None
     """Bytes a second, on average over a second; None for what the link gives."""
+    memory_rate_max: float | None = None
+    """Bytes a second read from and written to memory, on average over a second; None for no cap."""
     piece_bytes_min: int = 256 << 10
     """Smaller pieces cost more than they carry."""
     piece_bytes_max: int = 4 << 20
@@ -48,7 +53,8 @@ class TrafficLimits:
             raise ValueError(
                 f"pieces of {self.piece_bytes_min} to {self.piece_bytes_max} bytes cannot be cut"
             )
-        if self.rate_guess <= 0 or (self.rate_max is not None and self.rate_max <= 0):
+        rates = self.rate_guess, self.rate_max, self.memory_rate_max
+        if any(rate is not None and rate <= 0 for rate in rates):
             raise ValueError("rates must be positive")
         if self.unacknowledged_max < 1:
             raise ValueError("at least one piece must be on its way at once")
@@ -94,6 +100,29 @@ class Forecast:
         return f"{said} and do not fit {self.within_s:.1f} s: they stretch over more steps"
 
 
+class _Cap:
+    """Bytes a second, on average over a second: what is not used is saved up so long."""
+
+    def __init__(self, rate: float, now: float, name: str) -> None:
+        self.rate, self._name = rate, name
+        self._budget, self._at = rate, now
+
+    def pause(self, now: float, least: float, look_s: float) -> Pause | None:
+        """For how long `least` bytes must wait, if they must."""
+        self._budget = min(self.rate, self._budget + (now - self._at) * self.rate)
+        self._at = now
+        # A piece larger than a second's bytes waits for a full budget, and overdraws it.
+        missing = min(least, self.rate) - self._budget
+        return Pause(max(look_s, missing / self.rate), self._name) if missing > 0 else None
+
+    @property
+    def left(self) -> float:
+        return self._budget
+
+    def spend(self, nbytes: float) -> None:
+        self._budget -= nbytes
+
+
 class Governor:
     """See the module. One thread's object."""
 
@@ -115,7 +144,9 @@ class Governor:
         self._saving_s = 0.0
         """What a piece that was refused needs of them."""
         self._rate = limits.rate_guess
-        self._budget, self._budget_at = limits.rate_max or 0.0, now
+        self._link = _Cap(limits.rate_max, now, "the cap of the link") if limits.rate_max else None
+        memory = limits.memory_rate_max
+        self._memory = _Cap(memory, now, "the cap of memory bandwidth") if memory else None
         self._flying: dict[Grant, float] = {}
         """What is on its way, and when it was let go; in that order."""
         self.granted = 0
@@ -128,11 +159,13 @@ class Governor:
         """Bytes a second that pieces travelled at lately."""
         return self._rate
 
-    def decide(self, now: float, wanted: int, *, whole: bool = False) -> Grant | Pause:
+    def decide(
+        self, now: float, wanted: int, *, whole: bool = False, touches: float = TOUCHES
+    ) -> Grant | Pause:
         """Whether some of `wanted` bytes, at least one, may go now. A grant counts as gone.
 
         What was granted is on its way until `arrived` or `given_up`. With `whole`, all of them or
-        none.
+        none. `touches`: how often each is read or written in memory, for the cap of that.
         """
         limits = self.limits
         self._flying = {g: at for g, at in self._flying.items() if now - at <= LOST_S}
@@ -144,26 +177,20 @@ class Governor:
             return Pause(self._look_s, "pieces on their way are not acknowledged")
         least = wanted if whole else min(wanted, limits.piece_bytes_min)
         most = wanted if whole else min(wanted, limits.piece_bytes_max)
-        if limits.rate_max is not None:
-            self._budget = min(
-                limits.rate_max, self._budget + (now - self._budget_at) * limits.rate_max
-            )
-            self._budget_at = now
-            # A piece larger than a second's bytes waits for a full budget, and overdraws it.
-            if self._budget < min(least, limits.rate_max):
-                missing = min(least, limits.rate_max) - self._budget
-                return Pause(max(self._look_s, missing / limits.rate_max), "the cap of the link")
-            most = max(least, min(most, int(self._budget)))
+        for cap, times in self._caps(touches):
+            if pause := cap.pause(now, least * times, self._look_s):
+                return pause
+            most = max(least, min(most, int(cap.left / times)))
         # What is on its way uses the same window.
         room = self.windows.left(now) * self._rate - sum(g.bytes for g in self._flying)
         if room >= least:
-            return self._grant(now, Grant(int(min(most, room))))
+            return self._grant(now, Grant(int(min(most, room))), touches)
         needs_s = least / self._rate
         if self._allowed_s >= needs_s:
             self._allowed_s -= needs_s
             if needs_s >= self._saving_s:
                 self._saving_s = 0.0
-            return self._grant(now, Grant(least, intrudes=True))
+            return self._grant(now, Grant(least, intrudes=True), touches)
         self._saving_s = max(self._saving_s, needs_s)
         busy = self.windows.busy
         return Pause(self._look_s, "training sends" if busy else "the window is too short")
@@ -183,19 +210,27 @@ class Governor:
         """Nobody will say when this piece arrives; it counts as gone, and holds nobody back."""
         self._flying.pop(grant, None)
 
-    def forecast(self, nbytes: int, *, within_s: float | None = None) -> Forecast:
+    def forecast(
+        self, nbytes: int, *, within_s: float | None = None, touches: float = TOUCHES
+    ) -> Forecast:
         """How long `nbytes` will take, from the windows of the last steps."""
         limits = self.limits
         least_s = limits.piece_bytes_min / self._rate
         share = self.windows.idle_share(least_s) + limits.max_slowdown
         rate = self._rate * min(1.0, share)
-        if limits.rate_max is not None:
-            rate = min(rate, limits.rate_max)
+        for cap, times in self._caps(touches):
+            rate = min(rate, cap.rate / times)
         return Forecast(nbytes, nbytes / rate if rate else float("inf"), within_s)
 
-    def _grant(self, now: float, grant: Grant) -> Grant:
+    def _caps(self, touches: float) -> list[tuple[_Cap, float]]:
+        """The caps that there are, and how much of each a byte takes."""
+        both = (self._link, 1.0), (self._memory, touches)
+        return [(cap, times) for cap, times in both if cap is not None]
+
+    def _grant(self, now: float, grant: Grant, touches: float) -> Grant:
         self._flying[grant] = now
         self.granted += grant.bytes
         self.intruding += grant.bytes if grant.intrudes else 0
-        self._budget -= grant.bytes if self.limits.rate_max is not None else 0
+        for cap, times in self._caps(touches):
+            cap.spend(grant.bytes * times)
         return grant

@@ -373,6 +373,8 @@ class Agent:
                         message["layout"],
                         int(message["replicas"]),
                         lambda answer: self._roster.send(member, {"type": "arena", **answer}),
+                        pid=facts.pid,
+                        gpu_node=None if (gpu := message.get("gpu_node")) is None else int(gpu),
                     )
                 case "signal":
                     self._signals.append(message["signal"])

@@ -1,5 +1,7 @@
 """Arenas: the shared memory of one node, owned by its agent and outliving its ranks."""
 
+import contextlib
+import logging
 import os
 import shutil
 import threading
@@ -12,6 +14,7 @@ import psutil
 from ftkit.checkpoint.arena import arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.numa import choose, memory_nodes
 from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
@@ -23,6 +26,8 @@ from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.detection.track import EXEMPT
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import ALIVE, MemberFacts
+
+logger = logging.getLogger(__name__)
 
 OWNER = "owner.pid"
 
@@ -50,10 +55,13 @@ class Arenas:
         Folders that a killed job of this user left behind are removed first.
 
         Raises:
-          UsageError: there is no such root of shared memory, or it is not ours to write to.
+          UsageError: there is no such root of shared memory, or it is not ours to write to, or no
+            such memory node.
           CapacityError: shared memory is full.
           FileExistsError: another agent of this job runs for this node.
         """
+        self._numa, self._memory_nodes = config.numa, memory_nodes()
+        choose(config.numa, self._memory_nodes)  # one that is not there is refused now
         check_root(Path(config.shm_root))
         sweep(Path(config.shm_root))
         self.directory = config.shm_dir(node)
@@ -80,13 +88,23 @@ class Arenas:
         self._pending_s = PENDING_S
         """From when on a collective counts as stuck, by the rings at the last `transfers`."""
 
-    def ensure(self, seat: Seat, layout: object, replicas: int) -> Path:
+    def ensure(
+        self,
+        seat: Seat,
+        layout: object,
+        replicas: int,
+        *,
+        pid: int | None = None,
+        gpu_node: int | None = None,
+    ) -> Path:
         """The seat's arena, with room for a share of the state. Slow: allocates.
 
         Args:
           seat: whose.
           layout: of the state (`StateLayout.to_json`).
           replicas: among how many it is shared out.
+          pid: of the rank, whose processors tell on which memory node it is to lie.
+          gpu_node: the one that the rank's GPU hangs on.
 
         Raises:
           CapacityError: there is not enough shared memory; says how much is needed.
@@ -94,9 +112,16 @@ class Arenas:
         """
         path = arena_path(self._job, seat, self.directory)
         wanted = StateLayout.from_json(layout)
+        cpus: set[int] = set()
+        if pid is not None:
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                cpus = os.sched_getaffinity(pid)
+        place = choose(self._numa, self._memory_nodes, cpus=cpus, gpu_node=gpu_node)
+        if place.node is not None:
+            logger.info("%s on memory node %d: %s", path.name, place.node.number, place.reason)
         # A rank that dies while it waits leaves its request behind, and the next one asks too.
         with self.writing:
-            ensure_arena(path, wanted, replicas=replicas, slabs=self.slabs).close()
+            ensure_arena(path, wanted, replicas=replicas, slabs=self.slabs, node=place.node).close()
         return path
 
     def copies(self) -> list[dict[str, object]]:

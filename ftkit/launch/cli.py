@@ -84,8 +84,22 @@ def main() -> None:
     help="Parity and checkpoints travel while training does not, and beyond that take at most this "
     "part of the time, such as 0.01. Default: as fast as they can.",
 )
+@click.option(
+    "--link-cap", type=float, help="With --max-slowdown: MB/s that a node sends of these, at most."
+)
+@click.option(
+    "--memory-cap",
+    type=float,
+    help="With --max-slowdown: MB/s of memory traffic that they cause on a node, at most.",
+)
 @click.option("--run-dir", type=click.Path(path_type=Path), help="Default: runs/<job>.")
 @click.option("--shm-root", default="/dev/shm", show_default=True, help="For snapshots in memory.")
+@click.option(
+    "--numa",
+    default="auto",
+    show_default=True,
+    help="Memory node of a rank's snapshots: auto (that of its GPU or processors), off or a number.",
+)
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
 @click.option(
     "--preload/--no-preload",
@@ -142,6 +156,9 @@ def run(
     alarms_per_day: float,
     parity: str,
     max_slowdown: float | None,
+    link_cap: float | None,
+    memory_cap: float | None,
+    numa: str,
     run_dir: Path | None,
     shm_root: str,
     max_restarts: int,
@@ -191,6 +208,9 @@ def run(
         alarms_per_day=alarms_per_day,
         parity=parity,
         max_slowdown=max_slowdown,
+        link_cap=None if link_cap is None else link_cap * 1e6,
+        memory_cap=None if memory_cap is None else memory_cap * 1e6,
+        numa=numa,
         run_dir=str(folder),
         shm_root=shm_root,
         restarts_max=max_restarts,

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ftkit.checkpoint.numa import check_setting
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.detection.config import DetectionConfig
@@ -98,6 +99,13 @@ class JobConfig:
     max_slowdown: float | None = None
     """Parity and checkpoints travel while training does not, and beyond that take at most this part
     of the time; None: as fast as they can."""
+    link_cap: float | None = None
+    """With `max_slowdown`: bytes a second that a node's parity and checkpoints travel at, at most."""
+    memory_cap: float | None = None
+    """With `max_slowdown`: bytes a second that they read from and write to memory, at most."""
+    numa: str = "auto"
+    """The memory node of each rank's arena: "auto" (that of its GPU, or of its processors), "off" (where
+    it is touched first) or the number of one."""
     max_stall_s: float = 30.0
     alarms_per_day: float = 1.0
     """False alarms about slow ranks and the like that the whole job may cost, at any size."""
@@ -161,6 +169,14 @@ class JobConfig:
             )
         if self.max_slowdown is not None and not 0 <= self.max_slowdown < 1:
             raise UsageError(f"--max-slowdown is {self.max_slowdown}, not a part of 1")
+        check_setting(self.numa)
+        for option, cap in (("--link-cap", self.link_cap), ("--memory-cap", self.memory_cap)):
+            if cap is None:
+                continue
+            if not (math.isfinite(cap) and cap > 0):
+                raise UsageError(f"{option} is {cap / 1e6:g} MB/s, must be above 0")
+            if self.max_slowdown is None:
+                raise UsageError(f"{option} goes with --max-slowdown: without it nothing is paced")
         if self.checkpoint_every < 0:
             raise UsageError(
                 f"--checkpoint-every is {self.checkpoint_every}, not a number of steps"

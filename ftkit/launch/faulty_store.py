@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -85,20 +85,22 @@ class FaultyStore(PassingStore):
         self.drag()
         super().put(path, data, exclusive=exclusive)
 
-    def create(self, batch: Batch, path: str, buffers: Sequence[Buffer]) -> None:
-        """Write a file, or as much of it as comes before the byte."""
+    def write(
+        self, path: str, buffers: Sequence[Buffer], act: Callable[[Sequence[Buffer]], None]
+    ) -> None:
+        """Let `act` write a file, or a part of it, or as much of that as comes before the byte."""
         if self._full:
             self._refuse(path)
         self.drag()
         data = b"".join(buffers)
         if self._spent or len(data) <= self._left:
             self._left -= len(data)
-            batch.create(path, buffers)
+            act(buffers)
             return
         if self._fault.kind is StoreFaultKind.SLOW:
-            batch.create(path, buffers)
+            act(buffers)
         else:
-            batch.create(path, [data[: self._left]])
+            act([data[: self._left]])
         self._strike(path)
 
     def drag(self) -> None:
@@ -130,9 +132,16 @@ class _FaultyBatch(PassingBatch):
     def __init__(self, batch: Batch, store: FaultyStore) -> None:
         super().__init__(batch)
         self._store = store
+        self._path = ""
 
-    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
-        self._store.create(self._batch, path, buffers)
+    def create(self, path: str, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        self._path = path
+        act = super().create
+        self._store.write(path, buffers, lambda some: act(path, some, more=more))
+
+    def extend(self, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        act = super().extend
+        self._store.write(self._path, buffers, lambda some: act(some, more=more))
 
     def flush(self) -> None:
         self._store.drag()

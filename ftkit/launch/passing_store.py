@@ -18,6 +18,10 @@ class PassingStore:
     def url(self) -> str:
         return self._store.url
 
+    @property
+    def in_pieces(self) -> bool:
+        return self._store.in_pieces
+
     def batch(self) -> Batch:
         return self._store.batch()
 
@@ -50,8 +54,11 @@ class PassingBatch:
         """Pass on to `batch`."""
         self._batch = batch
 
-    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
-        self._batch.create(path, buffers)
+    def create(self, path: str, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        self._batch.create(path, buffers, more=more)
+
+    def extend(self, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        self._batch.extend(buffers, more=more)
 
     def flush(self) -> None:
         self._batch.flush()

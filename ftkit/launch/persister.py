@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.checkpoint.copies import let_go, local_copies
-from ftkit.checkpoint.gate import Gate, OpenGate, go_through
+from ftkit.checkpoint.gate import GATED_BYTES, Gate, OpenGate, go_through
 from ftkit.checkpoint.persist.checkpoint import load, steps
 from ftkit.checkpoint.persist.commit import begin, commit
 from ftkit.checkpoint.persist.division import divide
@@ -54,6 +54,9 @@ RENEW_S = 20.0
 #: Between two reports of how much is written.
 TELL_S = 0.5
 
+#: A byte of a checkpoint is read for its checksum, read again, and written to the page cache.
+_TOUCHES = 3.0
+
 #: How long the end of an agent waits for what is under way: its own end is waited for, too.
 CLOSE_S = 2.0
 
@@ -83,7 +86,7 @@ class Persister:
           changed: called, on the thread, whenever `report` would say something new.
           store: in place of that at `checkpoint_dir`.
           clock: for the profile.
-          gate: asked before each file, so that it keeps out of training's way.
+          gate: asked before each piece of a file, so that it keeps out of training's way.
         """
         self._config = config
         self._node = node
@@ -91,6 +94,7 @@ class Persister:
         self._trace = trace
         self._tell = changed
         self._given = store
+        self._piece_bytes = None if gate is None else GATED_BYTES
         self._gate = gate or OpenGate()
         self._clock = clock or MonotonicClock()
         self._store: TimedStore | None = None
@@ -265,6 +269,7 @@ class Persister:
                 timeout_s=WRITE_S,
                 clock=self._clock,
                 admit=self._admit,
+                piece_bytes=self._piece_bytes,
             )
             parts.still_there()
         store.put(_fragment(order, self._node), fragment.encode())
@@ -350,7 +355,7 @@ class Persister:
             written += piece.data.nbytes
 
     def _admit(self, nbytes: int) -> None:
-        """Wait until a file may go; the lease must not run out meanwhile."""
+        """Wait until a piece of a file may go; the lease must not run out meanwhile."""
 
         def check() -> None:
             if self._closing:
@@ -358,8 +363,8 @@ class Persister:
             if self._lease is not None and self._clock.now() - self._renewed > RENEW_S:
                 self._renew()
 
-        # A file has no acknowledgement: it counts as gone at once.
-        self._gate.given_up(go_through(self._gate, nbytes, check=check))
+        # What is written has no acknowledgement: it counts as gone at once.
+        self._gate.given_up(go_through(self._gate, nbytes, touches=_TOUCHES, check=check))
 
     def _renew(self) -> Lease:
         """The job's lease, taken or shown to be still ours."""

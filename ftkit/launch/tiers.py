@@ -52,7 +52,11 @@ class Tiers:
         self._arenas = arenas
         self._gate = None
         if config.max_slowdown is not None:
-            limits = TrafficLimits(max_slowdown=config.max_slowdown)
+            limits = TrafficLimits(
+                max_slowdown=config.max_slowdown,
+                rate_max=config.link_cap,
+                memory_rate_max=config.memory_cap,
+            )
             self._gate = TrafficGate(arenas, limits, trace)
         self._parity = None
         if config.code is not None:
@@ -106,6 +110,9 @@ class Tiers:
         layout: object,
         replicas: int,
         answer: Callable[[dict[str, object]], None],
+        *,
+        pid: int | None = None,
+        gpu_node: int | None = None,
     ) -> None:
         """Have an arena made for a seat: `Arenas.ensure`, with its path or the error as answer.
 
@@ -114,7 +121,8 @@ class Tiers:
 
         def make() -> None:
             try:
-                answer({"path": str(self._arenas.ensure(seat, layout, replicas))})
+                path = self._arenas.ensure(seat, layout, replicas, pid=pid, gpu_node=gpu_node)
+                answer({"path": str(path)})
             except (FtkitError, OSError) as error:
                 answer({"error": str(error)})
 

@@ -106,10 +106,19 @@ class _TimedBatch(PassingBatch):
         self._store = store
         self._nbytes = 0
 
-    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
+    def create(self, path: str, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        with self._writing(buffers):
+            super().create(path, buffers, more=more)
+
+    def extend(self, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        with self._writing(buffers):
+            super().extend(buffers, more=more)
+
+    @contextmanager
+    def _writing(self, buffers: Sequence[Buffer]) -> Iterator[None]:
         nbytes = sum(memoryview(b).nbytes for b in buffers)
         with self._store.timing(WRITE, nbytes):
-            super().create(path, buffers)
+            yield
         self._nbytes += nbytes
 
     def flush(self) -> None:

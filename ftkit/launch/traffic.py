@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from ftkit.core.clock import Clock, MonotonicClock
-from ftkit.core.governor import Governor, Grant, Pause, TrafficLimits
+from ftkit.core.governor import TOUCHES, Governor, Grant, Pause, TrafficLimits
 from ftkit.core.idle_windows import IdleWindows
 from ftkit.core.trace import Trace
 from ftkit.launch.arenas import Arenas
@@ -61,7 +61,7 @@ class TrafficGate:
             self._open = open_
             self._waiting.clear()
 
-    def ask(self, nbytes: int) -> Grant | Pause:
+    def ask(self, nbytes: int, *, touches: float = TOUCHES) -> Grant | Pause:
         """As `Gate.ask`."""
         with self._lock:
             if self._open:
@@ -73,7 +73,7 @@ class TrafficGate:
                 self._windows.relearn(transfers, keep_after=keep_after)
             busy, since = self._arenas.transferring(now)
             self._windows.look(busy=busy, since=since)
-            decision = self._governor.decide(now, nbytes, whole=True)
+            decision = self._governor.decide(now, nbytes, whole=True, touches=touches)
             me = threading.get_ident()
             if isinstance(decision, Grant):
                 self._waiting.pop(me, None)
@@ -81,7 +81,7 @@ class TrafficGate:
             waited = now - self._waiting.setdefault(me, now)
             if waited > SAY_AFTER_S and now >= self._say_at:
                 self._say_at = now + SAY_EVERY_S
-                self._say(nbytes, decision.reason)
+                self._say(nbytes, touches, decision.reason)
             return decision
 
     def withdraw(self) -> None:
@@ -99,8 +99,8 @@ class TrafficGate:
         with self._lock:
             self._governor.given_up(grant)
 
-    def _say(self, nbytes: int, reason: str) -> None:
-        forecast = self._governor.forecast(nbytes, within_s=SAY_AFTER_S)
+    def _say(self, nbytes: int, touches: float, reason: str) -> None:
+        forecast = self._governor.forecast(nbytes, within_s=SAY_AFTER_S, touches=touches)
         logger.info("parity and checkpoints wait for idle moments: %s (%s)", forecast, reason)
         self._tell(
             "traffic-stretched",

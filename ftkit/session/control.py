@@ -55,12 +55,13 @@ class Control:
         except WireError:
             logger.debug("the agent is gone; the receiving thread will see it too")
 
-    def arena(self, layout: object, replicas: int) -> str:
+    def arena(self, layout: object, replicas: int, *, gpu_node: int | None = None) -> str:
         """Have the agent make this seat's arena, or a larger one. Blocks. One call at a time.
 
         Args:
           layout: of the state, JSON-safe.
           replicas: among how many ranks the state is shared out.
+          gpu_node: the memory node that this rank's GPU hangs on, if it is known.
 
         Returns:
           The path of the arena, owned by the agent and outliving this process.
@@ -68,7 +69,7 @@ class Control:
         Raises:
           CapacityError: the node's shared memory is too small; says how much is needed.
         """
-        self.report({"type": "arena", "layout": layout, "replicas": replicas})
+        self.report({"type": "arena", "layout": layout, "replicas": replicas, "gpu_node": gpu_node})
         try:
             answer = self._answers.get(timeout=ARENA_S)
         except queue.Empty:

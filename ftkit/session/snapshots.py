@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from ftkit.checkpoint.chunks import WHOLE, Share
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.numa import node_of_gpu
 from ftkit.checkpoint.restore import Restored, RestorePlan, execute, look_ahead, plan
 from ftkit.checkpoint.restore_shards import Incomplete, restore_shards, whole_layout
 from ftkit.checkpoint.state import ProtectedState
@@ -200,7 +202,9 @@ class Snapshots:
         """This seat's arena, with room for `layout`; the snapshots it held before are kept."""
         assert self._control is not None, "asked by a member of a job"
         room = whole_layout(layout) if self._sharded else layout
-        path = self._control.arena(room.to_json(), _replicas_after_a_loss(world))
+        path = self._control.arena(
+            room.to_json(), _replicas_after_a_loss(world), gpu_node=_gpu_node()
+        )
         arena = Arena.open(Path(path), writable=True)
         arena.reserve(share.bytes_max(layout.total_bytes, arena.geometry.chunk_bytes))
         return arena
@@ -245,7 +249,7 @@ class Snapshots:
         try:
             layout = look_ahead(self._plan(None), secret=bytes.fromhex(self._env.secret))
             room = whole_layout(layout) if self._sharded else layout
-            self._control.arena(room.to_json(), _replicas_after_a_loss(world))
+            self._control.arena(room.to_json(), _replicas_after_a_loss(world), gpu_node=_gpu_node())
         except (IntegrityError, CapacityError) as error:
             logger.debug("nothing to look at yet: %s", error)
             return False
@@ -419,6 +423,18 @@ class Snapshots:
             for node, address in self._control.stores.items()
             if int(node) != self._env.node
         }
+
+
+def _gpu_node() -> int | None:
+    """The memory node that this rank's GPU hangs on; None without one, or where nobody knows."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    gpu: Any = torch.cuda.get_device_properties(torch.cuda.current_device())
+    try:
+        address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    except AttributeError:  # not every build of torch tells
+        return None
+    return node_of_gpu(address)
 
 
 def _replicas_after_a_loss(world: World) -> int:

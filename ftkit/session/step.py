@@ -82,6 +82,8 @@ class Step:
         """Of this rank's sum, the slots played to their end."""
         self._carried: Carried | None = None
         """Of an attempt before, whose sums this one goes on with."""
+        self._meetings = self._parts.group.meetings
+        """Overlapped operations of this rank before this attempt."""
         self._newcomers: World | None = None
         """The world to switch to before the next step."""
         self.entered = False
@@ -578,8 +580,10 @@ class Step:
         group, summed = self._parts.group, list[int]()
         active = self._parts.membership.active
         broken = group.world.generation != self._generation or not active or group.aborted
-        # Samples that were summed together cannot be told apart again.
-        whole = self._division and self._loop.scaled is None
+        # Samples that were summed together cannot be told apart again. And where ranks meet in a
+        # slot, one that kept its own would not come to the operation for which the others wait.
+        alone = group.meetings == self._meetings
+        whole = self._division and self._loop.scaled is None and alone
         if broken and whole and not self._loop.numbers.again and self._buffers:
             self._loop.shares.carried = Carried(
                 step=self._number,

@@ -159,6 +159,46 @@ def test_the_cap_of_the_link_holds_in_free_windows_too() -> None:
     assert 0.9 * 10e6 * 10 < sent <= 10e6 * 11 + (4 << 20)
 
 
+def through(governor: Governor, until_s: float, *, touches: float = 2.0) -> int:
+    """Bytes that somebody gets through who asks for as much as there is."""
+    now, sent = 0.0, 0
+    while now < until_s:
+        match governor.decide(now, 1 << 30, touches=touches):
+            case Grant(count, _) as grant:
+                sent += count
+                governor.arrived(grant, seconds=count / RATE)
+                now += count / RATE
+            case Pause(seconds, _):
+                now += seconds
+    return sent
+
+
+@pytest.mark.parametrize("touches", [1.0, 2.0, 4.0])
+def test_the_cap_of_memory_bandwidth_counts_how_often_a_byte_is_touched(touches: float) -> None:
+    limits = TrafficLimits(memory_rate_max=40e6)
+    sent = through(Governor(limits, IdleWindows(), 0.0), 10.0, touches=touches)
+    rate = 40e6 / touches
+    assert 0.9 * rate * 10 < sent <= rate * 11 + (4 << 20)
+    forecast = Governor(limits, IdleWindows(), 0.0).forecast(int(rate), touches=touches)
+    assert forecast.seconds == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("link", "memory", "rate", "reason"),
+    [(10e6, 80e6, 10e6, "link"), (40e6, 20e6, 10e6, "memory bandwidth")],
+)
+def test_of_two_caps_the_tighter_one_holds(
+    link: float, memory: float, rate: float, reason: str
+) -> None:
+    limits = TrafficLimits(rate_max=link, memory_rate_max=memory)
+    sent = through(Governor(limits, IdleWindows(), 0.0), 10.0)
+    assert 0.9 * rate * 10 < sent <= rate * 11 + (4 << 20)
+    governor = Governor(limits, IdleWindows(), 0.0)
+    while isinstance(decision := governor.decide(0.0, 1 << 20, whole=True), Grant):
+        governor.arrived(decision, seconds=0.01)
+    assert decision.reason == f"the cap of {'the ' if reason == 'link' else ''}{reason}"
+
+
 def test_what_has_not_arrived_holds_back_the_next() -> None:
     governor = Governor(TrafficLimits(unacknowledged_max=2), IdleWindows(), 0.0)
     first = granted(governor, 0.0, 1 << 20)
@@ -255,6 +295,7 @@ def test_a_save_that_does_not_fit_says_so() -> None:
         {"max_slowdown": 1.0},
         {"piece_bytes_min": 8 << 20},
         {"rate_max": 0.0},
+        {"memory_rate_max": -1.0},
         {"unacknowledged_max": 0},
     ],
 )

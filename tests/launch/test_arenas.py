@@ -11,6 +11,9 @@ from typing import Any
 import psutil
 import pytest
 
+from ftkit.checkpoint import pages
+from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.numa import MemoryNode
 from ftkit.checkpoint.slabs import Sealed, choose_slab
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import ProtocolError, UsageError
@@ -18,6 +21,7 @@ from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.signals import StepSeen, from_json
 from ftkit.detection.status import BOARD, StatusBoard
+from ftkit.launch import arenas as arenas_module
 from ftkit.launch.arenas import OWNER, Arenas, sweep
 from ftkit.launch.config import JobConfig
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -114,8 +118,6 @@ def test_steps_are_read_once_and_the_last_ones_after_a_death(tmp_path: Path) -> 
 
 
 def test_an_arena_is_made_for_a_layout_and_for_nothing_else(tmp_path: Path) -> None:
-    from ftkit.checkpoint.layout import StateLayout
-
     arenas = Arenas(config(tmp_path), NodeId(1))
     with pytest.raises(ProtocolError):
         arenas.ensure(Seat(3), {"entries": "none"}, 1)
@@ -125,6 +127,40 @@ def test_an_arena_is_made_for_a_layout_and_for_nothing_else(tmp_path: Path) -> N
     assert path.stat().st_mode & 0o777 == 0o600
     assert arenas.copies() == []
     arenas.remove()
+
+
+@pytest.mark.parametrize(
+    ("setting", "gpu_node", "node"),
+    [("auto", None, 1), ("auto", 0, 0), ("0", None, 0), ("off", 0, None)],
+)
+def test_an_arena_lies_where_its_rank_runs_or_its_gpu_hangs(
+    setting: str, gpu_node: int | None, node: int | None,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    mine = frozenset(os.sched_getaffinity(0))
+    nodes = [MemoryNode(0, frozenset({10_000})), MemoryNode(1, mine)]
+    asked = list[int]()
+    monkeypatch.setattr(arenas_module, "memory_nodes", lambda: nodes)
+
+    def prefer(address: int, count: int, number: int) -> str:
+        asked.append(number)
+        return ""
+
+    monkeypatch.setattr(pages, "prefer", prefer)
+    arenas = Arenas(replace(config(tmp_path), numa=setting), NodeId(1))
+    arenas.ensure(Seat(3), StateLayout.of([]).to_json(), 1, pid=os.getpid(), gpu_node=gpu_node)
+    arenas.remove()
+    assert asked == ([] if node is None else [node])
+
+
+def test_a_memory_node_that_is_not_there_is_refused_before_anything_is_made(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(UsageError, match="--numa 77"):
+        Arenas(replace(config(tmp_path), numa="77"), NodeId(0))
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="--numa"):
+        replace(config(tmp_path), numa="near")
 
 
 @pytest.mark.parametrize(("parity", "disk"), [("", ""), ("1+1", ""), ("", "/d"), ("1+1", "/d")])

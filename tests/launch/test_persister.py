@@ -13,6 +13,7 @@ import pytest
 
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.chunks import Share
+from ftkit.checkpoint.gate import Gate, OpenGate
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.persist.boxes import Box
 from ftkit.checkpoint.persist.checkpoint import load, open_checkpoint, steps
@@ -22,6 +23,7 @@ from ftkit.checkpoint.persist.store import Store
 from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.checkpoint.slabs import Pin
+from ftkit.core.governor import Grant
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.trace import Trace, read_events
 from ftkit.launch import persister
@@ -130,6 +132,7 @@ def nodes(
     *,
     fault: StoreFault | None = None,
     stores: Mapping[NodeId, Store] = {},  # never changed
+    gate: Gate | None = None,
     **more: Any,
 ) -> Iterator[Nodes]:
     config = JobConfig(
@@ -157,7 +160,7 @@ def nodes(
             disk = stores.get(node) or LocalStore(folder / "disk")
             faulty = fault is not None and fault.node == node
             store = FaultyStore(disk, fault, folder) if faulty and fault else disk
-            persister = Persister(config, node, SECRET, trace, changed=tell, store=store)
+            persister = Persister(config, node, SECRET, trace, changed=tell, store=store, gate=gate)
             stack.callback(persister.close)
             persisters[node] = persister
         yield Nodes(config, persisters, arenas, servers, folder, changed)
@@ -186,6 +189,34 @@ def test_two_nodes_write_tensors_that_their_parts_cut(tmp_path: Path) -> None:
         assert two.persist() is None, "what is on disk is due no more"
     names = {p.name for p in (tmp_path / "disk").iterdir()}
     assert names == {"step-10", ".lease.lock", "lease.json"}, "fragments are gone"
+
+
+def test_pieces_of_files_pass_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting(OpenGate):
+        """Lets everything through, and remembers."""
+
+        def __init__(self) -> None:
+            self.asked = list[tuple[int, float]]()
+            self.given_up_bytes = 0
+
+        def ask(self, nbytes: int, *, touches: float = 0.0) -> Grant:
+            self.asked.append((nbytes, touches))
+            return Grant(nbytes)
+
+        def given_up(self, grant: Grant) -> None:
+            self.given_up_bytes += grant.bytes
+
+    monkeypatch.setattr(persister, "GATED_BYTES", 1000)
+    gate = Counting()
+    with nodes(tmp_path, gate=gate) as two:
+        two.capture(1)
+        assert two.persist() is not None
+        assert_whole(tmp_path, 1)
+    sizes = [n for n, _ in gate.asked]
+    assert max(sizes) == 1000
+    assert sum(sizes) >= sum(entry.bytes for entry in LAYOUT.entries)
+    assert gate.given_up_bytes == sum(sizes)
+    assert {t for _, t in gate.asked} == {3.0}
 
 
 def test_how_much_is_written_is_told_on_the_way(

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ftkit.checkpoint.gate import OpenGate, go_through
-from ftkit.checkpoint.parity.combine import GATED_BYTES, Pace, Superseded
+from ftkit.checkpoint.gate import GATED_BYTES, OpenGate, go_through
+from ftkit.checkpoint.parity.combine import Pace, Superseded
 from ftkit.checkpoint.parity.streams import RANGE_BYTES
 from ftkit.core.clock import ManualClock
 from ftkit.core.errors import UsageError
@@ -170,7 +170,7 @@ def test_a_pace_asks_before_a_window_and_tells_when_it_is_there() -> None:
     asked: list[Any] = []
 
     class Slow(OpenGate):
-        def ask(self, nbytes: int) -> Grant | Pause:
+        def ask(self, nbytes: int, *, touches: float = 0.0) -> Grant | Pause:
             asked.append(nbytes)
             return Grant(nbytes) if len(asked) % 3 == 0 else Pause(0.5, "busy")
 
@@ -206,3 +206,34 @@ def test_a_pace_asks_before_a_window_and_tells_when_it_is_there() -> None:
 def test_a_slow_down_that_is_none_is_refused() -> None:
     with pytest.raises(UsageError, match="--max-slowdown"):
         JobConfig(job="a", command=("x",), max_slowdown=1.5)
+
+
+@pytest.mark.parametrize("cap", ["link", "memory"])
+def test_a_cap_is_a_rate_and_goes_with_pacing(cap: str) -> None:
+    def config(value: float, slowdown: float | None) -> JobConfig:
+        return JobConfig(
+            job="a",
+            command=("x",),
+            max_slowdown=slowdown,
+            **{f"{cap}_cap": value},  # type: ignore[arg-type]
+        )
+
+    config(1e6, 0.01)
+    with pytest.raises(UsageError, match=f"--{cap}-cap goes with --max-slowdown"):
+        config(1e6, None)
+    for value in (0.0, -1e6, float("inf"), float("nan")):
+        with pytest.raises(UsageError, match=f"--{cap}-cap is"):
+            config(value, 0.01)
+
+
+def test_a_cap_of_memory_bandwidth_holds_back_what_touches_more(tmp_path: Path) -> None:
+    limits = TrafficLimits(rate_guess=RATE, memory_rate_max=6e6, unacknowledged_max=9)
+    node = Node(tmp_path, limits)
+    try:
+        assert isinstance(node.gate.ask(MB, touches=4.0), Grant)
+        refused = node.gate.ask(MB, touches=4.0)
+        assert isinstance(refused, Pause)
+        assert "memory bandwidth" in refused.reason
+        assert isinstance(node.gate.ask(MB, touches=1.0), Grant)
+    finally:
+        node.close()

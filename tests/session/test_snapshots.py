@@ -17,6 +17,7 @@ from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
 from ftkit.core.world import Member, World
+from ftkit.session import snapshots
 from ftkit.session.snapshots import Snapshots
 from tests.checkpoint.helpers import Training, assert_same
 
@@ -54,7 +55,7 @@ class Rig:
             parts=parts,
         )
 
-    def make(self, layout: object, replicas: int) -> str:
+    def make(self, layout: object, replicas: int, *, gpu_node: int | None = None) -> str:
         path = arena_path(JOB, Seat(self.seat), self.folder)
         ensure_arena(
             path, StateLayout.from_json(layout), replicas=replicas, chunk_bytes=CHUNK_BYTES
@@ -244,3 +245,23 @@ def test_a_state_that_outgrows_the_arena_gets_a_larger_one_and_loses_no_snapshot
     weight = next(late.training.model.parameters())
     assert late.training.optimizer.state[weight]["average"].numel() == 50_000
     late.snapshots.close()
+
+
+@pytest.mark.parametrize(
+    ("gpu", "address"),
+    [
+        ({"pci_domain_id": 1, "pci_bus_id": 0x3B, "pci_device_id": 0}, "0001:3b:00.0"),
+        ({"name": "of a torch that does not tell"}, None),
+    ],
+)
+def test_the_gpu_of_a_rank_is_looked_up_by_its_address(
+    gpu: dict[str, Any], address: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(snapshots, "node_of_gpu", lambda given: asked.append(given))
+    assert snapshots._gpu_node() is None, "CUDA is not in use"
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**gpu))
+    snapshots._gpu_node()
+    assert asked == ([] if address is None else [address])

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from ftkit.checkpoint.erasure import Codec
-from ftkit.checkpoint.gate import Gate, go_through
+from ftkit.checkpoint.gate import GATED_BYTES, Gate, go_through
 from ftkit.checkpoint.parity.streams import RANGE_BYTES, Open, Stream
 from ftkit.checkpoint.stripes import Place, Stripe
 from ftkit.core.errors import FtkitError, IntegrityError, WireError
@@ -20,8 +20,8 @@ NICE = 10
 #: Of the time that parity takes, at most this share is work; the rest belongs to others.
 SHARE = 0.5
 
-#: Of a shard, so much is asked for at once where bytes are paced.
-GATED_BYTES = 1 << 20
+#: A byte of a shard is received, read to be combined, and the sum read and written.
+TOUCHES_OF_PARITY = 4.0
 
 #: The longest rest at once, so that an end is noticed soon.
 REST_S = 0.2
@@ -101,7 +101,9 @@ class Pace:
         """Before a window: wait until so many bytes may travel. Raises Superseded, as `pause`."""
         if self._gate is not None:
             self.give_up()
-            self._let_through = go_through(self._gate, nbytes, check=self._check, rest=self._rest)
+            self._let_through = go_through(
+                self._gate, nbytes, touches=TOUCHES_OF_PARITY, check=self._check, rest=self._rest
+            )
             self._since = self._clock()
 
     def give_up(self) -> None:

@@ -34,8 +34,13 @@ class FsspecBatch:
         self._sending = list[Future[None]]()
         self._room = threading.Condition()
         self._pending = 0
+        self._open: tuple[str, list[bytes]] | None = None
+        """An object that goes on: it is sent when it is whole, as objects are."""
 
-    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
+    def create(self, path: str, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        if more:
+            self._open = path, [bytes(b) for b in buffers]
+            return
         for future in [f for f in self._sending if f.done()]:
             self._sending.remove(future)
             future.result()
@@ -44,6 +49,14 @@ class FsspecBatch:
             self._room.wait_for(lambda: not self._pending or self._pending + count < _PENDING_BYTES)
             self._pending += count
         self._sending.append(self._pool.submit(self._send, path, b"".join(buffers)))
+
+    def extend(self, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        assert self._open is not None, "create(more=True) came before"
+        path, begun = self._open
+        begun += [bytes(b) for b in buffers]
+        if not more:
+            self._open = None
+            self.create(path, begun)
 
     def flush(self) -> None:
         while self._sending:
@@ -96,6 +109,10 @@ class FsspecStore:
     @property
     def url(self) -> str:
         return self._url
+
+    @property
+    def in_pieces(self) -> bool:
+        return False
 
     def batch(self) -> FsspecBatch:
         return FsspecBatch(self)

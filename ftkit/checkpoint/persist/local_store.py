@@ -36,22 +36,38 @@ class LocalBatch:
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ftkit-fsync")
         self._syncing = list[Future[None]]()
         self._folders = {store.root}
+        self._open: tuple[str, int] | None = None
+        """The file that goes on, and its descriptor."""
 
-    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
+    def create(self, path: str, buffers: Sequence[Buffer], *, more: bool = False) -> None:
         target = self._store.root / confined(path)
         with self._store.reporting(f"writing {path}"):
             if target.parent not in self._folders:
                 self._store.path(path)  # once a folder; O_EXCL follows no link as the last part
                 self._enter(target.parent)
             fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-            try:
-                write_all(fd, buffers)
-            except BaseException:
-                os.close(fd)
-                raise
-            self._syncing.append(self._pool.submit(_sync_and_close, fd))
-            while len(self._syncing) > _PENDING:
-                self._syncing.pop(0).result()
+            self._open = path, fd
+            self._write(buffers, more=more)
+
+    def extend(self, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        assert self._open is not None, "create(more=True) came before"
+        with self._store.reporting(f"writing {self._open[0]}"):
+            self._write(buffers, more=more)
+
+    def _write(self, buffers: Sequence[Buffer], *, more: bool) -> None:
+        assert self._open is not None, "a file is open"
+        _, fd = self._open
+        try:
+            write_all(fd, buffers)
+        except BaseException:
+            self._abandon()
+            raise
+        if more:
+            return
+        self._open = None
+        self._syncing.append(self._pool.submit(_sync_and_close, fd))
+        while len(self._syncing) > _PENDING:
+            self._syncing.pop(0).result()
 
     def flush(self) -> None:
         with self._store.reporting("making files durable"):
@@ -70,8 +86,15 @@ class LocalBatch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._abandon()
         # Each task closes its descriptor, so they are run to their ends, not cancelled.
         self._pool.shutdown(wait=True)
+
+    def _abandon(self) -> None:
+        """Close a file that did not come to its end."""
+        if self._open is not None:
+            os.close(self._open[1])
+            self._open = None
 
     def _enter(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,6 +109,10 @@ class LocalStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root.absolute()
+
+    @property
+    def in_pieces(self) -> bool:
+        return True
 
     @property
     def url(self) -> str:

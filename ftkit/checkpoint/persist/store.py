@@ -21,15 +21,19 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 class Batch(AbstractContextManager["Batch"], Protocol):
     """New files that become durable together. Of one thread; left without `flush`, it gives up."""
 
-    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
+    def create(self, path: str, buffers: Sequence[Buffer], *, more: bool = False) -> None:
         """Write a new file. The buffers are free to change afterwards.
 
-        It may not be durable before `flush`, which is also where its errors may surface.
+        It may not be durable before `flush`, which is also where its errors may surface. With
+        `more` it goes on: the next calls are of `extend`, the last of them without `more`.
 
         Raises:
           CapacityError: the store is full.
           StoreError: it failed, or the file exists: nothing is ever overwritten.
         """
+
+    def extend(self, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        """Write more of the file that `create` began; as `create`."""
 
     def flush(self) -> None:
         """Block until every file created would survive a power cut. Raises as `create`."""
@@ -41,6 +45,10 @@ class Store(Protocol):
     @property
     def url(self) -> str:
         """Its root, for messages."""
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether the parts of a file are written as they are given, and not when it is whole."""
 
     def batch(self) -> Batch:
         """Begin to write files."""

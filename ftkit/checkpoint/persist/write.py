@@ -34,6 +34,7 @@ def write(
     timeout_s: float | None = None,
     clock: Clock | None = None,
     admit: Callable[[int], None] = lambda nbytes: None,
+    piece_bytes: int | None = None,
 ) -> Fragment:
     """Write one writer's boxes of a checkpoint, and return when they are durable.
 
@@ -50,8 +51,9 @@ def write(
       timeout_s: give up when it takes longer. Looked at between files: an operating system
         that hangs in a call is not interrupted.
       clock: for `timeout_s` and the profile.
-      admit: called before each file with its bytes; blocks until they may travel. A file goes as
-        a whole, so this spaces them and does not cut them.
+      admit: called before each file, or piece of one, with its bytes; blocks until they may travel.
+      piece_bytes: files are cut into pieces of at most this for it; None for whole files. An object
+        is sent whole, so in an object store they are spaced and not cut.
 
     Returns:
       What `commit` needs.
@@ -63,9 +65,8 @@ def write(
       StoreError: it failed, or was slower than `timeout_s`. After any error what was written
         stays invisible; `begin` and `gc` remove it.
     """
-    return _Writing(store, step, plan, timeout_s, clock or MonotonicClock(), admit).run(
-        pieces, dict(small or {})
-    )
+    writing = _Writing(store, step, plan, timeout_s, clock or MonotonicClock(), admit, piece_bytes)
+    return writing.run(pieces, dict(small or {}))
 
 
 class _Writing:
@@ -79,8 +80,10 @@ class _Writing:
         timeout_s: float | None,
         clock: Clock,
         admit: Callable[[int], None],
+        piece_bytes: int | None,
     ) -> None:
         self._admit = admit
+        self._piece_bytes = piece_bytes if store.in_pieces else None
         self._store = store
         self._step = step
         self._plan = plan
@@ -126,8 +129,7 @@ class _Writing:
         for file, part in array.files(box):
             with self._profile.timing("codec", self._clock):
                 buffers = self._file(array, file, part, elements, box)
-            self._admit(sum(memoryview(b).nbytes for b in buffers))
-            self._create(batch, f"{folder}/{file}", buffers)
+            self._paced(batch, f"{folder}/{file}", buffers)
         if box.offsets == array.grid.box.offsets:  # one writer has the array's first box
             data = array.metadata
             self._create(batch, f"{folder}/{array.path}/{METADATA}", [data])
@@ -162,11 +164,28 @@ class _Writing:
             self._rows.append(_row(array, Kind.INDEX, part, file, at, len(index_bytes), mark))
         return buffers
 
-    def _create(self, batch: Batch, path: str, buffers: list[Buffer]) -> None:
+    def _paced(self, batch: Batch, path: str, buffers: list[Buffer]) -> None:
+        """Write a file piece by piece, each when it may go."""
+        pieces = cut(buffers, self._piece_bytes) if self._piece_bytes else [buffers]
+        first, *rest = pieces
+        self._admit(_nbytes(first))
+        self._create(batch, path, first, more=bool(rest))
+        for left, piece in zip(range(len(rest) - 1, -1, -1), rest, strict=True):
+            self._admit(_nbytes(piece))
+            with self._profile.timing("write", self._clock):
+                batch.extend(piece, more=left > 0)
+            self._wrote(piece)
+
+    def _create(
+        self, batch: Batch, path: str, buffers: list[Buffer], *, more: bool = False
+    ) -> None:
         with self._profile.timing("write", self._clock):
-            batch.create(path, buffers)
-        self._profile.stored_bytes += sum(memoryview(b).nbytes for b in buffers)
+            batch.create(path, buffers, more=more)
         self._profile.files += 1
+        self._wrote(buffers)
+
+    def _wrote(self, buffers: list[Buffer]) -> None:
+        self._profile.stored_bytes += _nbytes(buffers)
         self._check_pace()
 
     def _check_pace(self) -> None:
@@ -177,6 +196,25 @@ class _Writing:
                 f"{self._step} took {spent:.1f} s, and {self._timeout_s:g} s were allowed. Nothing "
                 "was committed"
             )
+
+
+def cut(buffers: Iterable[Buffer], piece_bytes: int) -> list[list[Buffer]]:
+    """Buffers as runs of at most `piece_bytes`, without a copy; at least one run."""
+    pieces, left = [list[Buffer]()], piece_bytes
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
+        while view.nbytes:
+            if not left:
+                pieces.append([])
+                left = piece_bytes
+            part = view[:left]
+            pieces[-1].append(part)
+            view, left = view[part.nbytes :], left - part.nbytes
+    return pieces
+
+
+def _nbytes(buffers: Iterable[Buffer]) -> int:
+    return sum(memoryview(b).nbytes for b in buffers)
 
 
 def metadata_row(array: Array, data: bytes) -> Row:

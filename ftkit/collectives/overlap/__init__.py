@@ -8,6 +8,7 @@ from ftkit.collectives.overlap.linear import (
     linear_replicated,
 )
 from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
+from ftkit.collectives.overlap.offload import offload_activations
 from ftkit.collectives.overlap.traffic import TrafficGovernor
 from ftkit.collectives.overlap.weave import Layer, Weave
 
@@ -23,4 +24,5 @@ __all__ = [
     "linear_all_reduce",
     "linear_reduce_scatter",
     "linear_replicated",
+    "offload_activations",
 ]

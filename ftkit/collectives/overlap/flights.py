@@ -80,6 +80,9 @@ class Flights:
         """When the first part of the operation was over."""
         self.rank, self.size = int(group.rank()), int(group.size())
         self._open: list[Flight] = []
+        inner = getattr(group, "group", None)
+        if inner is not None:
+            inner.meetings += 1
 
     def send(self, tensor: torch.Tensor, target: int, tag: int) -> Flight:
         """Let a contiguous tensor go to a rank of the group; it must stay as it is."""

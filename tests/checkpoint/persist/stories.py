@@ -134,6 +134,7 @@ class ModelStore:
     """
 
     url = "model"
+    in_pieces = True
 
     def __init__(self, strike: Callable[[int], None] = lambda _: None) -> None:
         self.files: dict[str, bytes] = {}
@@ -212,7 +213,7 @@ class ModelBatch:
         self._store = store
         self._made = list[str]()
 
-    def create(self, path: str, buffers: Sequence[Buffer]) -> None:
+    def create(self, path: str, buffers: Sequence[Buffer], *, more: bool = False) -> None:
         if confined(path) in self._store.files:
             raise StoreError(f"{path} exists")
         data = b"".join(buffers)
@@ -221,6 +222,12 @@ class ModelBatch:
         self._store.change()
         self._store.files[path] = data
         self._made.append(path)
+
+    def extend(self, buffers: Sequence[Buffer], *, more: bool = False) -> None:
+        path = self._made[-1]
+        data = self._store.files[path]
+        self._store.change()
+        self._store.files[path] = data + b"".join(buffers)
 
     def flush(self) -> None:
         self._store.change()

@@ -1,6 +1,8 @@
 """What is written is what is read: by ftkit, and by zarr and pyarrow alone."""
 
+import itertools
 import json
+import uuid
 import warnings
 from math import prod
 
@@ -15,17 +17,29 @@ from ftkit.checkpoint.layout import ITEM_BYTES, StateLayout
 from ftkit.checkpoint.persist.boxes import Box
 from ftkit.checkpoint.persist.checkpoint import open_checkpoint, steps
 from ftkit.checkpoint.persist.codecs import Codec, CodecPolicy
-from ftkit.checkpoint.persist.commit import commit
+from ftkit.checkpoint.persist.commit import begin, commit
 from ftkit.checkpoint.persist.compare import diff
 from ftkit.checkpoint.persist.lease import Lease
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.plan import CheckpointPlan, pieces
-from ftkit.checkpoint.persist.write import write
+from ftkit.checkpoint.persist.store import Buffer, open_store
+from ftkit.checkpoint.persist.write import cut, write
 from ftkit.checkpoint.persist.zarr_format import stored_dtype
 from ftkit.core.errors import UsageError
 from ftkit.core.ids import JobId, Step
 
-from .stories import MIXED, ModelStore, assert_holds, contents, newest, read, rows, save
+from .stories import (
+    CHUNK,
+    MIXED,
+    ModelStore,
+    assert_holds,
+    contents,
+    newest,
+    pieces_of,
+    read,
+    rows,
+    save,
+)
 from .test_grid import cut_tensors
 
 policies = st.sampled_from([CodecPolicy(small_bytes=0), CodecPolicy.none(),
@@ -136,6 +150,50 @@ def test_a_snapshot_is_saved_from_its_own_memory():
     for entry in layout.entries:
         wanted = data[entry.at : entry.at + entry.bytes]
         assert read(found, entry.name, Box.whole(entry.shape)) == wanted
+
+
+def in_pieces(store, piece_bytes):
+    """What a writer asks to be admitted, and how much of the files there is each time."""
+    asked = []
+
+    def admit(nbytes):
+        asked.append((nbytes, sum(store.sizes("step-1").values())))
+
+    given = pieces_of(MIXED, 1)
+    plan = CheckpointPlan.of(given, chunk_bytes=CHUNK)
+    with Lease.take(store, JobId("j")) as lease:
+        begin(store, Step(1), lease)
+        fragment = write(store, Step(1), plan, given, admit=admit, piece_bytes=piece_bytes)
+        commit(store, Step(1), plan, [fragment], lease)
+    open_checkpoint(store).verify()
+    return asked
+
+
+def test_files_are_cut_into_pieces_of_which_each_is_admitted_before_it_is_written(tmp_path):
+    cut = LocalStore(tmp_path / "cut")
+    asked = in_pieces(cut, 100)
+    files = in_pieces(whole := LocalStore(tmp_path / "whole"), None)
+    assert max(n for n, _ in asked) == 100
+    assert max(n for n, _ in files) > 100
+    assert sum(n for n, _ in asked) == sum(n for n, _ in files)
+    for (nbytes, before), (_, after) in itertools.pairwise(asked):
+        assert after >= before + nbytes, "what was admitted is written before more is asked for"
+    names = [name for name in whole.sizes("step-1/tensors") if "/c" in name]
+    assert names
+    for name in names:
+        assert cut.get(f"step-1/tensors/{name}") == whole.get(f"step-1/tensors/{name}")
+
+
+def test_an_object_is_admitted_whole():
+    files = in_pieces(open_store(f"memory://ftkit/{uuid.uuid4()}"), 100)
+    assert max(n for n, _ in files) > 100
+
+
+def test_cutting_copies_nothing_and_loses_nothing():
+    buffers: list[Buffer] = [b"abcd", b"", memoryview(b"efghij"), b"k"]
+    pieces = cut(buffers, 3)
+    assert [b"".join(p) for p in pieces] == [b"abc", b"def", b"ghi", b"jk"]
+    assert cut([b""], 3) == [[]]
 
 
 def test_the_newest_is_opened_and_others_by_their_step():

@@ -53,6 +53,16 @@ def test_files_of_a_batch_are_there_after_its_flush(store):
     assert store.names() == ["a"]
 
 
+def test_a_file_may_be_written_in_parts(store):
+    with store.batch() as batch:
+        batch.create("a/x", [b"12", b"3"], more=True)
+        batch.extend([memoryview(b"45")], more=True)
+        batch.extend([b"6", b""])
+        batch.create("a/y", [b"7"])
+        batch.flush()
+    assert (store.get("a/x"), store.get("a/y")) == (b"123456", b"7")
+
+
 def test_ranges_are_read_into_buffers_one_after_another(store):
     store.put("a/x", b"0123456789")
     into = [memoryview(bytearray(3)), memoryview(bytearray(0)), memoryview(bytearray(2))]
