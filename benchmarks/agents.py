@@ -74,6 +74,11 @@ class Agents:
         """The agent of that node is to test paths: all of them carry what they should."""
         self._tests[node] += tests
 
+    def go_on(self, now: float) -> None:
+        """Who stands still moves again; the steps that nobody played meanwhile are told by none."""
+        self.stopped = None
+        self._told = [int(now / STEP_S) - 1] * self.nodes
+
     def due(self, until: float) -> list[tuple[float, int]]:
         """Which nodes report until then, and when: in order."""
         return sorted((at, n) for n, pace in enumerate(self._paces) for at in self._of(pace, until))
