@@ -23,7 +23,7 @@ from ftkit.checkpoint.parity.rounds import Holding, RoundId
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.detour import COORDINATOR, Detour, agent_end
 from ftkit.core.errors import FtkitError, WireError
-from ftkit.core.ids import Boot, MemberId, NodeId, Term
+from ftkit.core.ids import Boot, MemberId, NodeId, Step, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect, encode
@@ -335,7 +335,10 @@ class Coordinator:
         facts = self._facts(now)
         self._checkpoint(now, facts.nodes_lost)
         self._costs.look(self._plan, facts, now)
-        arena, written = facts.snapshots, self._checkpoints.written
+        arena: frozenset[Step] | None = None
+        written = self._checkpoints.written
+        if self._plan.mode is Mode.FORMING:
+            arena = facts.snapshots
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
             self._disk.forget()
         else:
@@ -354,6 +357,8 @@ class Coordinator:
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
+        if arena is None:
+            arena = self._in_memory(facts.nodes_lost)
         decisions = self._costs.explain(
             before, plan, facts, decisions, now=now, arena=arena, written=written
         )
@@ -470,13 +475,13 @@ class Coordinator:
             )
         self._ask_for_tests()
         self._ask_for_checks()
-        copies = _copies(r for n, r in self._reports.items() if n not in lost)
-        newest = Inventory(copies=copies).newest_complete()
+        forming = self._plan.mode is Mode.FORMING
         draining = frozenset(n for n, r in self._reports.items() if r.get("draining"))
         return JobFacts(
-            awaited=self._awaited(copies, lost),
+            awaited=self._awaited(lost) if forming else "",
             members=self._members,
-            snapshots=frozenset({newest[1]} if newest else ()),
+            # Only there are they asked for; in a large job to gather them takes a while.
+            snapshots=self._in_memory(lost) if forming else frozenset(),
             evictions=verdicts.evictions,
             nodes_lost=lost,
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
@@ -487,6 +492,15 @@ class Coordinator:
             per_node=self._config.places,
             world_max=self._config.seats,
         )
+
+    def _copies(self, lost: frozenset[NodeId]) -> tuple[Copy, ...]:
+        """What the nodes that are not lost hold."""
+        return _copies(r for n, r in self._reports.items() if n not in lost)
+
+    def _in_memory(self, lost: frozenset[NodeId]) -> frozenset[Step]:
+        """The newest step that living arenas hold whole, if there is one."""
+        newest = Inventory(copies=self._copies(lost)).newest_complete()
+        return frozenset({newest[1]} if newest else ())
 
     def _ask_for_tests(self) -> None:
         """Have agents test the paths that are suspect, and record what came of it."""
@@ -546,17 +560,16 @@ class Coordinator:
         if self._checkpoints.advance(reports, end, now=now):
             self._send_plan()
 
-    def _awaited(self, copies: tuple[Copy, ...], lost: frozenset[NodeId]) -> str:
+    def _awaited(self, lost: frozenset[NodeId]) -> str:
         """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
         assert self._plan is not None, "facts are judged against a plan"
-        begun = self._plan.mode is Mode.FORMING and self._plan.world is not None
-        if self._config.code is None or not begun:
+        if self._config.code is None or self._plan.world is None:
             return ""
         parity = {n: r["parity"] for n, r in self._reports.items() if n not in lost}
         if unchecked := [n for n, p in parity.items() if p["checked"] != self._plan.halted]:
             return f"nodes {sorted(unchecked)} check their snapshots"
         rebuilt = awaited(
-            copies,
+            self._copies(lost),
             {n: [Holding.from_json(h) for h in p["holds"]] for n, p in parity.items()},
             {RoundId.from_json(r) for p in parity.values() for r in p["given_up"]},
         )
