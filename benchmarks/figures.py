@@ -8,7 +8,6 @@ nothing can be made fast by being made wrong.
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
@@ -17,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ftkit.core.samples import quantile
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -98,14 +99,9 @@ class Report:
 
 
 def percentile(values: Iterable[float], percent: float) -> float | None:
-    """The smallest value that at least `percent` % of the values do not exceed; pure.
-
-    The nearest rank: always a value that was measured. None of no values.
-    """
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
+    """The nearest rank (`core.samples.quantile`); None of no values. Pure."""
+    there = list(values)
+    return quantile(there, percent / 100) if there else None
 
 
 def table(report: Report) -> str:

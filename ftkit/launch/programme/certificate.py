@@ -4,13 +4,12 @@ Nothing is claimed beyond what was seen: shares come with their interval, drills
 known count as not survived, and times are those of drills that were survived.
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ftkit.launch.programme.costs import quantile
+from ftkit.core.samples import quantile, wilson
 from ftkit.launch.programme.record import DrillRecord, Outcome
 
 #: Of fewer times the slowest is their 95th percentile.
@@ -138,17 +137,6 @@ def certify(records: Iterable[DrillRecord]) -> Certificate:
         skips=tuple(skipped.most_common()),
         nodes=tuple(sorted({r.node for r in struck if r.node})),
     )
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a share, for 95 % unless `z` says otherwise (Wilson 1927). Of none: all of it."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = hits / n, z * z
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # Rounding must not leave the share itself out.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
 
 
 def _line(fault: str, drills: Sequence[DrillRecord]) -> Line:
