@@ -4,13 +4,12 @@ Nothing is claimed beyond what was seen: shares come with their interval, drills
 known count as not survived, and times are those of drills that were survived.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ftkit.core.samples import quantile, wilson
-from ftkit.launch.programme.record import DrillRecord, Outcome
+from ftkit.launch.programme.record import DrillRecord, Outcome, without_figures
 
 #: Of fewer times the slowest is their 95th percentile.
 P95_MIN = 20
@@ -60,7 +59,7 @@ class Quantiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class FaultSummary:
     """All drills of one fault."""
 
     fault: str
@@ -105,7 +104,7 @@ class Line:
 class Certificate:
     """All of it."""
 
-    lines: tuple[Line, ...]
+    faults: tuple[FaultSummary, ...]
     skipped: int
     """Intervals in which the guards forbade a drill."""
     skips: tuple[tuple[str, int], ...]
@@ -115,7 +114,7 @@ class Certificate:
 
     def to_json(self) -> dict[str, object]:
         return {
-            "drills": [line.to_json() for line in self.lines],
+            "drills": [fault.to_json() for fault in self.faults],
             "skipped": self.skipped,
             "skips": [{"reason": reason, "count": count} for reason, count in self.skips],
             "nodes": list(self.nodes),
@@ -127,10 +126,10 @@ def certify(records: Iterable[DrillRecord]) -> Certificate:
     every = {(r.job, r.at, r.fault, r.outcome): r for r in records}
     ordered = sorted(every.values(), key=lambda r: r.at)
     struck = [r for r in ordered if r.struck]
-    skipped = Counter(_kind(r.reason) for r in ordered if not r.struck)
+    skipped = Counter(without_figures(r.reason)[:120] for r in ordered if not r.struck)
     return Certificate(
-        lines=tuple(
-            _line(fault, [r for r in struck if r.fault == fault])
+        faults=tuple(
+            _summary(fault, [r for r in struck if r.fault == fault])
             for fault in sorted({r.fault for r in struck})
         ),
         skipped=skipped.total(),
@@ -139,13 +138,13 @@ def certify(records: Iterable[DrillRecord]) -> Certificate:
     )
 
 
-def _line(fault: str, drills: Sequence[DrillRecord]) -> Line:
+def _summary(fault: str, drills: Sequence[DrillRecord]) -> FaultSummary:
     good = [r for r in drills if r.survived]
     counts = Counter(r.outcome for r in drills)
     settings = Counter(
         (r.world, r.nodes, r.engine, tuple(sorted(r.versions.items()))) for r in drills
     )
-    return Line(
+    return FaultSummary(
         fault=fault,
         struck=len(drills),
         survived=len(good),
@@ -167,8 +166,3 @@ def _line(fault: str, drills: Sequence[DrillRecord]) -> Line:
         ),
         failures=tuple((r.at, f"{r.outcome}: {r.reason}") for r in drills if not r.survived),
     )
-
-
-def _kind(reason: str) -> str:
-    """A reason without its figures: those of one kind count together."""
-    return re.sub(r"\d+(\.\d+)?", "#", reason)[:120]

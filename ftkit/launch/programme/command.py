@@ -128,6 +128,6 @@ def certificate(histories: tuple[Path, ...], out: Path | None, as_json: bool) ->
         finally:
             part.unlink(missing_ok=True)
     click.echo(json.dumps(done.to_json()) if as_json else certificate_view.text(done))
-    if not done.lines:
+    if not done.faults:
         sys.exit(2)
-    sys.exit(any(line.survived < line.struck for line in done.lines))
+    sys.exit(any(fault.survived < fault.struck for fault in done.faults))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -118,6 +119,11 @@ def _check_number(name: str, value: object) -> None:
     sound = isinstance(value, int | float) and not isinstance(value, bool)
     if not sound or not math.isfinite(float(value)) or float(value) < 0:  # type: ignore[arg-type]
         raise ValueError(f"{name} is {value!r}")
+
+
+def without_figures(words: str) -> str:
+    """A sentence with # for its figures, so that those of one kind are equal."""
+    return re.sub(r"\d+(\.\d+)?", "#", words)
 
 
 def append(path: Path, record: DrillRecord) -> None:

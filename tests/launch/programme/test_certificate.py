@@ -24,7 +24,7 @@ HISTORY = [
 
 
 def test_a_line_counts_by_fault() -> None:
-    kill, stop = certify(HISTORY).lines
+    kill, stop = certify(HISTORY).faults
     assert (kill.fault, kill.struck, kill.survived, kill.failed, kill.unknown) == (
         "kill",
         20,
