@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ftkit.core.samples import quantile
+from ftkit.launch.whole_file import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -162,9 +163,9 @@ def finish(report: Report, options: argparse.Namespace) -> int:
 def save(report: Report, folder: Path) -> None:
     """Write FOLDER/<name>.json, and FOLDER/README.md anew from all results there."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{report.name}.json", json.dumps(report.to_json(), indent=1) + "\n")
+    write_whole(folder / f"{report.name}.json", json.dumps(report.to_json(), indent=1) + "\n")
     kept = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    _replace(folder / "README.md", overview(kept))
+    write_whole(folder / "README.md", overview(kept))
 
 
 def overview(results: Sequence[Mapping[str, object]]) -> str:
@@ -223,12 +224,6 @@ def _plain(value: object) -> object:
     if isinstance(value, Path) and value.is_relative_to(Path.home()):
         value = Path("~") / value.relative_to(Path.home())  # a result says nothing of whose it is
     return value if isinstance(value, bool | int | float | str | list | None) else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def as_samples(items: Iterable[object]) -> list[dict[str, object]]:

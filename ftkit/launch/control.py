@@ -8,12 +8,12 @@ how a node stands and for a drill, and can be neither rank nor coordinator.
 import hashlib
 import hmac
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.config import JobConfig
+from ftkit.launch.whole_file import write_whole
 
 NAME = "control.json"
 VERSION = 1
@@ -51,12 +51,8 @@ def write_control(config: JobConfig, engine: str, secret: str) -> None:
         max_stall_s=config.max_stall_s,
     )
     path = Path(config.run_dir) / NAME
-    part = path.with_name(f".{NAME}.{os.getpid()}")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(fd, "w") as file:
-            json.dump({"v": VERSION} | asdict(control), file)
-        part.replace(path)
+        write_whole(path, json.dumps({"v": VERSION} | asdict(control)), mode=0o600)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error}") from error
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
+from ftkit.launch.html_page import html_page
 from ftkit.launch.programme.certificate import (
     P95_MIN,
     Certificate,
@@ -17,14 +18,9 @@ _HEADS = ("fault", "drills", "survived", "95 % interval", "next step p50", "p95"
           "p95", "first", "last")  # fmt: skip
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --faint: #d9dee3; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --paper: #15181b; --faint: #3a4148; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem 1.2rem .25rem 0; text-align: left;
-  border-bottom: 1px solid var(--faint); vertical-align: top; font-variant-numeric: tabular-nums; }
-.good { color: #1c8a43; } .bad { color: #cf3a30; }
+body { max-width: 1000px; }
+td, th { padding: .25rem 1.2rem .25rem 0; text-align: left; border-bottom: 1px solid var(--faint);
+  font-variant-numeric: tabular-nums; }
 """
 
 
@@ -52,7 +48,7 @@ def html(certificate: Certificate) -> str:
     settings = "".join(
         f"<li>{escape(s)}</li>" for fault in certificate.faults for s in _settings(fault)
     )
-    failures = "".join(f"<li class=bad>{escape(f)}</li>" for f in _failures(certificate))
+    failures = "".join(f"<li class=fail>{escape(f)}</li>" for f in _failures(certificate))
     notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(certificate))
     skips = ""
     if certificate.skipped:
@@ -63,18 +59,14 @@ def html(certificate: Certificate) -> str:
     body = (
         f"<table><tr>{heads}</tr>{rows}</table><h2>What was drilled</h2><ul>{settings}</ul>"
         "<h2>What was not survived</h2>"
-        + (f"<ul>{failures}</ul>" if failures else "<p class=good>Nothing.</p>")
+        + (f"<ul>{failures}</ul>" if failures else "<p class=pass>Nothing.</p>")
         + notes
         if certificate.faults
         else "<p>No drill was done: nothing is known of what this cluster survives.</p>"
     )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>ftkit: what was survived</title><style>{_STYLE}</style></head><body>
-<h1>What was survived</h1>
-{body}{skips}
-</body></html>
-"""
+    return html_page(
+        "ftkit: what was survived", f"<h1>What was survived</h1>\n{body}{skips}", style=_STYLE
+    )
 
 
 def _row(of: FaultSummary) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ none could be done, or its outcome is not known; 64 asked for what cannot be; 13
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import click
 
 from ftkit.core.errors import UsageError
+from ftkit.launch.whole_file import write_whole
 
 #: The stop switch of a run's drills, in its folder.
 STOP = "drills.stop"
@@ -119,14 +119,10 @@ def certificate(histories: tuple[Path, ...], out: Path | None, as_json: bool) ->
         records += found
     done = certify(records)
     if out is not None:
-        part = out.with_name(f".{out.name}.{os.getpid()}")
         try:
-            part.write_text(certificate_view.html(done), encoding="utf-8")
-            part.replace(out)
+            write_whole(out, certificate_view.html(done))
         except OSError as error:
             raise UsageError(f"{out} cannot be written: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
     click.echo(json.dumps(done.to_json()) if as_json else certificate_view.text(done))
     if not done.faults:
         sys.exit(2)
