@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.beside.environments import last_words
-from benchmarks.beside.steplog import Event, parse
+from benchmarks.beside.steplog import Event
 from benchmarks.beside.task import Task
 from benchmarks.beside.tools import Command, Site, Tool, environment_of
+from ftkit.core.trace import read_events
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -81,7 +82,7 @@ def play(tool: Tool, task: Task, python: Path, *, limit_s: float) -> Played:
     errors = [(folder / f"process-{n}.err").read_text(errors="replace") for n in failed]
     return Played(
         logs={
-            int(path.stem): parse(path.read_text())
+            int(path.stem): list(read_events(path))
             for path in sorted((folder / "steps").glob("*.jsonl"))
         },
         finals=[torch.load(path) for path in sorted((folder / "finals").glob("*.pt"))],

@@ -148,8 +148,6 @@ class Simulation:
         self._passed: dict[str, int] = {}
         self._at_point: dict[tuple[str, int], list[Fault]] = {}
         self._log: deque[tuple[float, str, MemberId | None, str]] = deque(maxlen=60)
-        self._healed = False
-        self._whole_again = False
         self._boots = 0
         for node in nodes:
             self._boot(node)
@@ -411,7 +409,6 @@ class Simulation:
     # Liveness.
 
     def _heal(self) -> None:
-        self._healed = True
         self.note("HEALED", None, "")
         for node in self.agents:
             self._deaf_until[node] = self._slow_until[node] = 0.0
@@ -423,7 +420,6 @@ class Simulation:
     def _look(self) -> None:
         """Let an endless job end once every seat trains in one world."""
         if self._whole():
-            self._whole_again = True
             if self.endless:
                 self.until = 3 + max(r.step or 0 for r in self.ranks.values())
             return
