@@ -196,7 +196,7 @@ class SimRank:
 
     def _point(self, name: str) -> bool:
         """Pass a point at which a fault may strike; False when it killed this process."""
-        self.sim.point(name, self)
+        self.sim.injector.point(name, self)
         return self.alive
 
     def _say(self) -> None:
@@ -250,7 +250,7 @@ class SimRank:
             elif duty is Duty.LEAVE:
                 self._leaving = True
                 self._abort()
-                self._later(0.02, self.sim.exits, self, 1)
+                self._later(0.02, self.sim.die, self, 1)
             elif duty is Duty.PREPARE and world is not None:
                 if self.sim.network.unlinked(self, world):
                     self._later(0.05, self.heed)
@@ -418,7 +418,7 @@ class SimRank:
             self.sim.network.unwatch(self)
             self._say()
             if self._point("done"):
-                self._later(self.sim.rng.uniform(0.01, 0.3), self.sim.exits, self, 0)
+                self._later(self.sim.rng.uniform(0.01, 0.3), self.sim.die, self, 0)
             return
         self._sequence += 1
         self.at_step = Step(self._state.step + 1)
@@ -475,7 +475,7 @@ class SimRank:
         cast_s = min(BALLOT_S * max(self.world.size - 2, 0), BALLOTS_S)
         self._casting = (ballot, self.sim.now, cast_s)
         self._train(cast_s, self._cast)
-        self.sim.point("ballot", self, within_s=cast_s)
+        self.sim.injector.point("ballot", self, within_s=cast_s)
 
     def _cast(self) -> None:
         """Nobody leaves an exchange before his own part is on its way to all."""
