@@ -41,7 +41,13 @@ def bench() -> None:
     help="SIGKILL or SIGSTOP, in the middle of a step.",
 )
 @click.option("--nproc", type=click.IntRange(min=2), default=3, show_default=True, help="Ranks.")
-@click.option("--steps", type=click.IntRange(min=24), default=240, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=24),
+    default=240,
+    show_default=True,
+    help="Steps of each run.",
+)
 @click.option(
     "--rows",
     type=click.IntRange(min=1),

@@ -8,7 +8,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from click.testing import CliRunner
 
 import ftkit
 from benchmarks.beside import bench, page, run, tools
@@ -269,12 +268,6 @@ def test_what_cannot_work_is_refused_before_anything_starts(arguments, words, ca
         main(["bench", "peers", *arguments])
     assert ended.value.code == exit_codes.USAGE
     assert words in capsys.readouterr().err
-
-
-def test_an_unknown_option_names_the_near_one():
-    shown = CliRunner().invoke(main, ["bench", "peers", "--onyl", "ray"])
-    assert shown.exit_code == 2
-    assert "--only" in shown.output
 
 
 def test_without_a_clone_it_is_said_how_to_get_one(monkeypatch, tmp_path, capsys):

@@ -22,7 +22,11 @@ HISTORY = Path("runs/drills.jsonl")
 
 @click.command("plan")
 @click.argument("run_dir", metavar="[JOB]", type=click.Path(path_type=Path), required=False)
-@click.option("--every", metavar="TIME", help="Strike at a random moment of each: 30m, 6h, 1d.")
+@click.option(
+    "--every",
+    metavar="TIME",
+    help="One strike in each interval of this length, at a random moment: 30m, 6h, 1d.",
+)
 @click.option(
     "--fault", "faults", default="kill", show_default=True, metavar="A,B,…",
     help="What may be done: kill, stop (a rank), lose-node, preempt (a node). The seed picks.",
@@ -30,13 +34,16 @@ HISTORY = Path("runs/drills.jsonl")
 @click.option(
     "--once", is_flag=True, help="One drill; without --every as soon as the guards allow."
 )
-@click.option("--count", type=click.IntRange(min=1), help="End after so many drills.")
+@click.option("--count", type=click.IntRange(min=1), help="End once so many drills were survived.")
 @click.option("--seed", default=0, show_default=True, help="Decides when, what and whom.")
 @click.option(
     "--budget", default="5m", show_default=True, metavar="TIME",
     help="Training time that drills may cost within --budget-window.",
 )  # fmt: skip
-@click.option("--budget-window", default="24h", show_default=True, metavar="TIME")
+@click.option(
+    "--budget-window", default="24h", show_default=True, metavar="TIME",
+    help="How far back drills count against --budget.",
+)  # fmt: skip
 @click.option(
     "--steps-between", type=click.IntRange(min=1), default=100, show_default=True,
     help="Steps that are committed undisturbed before a strike.",
@@ -52,9 +59,13 @@ HISTORY = Path("runs/drills.jsonl")
 )  # fmt: skip
 @click.option(
     "--history", type=click.Path(path_type=Path), default=HISTORY, show_default=True,
-    help="One line a drill; one file for a cluster.",
+    help="Where drills are kept, a line each; one file serves a cluster.",
 )  # fmt: skip
-@click.option("--stop-file", type=click.Path(path_type=Path), help="Stop when this is there, too.")
+@click.option(
+    "--stop-file",
+    type=click.Path(path_type=Path),
+    help="A file that stops the programme when it is there, as `ftkit drill stop` does.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a drill on stdout.")
 def plan(run_dir: Path | None, once: bool, as_json: bool, **given: Any) -> None:
     """Drill a running JOB again and again (its folder or name; by default the newest).
@@ -101,7 +112,7 @@ def stop(run_dir: Path | None, clear: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write an HTML page there, too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def certificate(histories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Say what was survived, when and how fast, as HISTORIES of drill programmes tell.
+    """Say what was survived, when and how fast, from the HISTORIES that `ftkit drill plan` keeps.
 
     By fault: drills, how many were survived, with the interval of the share, times, dates, versions and
     sizes. Exits with 1 when a drill was not survived, with 2 when there was none.
