@@ -12,12 +12,13 @@ from typing import Any
 import click
 
 from ftkit.core.errors import UsageError
+from ftkit.launch.run_folder import RUNS, newest_run
 from ftkit.launch.whole_file import write_whole
 
 #: The stop switch of a run's drills, in its folder.
 STOP = "drills.stop"
 
-HISTORY = Path("runs/drills.jsonl")
+HISTORY = RUNS / "drills.jsonl"
 
 
 @click.command("plan")
@@ -74,7 +75,6 @@ def plan(run_dir: Path | None, once: bool, as_json: bool, **given: Any) -> None:
     time only if it is healthy, has been undisturbed, and the budget allows. It ends when a drill is not
     survived. The job goes on when the programme ends, whatever ends it.
     """
-    from ftkit.launch.cli import newest_run
     from ftkit.launch.programme.programme import run_programme
 
     if once and given["count"] not in (None, 1):
@@ -94,8 +94,6 @@ def stop(run_dir: Path | None, clear: bool) -> None:
 
     What has been struck already is watched to its end.
     """
-    from ftkit.launch.cli import newest_run
-
     path = newest_run(run_dir) / STOP
     try:
         if clear:
