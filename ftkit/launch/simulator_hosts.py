@@ -13,7 +13,8 @@ from ftkit.core.inventory import Copy, Inventory
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.judge import Judge
 from ftkit.launch.pace import Rest
-from ftkit.launch.simulator_rank import Glance, SimRank
+from ftkit.launch.simulator_glance import Glance
+from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan, adopt, first_plan
 from ftkit.recovery.protocol import advance, gone
