@@ -1,4 +1,4 @@
-"""Control: how whoever runs a job reaches it from outside to drill it, and nobody else does.
+"""DrillAccess: how whoever runs a job reaches it from outside to drill it, and nobody else does.
 
 `ftkit run` leaves a file in the run's folder that this user alone can read. It holds a key that is
 made of the job's secret, and not the secret: agents let in who holds it as a visitor, who can ask
@@ -20,7 +20,7 @@ VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class DrillAccess:
     """What a drill programme has to know of a job before it asks."""
 
     job: str
@@ -41,7 +41,7 @@ def drill_key(secret: bytes) -> bytes:
 
 def write_control(config: JobConfig, engine: str, secret: str) -> None:
     """Leave the file, readable by this user alone. UsageError: it cannot be written."""
-    control = Control(
+    control = DrillAccess(
         job=config.job,
         key=drill_key(bytes.fromhex(secret)).hex() if config.drills else "",
         engine=engine,
@@ -57,7 +57,7 @@ def write_control(config: JobConfig, engine: str, secret: str) -> None:
         raise UsageError(f"{path} cannot be written: {error}") from error
 
 
-def read_control(run_dir: Path) -> Control:
+def read_control(run_dir: Path) -> DrillAccess:
     """What `write_control` left.
 
     Raises:
@@ -69,7 +69,7 @@ def read_control(run_dir: Path) -> Control:
         value = json.loads(path.read_text())
         if value.pop("v") != VERSION:
             raise ValueError("another version's")
-        control = Control(**value)
+        control = DrillAccess(**value)
         bytes.fromhex(control.key)
     except FileNotFoundError:
         raise UsageError(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.core import exit_codes
-from ftkit.launch.control import NAME, Control
+from ftkit.launch.control import NAME, DrillAccess
 from ftkit.launch.coordinator import read_result
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.programme import record
@@ -32,9 +32,9 @@ from ftkit.launch.programme.machine import (
 from ftkit.launch.programme.measure import (
     Measured,
     WorldWatch,
-    judge,
     measure,
     on_one_clock,
+    outcome_of,
     seen_enough,
 )
 from ftkit.launch.programme.record import DrillRecord, Outcome
@@ -61,7 +61,7 @@ class Driver:
     def __init__(
         self,
         run_dir: Path,
-        control: Control,
+        control: DrillAccess,
         options: Options,
         *,
         history: Path,
@@ -228,7 +228,7 @@ class Driver:
             ended = COMPLETED if stop is not None and stop.code == 0 else over
             by_hand = stop is not None and stop.code == exit_codes.INTERRUPTED
             found = replace(found, ended=ended, by_hand=by_hand)
-        outcome = judge(found, waited_s=waited_s, limit_s=self._limit_s)
+        outcome = outcome_of(found, waited_s=waited_s, limit_s=self._limit_s)
         if outcome is not None and outcome[0] is not Outcome.SURVIVED:
             self._remote.release(target)
         return outcome

@@ -9,7 +9,7 @@ from typing import Any
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.core.wire import Line, connect
-from ftkit.launch.control import Control
+from ftkit.launch.control import DrillAccess
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.programme.job_state import JobState, NodeState, OpenAccusations
 from ftkit.launch.programme.targets import Target
@@ -28,7 +28,7 @@ NO_ADDRESS = (
 class Remote:
     """Of one job. One thread's object; agents are asked on threads of its own."""
 
-    def __init__(self, run_dir: Path, control: Control) -> None:
+    def __init__(self, run_dir: Path, control: DrillAccess) -> None:
         """Reach no one yet. `control` is the job's."""
         self._control = control
         self._key = bytes.fromhex(control.key)
