@@ -15,7 +15,7 @@ from ftkit.launch.choices import chosen
 #: The peers that there are; `benchmarks.beside.tools` says how each is run.
 PEERS = ("torchft", "torchrun", "nvrx", "ray")
 
-#: NVRx waits twice the stall before it ends a rank, and gives it some seconds; then all begin anew.
+#: Stalls within which the slowest tool trains on: NVRx waits for two and then starts all ranks anew.
 PATIENCE = 4
 
 

@@ -54,26 +54,30 @@ def run_programme(
     if not asked:
         raise UsageError(f"--fault names nothing: choose among {', '.join(LIVE_FAULTS)}")
     if control.nodes < 2 and (of_nodes := [f for f in asked if f in OF_NODES]):
-        raise UsageError(f"the job has one node, and {', '.join(of_nodes)} would leave nobody")
+        raise UsageError(
+            f"the job has one node, and {', '.join(of_nodes)} would leave nobody: choose kill or stop"
+        )
     if control.seats < 2:
-        raise UsageError("the job has one rank, and a drill would leave nobody")
-    prior_s, budget_s = prior(control.max_stall_s), seconds_of(budget)
+        raise UsageError("the job has one rank, and a drill would leave nobody: start it with more")
+    prior_s, budget_s = prior(control.max_stall_s), seconds_of(budget, option="--budget")
     if prior_s > budget_s:
         raise UsageError(
             f"--budget {budget} is less than a drill may cost that was never seen: {prior_s:g} s, twice "
-            f"the job's --max-stall of {control.max_stall_s:g} s. Nothing could ever be struck"
+            f"the job's --max-stall of {control.max_stall_s:g} s. Nothing could ever be struck: give more"
         )
     options = Options(
         job=control.job,
         faults=tuple(asked),
         guards=Guards(
-            budget=Budget(lost_s=budget_s, window_s=seconds_of(budget_window)),
+            budget=Budget(
+                lost_s=budget_s, window_s=seconds_of(budget_window, option="--budget-window")
+            ),
             steps_between=steps_between,
             only_with_spares=only_with_spares,
             parity=control.parity,
         ),
         seed=seed,
-        every_s=None if every is None else seconds_of(every),
+        every_s=None if every is None else seconds_of(every, option="--every"),
         count=count,
         prior_s=prior_s,
     )
@@ -92,8 +96,8 @@ def run_programme(
         options,
         history=history,
         stop_files=stop_files,
-        limit_s=seconds_of(give_up),
-        patience_s=seconds_of(patience),
+        limit_s=seconds_of(give_up, option="--give-up"),
+        patience_s=seconds_of(patience, option="--patience"),
         say=lambda words: click.echo(words, err=as_json),
         noted=noted,
     )

@@ -50,11 +50,11 @@ def fault_of(number: int, faults: tuple[str, ...], *, seed: int) -> str:
     return random.Random(f"fault {seed} {number}").choice(faults)
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, *, option: str) -> float:
     """A time as people write it, in seconds: 90, 90s, 15m, 6h, 1d, 1h30m.
 
     Raises:
-      UsageError: it is no time above zero.
+      UsageError: it is no time above zero; names the `option` that it was given to.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
     if parts and "".join(n + u for n, u in parts) == text.strip():
@@ -65,5 +65,5 @@ def seconds_of(text: str) -> float:
         except ValueError:
             seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
-        raise UsageError(f"{text!r} is no time above zero; write 90s, 15m, 6h or 1d")
+        raise UsageError(f"{option} {text!r} is no time above zero; write 90s, 15m, 6h or 1d")
     return seconds

@@ -51,10 +51,10 @@ def test_every_fault_has_its_turn() -> None:
     [("90", 90), ("90s", 90), ("1.5m", 90), ("6h", 21600), ("1d", 86400), ("1h30m", 5400)],
 )
 def test_times_are_read_as_people_write_them(text, seconds) -> None:
-    assert seconds_of(text) == seconds
+    assert seconds_of(text, option="--every") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "0h", "-5m", "6 hours", "h6", "nan", "inf", "1h,"])
 def test_what_is_no_time_is_refused(text) -> None:
-    with pytest.raises(UsageError, match="no time above zero"):
-        seconds_of(text)
+    with pytest.raises(UsageError, match=r"--every .* no time above zero"):
+        seconds_of(text, option="--every")
