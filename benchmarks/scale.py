@@ -53,6 +53,7 @@ def measure(ranks: int, steps: int, faults: int, rng: random.Random) -> Sample:
     """One size: healthy steps for the cost, then faults for the delay of verdicts."""
     with tempfile.TemporaryDirectory() as name:
         gc.collect()
+        gc.disable()  # as in `Coordinator.run`
         tracemalloc.start()
         lone = LoneCoordinator(ranks, Path(name))
         lone.form()
@@ -115,7 +116,7 @@ def of_a_hang(lone: LoneCoordinator, rng: random.Random) -> float:
     named = dict(lone.heard.named)
     if list(named) != [victim]:
         raise RuntimeError(f"rank {victim} stopped, and {sorted(named)} were named")
-    agents.stopped = None
+    agents.go_on(lone.clock.now())
     lone.settle()
     # It went on by itself, and that is now usual in this job: the next one is to find it as it was.
     detector._tempo, detector._slowest_step_s = learnt
