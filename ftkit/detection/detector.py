@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 #: reports of an agent are further apart.
 _TAILS_S = 2.0
 
-#: Where members differ and there is no majority, so long others may come to that collective: at
-#: least until every agent has told.
+#: Where members differ, so long others may come to that collective or tell of it: at least until
+#: every agent has told.
 _AWAIT_S = 0.5
 
 #: Who ended so long before a world began is not about to be in one.
@@ -186,6 +186,7 @@ class Detector:
         """DESYNC, by what members recorded: also in the generation before, which it ended."""
         self._tails = {m: told for m, told in self._tails.items() if now - told[0] <= self._tails_s}
         verdicts: dict[MemberId, Verdict] = {}
+        untold = bool(self._members.keys() - self._tails.keys())
         told = set()
         for found in disagreements({m: records for m, (_, records) in self._tails.items()}):
             place = (found.generation, found.group, found.seq)
@@ -199,8 +200,9 @@ class Detector:
             # Newer records that an agent told may not reach back so far.
             if place not in told and now - since > self._tails_s:
                 continue
-            if found.awaited and not found.majority and now - since < self._await_s:
-                continue  # with one more, who has not told yet, there may be a majority
+            undecided = untold or (found.awaited and not found.majority)
+            if undecided and now - since < self._await_s:
+                continue  # with those who have not come, or not told, there may be another majority
             for member in found.slips.keys() & self._members.keys():
                 seat = self._members[member].seat
                 track = self._tracks.get(member)
