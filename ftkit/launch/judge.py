@@ -112,6 +112,7 @@ class Judge:
             PaceConfig(
                 alarms_per_day=SHARE * config.alarms_per_day,
                 norm_alarms_per_day=NORM_SHARE * config.alarms_per_day,
+                report_s=config.times.report_s,
             )
         )
         # What ranks tell comes with the next report of their agent.
