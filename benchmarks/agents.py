@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.core.inventory import Copy, Part
 from ftkit.detection.config import DetectionConfig
 from ftkit.detection.observations import ProcessFacts
 from ftkit.detection.row import Phase, Row
@@ -24,6 +25,7 @@ STEP_S = 1.0
 ALIVE_S = 0.03
 #: Of one transfer of a pair test.
 PAIR_BYTES = 1 << 20
+LAYOUT = "0123456789abcdef0123456789abcdef"
 #: A host's clock is ahead of ours by up to so much.
 UPTIME_S = 1e6
 
@@ -74,6 +76,11 @@ class Agents:
         """The agent of that node is to test paths: all of them carry what they should."""
         self._tests[node] += tests
 
+    def go_on(self, now: float) -> None:
+        """Who stands still moves again; the steps that nobody played meanwhile are told by none."""
+        self.stopped = None
+        self._told = [int(now / STEP_S) - 1] * self.nodes
+
     def due(self, until: float) -> list[tuple[float, int]]:
         """Which nodes report until then, and when: in order."""
         return sorted((at, n) for n, pace in enumerate(self._paces) for at in self._of(pace, until))
@@ -112,12 +119,30 @@ class Agents:
         return json.dumps(
             {
                 "type": "facts", "node": node, "boot": f"boot-{node}", "name": f"node-{node}",
-                "members": members, "copies": [], "store": ["10.0.0.1", 29_501],
+                "members": members, "copies": self._copies(node, playing), "store": ["10.0.0.1", 29_501],
                 "persister": {}, "parity": {"checked": 0, "holds": [], "given_up": []},
                 "rows": rows, "signals": [to_json(s) for s in told], "plan": None, "ended": False,
                 "late_s": 0.0, "at": at + ahead,
             }
         )  # fmt: skip
+
+    def _copies(self, node: int, playing: int) -> list[dict[str, object]]:
+        """The last two steps, of which each rank holds its share."""
+        if not self.generation:
+            return []
+        ranks = self.nodes * PER_NODE
+        return [
+            Copy(
+                seat=Seat(seat),
+                node=NodeId(node),
+                path=f"/dev/shm/ftkit-0123456789abcdef/arena-{seat}",
+                step=Step(step),
+                generation=self.generation,
+                part=Part(layout=LAYOUT, first=seat, end=seat + 1, total=ranks),
+            ).to_json()
+            for seat in range(node * PER_NODE, (node + 1) * PER_NODE)
+            for step in (playing - 2, playing - 1)
+        ]
 
     def _member(self, node: int, seat: int, committed: int, *, dead: bool) -> MemberFacts:
         stage = Stage.DEAD if dead else Stage.ACTIVE if self.generation else Stage.READY

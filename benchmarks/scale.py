@@ -197,6 +197,7 @@ def measure(ranks: int, steps: int, faults: int, rng: random.Random) -> Sample:
     """One size: healthy steps for the cost, then faults for the delay of verdicts."""
     with tempfile.TemporaryDirectory() as name:
         gc.collect()
+        gc.disable()  # as in `Coordinator.run`
         tracemalloc.start()
         desk = Desk(ranks, Path(name))
         desk.form()
@@ -259,7 +260,7 @@ def of_a_hang(desk: Desk, rng: random.Random) -> float:
     named = dict(desk.heard.named)
     if list(named) != [victim]:
         raise RuntimeError(f"rank {victim} stopped, and {sorted(named)} were named")
-    agents.stopped = None
+    agents.go_on(desk.clock.now())
     desk.settle()
     # It went on by itself, and that is now usual in this job: the next one is to find it as it was.
     detector._tempo, detector._slowest_step_s = learnt

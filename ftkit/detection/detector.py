@@ -48,6 +48,9 @@ _EXITS_S = 600.0
 #: Steps are counted to know how often something occurs: a leap in their number is no history.
 _STEPS_A_LOOK = 1000
 
+#: Of members that are not seen, so many are told.
+_NAMED_MAX = 16
+
 #: Times of one moment, read off another host's clock now and later, differ by less.
 _SAME_S = 0.01
 
@@ -289,9 +292,10 @@ class Detector:
         if blind.keys() != self._blind.keys():
             if blind:
                 logger.warning(
-                    "blind: no usable row of members %s for more than %.1f s",
-                    sorted(blind),
-                    self._config.blind_after_s,
+                    "blind: no usable row of %s members for more than %.1f s, %s among them",
+                    len(blind),
+                    blind_after_s,
+                    sorted(blind)[:_NAMED_MAX],
                 )
             else:
                 logger.info("no longer blind: every member of the world is seen")

@@ -5,7 +5,7 @@ host are put on it first (`Row.shifted`).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import MemberId, NodeId, Seat
@@ -33,7 +33,7 @@ class ProcessFacts:
     ticks_per_s: int = 100
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_json(cls, value: object) -> "ProcessFacts":

@@ -160,7 +160,7 @@ class Row:
         )
 
     def to_json(self) -> dict[str, object]:
-        return asdict(self)
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_json(cls, value: object) -> "Row":

@@ -5,7 +5,7 @@ are on the sender's monotonic clock until `from_json` has put them on the reader
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import ClassVar, Final, get_args
 
 from ftkit.core.errors import ProtocolError
@@ -326,8 +326,8 @@ _KINDS: Final[Mapping[str, type[Signal]]] = {kind.KIND: kind for kind in get_arg
 
 
 def to_json(signal: Signal) -> dict[str, object]:
-    """The signal as a JSON-safe object."""
-    return {"kind": signal.KIND, **asdict(signal)}
+    """The signal as a JSON-safe object. Its mappings and sequences are shared, not copied."""
+    return {"kind": signal.KIND} | {name: getattr(signal, name) for name in signal.__slots__}
 
 
 def from_json(value: object, *, offset_s: float = 0.0) -> Signal:

@@ -6,6 +6,7 @@ elsewhere and pure: `detection.Detector` says who is at fault, `recovery.protoco
 follows; this file moves messages.
 """
 
+import gc
 import json
 import logging
 import queue
@@ -22,7 +23,7 @@ from ftkit.checkpoint.parity.rounds import Holding, RoundId
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.detour import COORDINATOR, Detour, agent_end
 from ftkit.core.errors import FtkitError, WireError
-from ftkit.core.ids import Boot, MemberId, NodeId, Term
+from ftkit.core.ids import Boot, MemberId, NodeId, Step, Term
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect, encode
@@ -56,6 +57,10 @@ PAUSE_S = 2.0
 
 #: The longest that a job with spare nodes waits for what its history says of all nodes.
 ADVICE_S = 10.0
+
+#: Cyclic garbage is looked for so often, and at no other time. What a large job's reports leave has no
+#: cycles, and the collector took a sixth of the time going through all of it in vain.
+COLLECT_S = 60.0
 
 
 class Coordinator:
@@ -130,7 +135,8 @@ class Coordinator:
         tick_s = self._times.tick_s
         started = self._clock.now()
         self._silent_since = dict.fromkeys(self._agents, started)
-        next_tick = started
+        next_tick, collect_at = started, started + COLLECT_S
+        gc.disable()
         try:
             while True:
                 wake = min(next_tick, self._rest.until) if self._rest.owed else next_tick
@@ -148,6 +154,9 @@ class Coordinator:
                     self._dial_missing()
                     self._ask_clocks(now)
                     self._ask_others(now)
+                if now >= collect_at:
+                    gc.collect()
+                    collect_at = now + COLLECT_S
                 if not self._rest.due(now):
                     continue
                 self._lead(now)
@@ -158,6 +167,7 @@ class Coordinator:
                     assert self._plan.stop is not None, "an ended plan says why"
                     return self._plan.stop
         finally:
+            gc.enable()
             self._disk.close()
             if self._history is not None:
                 self._history.close()
@@ -325,7 +335,10 @@ class Coordinator:
         facts = self._facts(now)
         self._checkpoint(now, facts.nodes_lost)
         self._costs.look(self._plan, facts, now)
-        arena, written = facts.snapshots, self._checkpoints.written
+        arena: frozenset[Step] | None = None
+        written = self._checkpoints.written
+        if self._plan.mode is Mode.FORMING:
+            arena = facts.snapshots
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
             self._disk.forget()
         else:
@@ -344,6 +357,8 @@ class Coordinator:
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
+        if arena is None:
+            arena = self._in_memory(facts.nodes_lost)
         decisions = self._costs.explain(
             before, plan, facts, decisions, now=now, arena=arena, written=written
         )
@@ -460,13 +475,13 @@ class Coordinator:
             )
         self._ask_for_tests()
         self._ask_for_checks()
-        copies = _copies(r for n, r in self._reports.items() if n not in lost)
-        newest = Inventory(copies=copies).newest_complete()
+        forming = self._plan.mode is Mode.FORMING
         draining = frozenset(n for n, r in self._reports.items() if r.get("draining"))
         return JobFacts(
-            awaited=self._awaited(copies, lost),
+            awaited=self._awaited(lost) if forming else "",
             members=self._members,
-            snapshots=frozenset({newest[1]} if newest else ()),
+            # Only there are they asked for; in a large job to gather them takes a while.
+            snapshots=self._in_memory(lost) if forming else frozenset(),
             evictions=verdicts.evictions,
             nodes_lost=lost,
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
@@ -477,6 +492,15 @@ class Coordinator:
             per_node=self._config.places,
             world_max=self._config.seats,
         )
+
+    def _copies(self, lost: frozenset[NodeId]) -> tuple[Copy, ...]:
+        """What the nodes that are not lost hold."""
+        return _copies(r for n, r in self._reports.items() if n not in lost)
+
+    def _in_memory(self, lost: frozenset[NodeId]) -> frozenset[Step]:
+        """The newest step that living arenas hold whole, if there is one."""
+        newest = Inventory(copies=self._copies(lost)).newest_complete()
+        return frozenset({newest[1]} if newest else ())
 
     def _ask_for_tests(self) -> None:
         """Have agents test the paths that are suspect, and record what came of it."""
@@ -536,17 +560,16 @@ class Coordinator:
         if self._checkpoints.advance(reports, end, now=now):
             self._send_plan()
 
-    def _awaited(self, copies: tuple[Copy, ...], lost: frozenset[NodeId]) -> str:
+    def _awaited(self, lost: frozenset[NodeId]) -> str:
         """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
         assert self._plan is not None, "facts are judged against a plan"
-        begun = self._plan.mode is Mode.FORMING and self._plan.world is not None
-        if self._config.code is None or not begun:
+        if self._config.code is None or self._plan.world is None:
             return ""
         parity = {n: r["parity"] for n, r in self._reports.items() if n not in lost}
         if unchecked := [n for n, p in parity.items() if p["checked"] != self._plan.halted]:
             return f"nodes {sorted(unchecked)} check their snapshots"
         rebuilt = awaited(
-            copies,
+            self._copies(lost),
             {n: [Holding.from_json(h) for h in p["holds"]] for n, p in parity.items()},
             {RoundId.from_json(r) for p in parity.values() for r in p["given_up"]},
         )

@@ -78,6 +78,11 @@ def run_drills(
         job = replace(job.for_pace(SPARE), spares=1) if fault == SPARE else job
         job = job.for_stages() if fault == STAGE_LOST else job
         drills = [choose(fault, at, seed=s, nproc=job.world_size, steps=job.steps) for s in seeds]
+    if job.sharded > job.world_size:
+        raise UsageError(
+            f"--sharded {job.sharded} cuts a copy of the model over more ranks than the job's "
+            f"{job.world_size}: give fewer, or --sharded alone for all of them"
+        )
     root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
     # What a step takes is no part of the outcome.

@@ -8,7 +8,7 @@ import pytest
 from ftkit.core.errors import UsageError
 from ftkit.core.fault_plan import KILL_COORDINATOR
 from ftkit.core.trace import read_run
-from ftkit.launch.drill_command import DEMO_STEPS_MIN, demo
+from ftkit.launch.drill_command import DEMO_STEPS_MIN, demo, run_drills
 from ftkit.launch.drill_plan import choose
 from ftkit.launch.drills import CoordinatorKiller
 
@@ -43,6 +43,13 @@ def test_the_coordinator_is_killed_once_and_no_event_is_read_twice(tmp_path: Pat
     killer.poll(engine)
     assert engine.kills == 1
     assert [e["step"] for e in read_run(tmp_path) if e["kind"] == "drill"] == [3]
+
+
+def test_a_copy_is_cut_over_no_more_ranks_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--sharded 9"):
+        run_drills(
+            "kill", at=None, seed=1, count=1, run_dir=tmp_path, as_json=True, nproc=4, sharded=9
+        )
 
 
 GIVEN: dict[str, Any] = {
