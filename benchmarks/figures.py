@@ -8,7 +8,6 @@ nothing can be made fast by being made wrong.
 
 import argparse
 import json
-import math
 import os
 import platform
 import sys
@@ -17,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from ftkit.core.samples import quantile
+from ftkit.launch.whole_file import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -98,14 +100,9 @@ class Report:
 
 
 def percentile(values: Iterable[float], percent: float) -> float | None:
-    """The smallest value that at least `percent` % of the values do not exceed; pure.
-
-    The nearest rank: always a value that was measured. None of no values.
-    """
-    ordered = sorted(values)
-    if not ordered:
-        return None
-    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
+    """The nearest rank (`core.samples.quantile`); None of no values. Pure."""
+    there = list(values)
+    return quantile(there, percent / 100) if there else None
 
 
 def table(report: Report) -> str:
@@ -166,9 +163,9 @@ def finish(report: Report, options: argparse.Namespace) -> int:
 def save(report: Report, folder: Path) -> None:
     """Write FOLDER/<name>.json, and FOLDER/README.md anew from all results there."""
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"{report.name}.json", json.dumps(report.to_json(), indent=1) + "\n")
+    write_whole(folder / f"{report.name}.json", json.dumps(report.to_json(), indent=1) + "\n")
     kept = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    _replace(folder / "README.md", overview(kept))
+    write_whole(folder / "README.md", overview(kept))
 
 
 def overview(results: Sequence[Mapping[str, object]]) -> str:
@@ -227,12 +224,6 @@ def _plain(value: object) -> object:
     if isinstance(value, Path) and value.is_relative_to(Path.home()):
         value = Path("~") / value.relative_to(Path.home())  # a result says nothing of whose it is
     return value if isinstance(value, bool | int | float | str | list | None) else str(value)
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def as_samples(items: Iterable[object]) -> list[dict[str, object]]:

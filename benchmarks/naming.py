@@ -35,6 +35,7 @@ from pathlib import Path
 from benchmarks.figures import Figure, Report, as_samples, finish, parser, percentile, say
 from benchmarks.jobs import Event, Job, scratch
 from ftkit.core.fault_plan import DESYNCS, Kind, PlannedFault, Point
+from ftkit.core.samples import wilson
 from ftkit.core.trace import Trace
 from ftkit.core.verdict import ACCUSES_NOBODY, Fault
 from ftkit.launch.engine import Engine
@@ -317,16 +318,6 @@ def report(found: Sequence[Named], problems: Sequence[str], options: dict[str, o
         options=options,
         samples=as_samples(found),
     )
-
-
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a proportion (Wilson 1927), by default for 95 %."""
-    if not n:
-        return 0.0, 1.0
-    p, z2 = hits / n, z * z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _times(found: Iterable[Named]) -> list[float]:

@@ -27,6 +27,7 @@ from benchmarks.jobs import python_path, scratch
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.collectives.gradients import norm_of
 from ftkit.collectives.state_hash import hash_of
+from ftkit.core.samples import wilson
 from ftkit.launch.checker import Answer
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import choose
@@ -86,17 +87,6 @@ def cost(params: str) -> dict[str, float]:
         ),
         "state_bytes": float(sum(t.nbytes for t in state.tensors())),
     }
-
-
-def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927); (0, 1) of nothing."""
-    if not count:
-        return 0.0, 1.0
-    z = 1.959964
-    share, square = right / count, z * z / count
-    middle = (share + square / 2) / (1 + square)
-    half = z * math.sqrt(share * (1 - share) / count + square / (4 * count)) / (1 + square)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def report(

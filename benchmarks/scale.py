@@ -1,36 +1,25 @@
 """How far one coordinator carries: the real one, fed with the reports of up to 10,000 ranks.
 
-No process is started and no network is used. A `Coordinator` on a clock of ours is handed the
-reports of all agents, as text, in the form and at the pace in which agents send them (`agents`).
-The processor time that it takes is added to the clock, so that a coordinator which cannot keep up
-falls behind here as it would there. Faults strike at random moments. Of a killed rank the delay
-counts from the report that tells; of one that hangs, from when it stopped, and all agents tell
-that nothing moves.
+No process is started and no network is used: a `LoneCoordinator` is handed the reports of all agents
+in the form and at the pace in which agents send them (`agents`). Faults strike at random moments. Of
+a killed rank the delay counts from the report that tells; of one that hangs, from when it stopped,
+and all agents tell that nothing moves.
 """
 
 import copy
 import gc
-import json
 import random
 import sys
 import tempfile
-import time
 import tracemalloc
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from benchmarks.agents import PER_NODE, STEP_S, Agents, Stopped
-from benchmarks.figures import RESULTS, Figure, Report, finish, parser, percentile, say
-from ftkit.core.clock import ManualClock
-from ftkit.core.ids import NodeId
-from ftkit.core.trace import Trace
-from ftkit.core.wire import Line
+from benchmarks.agents import PER_NODE, STEP_S, Stopped
+from benchmarks.figures import Figure, Report, finish, parser, percentile, say
+from benchmarks.lone_coordinator import LoneCoordinator
 from ftkit.detection.tempo import STEPS_MIN
-from ftkit.launch.config import JobConfig, new_job_id, new_secret
-from ftkit.launch.coordinator import Coordinator
-from ftkit.recovery.plan import Plan
 
 SIZES = (1_000, 2_000, 5_000, 10_000)
 MADE_UP = (
@@ -39,8 +28,6 @@ MADE_UP = (
 )
 #: Who is at fault has to be named within so much.
 LIMIT_S = 60.0
-#: Reports are made for so long ahead.
-FEED_S = 0.1
 #: Growth from the smallest to the largest size, over that of the size, that still counts as linear.
 LINEAR = 1.5
 
@@ -62,158 +49,27 @@ class Sample:
     """From when a rank stops to when it is named."""
 
 
-class Heard(Trace):
-    """The coordinator's events, and whom it has named when."""
-
-    def __init__(self, path: Path, clock: ManualClock) -> None:
-        super().__init__(path)
-        self._clock = clock
-        self.named: dict[int, float] = {}
-
-    def event(self, kind: str, /, **fields: object) -> None:
-        super().event(kind, **fields)
-        if kind in ("suspicion", "verdict"):
-            self.named.setdefault(cast("int", fields["seat"]), self._clock.now())
-
-
-class FakeLine:
-    """What the coordinator tells an agent that does not exist: it answers pair tests."""
-
-    def __init__(self, agents: Agents, node: int) -> None:
-        self._agents, self._node = agents, node
-
-    def send(self, message: Mapping[str, Any] | bytes) -> None:
-        """Take an order. The plan, which comes as bytes, changes nothing."""
-        if not isinstance(message, bytes) and message["type"] == "pairs":
-            self._agents.ask(self._node, message["tests"])
-
-
-class Desk:
-    """The coordinator, and a clock that runs with the processor time it takes."""
-
-    def __init__(self, ranks: int, folder: Path) -> None:
-        config = JobConfig(
-            job=new_job_id(),
-            command=("true",),
-            nodes=ranks // PER_NODE,
-            nproc=PER_NODE,
-            run_dir=str(folder),
-        )
-        self.clock = ManualClock(100.0)
-        self.agents = Agents(ranks, config.detection, now=self.clock.now())
-        addresses = [("127.0.0.1", 1)] * self.agents.nodes
-        self.coordinator = Coordinator(config, new_secret(), addresses, number=1)
-        self.coordinator._clock = self.clock  # type: ignore[assignment]
-        self.coordinator._lines = {
-            NodeId(n): cast("Line", FakeLine(self.agents, n)) for n in range(self.agents.nodes)
-        }
-        self.coordinator.trace.close()
-        self.heard = self.coordinator.trace = Heard(folder / "events.jsonl", self.clock)
-        self.cpu_s = 0.0
-        self.look_cpu_s: list[float] = []
-        self.nbytes = 0
-        self._pending: list[tuple[float, int]] = []
-        self._extra: tuple[float, int] | None = None
-        self._fed = self.clock.now()
-        """What agents report until then has been handed over."""
-
-    def close(self) -> None:
-        """Close what the coordinator holds."""
-        self.coordinator._disk.close()
-        self.coordinator._incidents.close()
-        self.heard.close()
-
-    def form(self) -> None:
-        """From agents that have just come up to a job that trains."""
-        now = self.clock.now()
-        for node in range(self.agents.nodes):
-            report = json.loads(self.agents.report(node, now)) | {"plan": Plan().to_json()}
-            self.coordinator._handle("facts", NodeId(node), report)
-        self._look()
-        assert self.coordinator._plan is not None, "all agents have spoken"
-        world = self.coordinator._plan.world
-        assert world is not None, "every rank is ready"
-        self.agents.generation = world.generation
-
-    def add(self, at: float, node: int) -> None:
-        """Beyond what comes anyway, this agent reports then."""
-        self._extra = (at, node)
-
-    def play(self, until: float, over: Callable[[], bool] = lambda: False) -> None:
-        """All reports until then come, a look after each batch as in `run`."""
-        while self._fed < until and not over():
-            self._fed = min(until, self._fed + FEED_S)
-            self._pending += self.agents.due(self._fed)
-            if self._extra and self._extra[0] <= self._fed:
-                self._pending.append(self._extra)
-                self._extra = None
-            self._pending.sort()
-            self._work(over)
-
-    def settle(self, steps: int = 3) -> None:
-        """Let the job go on for so many steps."""
-        self.play(max(self._fed, self.clock.now()) + steps * STEP_S)
-
-    def _work(self, over: Callable[[], bool]) -> None:
-        """Take what has been fed, each report when it comes."""
-        rest = self.coordinator._rest
-        while not over():
-            came = [one for one in self._pending if one[0] <= self.clock.now()]
-            del self._pending[: len(came)]
-            for at, node in came:
-                self._take(at, node)
-            if (came or rest.owed) and rest.due(self.clock.now()):
-                self._look()
-                continue
-            next_at = min(
-                [at for at, _ in self._pending[:1]] + ([rest.until] if rest.owed else []),
-                default=float("inf"),
-            )
-            if next_at > self._fed:
-                break
-            self.clock.advance(max(0.0, next_at - self.clock.now()))
-
-    def _take(self, at: float, node: int) -> None:
-        text = self.agents.report(node, at)
-        began = time.process_time()
-        self.coordinator._handle("facts", NodeId(node), json.loads(text))
-        self._spent(time.process_time() - began)
-        self.nbytes += len(text)
-
-    def _look(self) -> None:
-        began, now = time.process_time(), self.clock.now()
-        self.coordinator._lead(now)
-        spent = time.process_time() - began
-        self._spent(spent)
-        self.look_cpu_s.append(spent)
-        self.coordinator._rest.looked(now, self.clock.now())
-
-    def _spent(self, seconds: float) -> None:
-        self.cpu_s += seconds
-        self.clock.advance(seconds)
-
-
 def measure(ranks: int, steps: int, faults: int, rng: random.Random) -> Sample:
     """One size: healthy steps for the cost, then faults for the delay of verdicts."""
     with tempfile.TemporaryDirectory() as name:
         gc.collect()
         gc.disable()  # as in `Coordinator.run`
         tracemalloc.start()
-        desk = Desk(ranks, Path(name))
-        desk.form()
-        desk.play(desk.clock.now() + 2 * STEP_S)
+        lone = LoneCoordinator(ranks, Path(name))
+        lone.form()
+        lone.play(lone.clock.now() + 2 * STEP_S)
         memory, _ = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-        desk.settle()
-        desk.look_cpu_s.clear()
-        desk.cpu_s, desk.nbytes = 0.0, 0
-        desk.settle(steps)
-        step_cpu_s, report_bytes = desk.cpu_s / steps, int(desk.nbytes / steps)
-        looks = sorted(desk.look_cpu_s)
-        kills = [of_a_kill(desk, rng) for _ in range(faults)]
-        desk.settle(2 * STEPS_MIN)  # the judge is a new one, and has to learn the job's tempo
-        hangs = [of_a_hang(desk, rng) for _ in range(faults)]
-        desk.close()
+        lone.settle()
+        lone.look_cpu_s.clear()
+        lone.cpu_s, lone.nbytes = 0.0, 0
+        lone.settle(steps)
+        step_cpu_s, report_bytes = lone.cpu_s / steps, int(lone.nbytes / steps)
+        looks = sorted(lone.look_cpu_s)
+        kills = [of_a_kill(lone, rng) for _ in range(faults)]
+        lone.settle(2 * STEPS_MIN)  # the judge is a new one, and has to learn the job's tempo
+        hangs = [of_a_hang(lone, rng) for _ in range(faults)]
+        lone.close()
     return Sample(
         ranks=ranks,
         step_cpu_s=step_cpu_s,
@@ -225,43 +81,43 @@ def measure(ranks: int, steps: int, faults: int, rng: random.Random) -> Sample:
     )
 
 
-def of_a_kill(desk: Desk, rng: random.Random) -> float:
+def of_a_kill(lone: LoneCoordinator, rng: random.Random) -> float:
     """A rank is killed; its agent tells at once, among all other reports. Then it is undone."""
-    agents, coordinator = desk.agents, desk.coordinator
+    agents, coordinator = lone.agents, lone.coordinator
     plan, victim = coordinator._plan, rng.randrange(agents.nodes * PER_NODE)
     assert plan is not None, "it is running"
-    at = desk.clock.now() + rng.random() * STEP_S
+    at = lone.clock.now() + rng.random() * STEP_S
     node = victim // PER_NODE
     agents.dead[victim] = at
-    desk.add(at, node)
-    desk.play(at + LIMIT_S, over=lambda: coordinator._plan is not plan)
+    lone.add(at, node)
+    lone.play(at + LIMIT_S, over=lambda: coordinator._plan is not plan)
     if coordinator._plan is plan:
         raise RuntimeError(f"the death of rank {victim} was not noticed")
-    delay = desk.clock.now() - at
+    delay = lone.clock.now() - at
     # As if it had not been: what follows a fault is the protocol's, and measured elsewhere.
     del agents.dead[victim]
     coordinator._plan = plan
     coordinator._judge = type(coordinator._judge)(coordinator._config)
-    coordinator._judge.take_plan(plan, at=desk.clock.now())
-    desk.settle()
+    coordinator._judge.take_plan(plan, at=lone.clock.now())
+    lone.settle()
     return delay
 
 
-def of_a_hang(desk: Desk, rng: random.Random) -> float:
+def of_a_hang(lone: LoneCoordinator, rng: random.Random) -> float:
     """A rank stops, and all others come to wait for it. Then it goes on."""
-    agents, victim = desk.agents, rng.randrange(desk.agents.nodes * PER_NODE)
-    at = desk.clock.now() + rng.random() * STEP_S
-    desk.play(at)
-    detector = desk.coordinator._judge._detector
+    agents, victim = lone.agents, rng.randrange(lone.agents.nodes * PER_NODE)
+    at = lone.clock.now() + rng.random() * STEP_S
+    lone.play(at)
+    detector = lone.coordinator._judge._detector
     learnt = copy.deepcopy(detector._tempo), detector._slowest_step_s
-    desk.heard.named.clear()
+    lone.heard.named.clear()
     agents.stopped = Stopped(victim, at)
-    desk.play(at + LIMIT_S, over=lambda: victim in desk.heard.named)
-    named = dict(desk.heard.named)
+    lone.play(at + LIMIT_S, over=lambda: victim in lone.heard.named)
+    named = dict(lone.heard.named)
     if list(named) != [victim]:
         raise RuntimeError(f"rank {victim} stopped, and {sorted(named)} were named")
-    agents.go_on(desk.clock.now())
-    desk.settle()
+    agents.go_on(lone.clock.now())
+    lone.settle()
     # It went on by itself, and that is now usual in this job: the next one is to find it as it was.
     detector._tempo, detector._slowest_step_s = learnt
     return named[victim] - at
@@ -394,7 +250,7 @@ def main(argv: list[str]) -> int:
         samples=[asdict(s) for s in samples],
     )
     if options.save is not None and not options.quick:
-        (options.save or RESULTS).mkdir(parents=True, exist_ok=True)
+        options.save.mkdir(parents=True, exist_ok=True)
         (options.save / "scale.svg").write_text(plot(samples))
     return finish(report, options)
 

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +18,12 @@ from benchmarks.beside.environments import interpreter
 from benchmarks.beside.rows import Calm, Distance, Row, Struck, problems, remarks
 from benchmarks.beside.run import Played, play
 from benchmarks.beside.steplog import batches, intervals, recovery, strike_of
-from benchmarks.beside.task import Task
-from benchmarks.beside.tools import DDP, FTKIT, PEERS, Tool, interpreter_of_ours
+from benchmarks.beside.task import SIGNALS, Task
+from benchmarks.beside.tools import DDP, FTKIT, PEERS, Tool
 from benchmarks.figures import RESULTS, Figure, Report, machine, save, say, versions
 from benchmarks.jobs import scratch
 from benchmarks.peers import NoPeer, peers_folder
+from ftkit.launch.whole_file import write_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +79,11 @@ def run(settings: Settings, *, out: Path, keep: bool, as_json: bool) -> int:
     rows = {one.tool.name: one.row() for one in found}
     made = report(rows, settings)
     facts = f"{machine()}; " + ", ".join(f"{name} {v}" for name, v in versions().items())
-    page.write(
+    write_whole(
         out,
         page.render(
             rows,
-            fault={"kill": "SIGKILL", "stop": "SIGSTOP"}[settings.fault],
+            fault=SIGNALS[settings.fault].name,
             ranks=settings.nproc,
             facts=facts,
         ),
@@ -106,7 +108,7 @@ def measure(settings: Settings, folder: Path, tell: Callable[[str], None]) -> li
             one.python = (
                 interpreter(one.tool.environment, peers_folder(), tell)
                 if one.tool.environment
-                else interpreter_of_ours()
+                else Path(sys.executable)
             )
         except NoPeer as error:
             one.trouble.append(str(error))

@@ -1,13 +1,11 @@
-"""The comparison as a table and as a page with a plot of the times to recover; pure but for writing."""
+"""The comparison as a table and as a page with a plot of the times to recover; pure."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
 
 from benchmarks.beside.rows import HEADER, Row, cells, remarks
-from ftkit.launch.report import STYLE
+from ftkit.launch.html_page import html_page
 from ftkit.launch.report_svg import WIDTH, opening, text
 
 #: What the columns hold, for the page and the docs.
@@ -19,6 +17,12 @@ LEGEND = (
     "the norm of the difference. step, with saves: median and mean step, undisturbed, beside plain "
     "DDP's. a rank, all processes: peak memory, undisturbed."
 )
+
+_STYLE = f"""
+body {{ max-width: 1300px; }} th {{ text-align: left; padding-right: 1.5rem; font-weight: 600; }}
+h3 {{ font-size: 1rem; margin-bottom: 0; }} svg {{ max-width: {WIDTH}px; }}
+.again {{ fill: var(--line); }} .ahead {{ fill: none; stroke: var(--line); stroke-width: 1.5; }}
+"""
 
 _LEFT, _RIGHT, _ROW, _TOP, _BOTTOM = 190, 30, 30, 10, 44
 
@@ -91,7 +95,7 @@ def render(rows: Mapping[str, Row], *, fault: str, ranks: int, facts: str) -> st
     """
     plain = rows["plain DDP"]
     head = "".join(f"<th>{escape(name)}</th>" for name in HEADER)
-    body = "".join(
+    lines = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells(row, plain)) + "</tr>"
         for row in rows.values()
     )
@@ -103,15 +107,8 @@ def render(rows: Mapping[str, Row], *, fault: str, ranks: int, facts: str) -> st
         if remarks(row, ranks=ranks)
     )
     title = f"ftkit and its peers: {fault} of one rank of {ranks}"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{escape(title)}</title><style>{STYLE}
-body {{ max-width: 1300px; }} th {{ text-align: left; padding-right: 1.5rem; font-weight: 600; }}
-h3 {{ font-size: 1rem; margin-bottom: 0; }} svg {{ max-width: {WIDTH}px; }}
-.again {{ fill: var(--line); }} .ahead {{ fill: none; stroke: var(--line); stroke-width: 1.5; }}
-</style></head><body>
-<h1>{escape(title)}</h1>
-<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
+    body = f"""<h1>{escape(title)}</h1>
+<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>
 <p>{escape(LEGEND)}</p>
 <h2>Time to recover</h2>
 <p>Full dot: a step was finished again. Ring: the struck step was done, so that all that follows is
@@ -119,19 +116,8 @@ new.</p>
 {plot(list(rows.values()))}
 <h2>Row by row</h2>
 {notes}
-<p>{escape(facts)}</p>
-</body></html>
-"""
-
-
-def write(path: Path, page: str) -> None:
-    """Write to `path`: a reader sees the old file or the whole new one. OSError as it comes."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+<p>{escape(facts)}</p>"""
+    return html_page(title, body, style=_STYLE)
 
 
 def _dot(x: float, y: float, style: str, seconds: float) -> str:

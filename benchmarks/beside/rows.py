@@ -5,6 +5,15 @@ from dataclasses import dataclass
 
 from benchmarks.beside.steplog import Batches, Recovery, median
 
+#: Without these two there is nothing to compare.
+BASE = ("plain DDP", "ftkit")
+
+ROUNDING = "the same batches in each step on as many ranks, so sums in another order"
+
+#: Two runs whose parameters are nearer to each other than this, by norm, did the same training;
+#: sums in another order make about a hundredth of it.
+SAME_TRAINING = 1e-4
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distance:
@@ -192,16 +201,6 @@ def problems(rows: Mapping[str, Row]) -> list[str]:
         elif not (s.from_calm.same_bits and s.ranks_agree is not False):
             found.append(f"{where}: ended in other bits than the undisturbed run")
     return found
-
-
-#: Without these two there is nothing to compare.
-BASE = ("plain DDP", "ftkit")
-
-ROUNDING = "the same batches in each step on as many ranks, so sums in another order"
-
-#: Two runs whose parameters are nearer to each other than this, by norm, did the same training;
-#: sums in another order make about a hundredth of it.
-SAME_TRAINING = 1e-4
 
 
 def _seconds(value: float | None) -> str:

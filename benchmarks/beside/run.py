@@ -3,10 +3,8 @@
 import contextlib
 import ctypes
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.beside.environments import last_words
-from benchmarks.beside.steplog import Event, parse
+from benchmarks.beside.steplog import Event
 from benchmarks.beside.task import Task
 from benchmarks.beside.tools import Command, Site, Tool, environment_of
+from benchmarks.jobs import scratch
+from ftkit.core.trace import read_events
 
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -59,7 +59,7 @@ def play(tool: Tool, task: Task, python: Path, *, limit_s: float) -> Played:
     """
     folder = Path(task.folder)
     (folder / "tmp").mkdir()
-    with shared_memory() as shm, nothing_left():
+    with scratch("bench", Path("/dev/shm")) as shm, nothing_left():
         commands = tool.commands(Site(task=task, python=python, shm=shm))
         env = {name: value for name, value in os.environ.items() if name not in FOREIGN}
         env |= environment_of(tool, task) | {"TMPDIR": str(folder / "tmp")}
@@ -81,7 +81,7 @@ def play(tool: Tool, task: Task, python: Path, *, limit_s: float) -> Played:
     errors = [(folder / f"process-{n}.err").read_text(errors="replace") for n in failed]
     return Played(
         logs={
-            int(path.stem): parse(path.read_text())
+            int(path.stem): list(read_events(path))
             for path in sorted((folder / "steps").glob("*.jsonl"))
         },
         finals=[torch.load(path) for path in sorted((folder / "finals").glob("*.pt"))],
@@ -135,16 +135,6 @@ def _pss_mib(process: psutil.Process) -> float:
     with contextlib.suppress(psutil.Error):
         return float(process.memory_full_info().pss / 2**20)
     return 0.0
-
-
-@contextlib.contextmanager
-def shared_memory() -> Iterator[Path]:
-    """A folder of shared memory for one run, removed with all that is in it."""
-    folder = Path(tempfile.mkdtemp(prefix="ftkit-bench-", dir="/dev/shm"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ finishes an old step when another has already been struck in the next one. A ste
 when it is the struck one or a later one, or when training had (re)started in its process since.
 """
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,19 +43,6 @@ class Batches:
     """Blocks of their global batches that are in no gradient."""
     doubled: int
     """Blocks that count more than once."""
-
-
-def parse(text: str) -> list[dict[str, Any]]:
-    """A step log's lines. One that a killed process left unfinished at the end is passed over."""
-    lines = text.splitlines()
-    events = list[dict[str, Any]]()
-    for number, line in enumerate(lines):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number + 1 < len(lines):
-                raise
-    return events
 
 
 def strike_of(logs: Logs) -> Event | None:

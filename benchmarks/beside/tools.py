@@ -3,7 +3,6 @@
 import contextlib
 import secrets
 import socket
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,11 +228,6 @@ def _free_row(count: int) -> int:
                 continue
             return first
     raise OSError(f"no {count} neighbouring ports are free on 127.0.0.1")
-
-
-def interpreter_of_ours() -> Path:
-    """The Python that runs this."""
-    return Path(sys.executable)
 
 
 def environment_of(tool: Tool, task: Task) -> dict[str, str]:

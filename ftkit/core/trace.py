@@ -66,11 +66,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if not line.endswith(b"\n"):
                 return
-            try:
-                event = json.loads(line)
-            except (ValueError, RecursionError):
-                continue  # a full disk cut a line short, and the next was joined to it
-            if _is_event(event):
+            if (event := parse_event(line)) is not None:
                 yield event
 
 
@@ -80,9 +76,13 @@ def read_run(run_dir: Path) -> list[dict[str, Any]]:
     return sorted(events, key=lambda e: float(e["mono"]))
 
 
-def _is_event(value: object) -> bool:
-    """Whether it says what it is, and when."""
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None where it is none: it has to say what it is, and when."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return None  # a full disk cut a line short, and the next was joined to it
     if not (isinstance(value, dict) and isinstance(value.get("kind"), str)):
-        return False
+        return None
     at = value.get("mono")
-    return isinstance(at, float | int) and math.isfinite(at)
+    return value if isinstance(at, float | int) and math.isfinite(at) else None

@@ -19,12 +19,7 @@ after six residuals, three once there are some hundred.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
-
-import numpy as np
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
+from typing import Final
 
 #: Steps that have to speak for a verdict, whatever they say: one odd step, or two, is none.
 STEPS_MIN: Final = 3
@@ -107,16 +102,22 @@ def calibrate(
     shortage = 1.0 + _SHORTAGE / math.sqrt(len(values)) if values else math.inf
     if not values:
         return Threshold(k=k, h=math.inf, sigma=sigma, samples=0)
-    excess, blocks = np.asarray(values) - k, _blocks([len(series) for series in residuals])
     # The clip depends on h: three rounds settle it.
     for _ in range(3):
-        steps = np.clip(excess, -h / least, h / least)
-        theta = _root(steps)
+        trial = Threshold(k=k, h=h, sigma=sigma, samples=len(values), steps=least)
+        steps = [[trial.increment(e) for e in series] for series in residuals]
+        flat = [x for series in steps for x in series]
+        theta = _root(flat)
         # As if one more had been up: of few residuals none may have been.
-        begun = (int((steps > 0).sum()) + 1) / len(steps)
+        begun = (sum(x > 0 for x in flat) + 1) / len(flat)
         wanted = max(0.0, math.log(steps_between * begun))
+        blocks = [
+            sum(series[i : i + BLOCK_STEPS])
+            for series in steps
+            for i in range(0, len(series) - BLOCK_STEPS + 1, BLOCK_STEPS)
+        ]
         if len(blocks) >= _BLOCKS_MIN:
-            theta = min(theta, _root(steps[blocks].sum(axis=1)))
+            theta = min(theta, _root(blocks))
         needed = math.inf if theta <= 0 else wanted / theta * shortage
         if abs(needed - h) < 0.01 * h:
             break
@@ -153,29 +154,17 @@ def median(values: Sequence[float]) -> float:
     return ordered[half] if len(ordered) % 2 else 0.5 * (ordered[half - 1] + ordered[half])
 
 
-def _blocks(lengths: Sequence[int]) -> "npt.NDArray[np.int64]":
-    """The places of the steps of each block, [blocks, BLOCK_STEPS], in series laid end to end."""
-    begins = np.cumsum([0, *lengths[:-1]])
-    starts = [
-        first + i
-        for first, length in zip(begins.tolist(), lengths, strict=True)
-        for i in range(0, length - BLOCK_STEPS + 1, BLOCK_STEPS)
-    ]
-    return np.asarray(starts, dtype=np.int64)[:, None] + np.arange(BLOCK_STEPS)
-
-
-def _root(steps: "npt.NDArray[np.float64]") -> float:
+def _root(steps: Sequence[float]) -> float:
     """Theta > 0 with E[exp(theta x)] = 1; infinite when no step is up, 0 when the mean is."""
-    if not len(steps) or steps.sum() >= 0:
+    if not steps or sum(steps) >= 0:
         return 0.0
-    top = float(steps.max())
-    if top <= 0:
+    if max(steps) <= 0:
         return math.inf
-    below = steps - top
+    top, count = max(steps), len(steps)
 
     def over(theta: float) -> bool:
         # Scaled by the largest term, so that nothing overflows.
-        return math.log(float(np.exp(theta * below).mean())) + theta * top > 0
+        return math.log(sum(math.exp(theta * (x - top)) for x in steps) / count) + theta * top > 0
 
     high = 1.0
     while not over(high):

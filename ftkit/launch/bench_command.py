@@ -1,6 +1,5 @@
 """`ftkit bench`: ftkit beside other tools, measured here. The benchmarks are part of the source."""
 
-import difflib
 import importlib
 import os
 import sys
@@ -11,11 +10,12 @@ import click
 
 import ftkit
 from ftkit.core.errors import UsageError
+from ftkit.launch.choices import chosen
 
 #: The peers that there are; `benchmarks.beside.tools` says how each is run.
 PEERS = ("torchft", "torchrun", "nvrx", "ray")
 
-#: NVRx waits twice the stall before it ends a rank, and gives it some seconds; then all begin anew.
+#: Stalls within which the slowest tool trains on: NVRx waits for two and then starts all ranks anew.
 PATIENCE = 4
 
 
@@ -41,7 +41,13 @@ def bench() -> None:
     help="SIGKILL or SIGSTOP, in the middle of a step.",
 )
 @click.option("--nproc", type=click.IntRange(min=2), default=3, show_default=True, help="Ranks.")
-@click.option("--steps", type=click.IntRange(min=24), default=240, show_default=True)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=24),
+    default=240,
+    show_default=True,
+    help="Steps of each run.",
+)
 @click.option(
     "--rows",
     type=click.IntRange(min=1),
@@ -91,7 +97,7 @@ def peers(only: str, keep: bool, as_json: bool, out: Path, **asked: Any) -> None
 
     Needs a clone of ftkit's repository: the benchmarks are not installed with it.
     """
-    names = chosen(only)
+    names = chosen(only, PEERS, option="--only")
     if asked["steps"] < 2 * asked["save_every"]:
         raise UsageError(
             f"--steps {asked['steps']} is less than twice --save-every {asked['save_every']}: a run "
@@ -112,17 +118,6 @@ def peers(only: str, keep: bool, as_json: bool, out: Path, **asked: Any) -> None
     bench = benchmark("benchmarks.beside.bench")
     code = bench.run(bench.Settings(only=names, **asked), out=out, keep=keep, as_json=as_json)
     sys.exit(code)
-
-
-def chosen(only: str) -> list[str]:
-    """The peers of `--only`, in the order given. UsageError for one that there is not."""
-    names = [name.strip() for name in only.split(",") if name.strip()]
-    for name in names:
-        if name not in PEERS:
-            near = difflib.get_close_matches(name, PEERS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"--only: {name!r} is none of {', '.join(PEERS)}{hint}")
-    return list(dict.fromkeys(names))
 
 
 def benchmark(name: str) -> Any:

@@ -18,10 +18,9 @@ from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.detect_command import detect
 from ftkit.launch.logs import log_to_stderr
 from ftkit.launch.programme import command as programme
+from ftkit.launch.run_folder import RUNS, newest_run
 
 log_to_stderr()
-
-RUNS = Path("runs")
 
 
 class Guarded(click.Group):
@@ -592,22 +591,6 @@ for command in (programme.plan, programme.stop, programme.certificate):
 main.add_command(bench)
 main.add_command(ckpt)
 main.add_command(detect)
-
-
-def newest_run(run_dir: Path | None) -> Path:
-    """The run meant: the one given, by its folder or by its name under runs/, else the newest."""
-    if run_dir is not None:
-        for folder in (run_dir, RUNS / run_dir):
-            if (folder / "events").is_dir():
-                return folder
-        raise UsageError(
-            f"{run_dir} is not a run's folder: it has no events/. Give the folder of one, or its name "
-            f"under {RUNS}/; a job makes it as it starts"
-        )
-    found = [p for p in RUNS.glob("*") if (p / "events").is_dir()]
-    if not found:
-        raise UsageError("no run was found under runs/; give the folder of one")
-    return max(found, key=lambda p: p.stat().st_mtime)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Control: how whoever runs a job reaches it from outside to drill it, and nobody else does.
+"""DrillAccess: how whoever runs a job reaches it from outside to drill it, and nobody else does.
 
 `ftkit run` leaves a file in the run's folder that this user alone can read. It holds a key that is
 made of the job's secret, and not the secret: agents let in who holds it as a visitor, who can ask
@@ -8,19 +8,19 @@ how a node stands and for a drill, and can be neither rank nor coordinator.
 import hashlib
 import hmac
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.config import JobConfig
+from ftkit.launch.whole_file import write_whole
 
 NAME = "control.json"
 VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Control:
+class DrillAccess:
     """What a drill programme has to know of a job before it asks."""
 
     job: str
@@ -41,7 +41,7 @@ def drill_key(secret: bytes) -> bytes:
 
 def write_control(config: JobConfig, engine: str, secret: str) -> None:
     """Leave the file, readable by this user alone. UsageError: it cannot be written."""
-    control = Control(
+    control = DrillAccess(
         job=config.job,
         key=drill_key(bytes.fromhex(secret)).hex() if config.drills else "",
         engine=engine,
@@ -51,17 +51,13 @@ def write_control(config: JobConfig, engine: str, secret: str) -> None:
         max_stall_s=config.max_stall_s,
     )
     path = Path(config.run_dir) / NAME
-    part = path.with_name(f".{NAME}.{os.getpid()}")
     try:
-        fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(fd, "w") as file:
-            json.dump({"v": VERSION} | asdict(control), file)
-        part.replace(path)
+        write_whole(path, json.dumps({"v": VERSION} | asdict(control)), mode=0o600)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error}") from error
 
 
-def read_control(run_dir: Path) -> Control:
+def read_control(run_dir: Path) -> DrillAccess:
     """What `write_control` left.
 
     Raises:
@@ -73,7 +69,7 @@ def read_control(run_dir: Path) -> Control:
         value = json.loads(path.read_text())
         if value.pop("v") != VERSION:
             raise ValueError("another version's")
-        control = Control(**value)
+        control = DrillAccess(**value)
         bytes.fromhex(control.key)
     except FileNotFoundError:
         raise UsageError(

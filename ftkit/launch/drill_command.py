@@ -34,6 +34,7 @@ from ftkit.launch.drill_plan import Drill, choose, choose_nodes
 from ftkit.launch.drills import run_drill
 from ftkit.launch.live import summary, watch
 from ftkit.launch.report import write_report
+from ftkit.launch.run_folder import RUNS
 
 #: Exit codes by the worst answer of a series.
 CODES = {Answer.PASS: 0, Answer.FAIL: 1, Answer.UNKNOWN: 2}
@@ -83,7 +84,7 @@ def run_drills(
             f"--sharded {job.sharded} cuts a copy of the model over more ranks than the job's "
             f"{job.world_size}: give fewer, or --sharded alone for all of them"
         )
-    root = (run_dir or Path("runs") / f"drill-{new_job_id()}").resolve()
+    root = (run_dir or RUNS / f"drill-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
     # What a step takes is no part of the outcome.
     reference = _undisturbed(job, root / "reference", console, quiet=as_json)
@@ -119,7 +120,7 @@ def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **giv
     """
     run_dir = given.pop("run_dir")
     job, drill = demo(seed=seed, data=data, **given)
-    root = (run_dir or Path("runs") / f"demo-{new_job_id()}").resolve()
+    root = (run_dir or RUNS / f"demo-{new_job_id()}").resolve()
     console = Console(stderr=as_json)
     reference = _undisturbed(job, root / "reference", console, quiet=as_json)
     title = f"the same, with rank {drill.seat} killed in step {drill.step}"

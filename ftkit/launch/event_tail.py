@@ -1,8 +1,9 @@
 """EventTail: what was added to a run's event files since the last look."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from ftkit.core.trace import parse_event
 
 
 class EventTail:
@@ -17,7 +18,7 @@ class EventTail:
         self._files = files
         self._read_to: dict[Path, int] = {}
         self.unreadable = 0
-        """Whole lines that were not JSON objects with a time."""
+        """Whole lines that were no events."""
         if from_now:
             self._read_to = {path: path.stat().st_size for path in self._events.glob(files)}
 
@@ -37,11 +38,9 @@ class EventTail:
         self._read_to[path] = start + end
         events = []
         for line in data[:end].splitlines():
-            try:
-                event = json.loads(line)
-                float(event["mono"])
-            except (ValueError, TypeError, KeyError):
+            event = parse_event(line)
+            if event is None:
                 self.unreadable += 1
-                continue
-            events.append(event)
+            else:
+                events.append(event)
         return events

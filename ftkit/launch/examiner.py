@@ -20,6 +20,7 @@ from ftkit.core.ids import MemberId, NodeId, Seat
 from ftkit.detection import stacks
 from ftkit.detection.process import process_facts
 from ftkit.launch.resources import pressure
+from ftkit.launch.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +117,6 @@ class Examiner:
             write_whole(
                 folder / f"stacks-seat-{seat}.txt", told.get("text", "") + told.get("py_spy", "")
             )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all. OSError."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def _status(pid: int) -> dict[str, str]:

@@ -5,6 +5,7 @@ theirs. In an object store, which cannot append, each job has an object of its o
 is passed over when it is read: a full disk may have cut a line short.
 """
 
+import contextlib
 import json
 import os
 import stat
@@ -151,15 +152,7 @@ _FIELDS: Mapping[str, Mapping[str, type]] = {
 
 
 def _records(block: bytes) -> Iterator[Record]:
-    for line in block.split(b"\n"):
-        if not line or len(line) > LINE_BYTES_MAX:
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and _sound(record):
-            yield record
+    return (r for r in json_lines(block) if r is not None and _sound(r))
 
 
 def _sound(record: Record) -> bool:
@@ -173,6 +166,18 @@ def _sound(record: Record) -> bool:
         and all(isinstance(record.get(name), kind) for name, kind in fields.items())
         and all(isinstance(node, str) for node in record.get("nodes", ()))
     )
+
+
+def json_lines(block: bytes) -> Iterator[dict[str, Any] | None]:
+    """The object of each line that is not empty; None for a line that is too long, or is none."""
+    for line in block.split(b"\n"):
+        if not line.strip():
+            continue
+        value = None
+        if len(line) <= LINE_BYTES_MAX:
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(line)
+        yield value if isinstance(value, dict) else None
 
 
 def append_line(path: Path, line: bytes) -> None:

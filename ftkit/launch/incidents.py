@@ -22,7 +22,8 @@ from ftkit.core.ids import MemberId, NodeId
 from ftkit.core.verdict import ACCUSES_NOBODY, Fault, Verdict
 from ftkit.core.world import World
 from ftkit.detection.bundle import paragraph, waits
-from ftkit.launch.examiner import INCIDENTS, INCIDENTS_MAX, write_whole
+from ftkit.launch.examiner import INCIDENTS, INCIDENTS_MAX
+from ftkit.launch.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import NodeId
 from ftkit.detection.node_health import Check, Health, NodeResult, against_peers, complaints
 from ftkit.launch.config import JobConfig
-from ftkit.launch.examiner import write_whole
+from ftkit.launch.whole_file import write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ import psutil
 from ftkit.core.errors import ProtocolError
 from ftkit.detection.node_health import Check, Health, NodeResult, against_history
 from ftkit.launch import self_check
+from ftkit.launch.whole_file import write_whole
 
 #: What the disk is tried with, and what has to be free afterwards, on disk and in shared memory.
 DISK_BYTES, FREE_BYTES_MIN = 32 << 20, 256 << 20
@@ -210,10 +211,8 @@ def compared(found: NodeResult, history: Path | None) -> NodeResult:
     with history.open("a") as file:
         file.write(json.dumps(found.to_json()) + "\n")
     if len(before) >= 2 * KEPT:
-        part = history.with_name(history.name + ".part")
         lines = [json.dumps(r.to_json()) + "\n" for r in [*before, found][-KEPT:]]
-        part.write_text("".join(lines))
-        part.replace(history)
+        write_whole(history, "".join(lines))
     return result
 
 

@@ -1,12 +1,12 @@
 """report.html: one file that shows a drill, with its pictures inside and nothing to fetch."""
 
-import os
 from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
 from ftkit.launch.checker import Outcome
 from ftkit.launch.goodput import goodput
+from ftkit.launch.html_page import html_page
 from ftkit.launch.live import summary_rows
 from ftkit.launch.report_history import Event, read_history
 from ftkit.launch.report_pace import pace_section
@@ -14,35 +14,7 @@ from ftkit.launch.report_storage import storage_section
 from ftkit.launch.report_svg import loss_plot, timeline_plot
 from ftkit.launch.report_timeline import Doing, read_timeline
 from ftkit.launch.report_view import RunView
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --faint: #d9dee3;
-  --training: #bcd9c4; --repairing: #f2c879; --lost: #e39a94; --joining: #a9c4e8; --line: #0b62c4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --paper: #15181b; --faint: #3a4148;
-  --training: #2f5a3d; --repairing: #8a6414; --lost: #8a3a34; --joining: #2b4c7a; --line: #6fb0ff; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 900px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-.pass { color: #1c8a43; } .fail { color: #cf3a30; } .unknown { color: #a87500; }
-table { border-collapse: collapse; } td { padding: .2rem 1.5rem .2rem 0; vertical-align: top; }
-svg { width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; }
-svg text.small { font-size: 10px; }
-.grid { stroke: var(--faint); } .fault { stroke: #cf3a30; stroke-dasharray: 4 3; }
-.undisturbed { fill: none; stroke: var(--faint); stroke-width: 6; stroke-linejoin: round; }
-.disturbed { fill: none; stroke: var(--line); stroke-width: 1.5; stroke-linejoin: round; }
-.heat { fill: #c2410c; }
-.commit { stroke: var(--ink); stroke-width: 1.5; }
-rect.training, i.training { fill: var(--training); background: var(--training); }
-rect.repairing, i.repairing { fill: var(--repairing); background: var(--repairing); }
-rect.lost, i.lost { fill: var(--lost); background: var(--lost); }
-rect.joining, i.joining { fill: var(--joining); background: var(--joining); }
-rect.memory, i.memory { fill: var(--joining); background: var(--joining); }
-rect.codec, i.codec { fill: var(--training); background: var(--training); }
-rect.write, i.write { fill: var(--line); background: var(--line); }
-rect.fsync, i.fsync { fill: var(--repairing); background: var(--repairing); }
-rect.commit, i.commit { fill: var(--lost); background: var(--lost); }
-i { display: inline-block; width: 1em; height: .8em; margin: 0 .3em 0 1em; }
-"""
+from ftkit.launch.whole_file import write_whole
 
 
 def render(
@@ -69,10 +41,7 @@ def render(
     )
     legend = "".join(f'<i class="{doing}"></i>{doing}' for doing in Doing)
     title = f"{outcome.fault} at {outcome.phase}"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>ftkit drill: {escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>Drill: {escape(title)}, <span class="{outcome.outcome}">{outcome.outcome}</span></h1>
+    body = f"""<h1>Drill: {escape(title)}, <span class="{outcome.outcome}">{outcome.outcome}</span></h1>
 <table>{rows}</table>
 <h2>What happened</h2><ul>{stories or "<li>Nothing went wrong.</li>"}</ul>
 <h2>Loss</h2>
@@ -86,9 +55,8 @@ def render(
 {_goodput_section(events)}
 {pace_section(events)}
 {storage_section(events)}
-<p>Seed {outcome.seed}. Times are of this machine's monotonic clock.</p>
-</body></html>
-"""
+<p>Seed {outcome.seed}. Times are of this machine's monotonic clock.</p>"""
+    return html_page(f"ftkit drill: {title}", body)
 
 
 def write_report(
@@ -98,12 +66,7 @@ def write_report(
     outcome: Outcome,
 ) -> None:
     """Render to `path`. A reader sees the old file or the whole new one. OSError as it comes."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(render(events, reference_events, outcome), encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, render(events, reference_events, outcome))
 
 
 def _goodput_section(events: Iterable[Event]) -> str:

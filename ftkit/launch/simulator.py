@@ -25,6 +25,7 @@ from ftkit.launch.simulator_arenas import Arenas
 from ftkit.launch.simulator_checks import SHARDS_GONE, Checker, SimulationFailure
 from ftkit.launch.simulator_faults import LOSE_SHARDS, Fault, Kind, schedule
 from ftkit.launch.simulator_hosts import Report, SimAgent, SimCoordinator
+from ftkit.launch.simulator_injector import FaultInjector
 from ftkit.launch.simulator_network import Network
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.launch.simulator_shards import Shards
@@ -131,7 +132,6 @@ class Simulation:
         self.ranks: dict[MemberId, SimRank] = {}
         self.agents: dict[NodeId, SimAgent] = {}
         self.ended: Stop | None = None
-        self.struck = 0
         self.handled = 0
         self._verbose = verbose
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
@@ -142,25 +142,18 @@ class Simulation:
         """The process that was started last in each seat."""
         self._assigned: dict[int, tuple[Plan, dict[Boot | None, list[Assignment]]]] = {}
         nodes = [NodeId(n) for n in range(self.nodes)]
-        self._deaf_until = dict.fromkeys(nodes, 0.0)
-        self._slow_until = dict.fromkeys(nodes, 0.0)
+        self.deaf_until = dict.fromkeys(nodes, 0.0)
+        """Until when each node and the coordinator do not hear each other."""
+        self.slow_until = dict.fromkeys(nodes, 0.0)
+        """Until when plans to each node are late."""
         self._fifo_s: dict[object, float] = {}
-        self._passed: dict[str, int] = {}
-        self._at_point: dict[tuple[str, int], list[Fault]] = {}
         self._log: deque[tuple[float, str, MemberId | None, str]] = deque(maxlen=60)
-        self._healed = False
-        self._whole_again = False
         self._boots = 0
         for node in nodes:
-            self._boot(node)
-        self._term = Term(1)
-        self.coordinator = SimCoordinator(self, self._term)
-        self.coordinator.start()
-        for fault in self.faults:
-            if not fault.point:
-                self.after(fault.at_s, self._strike, fault, None)
-            else:
-                self._at_point.setdefault((fault.point, fault.nth), []).append(fault)
+            self.boot(node)
+        self._term = Term(0)
+        self.lead()
+        self.injector = FaultInjector(self, self.faults)
         self.after(self.healed_s, self._heal)
 
     @property
@@ -192,7 +185,7 @@ class Simulation:
             stop=stop,
             virtual_s=self.now,
             events=self.handled,
-            faults=self.struck,
+            faults=self.injector.struck,
             restarts=plan.restarts if plan else 0,
             worlds=self.checker.worlds,
             verdicts=dict(self.verdicts),
@@ -210,7 +203,7 @@ class Simulation:
     def _may_stop(self, stop: Stop) -> bool:
         """Whether a fault can have made the job stop by rights."""
         if "before it joined the job" in stop.reason:
-            return self.struck > 0
+            return self.injector.struck > 0
         if "could not reach each other" in stop.reason:
             return any(fault.kind is Kind.CUT_LINK for fault in self.faults)
         if SHARDS_GONE in stop.reason:
@@ -242,7 +235,7 @@ class Simulation:
 
     def is_deaf(self, node: NodeId) -> bool:
         """Whether node and coordinator cannot hear each other."""
-        return self.now < self._deaf_until[node]
+        return self.now < self.deaf_until[node]
 
     def assigned(self, plan: Plan, boot: Boot) -> list[Assignment]:
         """The seats of `plan` that this life of an agent starts."""
@@ -271,7 +264,7 @@ class Simulation:
     def to_agent(self, node: NodeId, plan: Plan) -> None:
         """Carry a plan to a node; one in twenty is lost, and sent again at the next report."""
         if not self.is_deaf(node) and self.rng.random() > 0.05:
-            slow = self.rng.uniform(0.3, 1.5) if self.now < self._slow_until[node] else 0.0
+            slow = self.rng.uniform(0.3, 1.5) if self.now < self.slow_until[node] else 0.0
             self._in_order(("down", node), self._plan_arrives, node, plan, extra_s=slow)
 
     def _plan_arrives(self, node: NodeId, plan: Plan) -> None:
@@ -297,15 +290,8 @@ class Simulation:
         rank = self.ranks[member] = self.seated[seat] = SimRank(self, member, seat, node)
         return rank
 
-    def exits(self, rank: SimRank, code: int) -> None:
-        """A process exits by itself."""
-        self._die(rank, code)
-
-    def kill(self, rank: SimRank) -> None:
-        """SIGKILL."""
-        self._die(rank, -9)
-
-    def _die(self, rank: SimRank, code: int | None) -> None:
+    def die(self, rank: SimRank, code: int | None) -> None:
+        """A process ends: by itself, with -9 by SIGKILL, with None as its node is lost."""
         if not rank.alive:
             return
         rank.cut_off(self.now if rank.stopped_since is None else rank.stopped_since)
@@ -314,116 +300,31 @@ class Simulation:
         self.network.died(rank, lossy=code != 0 and self.rng.random() < 0.5)
         self.after(self.rng.uniform(0.003, 0.03), self.agents[rank.node].saw_exit, rank, code)
 
-    # Faults.
+    def boot(self, node: NodeId) -> None:
+        """An agent comes up, and knows nothing."""
+        self._boots += 1
+        self.agents[node] = SimAgent(self, node, Boot(f"boot-{self._boots}"))
 
-    def point(self, name: str, rank: SimRank, *, within_s: float | None = None) -> None:
-        """A rank passes a point at which a fault may be due; or begins to, and takes `within_s`."""
-        count = self._passed[name] = self._passed.get(name, 0) + 1
-        for fault in self._at_point.get((name, count), ()):
-            if within_s is None:
-                self._strike(fault, rank)
-            else:
-                self.after(self.rng.uniform(0.0, within_s), self._strike, fault, rank)
-
-    def _strike(self, fault: Fault, at: SimRank | None) -> None:
-        if self.now > self.healed_s:
-            return
-        alive = [r for _, r in sorted(self.ranks.items()) if r.alive]
-        if not alive:
-            return
-        victim = alive[fault.target % len(alive)]
-        if at is not None and fault.target % 3 == 0:
-            victim = at
-        self.struck += 1
-        self.note("FAULT", victim, str(fault))
-        node = victim.node
-        match fault.kind:
-            case Kind.KILL_RANK:
-                self.kill(victim)
-            case Kind.KILL_SEVERAL:
-                self.kill(victim)
-                for rank in alive[::2]:
-                    self.kill(rank)
-            case Kind.KILL_ALL:
-                for rank in alive:
-                    self.kill(rank)
-            case Kind.KILL_JOINER:
-                outside = [r for r in alive if r.world is None]
-                for rank in outside[:1]:
-                    self.kill(rank)
-            case Kind.KILL_COORDINATOR:
-                self._kill_coordinator(fault.duration_s)
-            case Kind.LOSE_NODE:
-                self._lose_node(node, fault.duration_s)
-            case Kind.LOSE_NODE_AND_COORDINATOR:
-                self._kill_coordinator(fault.duration_s)
-                self._lose_node(node, fault.duration_s)
-            case Kind.STOP_RANK:
-                if victim.stopped_since is None:
-                    victim.stopped_since = self.now
-                    self.after(fault.duration_s, self._continue, victim)
-            case Kind.CUT_LINK:
-                other = alive[(fault.target + 1) % len(alive)]
-                if other is not victim:
-                    self.network.cut(victim, other, self.now + fault.duration_s)
-            case Kind.DEAF_NODE:
-                self.shards.lost = True
-                self._deaf_until[node] = max(self._deaf_until[node], self.now + fault.duration_s)
-            case Kind.SLOW_PLANS:
-                self._slow_until[node] = self.now + fault.duration_s
-            case Kind.REFUSE:
-                victim.refuses = True
-
-    def _continue(self, rank: SimRank) -> None:
-        if rank.alive and rank.stopped_since is not None:
-            self.note("continue", rank, "")
-            rank.wake()
-
-    def _kill_coordinator(self, duration_s: float) -> None:
-        if self.coordinator.alive:
-            self.coordinator.alive = False
-            self.after(0.2 + duration_s, self._new_coordinator)
-
-    def _new_coordinator(self) -> None:
+    def lead(self) -> None:
+        """The next coordinator begins."""
         self._term = Term(self._term + 1)
         self.coordinator = SimCoordinator(self, self._term)
         self.coordinator.start()
 
-    def _lose_node(self, node: NodeId, duration_s: float) -> None:
-        agent = self.agents[node]
-        if not agent.alive:
-            return
-        agent.alive = False
-        self.arenas.lose(node)
-        self.shards.lose(node)
-        for rank in list(agent.ranks.values()):
-            self._die(rank, None)
-        self.after(0.2 + duration_s, self._revive, node)
-
-    def _revive(self, node: NodeId) -> None:
-        self.note("agent", None, f"node {node} is back")
-        self._boot(node)
-
-    def _boot(self, node: NodeId) -> None:
-        self._boots += 1
-        self.agents[node] = SimAgent(self, node, Boot(f"boot-{self._boots}"))
-
     # Liveness.
 
     def _heal(self) -> None:
-        self._healed = True
         self.note("HEALED", None, "")
         for node in self.agents:
-            self._deaf_until[node] = self._slow_until[node] = 0.0
+            self.deaf_until[node] = self.slow_until[node] = 0.0
         self.network.heal()
         for rank in list(self.ranks.values()):
-            self._continue(rank)
+            self.injector.wake(rank)
         self._look()
 
     def _look(self) -> None:
         """Let an endless job end once every seat trains in one world."""
         if self._whole():
-            self._whole_again = True
             if self.endless:
                 self.until = 3 + max(r.step or 0 for r in self.ranks.values())
             return

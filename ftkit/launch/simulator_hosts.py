@@ -13,7 +13,8 @@ from ftkit.core.inventory import Copy, Inventory
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.judge import Judge
 from ftkit.launch.pace import Rest
-from ftkit.launch.simulator_rank import Glance, SimRank
+from ftkit.launch.simulator_glance import Glance
+from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan, adopt, first_plan
 from ftkit.recovery.protocol import advance, gone
@@ -96,7 +97,7 @@ class SimAgent:
         for rank in list(self.ranks.values()):
             if rank.member in self.plan.evicted or self.plan.seat_of(rank.member) is None:
                 # Those that can leave by themselves get a moment for it.
-                self.sim.after(0.1, self.sim.kill, rank)
+                self.sim.after(0.1, self.sim.die, rank, -9)
         for seat in self.sim.assigned(self.plan, self.boot):
             if seat.seat in self.ranks or seat.member in self._spawned:
                 continue
@@ -115,7 +116,7 @@ class SimAgent:
 
     def _passes_spawn(self, rank: SimRank) -> bool:
         """Pass the point after a spawn; False when a fault there took this agent."""
-        self.sim.point("spawned", rank)
+        self.sim.injector.point("spawned", rank)
         return self.alive
 
     def _changed(self) -> None:

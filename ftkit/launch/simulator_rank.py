@@ -6,16 +6,15 @@ halt interrupts carries `epoch` and comes to nothing.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.core.world import World
-from ftkit.detection.observations import ProcessFacts
-from ftkit.detection.row import Phase, Row
-from ftkit.launch.judge import SeatRow
+from ftkit.detection.row import Phase
+from ftkit.launch.simulator_capture import Capture
 from ftkit.launch.simulator_checks import TrainingState, slots_of
+from ftkit.launch.simulator_glance import Glance
 from ftkit.launch.simulator_network import Circle, Exchange
-from ftkit.launch.simulator_shards import Shard
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.member import Duty, Standing, react
 from ftkit.recovery.plan import Mode, Plan
@@ -30,40 +29,6 @@ _PHASES = {"reduce": Phase.REDUCE, "vote": Phase.VOTE}
 
 #: Ballots are cast one after another, so that a fault can come between; in a large world faster.
 BALLOT_S, BALLOTS_S = 0.0002, 0.02
-
-
-class Glance(NamedTuple):
-    """A look at a rank, before it is made a row: most are never judged, a newer one having come."""
-
-    member: MemberId
-    seat: Seat
-    shown: tuple[Phase, Step, Generation]
-    moved_s: float
-    beat_s: float
-    warm: bool
-    stopped: bool
-
-    def row(self) -> SeatRow:
-        """As an agent would tell it. A simulated rank's collectives leave no trace."""
-        phase, step, generation = self.shown
-        row = Row(
-            member=self.member,
-            pid=self.member + 1,
-            generation=generation,
-            step=step,
-            phase=phase,
-            group=0,
-            entered=-1,
-            left=-1,
-            op="",
-            t_progress_ns=int(self.moved_s * 1e9),
-            t_enter_ns=0,
-            t_heartbeat_ns=int(self.beat_s * 1e9),
-            allowance_ns=0,
-            warm=self.warm,
-        )
-        facts = ProcessFacts(state="T" if self.stopped else "S", cpu_ticks=0, rss_bytes=0)
-        return SeatRow(self.seat, row, facts)
 
 
 class SimRank:
@@ -101,9 +66,7 @@ class SimRank:
         self._sequence = 0
         self._doing = ""
         self._aborted: set[Generation] = set()
-        self._unsealed: TrainingState | None = None
-        self._captured_in: World | None = None
-        """The world whose share, or shard, of it is captured."""
+        self._capture = Capture(self)
         self._loaded: TrainingState | None = None
         """Its new shard, while others have still to load theirs."""
         self._casting: tuple[Ballot, float, float] | None = None
@@ -196,7 +159,7 @@ class SimRank:
 
     def _point(self, name: str) -> bool:
         """Pass a point at which a fault may strike; False when it killed this process."""
-        self.sim.point(name, self)
+        self.sim.injector.point(name, self)
         return self.alive
 
     def _say(self) -> None:
@@ -250,7 +213,7 @@ class SimRank:
             elif duty is Duty.LEAVE:
                 self._leaving = True
                 self._abort()
-                self._later(0.02, self.sim.exits, self, 1)
+                self._later(0.02, self.sim.die, self, 1)
             elif duty is Duty.PREPARE and world is not None:
                 if self.sim.network.unlinked(self, world):
                     self._later(0.05, self.heed)
@@ -290,7 +253,7 @@ class SimRank:
         """Finish the capture under way: nothing in its arena changes until it is in a new world."""
         if not self.gives_up:
             return
-        self._seal()
+        self._capture.seal()
         self._state, self.voted = None, False
         self.stage = Stage.READY
         self._say()
@@ -401,7 +364,7 @@ class SimRank:
         self.sim.checker.restored(self, found)
         if self.sim.sharded:
             if found.step:
-                self._capture(found)
+                self._capture.begin(found)
         else:
             self.sim.arenas.forget_newer(self.node, self.seat, found)
         self._say()
@@ -418,7 +381,7 @@ class SimRank:
             self.sim.network.unwatch(self)
             self._say()
             if self._point("done"):
-                self._later(self.sim.rng.uniform(0.01, 0.3), self.sim.exits, self, 0)
+                self._later(self.sim.rng.uniform(0.01, 0.3), self.sim.die, self, 0)
             return
         self._sequence += 1
         self.at_step = Step(self._state.step + 1)
@@ -475,7 +438,7 @@ class SimRank:
         cast_s = min(BALLOT_S * max(self.world.size - 2, 0), BALLOTS_S)
         self._casting = (ballot, self.sim.now, cast_s)
         self._train(cast_s, self._cast)
-        self.sim.point("ballot", self, within_s=cast_s)
+        self.sim.injector.point("ballot", self, within_s=cast_s)
 
     def _cast(self) -> None:
         """Nobody leaves an exchange before his own part is on its way to all."""
@@ -511,35 +474,13 @@ class SimRank:
     def _commit(self, attempt: Generation) -> None:
         before = self._state
         assert before is not None, "a rank without state does not commit"
-        self._seal()  # a capture must be done before the state changes again
+        self._capture.seal()  # a capture must be done before the state changes again
         self._state = before.after(attempt)
         self.voted, self._warm = False, True
         self.sim.checker.committed(self, before, self._state)
         self.sim.note("commit", self, f"step {self.step} of generation {attempt}")
-        self._capture(self._state)
+        self._capture.begin(self._state)
         self._point("committed")
-
-    def _capture(self, state: TrainingState) -> None:
-        self._unsealed, self._captured_in = state, self.world
-        self._later(self.sim.rng.uniform(0.01, 0.2), self._seal_this, state)
-
-    def _seal_this(self, state: TrainingState) -> None:
-        if self._unsealed is state:
-            self._seal()
-
-    def _seal(self) -> None:
-        state, self._unsealed = self._unsealed, None
-        if state is None:
-            return
-        if not self.sim.sharded:
-            self.sim.arenas.seal(self.node, self.seat, state)
-            return
-        world = self._captured_in
-        rank = world.rank_of(self.member) if world is not None else None
-        assert world is not None, "a shard is of a world"
-        assert rank is not None, "a rank is in its own world"
-        shard = Shard(state=state, generation=world.generation, rank=rank, size=world.size)
-        self.sim.shards.seal(self.node, self.seat, shard)
 
     def _switch(self, generation: Generation) -> None:
         network, new = self.sim.network, self._offers[generation]
@@ -548,7 +489,7 @@ class SimRank:
         assert step is not None, "a rank that switches has just committed"
         if self.sim.sharded:
             # Everybody loads its new shards from what was captured here.
-            self._seal()
+            self._capture.seal()
             self._state = None
         self._enter(new)
         self._say()

@@ -25,7 +25,7 @@ STORIES = 3
 
 
 @dataclass(slots=True, kw_only=True)
-class Tally:
+class Played:
     """What came of the seeds that were played."""
 
     seeds: int = 0
@@ -119,17 +119,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verbose:
         return _show(options.seed, options.ranks)
     logging.disable()
-    tally = Tally()
+    played = Played()
     told = time.monotonic()
     for seed, outcome in play_all(seeds, ranks=options.ranks, processes=processes):
-        tally.add(seed, outcome)
-        if isinstance(outcome, str) and len(tally.violations) <= STORIES:
+        played.add(seed, outcome)
+        if isinstance(outcome, str) and len(played.violations) <= STORIES:
             print(outcome, file=sys.stderr)
         if time.monotonic() - told > TELLS_EVERY_S:
             told = time.monotonic()
-            print(f"{tally.seeds} of {len(seeds)}: {tally}", file=sys.stderr, flush=True)
-    print(json.dumps(tally.to_json(), indent=1) if options.json else tally)
-    return 1 if tally.violations else 0
+            print(f"{played.seeds} of {len(seeds)}: {played}", file=sys.stderr, flush=True)
+    print(json.dumps(played.to_json(), indent=1) if options.json else played)
+    return 1 if played.violations else 0
 
 
 def _show(seed: int, ranks: int | None) -> int:

@@ -1,7 +1,6 @@
 """`ftkit bench peers`: what step logs say, the table, what is refused, and two tools for real."""
 
 import contextlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,12 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from click.testing import CliRunner
 
 import ftkit
 from benchmarks.beside import bench, page, run, tools
 from benchmarks.beside.environments import Environment, last_words, release
 from benchmarks.beside.rows import HEADER, Calm, Distance, Row, Struck, cells, problems, remarks
-from benchmarks.beside.steplog import Batches, Recovery, batches, intervals, parse, recovery
+from benchmarks.beside.steplog import Batches, Recovery, batches, intervals, recovery
 from benchmarks.beside.task import Task, batch_loss
 from benchmarks.peers import NoPeer
 from benchmarks.toy import Noise, build
@@ -110,12 +108,6 @@ def test_batches_that_no_finished_step_holds_are_lost_and_repeated_ones_count_on
     other = {"kind": "commit", "mono": 4.0, "step": 2, "blocks": [4, 5]}
     logs = after({10: [begin(3.0, 2), again], 11: [begin(3.0, 2), other]})
     assert batches(logs, slots=3) == Batches(steps=2, lost=0, doubled=1)
-
-
-def test_a_line_cut_off_by_sigkill_is_passed_over_but_no_other():
-    assert parse('{"kind": "begin"}\n{"kind": "com') == [{"kind": "begin"}]
-    with pytest.raises(json.JSONDecodeError):
-        parse('{"kind": "com\n{"kind": "begin"}')
 
 
 def test_intervals_leave_the_first_steps_out():
@@ -276,12 +268,6 @@ def test_what_cannot_work_is_refused_before_anything_starts(arguments, words, ca
         main(["bench", "peers", *arguments])
     assert ended.value.code == exit_codes.USAGE
     assert words in capsys.readouterr().err
-
-
-def test_an_unknown_option_names_the_near_one():
-    shown = CliRunner().invoke(main, ["bench", "peers", "--onyl", "ray"])
-    assert shown.exit_code == 2
-    assert "--only" in shown.output
 
 
 def test_without_a_clone_it_is_said_how_to_get_one(monkeypatch, tmp_path, capsys):

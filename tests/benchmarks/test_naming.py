@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from benchmarks.naming import CLASSES, FITS, follow, report, wilson
+from benchmarks.naming import CLASSES, FITS, follow, report
 
 
 def event(kind: str, mono: float, **fields: object) -> dict[str, object]:
@@ -49,12 +49,6 @@ def test_figures_have_intervals_and_goals() -> None:
     assert "1 of 1, 95 % interval 0.2" in made["crash: right class and rank"].against
     assert made["crash seen p99"].holds is False
     assert made["wrong blame"].value == 0
-
-
-def test_wilson_is_the_textbook_one() -> None:
-    assert list(wilson(20, 20)) == pytest.approx([0.839, 1.0], abs=1e-3)
-    assert wilson(0, 0) == (0.0, 1.0)
-    assert list(wilson(5, 10)) == pytest.approx([0.237, 0.763], abs=1e-3)
 
 
 def test_every_fault_has_a_name_that_fits() -> None:

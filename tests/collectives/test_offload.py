@@ -111,8 +111,8 @@ def test_the_split_is_real() -> None:
         results(blocks, x, through)
         full = Offload(1.0, dim=1, exact=True, host_bytes=None, clock=lambda: 0.0)
         results(blocks, x, full)
-        study = through.study(blocks[0], x.clone().requires_grad_())
-        assert (study.rows, study.tokens, study.exact) == (128, 256, True)
+        profile = through.profile(blocks[0], x.clone().requires_grad_())
+        assert (profile.rows, profile.tokens, profile.exact) == (128, 256, True)
         blocks[1].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
         results(blocks, x, through)
         assert lengths == [256, 128]
@@ -129,7 +129,7 @@ def test_nothing_of_it_stays_on_the_device_until_backward() -> None:
         made.append(StorageWeakRef(out.untyped_storage()))
 
     with offload_activations(0.5) as through:
-        through.study(block, x)
+        through.profile(block, x)
         for part in block.children():
             part.register_forward_hook(look)
         y = through(block, x)
@@ -176,7 +176,7 @@ def test_attention_may_drop_out_and_is_not_run_again() -> None:
     wanted = []
     for through in (None, offload_activations(0.5)):
         if through is not None:
-            through.study(blocks[0], x.clone().requires_grad_())
+            through.profile(blocks[0], x.clone().requires_grad_())
         torch.manual_seed(3)
         wanted.append(results(blocks, x, through))
     assert equal(*wanted)
@@ -215,11 +215,11 @@ def test_where_recomputed_rows_would_have_other_bits_all_is_kept_or_all_computed
     monkeypatch.setattr(offload, "copy_rate", lambda *_: 1e15)
     with offload_activations(fraction) as through:
         assert equal(results([block], x, through), wanted)
-        assert through.study(block, x.clone().requires_grad_()).rows in (0, 256)
+        assert through.profile(block, x.clone().requires_grad_()).rows in (0, 256)
     with offload_activations(0.5, exact=False) as through:
         got = results([block], x, through)
-        study = through.study(block, x.clone().requires_grad_())
-        assert (study.rows, study.exact) == (128, False)
+        profile = through.profile(block, x.clone().requires_grad_())
+        assert (profile.rows, profile.exact) == (128, False)
         assert not equal(got, wanted)
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
@@ -232,8 +232,8 @@ def test_auto_goes_by_what_was_measured(
     monkeypatch.setattr(offload, "copy_rate", lambda *_: rate)
     block, x = stack()[0], tokens(1, 256)
     with offload_activations() as through:
-        costs = through.study(block, x.requires_grad_()).costs
-        assert through.study(block, x).rows == rows
+        costs = through.profile(block, x.requires_grad_()).costs
+        assert through.profile(block, x).rows == rows
     assert costs.compute_s > 0 < costs.recompute_s
     # Three rows of the hidden width, and the rest; queries, keys and values among them.
     assert 256 * WIDTH * 4 * 9 < costs.row_bytes < 256 * WIDTH * 4 * 25
@@ -250,7 +250,7 @@ def test_a_block_that_does_something_else_the_next_time_is_refused() -> None:
 
     block, x = Moody(), tokens(1, 256).requires_grad_()
     with offload_activations(0.5) as through:
-        through.study(block, x)
+        through.profile(block, x)
         block.calls = 5
         y = through(block, x)
         with pytest.raises(UsageError, match="the same at every call"):
@@ -316,7 +316,7 @@ def test_tokens_first() -> None:
     wanted = results([block], x)
     with offload_activations(0.5, dim=0) as through:
         assert equal(results([block], x, through), wanted)
-        assert through.study(block, x.clone().requires_grad_()).rows == 128
+        assert through.profile(block, x.clone().requires_grad_()).rows == 128
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])

@@ -4,14 +4,12 @@ Nothing is claimed beyond what was seen: shares come with their interval, drills
 known count as not survived, and times are those of drills that were survived.
 """
 
-import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ftkit.launch.programme.costs import quantile
-from ftkit.launch.programme.record import DrillRecord, Outcome
+from ftkit.core.samples import quantile, wilson
+from ftkit.launch.programme.record import DrillRecord, Outcome, without_figures
 
 #: Of fewer times the slowest is their 95th percentile.
 P95_MIN = 20
@@ -61,7 +59,7 @@ class Quantiles:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
+class FaultSummary:
     """All drills of one fault."""
 
     fault: str
@@ -106,7 +104,7 @@ class Line:
 class Certificate:
     """All of it."""
 
-    lines: tuple[Line, ...]
+    faults: tuple[FaultSummary, ...]
     skipped: int
     """Intervals in which the guards forbade a drill."""
     skips: tuple[tuple[str, int], ...]
@@ -116,7 +114,7 @@ class Certificate:
 
     def to_json(self) -> dict[str, object]:
         return {
-            "drills": [line.to_json() for line in self.lines],
+            "drills": [fault.to_json() for fault in self.faults],
             "skipped": self.skipped,
             "skips": [{"reason": reason, "count": count} for reason, count in self.skips],
             "nodes": list(self.nodes),
@@ -128,10 +126,10 @@ def certify(records: Iterable[DrillRecord]) -> Certificate:
     every = {(r.job, r.at, r.fault, r.outcome): r for r in records}
     ordered = sorted(every.values(), key=lambda r: r.at)
     struck = [r for r in ordered if r.struck]
-    skipped = Counter(_kind(r.reason) for r in ordered if not r.struck)
+    skipped = Counter(without_figures(r.reason)[:120] for r in ordered if not r.struck)
     return Certificate(
-        lines=tuple(
-            _line(fault, [r for r in struck if r.fault == fault])
+        faults=tuple(
+            _summary(fault, [r for r in struck if r.fault == fault])
             for fault in sorted({r.fault for r in struck})
         ),
         skipped=skipped.total(),
@@ -140,24 +138,13 @@ def certify(records: Iterable[DrillRecord]) -> Certificate:
     )
 
 
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval of a share, for 95 % unless `z` says otherwise (Wilson 1927). Of none: all of it."""
-    if n == 0:
-        return 0.0, 1.0
-    share, z2 = hits / n, z * z
-    centre = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    # Rounding must not leave the share itself out.
-    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))
-
-
-def _line(fault: str, drills: Sequence[DrillRecord]) -> Line:
+def _summary(fault: str, drills: Sequence[DrillRecord]) -> FaultSummary:
     good = [r for r in drills if r.survived]
     counts = Counter(r.outcome for r in drills)
     settings = Counter(
         (r.world, r.nodes, r.engine, tuple(sorted(r.versions.items()))) for r in drills
     )
-    return Line(
+    return FaultSummary(
         fault=fault,
         struck=len(drills),
         survived=len(good),
@@ -179,8 +166,3 @@ def _line(fault: str, drills: Sequence[DrillRecord]) -> Line:
         ),
         failures=tuple((r.at, f"{r.outcome}: {r.reason}") for r in drills if not r.survived),
     )
-
-
-def _kind(reason: str) -> str:
-    """A reason without its figures: those of one kind count together."""
-    return re.sub(r"\d+(\.\d+)?", "#", reason)[:120]

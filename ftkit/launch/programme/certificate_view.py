@@ -4,31 +4,33 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from ftkit.launch.programme.certificate import P95_MIN, Certificate, Line, Quantiles, Setting
+from ftkit.launch.html_page import html_page
+from ftkit.launch.programme.certificate import (
+    P95_MIN,
+    Certificate,
+    FaultSummary,
+    Quantiles,
+    Setting,
+)
 from ftkit.launch.report_view import duration
 
 _HEADS = ("fault", "drills", "survived", "95 % interval", "next step p50", "p95", "whole again p50",
           "p95", "first", "last")  # fmt: skip
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --paper: #fff; --faint: #d9dee3; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e8ea; --paper: #15181b; --faint: #3a4148; } }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .25rem 1.2rem .25rem 0; text-align: left;
-  border-bottom: 1px solid var(--faint); vertical-align: top; font-variant-numeric: tabular-nums; }
-.good { color: #1c8a43; } .bad { color: #cf3a30; }
+body { max-width: 1000px; }
+td, th { padding: .25rem 1.2rem .25rem 0; text-align: left; border-bottom: 1px solid var(--faint);
+  font-variant-numeric: tabular-nums; }
 """
 
 
 def text(certificate: Certificate) -> str:
     """For a terminal, or a mail."""
-    if not certificate.lines:
+    if not certificate.faults:
         parts = ["No drill was done: nothing is known of what this cluster survives."]
     else:
-        parts = [_table([_HEADS, *(_row(line) for line in certificate.lines)])]
-        parts += [s for line in certificate.lines for s in _settings(line)]
+        parts = [_table([_HEADS, *(_row(fault) for fault in certificate.faults)])]
+        parts += [s for fault in certificate.faults for s in _settings(fault)]
         parts += [f"not survived: {line}" for line in _failures(certificate)]
         parts += _notes(certificate)
     if certificate.skipped:
@@ -39,14 +41,14 @@ def text(certificate: Certificate) -> str:
 def html(certificate: Certificate) -> str:
     """For people who did not run it."""
     rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _row(line)) + "</tr>"
-        for line in certificate.lines
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in _row(fault)) + "</tr>"
+        for fault in certificate.faults
     )
     heads = "".join(f"<th>{escape(head)}</th>" for head in _HEADS)
     settings = "".join(
-        f"<li>{escape(s)}</li>" for line in certificate.lines for s in _settings(line)
+        f"<li>{escape(s)}</li>" for fault in certificate.faults for s in _settings(fault)
     )
-    failures = "".join(f"<li class=bad>{escape(f)}</li>" for f in _failures(certificate))
+    failures = "".join(f"<li class=fail>{escape(f)}</li>" for f in _failures(certificate))
     notes = "".join(f"<p>{escape(note)}</p>" for note in _notes(certificate))
     skips = ""
     if certificate.skipped:
@@ -57,31 +59,27 @@ def html(certificate: Certificate) -> str:
     body = (
         f"<table><tr>{heads}</tr>{rows}</table><h2>What was drilled</h2><ul>{settings}</ul>"
         "<h2>What was not survived</h2>"
-        + (f"<ul>{failures}</ul>" if failures else "<p class=good>Nothing.</p>")
+        + (f"<ul>{failures}</ul>" if failures else "<p class=pass>Nothing.</p>")
         + notes
-        if certificate.lines
+        if certificate.faults
         else "<p>No drill was done: nothing is known of what this cluster survives.</p>"
     )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>ftkit: what was survived</title><style>{_STYLE}</style></head><body>
-<h1>What was survived</h1>
-{body}{skips}
-</body></html>
-"""
+    return html_page(
+        "ftkit: what was survived", f"<h1>What was survived</h1>\n{body}{skips}", style=_STYLE
+    )
 
 
-def _row(line: Line) -> tuple[str, ...]:
-    low, high = line.interval
+def _row(of: FaultSummary) -> tuple[str, ...]:
+    low, high = of.interval
     return (
-        line.fault,
-        str(line.struck),
-        str(line.survived),
+        of.fault,
+        str(of.struck),
+        str(of.survived),
         f"{100 * low:.1f} to {100 * high:.1f} %",
-        *_times(line.next_step_s),
-        *_times(line.whole_s),
-        _date(line.first),
-        _date(line.last),
+        *_times(of.next_step_s),
+        *_times(of.whole_s),
+        _date(of.first),
+        _date(of.last),
     )
 
 
@@ -91,8 +89,8 @@ def _times(q: Quantiles | None) -> tuple[str, str]:
     return duration(q.p50), duration(q.p95) + ("" if q.count >= P95_MIN else "*")
 
 
-def _settings(line: Line) -> list[str]:
-    return [f"{line.fault}: {_setting(s)}" for s in line.settings]
+def _settings(of: FaultSummary) -> list[str]:
+    return [f"{of.fault}: {_setting(s)}" for s in of.settings]
 
 
 def _setting(s: Setting) -> str:
@@ -103,16 +101,16 @@ def _setting(s: Setting) -> str:
 
 def _failures(certificate: Certificate) -> list[str]:
     return [
-        f"{line.fault}, {_moment(at)}: {why}"
-        for line in certificate.lines
-        for at, why in line.failures
+        f"{fault.fault}, {_moment(at)}: {why}"
+        for fault in certificate.faults
+        for at, why in fault.failures
     ]
 
 
 def _notes(certificate: Certificate) -> list[str]:
-    lost = sum(line.lost_s for line in certificate.lines)
-    replayed = sum(line.steps_replayed for line in certificate.lines)
-    slots = sum(line.slots_lost for line in certificate.lines)
+    lost = sum(fault.lost_s for fault in certificate.faults)
+    replayed = sum(fault.steps_replayed for fault in certificate.faults)
+    slots = sum(fault.slots_lost for fault in certificate.faults)
     notes = [
         f"Cost: {duration(lost)} of training; {replayed} steps were played again, {slots} slots lost.",
         "Struck: " + (", ".join(certificate.nodes) or "machines without a name") + ".",
@@ -121,8 +119,8 @@ def _notes(certificate: Certificate) -> list[str]:
     ]
     few = [
         q
-        for line in certificate.lines
-        for q in (line.next_step_s, line.whole_s)
+        for fault in certificate.faults
+        for q in (fault.next_step_s, fault.whole_s)
         if q is not None and q.count < P95_MIN
     ]
     if few:

@@ -5,7 +5,6 @@ none could be done, or its outcome is not known; 64 asked for what cannot be; 13
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,22 @@ from typing import Any
 import click
 
 from ftkit.core.errors import UsageError
+from ftkit.launch.run_folder import RUNS, newest_run
+from ftkit.launch.whole_file import write_whole
 
 #: The stop switch of a run's drills, in its folder.
 STOP = "drills.stop"
 
-HISTORY = Path("runs/drills.jsonl")
+HISTORY = RUNS / "drills.jsonl"
 
 
 @click.command("plan")
 @click.argument("run_dir", metavar="[JOB]", type=click.Path(path_type=Path), required=False)
-@click.option("--every", metavar="TIME", help="Strike at a random moment of each: 30m, 6h, 1d.")
+@click.option(
+    "--every",
+    metavar="TIME",
+    help="One strike in each interval of this length, at a random moment: 30m, 6h, 1d.",
+)
 @click.option(
     "--fault", "faults", default="kill", show_default=True, metavar="A,B,…",
     help="What may be done: kill, stop (a rank), lose-node, preempt (a node). The seed picks.",
@@ -30,13 +35,16 @@ HISTORY = Path("runs/drills.jsonl")
 @click.option(
     "--once", is_flag=True, help="One drill; without --every as soon as the guards allow."
 )
-@click.option("--count", type=click.IntRange(min=1), help="End after so many drills.")
+@click.option("--count", type=click.IntRange(min=1), help="End once so many drills were survived.")
 @click.option("--seed", default=0, show_default=True, help="Decides when, what and whom.")
 @click.option(
     "--budget", default="5m", show_default=True, metavar="TIME",
     help="Training time that drills may cost within --budget-window.",
 )  # fmt: skip
-@click.option("--budget-window", default="24h", show_default=True, metavar="TIME")
+@click.option(
+    "--budget-window", default="24h", show_default=True, metavar="TIME",
+    help="How far back drills count against --budget.",
+)  # fmt: skip
 @click.option(
     "--steps-between", type=click.IntRange(min=1), default=100, show_default=True,
     help="Steps that are committed undisturbed before a strike.",
@@ -52,9 +60,13 @@ HISTORY = Path("runs/drills.jsonl")
 )  # fmt: skip
 @click.option(
     "--history", type=click.Path(path_type=Path), default=HISTORY, show_default=True,
-    help="One line a drill; one file for a cluster.",
+    help="Where drills are kept, a line each; one file serves a cluster.",
 )  # fmt: skip
-@click.option("--stop-file", type=click.Path(path_type=Path), help="Stop when this is there, too.")
+@click.option(
+    "--stop-file",
+    type=click.Path(path_type=Path),
+    help="A file that stops the programme when it is there, as `ftkit drill stop` does.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a drill on stdout.")
 def plan(run_dir: Path | None, once: bool, as_json: bool, **given: Any) -> None:
     """Drill a running JOB again and again (its folder or name; by default the newest).
@@ -63,7 +75,6 @@ def plan(run_dir: Path | None, once: bool, as_json: bool, **given: Any) -> None:
     time only if it is healthy, has been undisturbed, and the budget allows. It ends when a drill is not
     survived. The job goes on when the programme ends, whatever ends it.
     """
-    from ftkit.launch.cli import newest_run
     from ftkit.launch.programme.programme import run_programme
 
     if once and given["count"] not in (None, 1):
@@ -83,8 +94,6 @@ def stop(run_dir: Path | None, clear: bool) -> None:
 
     What has been struck already is watched to its end.
     """
-    from ftkit.launch.cli import newest_run
-
     path = newest_run(run_dir) / STOP
     try:
         if clear:
@@ -101,7 +110,7 @@ def stop(run_dir: Path | None, clear: bool) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Write an HTML page there, too.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def certificate(histories: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Say what was survived, when and how fast, as HISTORIES of drill programmes tell.
+    """Say what was survived, when and how fast, from the HISTORIES that `ftkit drill plan` keeps.
 
     By fault: drills, how many were survived, with the interval of the share, times, dates, versions and
     sizes. Exits with 1 when a drill was not survived, with 2 when there was none.
@@ -119,15 +128,11 @@ def certificate(histories: tuple[Path, ...], out: Path | None, as_json: bool) ->
         records += found
     done = certify(records)
     if out is not None:
-        part = out.with_name(f".{out.name}.{os.getpid()}")
         try:
-            part.write_text(certificate_view.html(done), encoding="utf-8")
-            part.replace(out)
+            write_whole(out, certificate_view.html(done))
         except OSError as error:
             raise UsageError(f"{out} cannot be written: {error}") from error
-        finally:
-            part.unlink(missing_ok=True)
     click.echo(json.dumps(done.to_json()) if as_json else certificate_view.text(done))
-    if not done.lines:
+    if not done.faults:
         sys.exit(2)
-    sys.exit(any(line.survived < line.struck for line in done.lines))
+    sys.exit(any(fault.survived < fault.struck for fault in done.faults))

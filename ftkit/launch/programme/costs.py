@@ -1,9 +1,9 @@
 """Costs: what drills have cost in training time, and what the next one is expected to. Pure."""
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ftkit.core.samples import quantile
 from ftkit.launch.programme.record import DrillRecord
 
 #: So many of the newest drills of a fault say what the next one will cost.
@@ -16,12 +16,6 @@ class Budget:
 
     lost_s: float
     window_s: float
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest of `values` that at least `share` of them do not exceed (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[max(1, math.ceil(share * len(ordered))) - 1]
 
 
 def expected_s(records: Iterable[DrillRecord], fault: str, *, prior_s: float) -> float:

@@ -3,7 +3,6 @@
 It reads and asks, and has agents strike; the job needs nothing of it, and goes on if it ends.
 """
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.core import exit_codes
-from ftkit.launch.control import NAME, Control
+from ftkit.launch.control import NAME, DrillAccess
 from ftkit.launch.coordinator import read_result
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.programme import record
@@ -33,9 +32,9 @@ from ftkit.launch.programme.machine import (
 from ftkit.launch.programme.measure import (
     Measured,
     WorldWatch,
-    judge,
     measure,
     on_one_clock,
+    outcome_of,
     seen_enough,
 )
 from ftkit.launch.programme.record import DrillRecord, Outcome
@@ -62,7 +61,7 @@ class Driver:
     def __init__(
         self,
         run_dir: Path,
-        control: Control,
+        control: DrillAccess,
         options: Options,
         *,
         history: Path,
@@ -76,7 +75,7 @@ class Driver:
 
         Args:
           run_dir: the job's.
-          control: what is in it for us.
+          control: as the job left it there.
           options: the programme.
           history: where drills are kept; made when the first is done.
           stop_files: any of them stops the programme.
@@ -131,8 +130,8 @@ class Driver:
             if self._struck_at is not None and state.target is not None:
                 self._remote.release(state.target)
                 reason = "the programme was interrupted before the world was whole"
-                target, slot = state.target, state.slot
-                self._note(Note(target.fault, Outcome.UNKNOWN, reason, slot, target))
+                target, interval = state.target, state.interval
+                self._note(Note(target.fault, Outcome.UNKNOWN, reason, interval, target))
             raise
         finally:
             self._remote.close()
@@ -146,7 +145,7 @@ class Driver:
             case Look():
                 if state.refused:
                     self._tell(f"not yet: {state.refused}")
-                    refused_s = time.time() - state.slot.due
+                    refused_s = time.time() - state.interval.due
                     time.sleep(min(LOOK_MOST_S, max(LOOK_S, refused_s / 20)))
                 return self._look()
             case Strike(target):
@@ -229,7 +228,7 @@ class Driver:
             ended = COMPLETED if stop is not None and stop.code == 0 else over
             by_hand = stop is not None and stop.code == exit_codes.INTERRUPTED
             found = replace(found, ended=ended, by_hand=by_hand)
-        outcome = judge(found, waited_s=waited_s, limit_s=self._limit_s)
+        outcome = outcome_of(found, waited_s=waited_s, limit_s=self._limit_s)
         if outcome is not None and outcome[0] is not Outcome.SURVIVED:
             self._remote.release(target)
         return outcome
@@ -253,7 +252,7 @@ class Driver:
             engine=self._control.engine,
             step=self._committed,
             seed=self._options.seed,
-            interval=None if self._options.every_s is None else note.slot.number,
+            interval=None if self._options.every_s is None else note.interval.number,
             versions={} if job is None else job.versions,
         )
         if target is not None:
@@ -300,7 +299,7 @@ class Driver:
 
     def _tell(self, words: str) -> None:
         """Say what is new: a reason that only differs in its figures is not."""
-        kind = re.sub(r"\d+(\.\d+)?", "#", words)
+        kind = record.without_figures(words)
         if kind != self._told:
             self._told = kind
             self._say(words)

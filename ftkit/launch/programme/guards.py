@@ -80,7 +80,7 @@ def _unhealthy(job: JobState) -> Iterator[str]:
 
 def _unsettled(guards: Guards, job: JobState) -> Iterator[str]:
     """Something happened a short while ago, or happens now."""
-    yield from job.open
+    yield from job.accusations
     steps = job.committed - job.undisturbed_since
     if steps < guards.steps_between:
         yield (

@@ -56,8 +56,8 @@ class JobState:
     nodes: Mapping[NodeId, NodeState]
     silent: Mapping[NodeId, str] = field(default_factory=dict)
     """Nodes that gave no answer, and why."""
-    open: tuple[str, ...] = ()
-    """What is said of somebody now, and is not over: one sentence each."""
+    accusations: tuple[str, ...] = ()
+    """Verdicts and suspicions that are not over: one sentence each."""
 
     @property
     def plan(self) -> Plan | None:
@@ -120,8 +120,8 @@ class JobState:
         return {name: ", ".join(sorted(some)) for name, some in sorted(found.items())}
 
 
-class Said:
-    """What is said of members now: fed a coordinator's events, in order. One thread's object."""
+class OpenAccusations:
+    """Verdicts and suspicions that are not over: fed a coordinator's events, in order. One thread's."""
 
     def __init__(self) -> None:
         self._open: dict[tuple[str, int], tuple[int, str]] = {}
@@ -147,7 +147,7 @@ class Said:
             except (KeyError, TypeError, ValueError):
                 continue
 
-    def open(self, alive: Iterable[MemberId]) -> tuple[str, ...]:
-        """What is said of those that still run: of others it is over with them."""
+    def of(self, alive: Iterable[MemberId]) -> tuple[str, ...]:
+        """Those against members that still run, one sentence each: the others are over with them."""
         there = set(alive)
         return tuple(words for member, words in self._open.values() if member in there)

@@ -28,11 +28,11 @@ from ftkit.launch.programme.costs import expected_s, spent_s
 from ftkit.launch.programme.guards import Guards, refusal
 from ftkit.launch.programme.job_state import JobState
 from ftkit.launch.programme.record import DrillRecord, Outcome
-from ftkit.launch.programme.schedule import Slot, fault_of, next_slot
+from ftkit.launch.programme.schedule import Interval, fault_of, next_interval
 from ftkit.launch.programme.targets import Target, choose
 
-#: Exit codes: as those of `ftkit drill run`.
-SURVIVED, FAILED, UNKNOWN = 0, 1, 2
+#: Outcome -> exit code, as those of `ftkit drill run`.
+CODES = {Outcome.SURVIVED: 0, Outcome.FAILED: 1, Outcome.UNKNOWN: 2}
 
 
 class Phase(StrEnum):
@@ -70,7 +70,7 @@ class State:
     """All that the programme remembers."""
 
     phase: Phase
-    slot: Slot
+    interval: Interval
     survived: int = 0
     refused: str = ""
     """Why the last look did not end in a strike."""
@@ -131,7 +131,7 @@ class Note:
     fault: str
     outcome: Outcome
     reason: str
-    slot: Slot
+    interval: Interval
     target: Target | None = None
 
 
@@ -147,10 +147,10 @@ def begin(options: Options, now: float, *, patience_s: float, done: int | None =
     """The first state. `done`: the newest interval that the history has of this job and seed."""
     if options.every_s is None:
         # No interval to count: the second decides the dice.
-        slot = Slot(number=int(now), due=now, ends=now + patience_s)
+        interval = Interval(number=int(now), due=now, ends=now + patience_s)
     else:
-        slot = next_slot(now, every_s=options.every_s, seed=options.seed, done=done)
-    return State(phase=Phase.WAITING, slot=slot)
+        interval = next_interval(now, every_s=options.every_s, seed=options.seed, done=done)
+    return State(phase=Phase.WAITING, interval=interval)
 
 
 def advance(state: State, seen: Seen, options: Options) -> tuple[State, Command]:
@@ -162,13 +162,13 @@ def advance(state: State, seen: Seen, options: Options) -> tuple[State, Command]
     if state.phase is Phase.STRIKING and seen.answer == "":
         return replace(state, phase=Phase.WATCHING, refused=""), Watch()
     if seen.stopped:
-        return _over(state, SURVIVED, f"drills are stopped: {seen.stopped}")
+        return _over(state, Outcome.SURVIVED, f"drills are stopped: {seen.stopped}")
     if seen.job_over:
         missing = options.count is not None and state.survived < options.count
-        return _over(state, UNKNOWN if missing else SURVIVED, seen.job_over)
+        return _over(state, Outcome.UNKNOWN if missing else Outcome.SURVIVED, seen.job_over)
     match state.phase:
-        case Phase.WAITING if seen.now < state.slot.due:
-            return state, Wait(state.slot.due)
+        case Phase.WAITING if seen.now < state.interval.due:
+            return state, Wait(state.interval.due)
         case Phase.WAITING:
             return replace(state, phase=Phase.LOOKING, refused=""), Look()
         case Phase.STRIKING:
@@ -179,16 +179,16 @@ def advance(state: State, seen: Seen, options: Options) -> tuple[State, Command]
 
 
 def _looked(state: State, seen: Seen, options: Options) -> tuple[State, Command]:
-    fault = fault_of(state.slot.number, options.faults, seed=options.seed)
-    if seen.now >= state.slot.ends:
+    fault = fault_of(state.interval.number, options.faults, seed=options.seed)
+    if seen.now >= state.interval.ends:
         reason = state.refused or "the job was not asked in time"
-        note = Note(fault, Outcome.SKIPPED, reason, state.slot)
+        note = Note(fault, Outcome.SKIPPED, reason, state.interval)
         if options.every_s is None:
-            return _over(state, UNKNOWN, reason)[0], note
+            return _over(state, Outcome.UNKNOWN, reason)[0], note
         return _next(state, seen, options), note
     if seen.job is None:
         return state, Look()
-    target = choose(fault, seen.job, seed=options.seed, number=state.slot.number)
+    target = choose(fault, seen.job, seed=options.seed, number=state.interval.number)
     window_s = options.guards.budget.window_s
     reason = refusal(
         options.guards,
@@ -212,22 +212,23 @@ def _watched(state: State, seen: Seen, options: Options) -> tuple[State, Command
         return state, Watch()
     assert state.target is not None, "it was struck"
     outcome, reason = seen.outcome
-    note = Note(state.target.fault, outcome, reason, state.slot, state.target)
+    note = Note(state.target.fault, outcome, reason, state.interval, state.target)
     survived = state.survived + (outcome is Outcome.SURVIVED)
     after = replace(state, survived=survived, target=None)
     if outcome is not Outcome.SURVIVED:
-        code = FAILED if outcome is Outcome.FAILED else UNKNOWN
-        return _over(after, code, f"{state.target.words}: {outcome}: {reason}")[0], note
+        return _over(after, outcome, f"{state.target.words}: {outcome}: {reason}")[0], note
     if survived == options.count or options.every_s is None:
-        return _over(after, SURVIVED, f"{survived} drills were survived")[0], note
+        return _over(after, outcome, f"{survived} drills were survived")[0], note
     return _next(after, seen, options), note
 
 
 def _next(state: State, seen: Seen, options: Options) -> State:
     assert options.every_s is not None, "there is another interval"
-    slot = next_slot(seen.now, every_s=options.every_s, seed=options.seed, done=state.slot.number)
-    return replace(state, phase=Phase.WAITING, slot=slot, refused="")
+    interval = next_interval(
+        seen.now, every_s=options.every_s, seed=options.seed, done=state.interval.number
+    )
+    return replace(state, phase=Phase.WAITING, interval=interval, refused="")
 
 
-def _over(state: State, code: int, reason: str) -> tuple[State, Command]:
-    return replace(state, phase=Phase.OVER, code=code, reason=reason), End()
+def _over(state: State, outcome: Outcome, reason: str) -> tuple[State, Command]:
+    return replace(state, phase=Phase.OVER, code=CODES[outcome], reason=reason), End()

@@ -130,7 +130,9 @@ def measure(events: Sequence[Event], target: Target, seats: int) -> Measured:
     )
 
 
-def judge(measured: Measured, *, waited_s: float, limit_s: float) -> tuple[Outcome, str] | None:
+def outcome_of(
+    measured: Measured, *, waited_s: float, limit_s: float
+) -> tuple[Outcome, str] | None:
     """What to call it, and why it was not survived; None while that is still to be seen.
 
     Args:

@@ -1,17 +1,13 @@
 """One programme from the command's options to its exit code."""
 
-import difflib
 import json
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import UsageError
+from ftkit.launch.choices import chosen
 from ftkit.launch.control import read_control
 from ftkit.launch.drill_faults import LIVE_FAULTS, OF_NODES
 from ftkit.launch.history import check_history
@@ -23,6 +19,7 @@ from ftkit.launch.programme.machine import Options
 from ftkit.launch.programme.record import DrillRecord, Outcome
 from ftkit.launch.programme.schedule import seconds_of
 from ftkit.launch.report_view import duration
+from ftkit.launch.sigterm import sigterm_as_ctrl_c
 
 
 def run_programme(
@@ -53,28 +50,34 @@ def run_programme(
         way = "`ftkit drill stop --clear`" if there[0].name == STOP else "remove it"
         raise UsageError(f"drills are stopped: {there[0]} is there; {way} allows them again")
     control = read_control(run_dir)
-    asked = checked_faults(faults)
+    asked = chosen(faults, LIVE_FAULTS, option="--fault")
+    if not asked:
+        raise UsageError(f"--fault names nothing: choose among {', '.join(LIVE_FAULTS)}")
     if control.nodes < 2 and (of_nodes := [f for f in asked if f in OF_NODES]):
-        raise UsageError(f"the job has one node, and {', '.join(of_nodes)} would leave nobody")
+        raise UsageError(
+            f"the job has one node, and {', '.join(of_nodes)} would leave nobody: choose kill or stop"
+        )
     if control.seats < 2:
-        raise UsageError("the job has one rank, and a drill would leave nobody")
-    prior_s, budget_s = prior(control.max_stall_s), seconds_of(budget)
+        raise UsageError("the job has one rank, and a drill would leave nobody: start it with more")
+    prior_s, budget_s = prior(control.max_stall_s), seconds_of(budget, option="--budget")
     if prior_s > budget_s:
         raise UsageError(
             f"--budget {budget} is less than a drill may cost that was never seen: {prior_s:g} s, twice "
-            f"the job's --max-stall of {control.max_stall_s:g} s. Nothing could ever be struck"
+            f"the job's --max-stall of {control.max_stall_s:g} s. Nothing could ever be struck: give more"
         )
     options = Options(
         job=control.job,
-        faults=asked,
+        faults=tuple(asked),
         guards=Guards(
-            budget=Budget(lost_s=budget_s, window_s=seconds_of(budget_window)),
+            budget=Budget(
+                lost_s=budget_s, window_s=seconds_of(budget_window, option="--budget-window")
+            ),
             steps_between=steps_between,
             only_with_spares=only_with_spares,
             parity=control.parity,
         ),
         seed=seed,
-        every_s=None if every is None else seconds_of(every),
+        every_s=None if every is None else seconds_of(every, option="--every"),
         count=count,
         prior_s=prior_s,
     )
@@ -93,12 +96,12 @@ def run_programme(
         options,
         history=history,
         stop_files=stop_files,
-        limit_s=seconds_of(give_up),
-        patience_s=seconds_of(patience),
+        limit_s=seconds_of(give_up, option="--give-up"),
+        patience_s=seconds_of(patience, option="--patience"),
         say=lambda words: click.echo(words, err=as_json),
         noted=noted,
     )
-    with _interrupted_by_sigterm() as received:
+    with sigterm_as_ctrl_c() as received:
         try:
             last = driver.run()
         except KeyboardInterrupt:
@@ -106,22 +109,6 @@ def run_programme(
             return 128 + received[0] if received else exit_codes.INTERRUPTED
     click.echo(f"the programme is over: {last.reason}", err=as_json)
     return last.code
-
-
-def checked_faults(text: str) -> tuple[str, ...]:
-    """The faults in a list with commas, each once. UsageError: there is none, or no such."""
-    asked = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    for name in asked:
-        if name not in LIVE_FAULTS:
-            near = difflib.get_close_matches(name, LIVE_FAULTS, n=1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(
-                f"--fault {name!r} cannot be done to a job that runs: choose among "
-                f"{', '.join(LIVE_FAULTS)}{meant}"
-            )
-    if not asked:
-        raise UsageError(f"--fault names nothing: choose among {', '.join(LIVE_FAULTS)}")
-    return asked
 
 
 def sentence(record: DrillRecord) -> str:
@@ -141,19 +128,3 @@ def sentence(record: DrillRecord) -> str:
         if seconds is not None:
             parts.append(f"{what} {duration(seconds)}")
     return ", ".join(parts)
-
-
-@contextmanager
-def _interrupted_by_sigterm() -> Iterator[list[int]]:
-    """SIGTERM ends the body as Ctrl-C does; whether it came is in the list."""
-    received: list[int] = []
-
-    def answer(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, answer)
-    try:
-        yield received
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ftkit.core.errors import ProtocolError, StoreError
-from ftkit.launch.history import LINE_BYTES_MAX, append_line, read_tail
+from ftkit.launch.history import append_line, json_lines, read_tail
 
 VERSION = 1
 
@@ -120,6 +121,11 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}")
 
 
+def without_figures(words: str) -> str:
+    """A sentence with # for its figures, so that those of one kind are equal."""
+    return re.sub(r"\d+(\.\d+)?", "#", words)
+
+
 def append(path: Path, record: DrillRecord) -> None:
     """Add a line, whole and on the disk, or say why not. Raises StoreError."""
     line = json.dumps(record.to_json(), separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -138,22 +144,15 @@ def read(path: Path) -> tuple[list[DrillRecord], int]:
       StoreError: it cannot be read.
     """
     try:
-        lines = read_tail(path).split(b"\n")
+        block = read_tail(path)
     except FileNotFoundError:
         return [], 0
     except OSError as error:
         raise StoreError(f"the history {path} cannot be read: {error}") from error
     records, strange = [], 0
-    for line in lines:
-        if not line.strip():
-            continue
+    for value in json_lines(block):
         try:
-            if len(line) > LINE_BYTES_MAX:
-                raise ProtocolError("too long")
-            value = json.loads(line)
-            if not isinstance(value, dict):
-                raise ProtocolError("no object")
-            records.append(DrillRecord.from_json(value))
-        except (ValueError, RecursionError, ProtocolError):
+            records.append(DrillRecord.from_json(value or {}))
+        except ProtocolError:
             strange += 1
     return sorted(records, key=lambda r: r.at), strange

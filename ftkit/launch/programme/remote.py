@@ -9,9 +9,9 @@ from typing import Any
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.core.wire import Line, connect
-from ftkit.launch.control import Control
+from ftkit.launch.control import DrillAccess
 from ftkit.launch.event_tail import EventTail
-from ftkit.launch.programme.job_state import JobState, NodeState, Said
+from ftkit.launch.programme.job_state import JobState, NodeState, OpenAccusations
 from ftkit.launch.programme.targets import Target
 
 #: An agent answers within a tick of its loop; longer than this, and it is as good as gone.
@@ -28,7 +28,7 @@ NO_ADDRESS = (
 class Remote:
     """Of one job. One thread's object; agents are asked on threads of its own."""
 
-    def __init__(self, run_dir: Path, control: Control) -> None:
+    def __init__(self, run_dir: Path, control: DrillAccess) -> None:
         """Reach no one yet. `control` is the job's."""
         self._control = control
         self._key = bytes.fromhex(control.key)
@@ -36,7 +36,7 @@ class Remote:
         self._coordinators = EventTail(run_dir, files="coordinator-*.jsonl")
         self._addresses: dict[NodeId, tuple[str, int]] = {}
         self._lines: dict[NodeId, Line] = {}
-        self._said = Said()
+        self._accusations = OpenAccusations()
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="ftkit-ask")
 
     @property
@@ -49,7 +49,7 @@ class Remote:
         for event in self._agents.poll():
             if event["kind"] == "board" and "port" in event:
                 self._addresses[NodeId(int(event["node"]))] = event["host"], int(event["port"])
-        self._said.feed(self._coordinators.poll())
+        self._accusations.feed(self._coordinators.poll())
         nodes, silent = dict[NodeId, NodeState](), dict[NodeId, str]()
         first = min(self._addresses, default=None)
         asked = {
@@ -72,7 +72,7 @@ class Remote:
             except FtkitError as error:
                 silent[other] = str(error)
         state = JobState(seats=self._control.seats, nodes=nodes, silent=silent)
-        return replace(state, open=self._said.open(state.members))
+        return replace(state, accusations=self._accusations.of(state.members))
 
     def strike(self, target: Target) -> str:
         """Have it struck. Returns why it was refused; empty when it was not.

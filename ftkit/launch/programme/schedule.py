@@ -15,7 +15,7 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 7 * 86400.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Slot:
+class Interval:
     """One interval: a drill may strike from `due` on, and before `ends`. Unix seconds."""
 
     number: int
@@ -23,11 +23,11 @@ class Slot:
     ends: float
 
 
-def slot(number: int, *, every_s: float, seed: int) -> Slot:
+def interval(number: int, *, every_s: float, seed: int) -> Interval:
     """Interval `number`, with a moment that is uniform over it and depends on nothing but the seed."""
     begins = number * every_s
     part = random.Random(f"moment {seed} {number}").random()
-    return Slot(number=number, due=begins + part * every_s, ends=begins + every_s)
+    return Interval(number=number, due=begins + part * every_s, ends=begins + every_s)
 
 
 def number_at(now: float, *, every_s: float) -> int:
@@ -35,14 +35,14 @@ def number_at(now: float, *, every_s: float) -> int:
     return math.floor(now / every_s)
 
 
-def next_slot(now: float, *, every_s: float, seed: int, done: int | None = None) -> Slot:
+def next_interval(now: float, *, every_s: float, seed: int, done: int | None = None) -> Interval:
     """The next interval whose moment is not over, and that is not `done` or before that."""
     number = number_at(now, every_s=every_s)
     if done is not None and number <= done:
         number = done + 1
-    first = slot(number, every_s=every_s, seed=seed)
+    first = interval(number, every_s=every_s, seed=seed)
     # Whoever comes after the moment does not know whether others struck then.
-    return first if first.due >= now else slot(number + 1, every_s=every_s, seed=seed)
+    return first if first.due >= now else interval(number + 1, every_s=every_s, seed=seed)
 
 
 def fault_of(number: int, faults: tuple[str, ...], *, seed: int) -> str:
@@ -50,11 +50,11 @@ def fault_of(number: int, faults: tuple[str, ...], *, seed: int) -> str:
     return random.Random(f"fault {seed} {number}").choice(faults)
 
 
-def seconds_of(text: str) -> float:
+def seconds_of(text: str, *, option: str) -> float:
     """A time as people write it, in seconds: 90, 90s, 15m, 6h, 1d, 1h30m.
 
     Raises:
-      UsageError: it is no time above zero.
+      UsageError: it is no time above zero; names the `option` that it was given to.
     """
     parts = re.findall(r"(\d+(?:\.\d+)?)([smhdw])", text.strip())
     if parts and "".join(n + u for n, u in parts) == text.strip():
@@ -65,5 +65,5 @@ def seconds_of(text: str) -> float:
         except ValueError:
             seconds = math.nan
     if not (math.isfinite(seconds) and seconds > 0):
-        raise UsageError(f"{text!r} is no time above zero; write 90s, 15m, 6h or 1d")
+        raise UsageError(f"{option} {text!r} is no time above zero; write 90s, 15m, 6h or 1d")
     return seconds

@@ -2,14 +2,12 @@
 
 import errno
 import secrets
-import signal
 import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 
 from ftkit.core.errors import UsageError
+from ftkit.launch.sigterm import sigterm_as_ctrl_c
 from ftkit.launch.ui.live_page import LivePage
 from ftkit.launch.ui.server import UiServer, is_loopback
 
@@ -37,7 +35,7 @@ def serve(
         server = UiServer(LivePage(run_dir).answer, host, port, token=token)
     except (OSError, OverflowError) as error:
         raise UsageError(_refused(host, port, error)) from error
-    with server, _sigterm_as_ctrl_c():
+    with server, sigterm_as_ctrl_c():
         shown = _EVERYWHERE.get(host, f"[{host}]" if ":" in host else host)
         url = f"http://{shown}:{server.server_address[1]}/" + (f"?token={token}" if token else "")
         say(f"ftkit: {run_dir} is shown at {url} (Ctrl-C ends this; the job goes on)")
@@ -50,19 +48,6 @@ def serve(
         except KeyboardInterrupt:
             pass
     return 0
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 def _refused(host: str, port: int, error: Exception) -> str:

@@ -22,7 +22,7 @@ from importlib.resources import files
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ftkit.launch.report import STYLE
+from ftkit.launch.html_page import STYLE
 
 logger = logging.getLogger(__name__)
 

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ftkit.launch.programme.certificate import certify, wilson
+from ftkit.core.samples import wilson
+from ftkit.launch.programme.certificate import certify
 from ftkit.launch.programme.certificate_view import html, text
 from ftkit.launch.programme.record import Outcome
 from tests.launch.programme.jobs import drill
@@ -24,24 +23,8 @@ HISTORY = [
 ]  # fmt: skip
 
 
-def test_wilson_is_wilson_s() -> None:
-    # Newcombe 1998, table I: 81 of 263, and 0 of 20.
-    assert wilson(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-@given(st.integers(1, 300), st.data())
-def test_the_interval_holds_the_share_and_is_never_all_or_nothing(n, data) -> None:
-    hits = data.draw(st.integers(0, n))
-    low, high = wilson(hits, n)
-    assert 0 <= low <= hits / n <= high <= 1
-    assert low < 1
-    assert high > 0
-
-
 def test_a_line_counts_by_fault() -> None:
-    kill, stop = certify(HISTORY).lines
+    kill, stop = certify(HISTORY).faults
     assert (kill.fault, kill.struck, kill.survived, kill.failed, kill.unknown) == (
         "kill",
         20,

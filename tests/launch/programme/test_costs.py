@@ -1,14 +1,10 @@
 """What drills cost, and what the next one is taken to cost."""
 
-from ftkit.launch.programme.costs import expected_s, prior, quantile, spent_s
+from ftkit.launch.programme.costs import expected_s, prior, spent_s
 from ftkit.launch.programme.record import Outcome
 from tests.launch.programme.jobs import drill
 
 PRIOR = 60.0
-
-
-def test_nearest_rank() -> None:
-    assert [quantile([3, 1, 2, 4], q) for q in (0.0, 0.25, 0.5, 0.51, 1.0)] == [1, 1, 2, 3, 4]
 
 
 def test_what_was_never_seen_costs_the_prior_and_few_drills_do_not_change_that() -> None:

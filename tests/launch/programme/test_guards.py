@@ -6,7 +6,7 @@ import pytest
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.launch.programme.guards import refusal
-from ftkit.launch.programme.job_state import JobState, Said
+from ftkit.launch.programme.job_state import JobState, OpenAccusations
 from ftkit.launch.programme.targets import choose, targets
 from ftkit.recovery.facts import Stage
 from ftkit.recovery.plan import Assignment, Mode, Stop
@@ -37,7 +37,7 @@ def test_a_job_in_which_all_is_well_may_be_struck() -> None:
         (job(nodes={1: {"members": ()}}), "1 ranks of the world are not active"),
         (job(plan(evicted={MemberId(9): "gone"})), "somebody is on the way"),
         (job(members={n: member(n, stepping=False) for n in range(3)}), "does not play its steps"),
-        (job(open=("rank 2 is called slow: 2 times",)), "rank 2 is called slow"),
+        (job(accusations=("rank 2 is called slow: 2 times",)), "rank 2 is called slow"),
         (job(members={2: member(2, at_step=Step(100))}), "99 steps were committed"),
         (job(members={2: member(2, entry_step=Step(401))}), "99 steps were committed"),
         (job(plan(step=Step(450))), "50 steps were committed"),
@@ -102,16 +102,16 @@ def test_what_is_said_of_somebody_holds_until_it_is_over_or_he_is_gone() -> None
     def word(kind: str, who: int, **more: object) -> dict[str, object]:
         return {"kind": kind, "fault": "slow", "member": who, "seat": who, "reason": "so"} | more
 
-    said = Said()
+    said = OpenAccusations()
     said.feed([word("verdict", 1), word("suspicion", 2), {"kind": "verdict"}, {"kind": "halt"}])
     everybody = [MemberId(n) for n in range(3)]
-    assert said.open(everybody) == ("rank 1 is called slow: so", "rank 2 is called slow: so")
+    assert said.of(everybody) == ("rank 1 is called slow: so", "rank 2 is called slow: so")
     said.feed([word("verdict-over", 2)])
-    assert said.open(everybody) == ("rank 1 is called slow: so",)
-    assert said.open([MemberId(0), MemberId(5)]) == ()
+    assert said.of(everybody) == ("rank 1 is called slow: so",)
+    assert said.of([MemberId(0), MemberId(5)]) == ()
     # The next coordinator knows nothing of it; what an older one says late is not heard.
     said.feed([word("verdict", 2, coordinator=2), word("verdict", 0, coordinator=1)])
-    assert said.open(everybody) == ("rank 2 is called slow: so",)
+    assert said.of(everybody) == ("rank 2 is called slow: so",)
 
 
 def test_the_dice_strike_everybody_in_the_end_and_the_same_each_time() -> None:

@@ -21,7 +21,7 @@ from ftkit.launch.programme.machine import (
     begin,
 )
 from ftkit.launch.programme.record import Outcome
-from ftkit.launch.programme.schedule import next_slot
+from ftkit.launch.programme.schedule import next_interval
 from ftkit.recovery.plan import Mode
 from tests.launch.programme.jobs import GUARDS, drill, job, plan
 
@@ -40,14 +40,14 @@ def start(options: Options = OPTIONS) -> State:
 
 
 def looking(options: Options = OPTIONS) -> State:
-    state, command = advance(start(options), Seen(now=start(options).slot.due), options)
+    state, command = advance(start(options), Seen(now=start(options).interval.due), options)
     assert (state.phase, command) == (Phase.LOOKING, Look())
     return state
 
 
 def watching(options: Options = OPTIONS) -> State:
     state = looking(options)
-    due = Seen(now=state.slot.due + 1, job=WELL, paced=True)
+    due = Seen(now=state.interval.due + 1, job=WELL, paced=True)
     state, command = advance(state, due, options)
     assert isinstance(command, Strike)
     state, command = advance(state, replace(due, answer=""), options)
@@ -57,25 +57,25 @@ def watching(options: Options = OPTIONS) -> State:
 
 def test_it_waits_for_its_moment() -> None:
     state = start()
-    assert advance(state, Seen(now=NOW), OPTIONS) == (state, Wait(state.slot.due))
+    assert advance(state, Seen(now=NOW), OPTIONS) == (state, Wait(state.interval.due))
 
 
 def test_it_looks_until_the_guards_allow_and_steps_are_seen() -> None:
     state = looking()
     for seen, reason in (
-        (Seen(now=state.slot.due, job=ILL, paced=True), "the job is halting"),
-        (Seen(now=state.slot.due, job=WELL), "ranks have not been seen to commit steps yet"),
+        (Seen(now=state.interval.due, job=ILL, paced=True), "the job is halting"),
+        (Seen(now=state.interval.due, job=WELL), "ranks have not been seen to commit steps yet"),
     ):
         state, command = advance(state, seen, OPTIONS)
         assert (state.phase, state.refused, command) == (Phase.LOOKING, reason, Look())
-    state, command = advance(state, Seen(now=state.slot.due, job=WELL, paced=True), OPTIONS)
+    state, command = advance(state, Seen(now=state.interval.due, job=WELL, paced=True), OPTIONS)
     assert isinstance(command, Strike)
     assert command.target == state.target
 
 
 def test_an_agent_that_refuses_is_asked_again_later() -> None:
     state = looking()
-    seen = Seen(now=state.slot.due, job=WELL, paced=True)
+    seen = Seen(now=state.interval.due, job=WELL, paced=True)
     state, _ = advance(state, seen, OPTIONS)
     state, command = advance(state, replace(seen, answer="the job has moved on"), OPTIONS)
     assert (state.phase, state.refused, command) == (Phase.LOOKING, "the job has moved on", Look())
@@ -84,28 +84,28 @@ def test_an_agent_that_refuses_is_asked_again_later() -> None:
 
 def test_an_interval_that_ends_is_noted_with_the_reason() -> None:
     state = looking()
-    state, _ = advance(state, Seen(now=state.slot.due, job=ILL), OPTIONS)
-    after, note = advance(state, Seen(now=state.slot.ends, job=WELL, paced=True), OPTIONS)
+    state, _ = advance(state, Seen(now=state.interval.due, job=ILL), OPTIONS)
+    after, note = advance(state, Seen(now=state.interval.ends, job=WELL, paced=True), OPTIONS)
     assert isinstance(note, Note)
     assert (note.outcome, note.reason, note.target) == (Outcome.SKIPPED, "the job is halting", None)
     assert after.phase is Phase.WAITING
-    assert after.slot.number == state.slot.number + 1
+    assert after.interval.number == state.interval.number + 1
 
 
 def test_the_budget_is_reckoned_from_the_history() -> None:
     dear = replace(OPTIONS, guards=replace(GUARDS, budget=Budget(lost_s=70, window_s=HOUR)))
     state = looking(dear)
-    seen = Seen(now=state.slot.due, job=WELL, paced=True)
+    seen = Seen(now=state.interval.due, job=WELL, paced=True)
     assert isinstance(advance(state, seen, dear)[1], Strike)
-    before = replace(seen, history=(drill(state.slot.due - 60, "raise", lost_s=11.0),))
+    before = replace(seen, history=(drill(state.interval.due - 60, "raise", lost_s=11.0),))
     assert "the budget" in advance(state, before, dear)[0].refused
-    forgotten = replace(seen, history=(drill(state.slot.due - 2 * HOUR, "raise", lost_s=11.0),))
+    forgotten = replace(seen, history=(drill(state.interval.due - 2 * HOUR, "raise", lost_s=11.0),))
     assert isinstance(advance(state, forgotten, dear)[1], Strike)
 
 
 def test_it_ends_when_enough_were_survived() -> None:
     state = watching()
-    seen = Seen(now=state.slot.ends - 1, outcome=GOOD)
+    seen = Seen(now=state.interval.ends - 1, outcome=GOOD)
     state, note = advance(state, seen, OPTIONS)
     assert isinstance(note, Note)
     assert (note.outcome, state.phase, state.survived) == (Outcome.SURVIVED, Phase.WAITING, 1)
@@ -118,14 +118,14 @@ def test_it_ends_when_enough_were_survived() -> None:
 def test_it_ends_with_the_first_that_is_not_survived() -> None:
     for outcome, code in ((Outcome.FAILED, 1), (Outcome.UNKNOWN, 2)):
         state = watching()
-        state, note = advance(state, Seen(now=state.slot.due, outcome=(outcome, "so")), OPTIONS)
+        state, note = advance(state, Seen(now=state.interval.due, outcome=(outcome, "so")), OPTIONS)
         assert isinstance(note, Note)
         assert (state.phase, state.code, note.reason) == (Phase.OVER, code, "so")
 
 
 def test_what_was_struck_is_watched_to_its_end_whoever_stops_it() -> None:
     state = watching()
-    stopped = Seen(now=state.slot.due, stopped="a file is there", job_over="the job is over")
+    stopped = Seen(now=state.interval.due, stopped="a file is there", job_over="the job is over")
     assert advance(state, stopped, OPTIONS) == (state, Watch())
     state, _ = advance(state, replace(stopped, outcome=GOOD), OPTIONS)
     state, command = advance(state, stopped, OPTIONS)
@@ -134,7 +134,7 @@ def test_what_was_struck_is_watched_to_its_end_whoever_stops_it() -> None:
 
 def test_it_is_stopped_before_it_strikes() -> None:
     for state in (start(), looking()):
-        seen = Seen(now=state.slot.due, stopped="x is there", job=WELL, paced=True)
+        seen = Seen(now=state.interval.due, stopped="x is there", job=WELL, paced=True)
         state, command = advance(state, seen, OPTIONS)
         assert (state.phase, state.code, command) == (Phase.OVER, 0, End())
         assert state.reason == "drills are stopped: x is there"
@@ -157,9 +157,9 @@ def test_once_is_now_or_not_at_all() -> None:
 
 
 def test_an_interval_in_which_the_history_has_a_drill_is_over() -> None:
-    first = next_slot(NOW, every_s=HOUR, seed=1)
+    first = next_interval(NOW, every_s=HOUR, seed=1)
     again = begin(OPTIONS, NOW, patience_s=60, done=first.number)
-    assert again.slot.number == first.number + 1
+    assert again.interval.number == first.number + 1
 
 
 WALK = st.lists(
@@ -194,13 +194,13 @@ def test_invariants(walk) -> None:
         match command:
             case Strike():
                 assert (how, paced, seen.stopped, before.phase) == (WELL, True, "", Phase.LOOKING)
-                assert before.slot.due <= now < before.slot.ends
-                assert state.slot.number not in struck
+                assert before.interval.due <= now < before.interval.ends
+                assert state.interval.number not in struck
                 assert not in_flight
                 assert not bad
             case Watch():
                 in_flight = True
-                struck.add(state.slot.number)
+                struck.add(state.interval.number)
             case Note(outcome=Outcome.SKIPPED):
                 assert not in_flight
             case Note():
@@ -210,4 +210,4 @@ def test_invariants(walk) -> None:
             case End():
                 assert state.phase is Phase.OVER
         if state.phase is Phase.WAITING and before.phase is not Phase.WAITING:
-            assert state.slot.number > before.slot.number
+            assert state.interval.number > before.interval.number

@@ -8,9 +8,9 @@ from ftkit.core.ids import Generation, MemberId
 from ftkit.launch.programme.measure import (
     Measured,
     WorldWatch,
-    judge,
     measure,
     on_one_clock,
+    outcome_of,
     seen_enough,
 )
 from ftkit.launch.programme.record import Outcome
@@ -28,7 +28,7 @@ def living(*more: Event) -> list[Event]:
 
 
 def outcome(found: Measured, waited_s: float = 5) -> tuple[Outcome, str] | None:
-    return judge(found, waited_s=waited_s, limit_s=60)
+    return outcome_of(found, waited_s=waited_s, limit_s=60)
 
 
 def test_a_kill_that_was_survived() -> None:

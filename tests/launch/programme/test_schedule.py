@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.core.errors import UsageError
-from ftkit.launch.programme.schedule import fault_of, next_slot, number_at, seconds_of, slot
+from ftkit.launch.programme.schedule import fault_of, interval, next_interval, number_at, seconds_of
 
 HOUR = 3600.0
 NOW = 1_800_000_000.0
@@ -13,13 +13,13 @@ NOW = 1_800_000_000.0
 
 @given(st.integers(0, 10**6), st.integers(0, 99), st.sampled_from([1.0, 60.0, 6 * HOUR]))
 def test_the_moment_lies_in_its_interval_and_is_the_same_each_time(number, seed, every_s) -> None:
-    one = slot(number, every_s=every_s, seed=seed)
+    one = interval(number, every_s=every_s, seed=seed)
     assert number * every_s <= one.due < one.ends == (number + 1) * every_s
-    assert one == slot(number, every_s=every_s, seed=seed)
+    assert one == interval(number, every_s=every_s, seed=seed)
 
 
 def test_moments_are_spread_over_the_interval() -> None:
-    parts = [slot(n, every_s=1.0, seed=4).due - n for n in range(400)]
+    parts = [interval(n, every_s=1.0, seed=4).due - n for n in range(400)]
     counts = [sum(1 for p in parts if q / 4 <= p < (q + 1) / 4) for q in range(4)]
     assert min(counts) > 60
     assert len(set(parts)) == 400
@@ -27,7 +27,7 @@ def test_moments_are_spread_over_the_interval() -> None:
 
 @given(st.floats(0, 1e9), st.integers(0, 20), st.none() | st.integers(0, 10**6))
 def test_the_next_moment_is_to_come_and_in_no_interval_that_is_done(now, seed, done) -> None:
-    one = next_slot(now, every_s=HOUR, seed=seed, done=done)
+    one = next_interval(now, every_s=HOUR, seed=seed, done=done)
     assert one.due >= now
     assert done is None or one.number > done
     latest = max(number_at(now, every_s=HOUR) + 1, -1 if done is None else done + 1)
@@ -35,10 +35,10 @@ def test_the_next_moment_is_to_come_and_in_no_interval_that_is_done(now, seed, d
 
 
 def test_a_programme_that_is_started_again_keeps_to_the_moment() -> None:
-    first = next_slot(NOW, every_s=HOUR, seed=1)
+    first = next_interval(NOW, every_s=HOUR, seed=1)
     between = (NOW + first.due) / 2
-    assert next_slot(between, every_s=HOUR, seed=1) == first
-    assert next_slot(first.due + 1, every_s=HOUR, seed=1).number == first.number + 1
+    assert next_interval(between, every_s=HOUR, seed=1) == first
+    assert next_interval(first.due + 1, every_s=HOUR, seed=1).number == first.number + 1
 
 
 def test_every_fault_has_its_turn() -> None:
@@ -51,10 +51,10 @@ def test_every_fault_has_its_turn() -> None:
     [("90", 90), ("90s", 90), ("1.5m", 90), ("6h", 21600), ("1d", 86400), ("1h30m", 5400)],
 )
 def test_times_are_read_as_people_write_them(text, seconds) -> None:
-    assert seconds_of(text) == seconds
+    assert seconds_of(text, option="--every") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "0h", "-5m", "6 hours", "h6", "nan", "inf", "1h,"])
 def test_what_is_no_time_is_refused(text) -> None:
-    with pytest.raises(UsageError, match="no time above zero"):
-        seconds_of(text)
+    with pytest.raises(UsageError, match=r"--every .* no time above zero"):
+        seconds_of(text, option="--every")
