@@ -45,6 +45,8 @@ FaultCallback = Callable[[Generation, frozenset[MemberId], str], None]
 TellCallback = Callable[[MemberId, bytes], None]
 
 _DOUBT_S = 2.0
+#: Dialled both ways within this, two links are one meeting; later, one had broken.
+_CROSSING_S = 1.0
 _PARTING_S = 0.5
 #: An operation that takes longer than this says whose bytes it waits for, and how often.
 _TELL_AWAITED_S = 0.25
@@ -74,6 +76,8 @@ class Engine:
         self._word = word
         self._on_fault = on_fault
         self._on_tell = on_tell
+        self.parted: frozenset[MemberId] = frozenset()
+        """Peers that have said goodbye, and to whom no link was made since."""
         self._channels: dict[int, Channel] = {}
         self._abort_told: tuple[Header, bytes] | None = None
         """What all were told of the end of the current generation, once it ended by a fault."""
@@ -364,6 +368,9 @@ class Engine:
                 )
                 greeted.close()
                 return
+            if self._crossed(old, greeted):
+                greeted.close()
+                return
             self.net.drop(old)
             if greeted.peer in self.world.member_ids:
                 self._abort(
@@ -372,14 +379,30 @@ class Engine:
                     f"member {greeted.peer} replaced its connection",
                 )
         self.net.add(greeted)
+        self.parted -= {greeted.peer}
         if self._abort_told is not None and greeted.peer in self.world.member_ids:
             # There was no link to tell it over; who begins this generation now, waits in vain.
             header, payload = self._abort_told
             self.net.queue(self.net.links[greeted.peer], header, memoryview(payload))
 
+    def _crossed(self, old: Link, greeted: Greeted) -> bool:
+        """Whether two dialled each other at once, and the new link is the one that both give up.
+
+        Were each to keep what comes last, each might close what the other keeps.
+        """
+        stays = self.member > greeted.peer
+        return (
+            old.dialled is stays
+            and greeted.dialled is not stays
+            and not old.said_bye
+            and time.monotonic() - old.made_at < _CROSSING_S
+        )
+
     def _link_lost(self, link: Link, reason: str) -> None:
         if link.peer in self.world.member_ids and not link.said_bye:
             raise FaultError(reason, frozenset({link.peer}))
+        if link.said_bye:
+            self.parted |= {link.peer}
         logger.debug("link to member %s ended: %s", link.peer, reason)
 
     def _tell(self, member: MemberId, payload: bytes) -> None:

@@ -130,6 +130,13 @@ class Group(Operations):
         """The members of the current world to whom no link lives. Any thread; does not block."""
         return frozenset(self._engine.net.missing(self.world.member_ids - {self.member}))
 
+    def parted(self, world: World) -> frozenset[MemberId]:
+        """The members of `world` that have said goodbye to us, and to whom no link was made since.
+
+        Any thread; does not block.
+        """
+        return frozenset(self._engine.parted & world.member_ids)
+
     def connect(self, members: Sequence[Member], *, timeout_s: float) -> None:
         """Link to all of `members`. For who is in no world of theirs yet, or no more; blocks.
 

@@ -14,6 +14,7 @@ there too: a lane's `root`.
 """
 
 import socket
+import time
 from collections import deque
 from typing import Protocol
 
@@ -94,6 +95,7 @@ class Link:
         peer: MemberId,
         *,
         process: str = "",
+        dialled: bool = False,
         cma: CmaPeer | None,
         can_offer: bool,
         segment_bytes: int,
@@ -106,6 +108,7 @@ class Link:
           sock: authenticated; switched to non-blocking here.
           peer: who is at the other end; frames that claim another source are refused.
           process: the process that it was when the link came up.
+          dialled: whether it was us who opened it.
           cma: reads the peer's memory, where that works.
           can_offer: whether the peer can read ours.
           segment_bytes: size of a frame's payload.
@@ -117,6 +120,8 @@ class Link:
         self.fd = sock.fileno()
         self.peer = peer
         self.process = process
+        self.dialled = dialled
+        self.made_at = time.monotonic()
         self.cma = cma
         self.can_offer = can_offer
         self.root = root or self

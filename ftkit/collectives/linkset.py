@@ -100,6 +100,7 @@ class LinkSet:
                 sock,
                 greeted.peer,
                 process=greeted.process,
+                dialled=greeted.dialled,
                 cma=greeted.cma,
                 can_offer=greeted.can_offer,
                 segment_bytes=self._segment,

@@ -1,7 +1,8 @@
 """Mesh: finds peers and proves them, and hands over one good link per pair.
 
 The member with the higher id dials the lower one: a newcomer, whose id is the highest,
-reaches everybody while they train. Both ends authenticate, compare the settings that cut
+reaches everybody while they train. Who stands by dials all, whatever its id; where two so
+dial each other, the engine keeps what the higher id dialled. Both ends authenticate, compare the settings that cut
 messages, and probe whether they can read each other's memory. Where they cannot, the dialler
 opens the further connections that the settings ask for (`lanes`). A stranger that is silent,
 speaks something else or holds another secret costs one thread until its deadline and never
@@ -50,6 +51,8 @@ class Greeted:
     """Names the process at the other end: two of them may claim to be one member."""
     cma: CmaPeer | None
     can_offer: bool
+    dialled: bool
+    """Whether it was us who opened it."""
     lifeline: object = None
     """What the process says of its lifeline."""
     lanes: tuple[socket.socket, ...] = ()
@@ -323,7 +326,7 @@ class Mesh:
                 "read each other's memory (another host, or ptrace is not permitted)"
             )
         process, told_us = str(theirs.get("process")), theirs.get("lifeline")
-        greeted = Greeted(sock, peer, process, cma, can_offer, lifeline=told_us)
+        greeted = Greeted(sock, peer, process, cma, can_offer, dialled=not server, lifeline=told_us)
         if not server:
             return greeted, None
         name, further = name_of(theirs)

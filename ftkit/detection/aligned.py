@@ -12,7 +12,7 @@ from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.world import World
 from ftkit.detection.signals import StepSeen
 
-#: So many steps and seconds further, nobody is waited for. Agents report every half second.
+#: So many steps and seconds further, nobody is waited for: longer where an agent reports seldom.
 _STEPS_AHEAD: Final = 2
 _SECONDS_AHEAD: Final = 10.0
 #: Nor is anybody when so many steps wait, whatever the time.
@@ -25,7 +25,9 @@ _Key = tuple[Generation, Step]
 class Aligned:
     """Collects `StepSeen`s; `take` hands on whole steps."""
 
-    def __init__(self) -> None:
+    def __init__(self, report_s: float = 0.5) -> None:
+        """Expect each agent to tell every `report_s`."""
+        self._ahead_s = max(_SECONDS_AHEAD, 2 * report_s)
         self._world: World | None = None
         #: Each member of the world -> the last step it has spoken of.
         self._latest: dict[MemberId, _Key] = {}
@@ -86,7 +88,7 @@ class Aligned:
             self._looked_at += 1
         else:
             return True
-        ahead = self._newest_at - self._at[key] > _SECONDS_AHEAD
+        ahead = self._newest_at - self._at[key] > self._ahead_s
         if (ahead and len(self._open) > _STEPS_AHEAD) or len(self._open) > _OPEN_MAX:
             self._silent |= {m for m in members if self._latest[m] < key}
             return True

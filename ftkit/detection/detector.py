@@ -34,10 +34,12 @@ from ftkit.detection.track import EXEMPT, Track
 logger = logging.getLogger(__name__)
 
 
-#: Records are told by agents only now and then; older ones speak of what is over.
+#: Records are told by agents only now and then; older ones speak of what is over. Longer where two
+#: reports of an agent are further apart.
 _TAILS_S = 2.0
 
-#: Where members differ and there is no majority, so long others may come to that collective.
+#: Where members differ, so long others may come to that collective or tell of it: at least until
+#: every agent has told.
 _AWAIT_S = 0.5
 
 #: Who ended so long before a world began is not about to be in one.
@@ -77,7 +79,9 @@ class Detector:
         self._tracks: dict[MemberId, Track] = {}
         self._exits: dict[MemberId, Exited] = {}
         self._slowest_step_s = 0.0
-        self._stretch = Stretch(config.tick_s)
+        self._tails_s = max(_TAILS_S, 2 * config.report_s)
+        self._await_s = max(_AWAIT_S, config.report_s)
+        self._stretch = Stretch(config.tick_s, config.report_s)
         self._accused_at = float("-inf")
         self._blind: dict[MemberId, float] = {}
         self._tails: dict[MemberId, tuple[float, Sequence[OpRecord]]] = {}
@@ -183,8 +187,9 @@ class Detector:
 
     def _desynced(self, now: float) -> dict[MemberId, Verdict]:
         """DESYNC, by what members recorded: also in the generation before, which it ended."""
-        self._tails = {m: told for m, told in self._tails.items() if now - told[0] <= _TAILS_S}
+        self._tails = {m: told for m, told in self._tails.items() if now - told[0] <= self._tails_s}
         verdicts: dict[MemberId, Verdict] = {}
+        untold = bool(self._members.keys() - self._tails.keys())
         told = set()
         for found in disagreements({m: records for m, (_, records) in self._tails.items()}):
             place = (found.generation, found.group, found.seq)
@@ -196,10 +201,11 @@ class Detector:
             self._parted[place] = since, found
         for place, (since, found) in self._parted.items():
             # Newer records that an agent told may not reach back so far.
-            if place not in told and now - since > _TAILS_S:
+            if place not in told and now - since > self._tails_s:
                 continue
-            if found.awaited and not found.majority and now - since < _AWAIT_S:
-                continue  # with one more there may be a majority
+            undecided = untold or (found.awaited and not found.majority)
+            if undecided and now - since < self._await_s:
+                continue  # with those who have not come, or not told, there may be another majority
             for member in found.slips.keys() & self._members.keys():
                 seat = self._members[member].seat
                 track = self._tracks.get(member)

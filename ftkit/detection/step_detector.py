@@ -62,6 +62,9 @@ class PaceConfig:
     steps_excluded: int = 2
     """Steps of each member in a generation that do not count: they compile and warm up."""
 
+    report_s: float = 0.5
+    """Seconds between two reports of an agent."""
+
     def __post_init__(self) -> None:
         if not 0.01 <= self.effect <= 1.0:
             raise ValueError(
@@ -107,7 +110,7 @@ class StepDetector:
 
     def __init__(self, config: PaceConfig) -> None:
         self.config = config
-        self._aligned = Aligned()
+        self._aligned = Aligned(config.report_s)
         # Half of the budget each: work as the member did it, and as the wall clock saw it.
         self._own = Slowness(effect=config.effect)
         self._wall = Slowness(effect=config.effect)

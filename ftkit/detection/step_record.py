@@ -15,8 +15,8 @@ from ftkit.core.ids import Generation, MemberId, Seat, Step
 from ftkit.detection.row import PHASES, Phase
 from ftkit.detection.signals import StepSeen
 
-#: Steps of which a seat keeps the record. An agent that looks every half second misses none of
-#: a job whose steps take 4 ms.
+#: Steps of which a seat keeps the record. An agent reads them every half second, however seldom it
+#: reports, and misses none of a job whose steps take 4 ms.
 STEPS_KEPT: Final = 128
 
 ROLE_BYTES: Final = 16

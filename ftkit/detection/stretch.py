@@ -2,7 +2,8 @@
 
 Whoever was held up saw nothing in that time, so limits grow by it. A pause of one host is told
 by its agent and shows in our own ticks; hosts that pause at the same time do not add up. So what
-one observer tells within a tick is summed, and of several observers the latest counts.
+one observer tells in the time between two reports is summed, and of several observers the latest
+counts.
 """
 
 from collections import deque
@@ -11,13 +12,13 @@ from typing import Final
 
 from ftkit.core.ids import NodeId
 
-#: Each is at least a tick long, so they reach back further than any limit.
+#: Each is at least a report long, so they reach back further than any limit.
 _KEPT: Final = 512
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """What was told within a tick of `first`."""
+    """What was told within a report of `first`."""
 
     first: float
     last: float
@@ -27,9 +28,10 @@ class _Bucket:
 class Stretch:
     """Owned by the detector's thread."""
 
-    def __init__(self, tick_s: float) -> None:
-        """Expect a tick about every `tick_s`."""
+    def __init__(self, tick_s: float, report_s: float) -> None:
+        """Expect a tick about every `tick_s`, and each agent to tell every `report_s`."""
         self._tick_s = tick_s
+        self._report_s = report_s
         self._buckets: deque[_Bucket] = deque(maxlen=_KEPT)
         self._told: dict[NodeId | None, float] = {}
         self._ticked_at: float | None = None
@@ -50,7 +52,7 @@ class Stretch:
         if not told:
             return
         # By its first moment: were it dragged along with the newest, it would never end.
-        if not self._buckets or now - self._buckets[-1].first >= self._tick_s:
+        if not self._buckets or now - self._buckets[-1].first >= self._report_s:
             self._buckets.append(_Bucket(first=now, last=now))
         bucket = self._buckets[-1]
         bucket.last = now

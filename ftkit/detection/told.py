@@ -22,7 +22,7 @@ class Told:
     HEARS: ClassVar[frozenset[type]] = frozenset({Found})
 
     def __init__(self, hold_s: float = HOLD_S) -> None:
-        """Keep each for `hold_s` after it was told last."""
+        """Keep each for `hold_s` after it was found last: longer than it is on its way here."""
         self._hold_s = hold_s
         self._found: dict[tuple[MemberId, Fault], tuple[Found, float]] = {}
         """With the time at which it was told first."""

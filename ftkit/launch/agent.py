@@ -42,6 +42,7 @@ from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
 from ftkit.launch.roster import Roster
 from ftkit.launch.self_checker import SelfChecker
 from ftkit.launch.tiers import Tiers
+from ftkit.recovery.facts import Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,10 @@ PRELOAD_LATEST_S = 30.0
 
 #: The longest that a node which is about to be taken away waits for its ranks to leave.
 DRAIN_S = 20.0
-#: Ranks that the world of the job goes on without end by themselves within so much; spares never do.
+#: Once the world of the job has gone on without any rank of the node for so long, its spares, who
+#: would never leave by themselves, are ended. Those who were in it leave on their own.
 LEAVE_S = 1.0
+STANDS_BY = frozenset({Stage.STARTING, Stage.READY, Stage.LINKED})
 
 #: For so long after they have left, others may still read what they captured last.
 LINGER_S = 1.0
@@ -248,6 +251,7 @@ class Agent:
                 now = self._clock.now()
                 if now >= next_tick and not self._stopped:
                     next_tick = now + self._config.times.tick_s
+                    self._gather(now)
                     self._roster.memory.sample(now)
                     self._end_if_due()
                     self._end_if_drained(now)
@@ -524,10 +528,11 @@ class Agent:
         if self._left_at is None and self._roster.all_ended:
             self._left_at = now
             self.trace.event("drained", seconds=now - since)
-        elif self._left_at is None and self._none_trains():
-            self._unused_since = now if self._unused_since is None else self._unused_since
-            if now - self._unused_since > LEAVE_S:
-                self._roster.kill()  # spares, which nobody waits for
+        elif self._left_at is None:
+            unused, before = self._none_trains(), self._unused_since
+            self._unused_since = (now if before is None else before) if unused else None
+            if self._unused_since is not None and now - self._unused_since > LEAVE_S:
+                self._roster.kill(STANDS_BY)  # nobody waits for them
         left = self._left_at is not None and now - self._left_at > LINGER_S
         self._stopped = self._stopped or left or now - since > DRAIN_S
 
@@ -562,20 +567,25 @@ class Agent:
 
     def _look(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """The rows of the ranks and what the tiers hold; metrics and signals take what is new."""
-        facts, alive, now = self._roster.facts.values(), self._roster.alive, self._clock.now()
-        finished = list(self._arenas.steps(alive))
-        self._signals.extend(finished)
-        self._signals.extend(self._arenas.comm(alive, now=now))
+        facts, now = self._roster.facts.values(), self._clock.now()
+        self._gather(now)
         still_s = self._still_s(now)
         stands = (
             still_s is not None and still_s >= STILL_S
         ) or now - self._roster.halted_at < HALTED_S
         rows = self._arenas.rows(facts, tails=stands)
         tiers = self._tiers.facts()
-        self._metrics.take_steps(finished)
         self._metrics.take_rows(rows)
         self._metrics.take_tiers(tiers)
         return rows, tiers
+
+    def _gather(self, now: float) -> None:
+        """Take what ranks have finished, at every tick: their rings hold no more than the newest."""
+        alive = self._roster.alive
+        finished = self._arenas.steps(alive)
+        self._signals.extend(finished)
+        self._signals.extend(self._arenas.comm(alive, now=now))
+        self._metrics.take_steps(finished)
 
     def _tell_coordinator(self) -> None:
         """Report; without a coordinator only look, for metrics are read all the same."""

@@ -35,7 +35,7 @@ from ftkit.detection.rules import SUSPECTED
 from ftkit.detection.self_checks import SelfChecks
 from ftkit.detection.slow_io import SlowIo
 from ftkit.detection.step_detector import PaceConfig, StepDetector
-from ftkit.detection.told import Told
+from ftkit.detection.told import HOLD_S, Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -112,10 +112,13 @@ class Judge:
             PaceConfig(
                 alarms_per_day=SHARE * config.alarms_per_day,
                 norm_alarms_per_day=NORM_SHARE * config.alarms_per_day,
+                report_s=config.times.report_s,
             )
         )
+        # What ranks tell comes with the next report of their agent.
+        told = Told(hold_s=max(HOLD_S, 2 * config.times.report_s))
         around = (KnownOffenders(), Leaks(), Room(), SlowIo(), ClockSkew(), Flapping())
-        self._panel = Panel([self._detector, self._pace, Told(), *around])
+        self._panel = Panel([self._detector, self._pace, told, *around])
         self._steps_told_at = 0.0
         # A drill's relay stands between seats of one node, too.
         self.inquiry = Inquiry(between_seats=detour.VARIABLE in config.env)

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Callable, Iterable, Mapping, MutableSequence
+from collections.abc import Callable, Container, Iterable, Mapping, MutableSequence
 from pathlib import Path
 from typing import Any
 
@@ -172,9 +172,11 @@ class Roster:
             rank.signal(signal.SIGTERM)
             rank.signal(signal.SIGCONT)
 
-    def kill(self) -> None:
-        """SIGKILL to all."""
+    def kill(self, stages: Container[Stage] | None = None) -> None:
+        """SIGKILL to all, or to those in one of these stages."""
         for member, rank in self._processes.items():
+            if stages is not None and self.facts[member].stage not in stages:
+                continue
             self._killed.add(member)
             rank.signal(signal.SIGKILL)
 

@@ -627,6 +627,7 @@ def _spares(facts: JobFacts, world: World, alive: list[MemberFacts]) -> list[Mem
         for f in alive
         if f.stage is Stage.LINKED
         and f.stepping
+        and f.node not in facts.draining
         and f.linked == world.generation
         and world.rank_of(f.member) is None
     ]

@@ -19,6 +19,9 @@ from ftkit.recovery.facts import Stage
 from ftkit.recovery.member import Duty, Standing, react
 from ftkit.recovery.plan import Mode, Plan
 
+#: So often a newcomer that is connected to a world looks whether it was let go of.
+LINKS_EVERY_S = 0.2
+
 
 class Fate(StrEnum):
     """What became of a step whose vote was cut in half."""
@@ -66,6 +69,7 @@ class Membership:
         report: Callable[[dict[str, object]], None],
         abort: Callable[[Generation, str], None],
         unlinked: Callable[[], frozenset[MemberId]],
+        parted: Callable[[World], frozenset[MemberId]],
         trace: Trace,
     ) -> None:
         """Start as STARTING, in no world.
@@ -75,6 +79,7 @@ class Membership:
           report: sends this rank's standing to its agent.
           abort: ends every collective up to a generation.
           unlinked: the members of the present world that this rank has no link to.
+          parted: the members of a world that have said goodbye to this rank.
           trace: where halts are recorded.
         """
         self._changed = threading.Condition()
@@ -87,10 +92,13 @@ class Membership:
         self._sharded = False
         self._admission: Entry | None = None
         self._prepared: World | None = None
+        self._linked: World | None = None
+        """The world that this newcomer has connected to last."""
         self._stopped = ""
         self._report_to = report
         self._abort = abort
         self._unlinked = unlinked
+        self._parted = parted
         self._trace = trace
 
     # What other threads bring.
@@ -197,7 +205,10 @@ class Membership:
                     return Link(world) if self._stepping else None
                 if self._me.stage is Stage.ACTIVE:
                     return None
-                self._changed.wait()
+                if self._me.stage is not Stage.LINKED:
+                    self._changed.wait()
+                elif not self._put_out():
+                    self._changed.wait(LINKS_EVERY_S)
 
     def gave_up(self) -> None:
         """Nothing changes this rank's snapshots any more: the next world may be formed from them."""
@@ -214,6 +225,7 @@ class Membership:
             if self._me.stage is not Stage.ACTIVE:
                 # Whatever state we held belongs to a world that went on without us.
                 self._step, self._voted = None, False
+                self._linked = world
                 self._me = replace(self._me, stage=Stage.LINKED, linked=world.generation)
                 self._say()
 
@@ -327,6 +339,18 @@ class Membership:
             self._changed.wait(timeout_s)
 
     # Under the lock.
+
+    def _put_out(self) -> bool:
+        """Whether members of the world it is linked to let go of this newcomer: it connects anew.
+
+        Those of a world it was in do so as they enter the next, which may be after it has counted
+        its links to them.
+        """
+        if self._linked is None or not self._parted(self._linked):
+            return False
+        self._me = replace(self._me, stage=Stage.READY, linked=Generation(0))
+        self._say()
+        return True
 
     def _heed(self) -> None:
         """Do at once what the plan asks and needs no training thread."""

@@ -122,6 +122,7 @@ def assemble(env: RankEnv | None, environ: Mapping[str, str]) -> Parts:
         report=control.report if control else _say_nothing,
         abort=abort,
         unlinked=lambda: group.unlinked,
+        parted=lambda world: group.parted(world),
         trace=trace,
     )
     group = Group(

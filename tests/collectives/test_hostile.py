@@ -240,6 +240,16 @@ def test_a_member_that_wakes_up_after_the_world_moved_on_takes_part_in_nothing()
         assert crew.results([0, 1]) == [(True, 1)] * 2
 
 
+def link(spare: Group, to: World) -> None:
+    """Connect to all of `to`, anew where they let go of it only afterwards."""
+    spare.connect(to.members, timeout_s=10)
+    parts_by = time.monotonic() + 0.1
+    while time.monotonic() < parts_by:
+        if spare.parted(to):
+            spare.connect(to.members, timeout_s=10)
+        time.sleep(0.005)
+
+
 @pytest.mark.parametrize("stands_by", [0, 1, 2])
 def test_who_stands_by_is_linked_to_all_and_let_in_again(stands_by):
     """Whatever its number is, and though it took part before."""
@@ -250,7 +260,7 @@ def test_who_stands_by_is_linked_to_all_and_let_in_again(stands_by):
         others = {r: g.address for r, g in enumerate(groups) if r != stands_by}
         smaller = world(2, others)
         play([groups[r] for r in others], lambda group: group.edit(smaller, timeout_s=10))
-        spare.connect(smaller.members, timeout_s=10)
+        link(spare, smaller)
         assert not spare._engine.net.missing(smaller.member_ids)
         for r in others:
             told.clear()
@@ -259,3 +269,22 @@ def test_who_stands_by_is_linked_to_all_and_let_in_again(stands_by):
         assert not any(groups[r].aborted for r in others), "they train meanwhile"
         edited(groups, 3)
         assert works(groups)
+
+
+def test_two_that_dial_each_other_at_once_keep_one_link():
+    groups = [make_group(id_, "tcp")[0] for id_ in (0, 1)]
+    try:
+        dialled = play(groups, lambda g: dial(g, groups[1 - int(g.member)]))
+        for group, greeted in zip(groups, dialled, strict=True):
+            group._engine.add_link(greeted)
+        edited(groups, 1)
+        assert works(groups)
+        assert not any(group.aborted for group in groups)
+        (one, other) = (g._engine.net.links[MemberId(1 - int(g.member))] for g in groups)
+        assert (one.dialled, other.dialled) == (False, True), "the higher number's"
+    finally:
+        play(groups, lambda group: group.close())
+
+
+def dial(group: Group, other: Group) -> Any:
+    return group._mesh.dial(other.member, other.address, timeout_s=10)

@@ -55,6 +55,9 @@ def test_a_member_that_says_nothing_is_left_behind_after_a_while() -> None:
         (1, {0, 1}),
     ]
     assert told(aligned, seen(A, 201, at=12.1), seen(B, 201, at=12.1)) == [(201, {0, 1})]
+    patient = Aligned(report_s=8.0)
+    patient.change(world(3))
+    assert told(patient, *quick, seen(A, 200, at=12.0), seen(B, 200, at=12.0)) == []
     # It is back: from now on it is waited for again.
     told(aligned, seen(C, 202, at=12.2))
     assert told(aligned, seen(A, 203, at=12.3), seen(B, 203, at=12.3)) == [(202, {2})]

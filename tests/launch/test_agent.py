@@ -1,16 +1,20 @@
 """The agent between coordinators: what it has measured is kept, and metrics go on."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ftkit.core.errors import WireError
-from ftkit.core.ids import NodeId
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat
+from ftkit.core.world import Member, World
 from ftkit.detection.signals import NodeGap, to_json
-from ftkit.launch.agent import Agent
+from ftkit.launch.agent import STANDS_BY, Agent
 from ftkit.launch.config import JobConfig
+from ftkit.recovery.facts import Stage
+from ftkit.recovery.plan import Mode, Plan
 
 GAP = to_json(NodeGap(node=NodeId(0), at=1.0, gap_s=3.0))
 
@@ -59,6 +63,42 @@ def test_metrics_go_on_while_no_coordinator_is_connected(agent, monkeypatch) -> 
     monkeypatch.setattr(agent._arenas, "steps", lambda alive: [step])
     agent._tell_coordinator()
     assert "ftkit_rank_steps_total" in agent._metrics.render()
+
+
+def test_steps_are_read_at_every_tick_though_reports_are_far_apart(agent, monkeypatch) -> None:
+    sound, left = Connection(broken=False), [[GAP], [GAP, GAP], []]
+    agent._coordinator_connected(1, sound)
+    monkeypatch.setattr(agent._arenas, "steps", lambda alive: left.pop(0))
+    monkeypatch.setattr(agent._metrics, "take_steps", lambda steps: None)
+    agent._gather(1.0)  # the ring of a rank holds the last steps alone
+    agent._gather(1.5)
+    agent._tell_coordinator()
+    assert [message["signals"] for message in sound.told] == [[], [GAP] * 3]
+
+
+def unused() -> Plan:
+    """A plan by which the job goes on without any rank of this node."""
+    there = Member(member=MemberId(9), seat=Seat(1), node=NodeId(1), host="h", port=1)
+    return Plan(mode=Mode.RUNNING, world=World.of(Generation(3), [there]))
+
+
+def test_only_spares_of_a_node_that_goes_are_killed_and_only_while_nobody_may_need_them(
+    agent, monkeypatch
+) -> None:
+    killed: list[object] = []
+    monkeypatch.setattr(agent._roster, "kill", killed.append)
+    monkeypatch.setattr(type(agent._roster), "all_ended", False)
+    agent._draining_since = 100.0
+    agent._plan = unused()
+    agent._end_if_drained(100.5)
+    agent._plan = replace(agent._plan, mode=Mode.HALTING)  # the next world may be of them
+    agent._end_if_drained(102.0)
+    agent._plan = unused()
+    agent._end_if_drained(102.5)
+    assert killed == []
+    agent._end_if_drained(103.6)
+    assert killed == [STANDS_BY]
+    assert Stage.ACTIVE not in STANDS_BY, "who was in the world leaves by itself"
 
 
 @pytest.mark.parametrize("sent", [None, "soon", [1.0], 10**400])

@@ -11,11 +11,24 @@ from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.launch.config import JobConfig, Times, default_engine, new_job_id, new_secret
 
 
-@given(st.floats(min_value=1.0, max_value=1e6))
-def test_the_chain_of_times_is_in_order(max_stall_s: float) -> None:
-    times = Times.derive(max_stall_s)
-    assert 0 < times.heartbeat_s <= times.tick_s <= times.halt_s <= times.stall_s <= times.node_s
+@given(st.floats(min_value=1.0, max_value=1e6), st.integers(1, 10_000))
+def test_the_chain_of_times_is_in_order(max_stall_s: float, nodes: int) -> None:
+    try:
+        times = Times.derive(max_stall_s, nodes)
+    except UsageError:
+        assert nodes > 400
+        return
+    assert 0 < times.heartbeat_s <= times.tick_s <= times.report_s <= times.halt_s <= times.stall_s
+    # A node is lost, and others are asked about it, only after more than one report is missing.
+    assert 3 * times.report_s <= times.node_s
     assert times.stall_s == max_stall_s
+
+
+def test_more_nodes_than_the_coordinator_can_hear_in_time_are_refused_with_what_would_do() -> None:
+    with pytest.raises(UsageError, match=r"too short for 5000 nodes: .* 8.0 s, so give 12 or more"):
+        Times.derive(10.0, 5000)
+    assert Times.derive(12.0, 5000).report_s == 8.0
+    assert Times.derive(30.0, 10_000).report_s == 16.0
 
 
 @pytest.mark.parametrize("bad", [0.1, 0.0, -1.0, math.nan, math.inf])

@@ -114,6 +114,18 @@ def test_who_killed_a_member_is_told() -> None:
     assert "killed by ftkit" in found.reason
 
 
+def test_what_ranks_found_is_said_however_long_their_agent_takes_to_report() -> None:
+    judging = Judge(JobConfig(job="j", command=("x",), nodes=5000))
+    judging.take_plan(plan(), at=100.0)
+    found = signals.Found(
+        fault="sdc", member=MemberId(7), seat=Seat(0), step=Step(3), at=100.0, reason="other bits"
+    )
+    judging.take_report(
+        NodeId(0), [], [member(7)], measured=[signals.to_json(found)], sent=108.0, at=108.0
+    )
+    assert [v.fault for v in judging.verdicts(plan(), {}, 108.5).fresh] == [Fault.SDC]
+
+
 def test_slow_transfers_of_a_script_without_a_session_are_named() -> None:
     judging, script = judge(), replace(plan(), world=None)
     judging.take_plan(script, at=100.0)

@@ -580,6 +580,21 @@ def test_a_spare_is_let_in_as_soon_as_there_is_room() -> None:
     assert story.moves() == []
 
 
+def test_a_spare_on_a_node_that_is_about_to_go_is_not_let_in() -> None:
+    story = Story(nodes=2, seats=2).knows(world_max=3, per_node=2)
+    story.all_say(Stage.READY)
+    assert story.moves() == ["form"]
+    for member in (0, 1, 2):
+        story.says(member, Stage.ACTIVE, generation=Generation(1), step=Step(5), stepping=True)
+    story.says(3, Stage.LINKED, linked=Generation(1), stepping=True)
+    story.says(1, Stage.DEAD, exit_code=-9).knows(draining=frozenset({NodeId(1)}))
+    story.says(0, Stage.HALTED).says(2, Stage.HALTED)
+    story.says(3, Stage.LINKED, generation=Generation(1))
+    assert story.moves() == ["respawn", "resume", "drain"]
+    assert story.plan.joining is not None
+    assert [m.member for m in story.plan.joining.members] == [0]
+
+
 def test_a_spare_that_dies_breaks_nothing() -> None:
     story = spare()
     story.says(3, Stage.DEAD, exit_code=-9)

@@ -54,6 +54,7 @@ class Rank:
         self.said: list[dict[str, Any]] = []
         self.aborted: list[tuple[int, str]] = []
         self.unlinked: set[int] = set()
+        self.parted: set[int] = set()
         self.path = folder / "events.jsonl"
         self.trace = Trace(self.path)
         self.membership = Membership(
@@ -61,6 +62,7 @@ class Rank:
             report=self.said.append,
             abort=lambda generation, reason: self.aborted.append((generation, reason)),
             unlinked=lambda: frozenset(MemberId(m) for m in self.unlinked),
+            parted=lambda world: world.member_ids & {MemberId(m) for m in self.parted},
             trace=self.trace,
         )
 
@@ -347,6 +349,21 @@ def test_a_newcomer_links_and_is_let_in_by_a_member(rank: Rank) -> None:
     assert rank.last["stage"] == "active"
     assert rank.membership.restored(Generation(2), Step(41))
     assert rank.last["step"] == 41
+
+
+def test_a_newcomer_that_was_let_go_of_connects_anew(rank: Rank) -> None:
+    trained = world(2, 1, 2)
+    rank.membership.take_plan(running(1, trained, 0))
+    rank.membership.ready(stepping=True)
+    assert rank.membership.next_task() == Link(trained)
+    rank.parted = {7}
+    rank.membership.linked(trained)
+    rank.parted = {2, 7}  # it enters the world only now, and this rank was in the one before
+    assert rank.membership.next_task() == Link(trained)
+    assert (rank.last["stage"], rank.last["linked"]) == ("ready", 0)
+    rank.parted = set()
+    rank.membership.linked(trained)
+    assert rank.last["stage"] == "linked"
 
 
 def test_every_member_tells_it_and_it_enters_once(rank: Rank) -> None:
