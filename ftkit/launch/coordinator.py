@@ -335,10 +335,7 @@ class Coordinator:
         facts = self._facts(now)
         self._checkpoint(now, facts.nodes_lost)
         self._costs.look(self._plan, facts, now)
-        arena: frozenset[Step] | None = None
-        written = self._checkpoints.written
-        if self._plan.mode is Mode.FORMING:
-            arena = facts.snapshots
+        arena, written = facts.snapshots, self._checkpoints.written
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
             self._disk.forget()
         else:
@@ -357,7 +354,7 @@ class Coordinator:
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
-        if arena is None:
+        if before.mode is not Mode.FORMING:
             arena = self._in_memory(facts.nodes_lost)
         decisions = self._costs.explain(
             before, plan, facts, decisions, now=now, arena=arena, written=written
