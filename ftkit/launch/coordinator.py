@@ -209,7 +209,7 @@ class Coordinator:
         self._note_pause(node, report)
         before = self._reports.get(node)
         if before is not None and before["boot"] == report["boot"]:
-            self._judge.node_back(node)
+            self._judge.node_back(node, self._clock.now())
         self._reports[node], self._told[node] = report, members
         self._heard[node] = self._clock.now()
         self._take_clock(node, report.get("clock"))
@@ -481,6 +481,7 @@ class Coordinator:
             snapshots=self._in_memory(lost) if forming else frozenset(),
             evictions=verdicts.evictions,
             nodes_lost=lost,
+            nodes_away=frozenset(self._agents) - self._lines.keys() - lost,
             boots={n: Boot(str(r["boot"])) for n, r in self._reports.items()},
             interrupted=self._interrupted,
             refused=self._refused,

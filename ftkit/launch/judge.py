@@ -130,7 +130,8 @@ class Judge:
         self._clocks: dict[NodeId, ClockOffset] = {}
         self._plain_world: World | None = None
         self._world: World | None = None
-        self._world_at = 0.0
+        self._waited_since = 0.0
+        """When the newest world was to be entered, with every node of it in reach."""
         self._halting_since: float | None = None
 
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
@@ -157,15 +158,19 @@ class Judge:
         self._gone_nodes.setdefault(node, at)
         self._clocks.pop(node, None)  # who comes next may have started its host again
 
-    def node_back(self, node: NodeId) -> None:
+    def node_back(self, node: NodeId, at: float) -> None:
         """The same agent is there again: only the connection had broken."""
-        self._gone_nodes.pop(node, None)
+        if self._gone_nodes.pop(node, None) is not None:
+            self._waited_since = max(self._waited_since, at)
 
     def take_plan(self, plan: Plan, *, at: float) -> None:
         """A plan was made: the world may have changed, the job may be halting."""
         if plan.world is not None and plan.world != self._world:
-            self._world, self._world_at = plan.world, at
-            self._gone_nodes.clear()  # who is in it was heard of
+            known = self._world.member_ids if self._world is not None else frozenset()
+            kept = {m.node for m in plan.world.members if m.member in known}
+            # Who is new in it was heard of. Those that were in the last may be out of reach still.
+            self._gone_nodes = {n: t for n, t in self._gone_nodes.items() if n in kept}
+            self._world, self._waited_since = plan.world, at
             self._ingest(WorldChanged(world=plan.world, at=at))
         if plan.mode is not Mode.HALTING:
             self._halting_since = None
@@ -370,10 +375,13 @@ class Judge:
         """Members whose control thread answers and whose training thread does not come.
 
         The detector does not judge them: a member on its way in has nobody waiting for it in
-        a collective yet, and its row speaks of recovery or of an older generation.
+        a collective yet, and its row speaks of recovery or of an older generation. While a node
+        of the world is out of reach, its members cannot have heard, and the others wait for them.
         """
+        if any(m.node in self._gone_nodes for m in world.members):
+            return {}
         limit_s = self._detector.limit_s
-        spent_s = now - self._world_at
+        spent_s = now - self._waited_since
         late: dict[MemberId, str] = {}
         for known in world.members:
             facts = members.get(known.member)

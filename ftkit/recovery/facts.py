@@ -130,6 +130,8 @@ class JobFacts:
     evictions: Mapping[MemberId, str] = field(default_factory=dict)
     """Members that detection wants removed, with the reason."""
     nodes_lost: frozenset[NodeId] = frozenset()
+    nodes_away: frozenset[NodeId] = frozenset()
+    """Nodes that cannot be asked or told anything now, and are not lost yet."""
     boots: Mapping[NodeId, Boot] = field(default_factory=dict)
     """The agent of each node as last heard of; nodes never heard of are not in it."""
     advised: Mapping[NodeId, str] = field(default_factory=dict)

@@ -542,6 +542,8 @@ def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     alive = _standing(plan, facts)
     if any(f.stage is Stage.ACTIVE or f.generation < plan.halted for f in alive):
         return None
+    if any(f.node in facts.nodes_away for f in alive):
+        return None  # it could not be told of the world that it is to enter
     halted = [f for f in alive if f.stage is Stage.HALTED]
     # What those outside the last world could not reach says nothing of it.
     inside = [f for f in alive if _in_world(plan, f.member)]

@@ -17,7 +17,7 @@ from ftkit.detection.row import Phase, Row
 from ftkit.launch.config import JobConfig
 from ftkit.launch.judge import Judge, SeatRow
 from ftkit.recovery.facts import MemberFacts, Stage
-from ftkit.recovery.plan import Plan, first_plan
+from ftkit.recovery.plan import Mode, Plan, first_plan
 
 
 def judge() -> Judge:
@@ -102,6 +102,35 @@ def test_a_node_that_hangs_up_is_suspected_then_lost() -> None:
     assert (first.fault, first.suspected) == (Fault.NODE_LOST, True)
     (second,) = judging.verdicts(plan(), {}, 161.2, lost={NodeId(1): 60.2}).fresh
     assert (second.fault, second.suspected) == (Fault.NODE_LOST, False)
+
+
+def test_nobody_is_late_for_a_world_while_a_node_of_it_is_out_of_reach() -> None:
+    judging = judge()
+    limit_s = judging._detector.limit_s
+    waiting = {MemberId(n): member(n, seat=Seat(n - 7), node=NodeId(n - 7)) for n in (7, 8)}
+    running = replace(plan(), mode=Mode.RUNNING)
+    judging.take_plan(running, at=100.0)
+    judging.node_gone(NodeId(1), 101.0)
+    assert judging.verdicts(running, waiting, 101.0 + 2 * limit_s).evictions == {}
+    back = 102.0 + 2 * limit_s
+    judging.node_back(NodeId(1), back)
+    assert judging.verdicts(running, waiting, back + 0.9 * limit_s).evictions == {}
+    late = judging.verdicts(running, waiting, back + 1.1 * limit_s).evictions
+    assert late.keys() == {7, 8}
+    assert "did not enter generation 1" in late[MemberId(7)]
+
+
+def test_a_node_out_of_reach_stays_so_while_the_world_about_it_grows() -> None:
+    judging = judge()
+    judging.take_plan(plan(), at=100.0)
+    judging.node_gone(NodeId(1), 101.0)
+    third = Member(member=MemberId(9), seat=Seat(2), node=NodeId(2), host="127.0.0.1", port=1)
+    grown = replace(
+        plan(), mode=Mode.RUNNING, world=World.of(Generation(2), [*WORLD.members, third])
+    )
+    judging.take_plan(grown, at=102.0)
+    waiting = {MemberId(8): member(8, seat=Seat(1), node=NodeId(1), generation=Generation(1))}
+    assert judging.verdicts(grown, waiting, 200.0).evictions == {}
 
 
 def test_who_killed_a_member_is_told() -> None:

@@ -332,6 +332,29 @@ def test_a_stopped_member_is_waited_for_until_it_is_evicted() -> None:
     assert story.moves() == ["respawn"]
 
 
+def test_who_cannot_be_told_is_given_no_world_to_enter() -> None:
+    story = training(5, nodes=2, seats=2)
+    for member in range(4):
+        story.says(member, Stage.HALTED)
+    # All had said where they stand; then the connection to their agent broke.
+    story.knows(nodes_away=frozenset({NodeId(1)}))
+    assert story.moves() == ["halt"]
+    story.knows(nodes_away=frozenset(), nodes_lost=frozenset({NodeId(1)}))
+    assert story.moves() == ["resume"]
+    assert story.world == [0, 1]
+
+
+def test_who_is_in_reach_again_goes_on_with_the_others() -> None:
+    story = training(5, nodes=2, seats=2)
+    for member in range(4):
+        story.says(member, Stage.HALTED)
+    story.knows(nodes_away=frozenset({NodeId(1)}))
+    assert story.moves() == ["halt"]
+    story.knows(nodes_away=frozenset())
+    assert story.moves() == ["resume"]
+    assert story.world == [0, 1, 2, 3]
+
+
 def test_a_member_of_an_unreachable_node_does_not_bring_its_fork_back() -> None:
     story = training(5, nodes=2, seats=2)
     story.knows(nodes_lost=frozenset({NodeId(1)}))
