@@ -207,6 +207,8 @@ class Outgoing:
         except Exception as error:  # noqa: BLE001 - the next ballot says so
             if not self._closed:
                 self.fail(f"{type(error).__name__}: {error}")
+        finally:
+            self._listener.close()  # or a target would wait for an answer
 
     def _send_base(self, sock: socket.socket, base: Base) -> None:
         sums = [xxhash.xxh3_64_intdigest(part) for part in base.parts]

@@ -75,9 +75,7 @@ def main() -> None:
             model, rank, size, torch.device("cpu"),
             input_args=first if rank == 0 else hidden, output_args=hidden,
         )  # fmt: skip
-        schedule = Schedule1F1B(
-            stage, SLOTS, loss_fn=nn.functional.mse_loss, scale_grads=False
-        )
+        schedule = Schedule1F1B(stage, SLOTS, loss_fn=nn.functional.mse_loss, scale_grads=False)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.99**n)
         return model, optimizer, decay
