@@ -9,10 +9,11 @@ import sys
 import time
 from typing import Any
 
-import ftkit
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+import ftkit
 
 WIDTH, SLOTS, SLOT_SIZE, LAYERS = 12, 4, 2, 8
 
