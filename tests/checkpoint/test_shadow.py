@@ -136,13 +136,13 @@ def test_it_is_read_as_a_source() -> None:
     name = next(e.name for e in shadow.entries() if e.name.endswith("1.0.weight"))
     out = bytearray(2 * 7 * 4)
     shadow.read(name, Box((3, 0), (2, 7)), memoryview(out))
-    weight: torch.Tensor = owner.model[1][0].weight  # type: ignore[index,assignment]
+    weight: torch.Tensor = owner.model[1][0].weight  # type: ignore[index]
     assert bytes(out) == bytes(bytes_of(weight[3:5].contiguous()))
 
 
 def test_what_cannot_move_is_said() -> None:
     owner = Owner(lambda p: torch.optim.SGD(p, lr=0.1))
-    weight: torch.Tensor = owner.model[1][0].weight  # type: ignore[index,assignment]
+    weight: torch.Tensor = owner.model[1][0].weight  # type: ignore[index]
     owner.optimizer.state[weight]["seen"] = 3
     with pytest.raises(UsageError, match="more than tensors"):
         _ = owner.owned

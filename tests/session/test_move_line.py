@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from torch import nn
 
 from ftkit.checkpoint.arena import arena_path
@@ -154,7 +155,8 @@ def test_an_owner_that_is_gone_is_told(pair: Pair) -> None:
 def test_a_target_that_is_gone_is_told(pair: Pair) -> None:
     until(lambda: pair.into.applied)
     pair.into.close(wait=True)
-    until(lambda: (pair.step(), pair.out.failed)[1])
+    while not pair.out.failed:
+        pair.step()
 
 
 def test_a_target_that_never_comes_is_told() -> None:
@@ -202,7 +204,7 @@ def test_damaged_bytes_are_not_taken(what: str) -> None:
         sock, _ = listener.accept()
         with sock, contextlib.suppress(OSError):  # the target hangs up as soon as it knows
             authenticate(sock, SECRET, server=True)
-            sums = [move_line.xxhash.xxh3_64_intdigest(p) for p in base.parts]
+            sums = [xxhash.xxh3_64_intdigest(p) for p in base.parts]
             if what == "bulk":
                 base.parts[0][5] ^= 1
             kind = "loaf" if what == "other" else "bulk"
@@ -248,7 +250,7 @@ def test_a_snapshot_is_copied_out_of_the_arena(tmp_path: Path) -> None:
         capture.gate()
         base = copy_out(path, Generation(1), 1, owned.moving, stopped.is_set, timeout_s=5)
         assert base.step == 1
-        sums = [move_line.xxhash.xxh3_64_intdigest(part) for part in base.parts]
+        sums = [xxhash.xxh3_64_intdigest(part) for part in base.parts]
         assert sums == [want[m.name] for m in owned.moving]
         sealed = arena.newest()
         assert sealed is not None
