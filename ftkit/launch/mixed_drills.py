@@ -27,7 +27,7 @@ _COORDINATOR = 0.25
 #: Where no code of the user's runs.
 _NO_USER = (Point.RECOVERY, Point.IN_COLLECTIVE)
 #: Points that every job comes to.
-_POINTS = [point for point in Point if point is not Point.MIGRATION]
+POINTS: Final = tuple(point for point in Point if point is not Point.MIGRATION)
 #: Where a bucket of gradients is aimed at, and among how many; of fewer the last is hit.
 _OF_BUCKETS, _BUCKETS = (Point.BACKWARD, Point.ALL_REDUCE, Point.IN_COLLECTIVE), 3
 
@@ -63,7 +63,7 @@ def choose(*, seed: int, nproc: int, steps: int) -> Mixed:
     step = rng.randint(3, max(3, steps // 5))
     faults: list[PlannedFault] = []
     for seat in rng.sample(range(nproc), count - coordinator):
-        kind, point = rng.choice(_KINDS), rng.choice(_POINTS)
+        kind, point = rng.choice(_KINDS), rng.choice(POINTS)
         if not faults and point is Point.RECOVERY:
             point = Point.FORWARD  # there is nothing yet to recover from
         if kind is not Kind.KILL and point in _NO_USER:

@@ -31,6 +31,8 @@ class Layers:
         self._heard: dict[int, float] = {}
         self._held = range(0)
         self._modules: dict[int, nn.Module] = {}
+        self.on_gpu = False
+        """Whether a layer ran on one: what was measured is then how long it took to launch."""
         self.target: tuple[int, ...] | None = None
         """While layers move in the same world: the cut that all ranks have agreed on."""
         self.on_cut: Callable[[Sequence[int]], None] | None = None
@@ -88,6 +90,7 @@ class Layers:
         output = layer(*inputs)
         self._note(self._forward, index, time.perf_counter() - start)
         first = inputs[0] if inputs else None
+        self.on_gpu = self.on_gpu or (isinstance(output, torch.Tensor) and output.is_cuda)
         if (
             isinstance(output, torch.Tensor)
             and output.requires_grad

@@ -108,7 +108,7 @@ class Recutter:
                 [b.costs for b in ballots],
                 remaining=until - step,
                 switch_s=self._worlds.switch_s,
-                busy=joining or any(b.move for b in ballots),
+                busy=joining or self._layers.on_gpu or any(b.move for b in ballots),
             )
             self._phase = Phase.ASKED if self._proposal else Phase.IDLE
             return
