@@ -28,7 +28,6 @@ from ftkit.collectives.frames import CONTROL_BYTES_MAX
 from ftkit.core.errors import GenerationAborted, ProtocolError, UsageError
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
-from ftkit.detection import row as detection
 from ftkit.recovery.migration import Outcome, Said, Stand, outcome
 from ftkit.recovery.recut_trigger import Proposal, RecutTrigger
 from ftkit.recovery.vote import Ballot
@@ -39,6 +38,9 @@ from ftkit.session.snapshots import Snapshots
 from ftkit.session.worlds import Worlds
 
 logger = logging.getLogger(__name__)
+
+#: How many times as long as the last time a switch may take before a rank in it is taken for hung.
+BUILD_TIMES = 4
 
 
 class Phase(StrEnum):
@@ -273,7 +275,6 @@ class Recutter:
         """Build the new stages, and load them, with all other ranks. Blocks."""
         assert self._proposal is not None, "agreed on"
         proposal, start = self._proposal, time.monotonic()
-        self._parts.recorder.phase(detection.Phase.RECOVERY)
         self._inject(step, 3)
         mine = {
             m.name: hash_of(t)
@@ -302,10 +303,14 @@ class Recutter:
         self._clear()
         self._switching = True
         self._layers.target = proposal.bounds
+        # No recovery, which has deadlines of its own: whoever stands still here is found as in a
+        # step. What `build` may take is known from the last time.
+        self._parts.recorder.allow(BUILD_TIMES * self._worlds.switch_s)
         try:
             done = self._worlds.recut(step, near)
         finally:
             self._switching, self._layers.target = False, None
+            self._parts.recorder.allow(0)
         if done is None:
             return
         now = time.monotonic()

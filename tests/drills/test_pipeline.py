@@ -71,15 +71,24 @@ def test_layers_move_while_it_trains(still: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "seat"), [(1, 0), (3, 1)], ids=["owner while it sends", "target at the switch"]
+    ("kind", "stage", "seat"),
+    [(Kind.KILL, 1, 0), (Kind.STOP, 3, 1)],
+    ids=["owner while it sends", "target stopped at the switch"],
 )
-def test_a_rank_dies_while_layers_move(still: Run, tmp_path: Path, stage: int, seat: int) -> None:
-    faults = [
-        PlannedFault(
-            kind=Kind.KILL, point=Point.MIGRATION, seat=seat, member=seat, step=1, bucket=stage
-        )
-    ]
-    done = run(tmp_path / "run", MOVING, [str(MOVE_STEPS), UNEVEN], nproc=2, faults=faults)
+def test_a_rank_is_lost_while_layers_move(
+    still: Run, tmp_path: Path, kind: Kind, stage: int, seat: int
+) -> None:
+    struck = PlannedFault(
+        kind=kind, point=Point.MIGRATION, seat=seat, member=seat, step=1, bucket=stage
+    )
+    done = run(
+        tmp_path / "run",
+        MOVING,
+        [str(MOVE_STEPS), UNEVEN],
+        nproc=2,
+        faults=[struck],
+        max_stall_s=4.0,
+    )
     assert done.stop.code == 0, f"{done.stop}\n{done.log}"
     assert done.of("recut-begins")
     assert [e["seat"] for e in done.of("exit") if e["signal"] == 9] == [seat]
