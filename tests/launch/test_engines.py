@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ftkit.core import exit_codes
 from ftkit.core.errors import UsageError
 from ftkit.core.trace import read_run
 from ftkit.launch.arenas import sweep
@@ -44,6 +45,7 @@ class TestEmbedded(EngineContract):
 
 #: Takes its time while both ranks are there, so that one can be told to go.
 PACED = """
+    import sys
     import time
     import torch
     import ftkit
@@ -54,7 +56,7 @@ PACED = """
     model = build(16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     session.protect(model=model, optimizer=optimizer)
-    for step in session.steps(Curve(), slots=6, slot_size=4, until=200):
+    for step in session.steps(Curve(), slots=6, slot_size=4, until=int(sys.argv[1])):
         with step:
             for x, y in step.batches():
                 torch.nn.functional.mse_loss(model(x), y).backward()
@@ -317,7 +319,7 @@ class TestRay(EngineContract):
             cluster.drain(there)
 
         with cluster.machine():
-            done = run(folder, script, nodes=2, nproc=1, on_poll=poll, engine="ray")
+            done = run(folder, script, ["200"], nodes=2, nproc=1, on_poll=poll, engine="ray")
         assert done.stop.code == 0, f"{done.stop.reason}\n{done.log}"
         (at,) = drained.values()
         left = [e for e in done.of("left") if e["mono"] > at]
@@ -332,6 +334,37 @@ class TestRay(EngineContract):
         votes = {(e["step"], e["generation"]): 0 for e in done.of("commit")}
         assert sorted(step for step, _ in votes) == list(range(1, 201)), "no step was played twice"
         assert len(done.params) == 1
+
+    def test_a_drill_programme_takes_a_node_of_a_running_job(self, tmp_path: Path) -> None:
+        folder, script, told = tmp_path / "run", tmp_path / "train.py", tmp_path / "told"
+        script.write_text(textwrap.dedent(PACED))
+        command = [*CLI, "drill", "plan", str(folder), "--once", "--fault", "lose-node", "--json"]
+        command += ["--steps-between", "3", "--history", str(tmp_path / "drills.jsonl")]
+        started = list[subprocess.Popen[bytes]]()
+
+        def poll(engine: Engine) -> None:
+            if not started and any(e["kind"] == "commit" for e in read_run(folder)):
+                environ = os.environ | {"PYTHONPATH": str(ROOT)}
+                with told.open("wb") as out:
+                    started.append(subprocess.Popen(command, stdout=out, env=environ))
+            elif started and started[0].poll() is not None:
+                engine.interrupt()
+
+        try:
+            done = run(folder, script, ["2000"], nodes=2, nproc=1, on_poll=poll, engine="ray")
+        finally:
+            for programme in started:
+                programme.kill()
+                programme.wait()
+        assert done.stop.code == exit_codes.INTERRUPTED, f"{done.stop.reason}\n{done.log}"
+        record = json.loads(told.read_text())
+        assert (record["outcome"], record["reason"]) == ("survived", "")
+        assert (record["fault"], record["engine"], record["nodes"]) == ("lose-node", "ray", 2)
+        for name in ("steps_lost", "slots_lost", "slots_doubled", "others_lost"):
+            assert record[name] == 0
+        # Its agent is another process, which has started another rank.
+        (struck,) = record["seats"]
+        assert len({e["pid"] for e in done.of("spawn") if e["seat"] == struck}) == 2
 
 
 @pytest.mark.ray
