@@ -333,11 +333,14 @@ def choose_nodes(fault: str, job: "Job", *, seed: int) -> Drill:
     )
 
 
+#: Points that only some faults can strike at, or only some jobs come to.
+_SOME_ONLY = (Point.IN_COLLECTIVE, Point.MIGRATION)
+
+
 def _point(at: str | None, rng: random.Random) -> tuple[Point | None, int]:
     bucket = rng.randrange(BUCKETS)
     if at is None:
-        # Not one that only some faults can strike at.
-        return rng.choice([p for p in Point if p is not Point.IN_COLLECTIVE]), bucket
+        return rng.choice([p for p in Point if p not in _SOME_ONLY]), bucket
     match = re.fullmatch(r"([a-z-]+)(?::(\d+))?", at)
     if match is None or match[1] not in set(Point):
         hint = near(at.partition(":")[0], list(Point))

@@ -14,8 +14,8 @@ from types import FrameType
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.config import JobConfig, new_secret
-from ftkit.launch.control import remove_control, write_control
 from ftkit.launch.disk import give_back, refuse_or_take
+from ftkit.launch.drill_access import remove_access, write_access
 from ftkit.launch.engine import Engine
 from ftkit.recovery.plan import Stop
 
@@ -102,7 +102,7 @@ def run_job(
     secret = new_secret()
     running = make(with_master_port(config), secret)
     try:
-        write_control(config, engine, secret)
+        write_access(config, engine, secret)
         with end_signals(running) as received:
             try:
                 running.start()
@@ -121,7 +121,7 @@ def run_job(
                 return Stop(code=128 + received[0], reason=f"ended by {received[0].name}")
             return stop
     finally:
-        remove_control(Path(config.run_dir))
+        remove_access(Path(config.run_dir))
         running.close()
         give_back(config)
 
