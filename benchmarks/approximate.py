@@ -25,7 +25,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.done_before import DoneBefore
 from benchmarks.figures import Figure, Report, finish, parser, say
 from ftkit.launch.workload.text import load_text
 from ftkit.session.approximate import StaleShard, copy_neighbour, fresh_optimizer, rebuild_between
@@ -271,7 +272,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "rate": options.rate,
         "every": options.every,
     }
-    runs = _kept(options.state, same)
+    before = DoneBefore(options.state, same)
+    runs = {(d["seed"], d["method"]): Run(d["losses"], d["failures"]) for d in before.records}
     wanted = [
         (s, m)
         for s in range(options.seeds)
@@ -283,10 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(
             f"seed {seed}, {method or 'undisturbed'}: {run.losses[-1]:.4f}, {run.failures} failures"
         )
-        if options.state is not None:
-            with options.state.open("a") as file:
-                told = {"seed": seed, "method": method, "losses": run.losses}
-                print(json.dumps({**same, **told, "failures": run.failures}), file=file)
+        before.add({"seed": seed, "method": method, **asdict(run)})
     return finish(report(runs, options), options)
 
 
@@ -310,18 +309,6 @@ def _train_alone(
     logging.getLogger("ftkit.session.approximate").setLevel(logging.ERROR)
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return train(data, seed, method, iterations, rate, every)
-
-
-def _kept(state: Path | None, same: Mapping[str, object]) -> dict[tuple[int, str], Run]:
-    """What an earlier call trained with the same text and options."""
-    if state is None or not state.exists():
-        return {}
-    told = [json.loads(line) for line in state.read_text().splitlines()]
-    return {
-        (t["seed"], t["method"]): Run(t["losses"], t["failures"])
-        for t in told
-        if same.items() <= t.items()
-    }
 
 
 def lost_by(

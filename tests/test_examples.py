@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 import types
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,28 @@ def run_plain(script: Path, *arguments: str) -> str:
     return done.stderr
 
 
+def untested(scripts: Iterable[str], tests: str) -> list[str]:
+    """Of the scripts below examples/ those that no test names, by path or without the ending."""
+    return [
+        script
+        for script in scripts
+        if not re.search(rf'["/]{re.escape(script.removesuffix(".py"))}(\.py)?"', tests)
+    ]
+
+
+def test_every_script_has_a_test() -> None:
+    scripts = [
+        str(path.relative_to(EXAMPLES))
+        for path in sorted(EXAMPLES.rglob("*.py"))
+        if "__main__" in path.read_text()
+    ]
+    tests = "".join(p.read_text() for p in Path(__file__).parent.rglob("test_*.py"))
+    assert len(scripts) > 10
+    assert untested(scripts, tests) == []
+    new = str(Path("deep") / "new.py")  # in one piece it would be found in this file
+    assert untested([new, *scripts], tests) == [new]
+
+
 def test_a_plain_script_needs_at_most_eight_changed_lines() -> None:
     plain, minimal = (p.read_text().splitlines() for p in (PLAIN, MINIMAL))
     assert plain != minimal
@@ -66,6 +89,7 @@ def test_a_plain_script_needs_at_most_eight_changed_lines() -> None:
         ("hf_plain", "hf_trainer", 2),
         ("lightning_plain", "lightning_strategy", 2),
         ("accelerate_plain", "accelerate_steps", 8),
+        ("fsdp_plain", "fsdp_elastic", 12),
         ("pretrain/plain", "pretrain/elastic", 30),
     ],
 )
