@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ftkit.collectives.modelled import ModelledGroup, Network
-from ftkit.collectives.overlap import weave
+from ftkit.collectives.overlap import crossing, weave
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.tuning import SplitTuner
 from ftkit.collectives.overlap.weave import Layer, Weave
@@ -211,9 +211,16 @@ BATCH, TOKENS, DEEP = 8, 16, 8
 AROUND = BATCH * TOKENS * WIDTH * 4
 
 
-def step_s(split: Any, *, compute_s: float, exchange_s: float, steps: int = 1) -> list[float]:
+def step_s(
+    split: Any,
+    *,
+    compute_s: float,
+    exchange_s: float,
+    steps: int = 1,
+    network: Network | None = None,
+) -> list[float]:
     """Seconds of each training step of a stack whose layers compute and exchange for so long."""
-    network = Network(2, rate=AROUND / exchange_s)
+    network = network or Network(2, rate=AROUND / exchange_s)
 
     def rank(group: ModelledGroup) -> list[float]:
         stack = [Layer(torch.ones(WIDTH), Slow(network, compute_s / BATCH)) for _ in range(DEEP)]
@@ -238,11 +245,53 @@ def test_two_halves_hide_three_quarters_of_the_communication(exchange_s: float) 
     assert (whole - halves) / hideable >= 0.75
 
 
+def test_the_link_goes_on_while_a_half_is_normed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a latency, and norms that take their time, a half's rows leave while the other's wait."""
+    exchange_s, normed_s = 0.010, 0.001
+    network = Network(2, rate=AROUND / exchange_s, latency_s=0.0005)
+
+    def slowly(act: Callable[..., Any]) -> Callable[..., Any]:
+        def normed(x: torch.Tensor, *args: Any) -> Any:
+            network.sleep(normed_s * x.numel() / (BATCH * TOKENS * WIDTH / 2))
+            return act(x, *args)
+
+        return normed
+
+    monkeypatch.setattr(weave, "add_rms_norm", slowly(add_rms_norm))
+    monkeypatch.setattr(weave, "rms_norm_backward", slowly(rms_norm_backward))
+    monkeypatch.setattr(crossing, "_PIECE_BYTES", 1)
+    (halves,) = step_s(True, compute_s=0.010, exchange_s=exchange_s, network=network)
+    at_least = 3 * DEEP * 0.010
+    # One half's first computing and another's last crossing have nothing beside them, twice.
+    assert halves - at_least < 2 * exchange_s
+
+
+def test_a_call_is_judged_with_its_backward() -> None:
+    """Forward alone would say that there is too little to hide."""
+    network = Network(2, rate=AROUND / 0.010)
+
+    def rank(group: ModelledGroup) -> list[float]:
+        stack = [Layer(torch.ones(WIDTH), Slow(network, 0.010 / BATCH)) for _ in range(DEEP)]
+        model = woven(group, stack, "auto")
+        x = torch.randn(BATCH, TOKENS, WIDTH, requires_grad=True)
+        took = []
+        for _ in range(2):
+            began = network.now()
+            model(x).sum().backward()
+            took.append(network.now() - began)
+        (tuned,) = model._tuned.values()
+        assert tuned.last is not None
+        return [took[-1], tuned.last.total_s]
+
+    for took, told in on(network, rank):
+        assert told == pytest.approx(took, rel=1e-3)
+
+
 def test_auto_splits_where_it_pays_and_not_where_it_does_not() -> None:
-    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.010, steps=8)
+    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.010, steps=12)
     (halves,) = step_s(True, compute_s=0.010, exchange_s=0.010)
     assert last == pytest.approx(halves)
-    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.0001, steps=8)
+    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.0001, steps=11)
     (whole,) = step_s(False, compute_s=0.010, exchange_s=0.0001)
     assert last == pytest.approx(whole)
 
@@ -254,9 +303,13 @@ def test_halves_that_turn_out_slower_are_given_up() -> None:
         ask = tuner.note(0.5, total_s)
     assert ask == [0.5, 2.0]
     tuner.agree(ask)
-    for _ in range(3):
-        assert tuner.split
-        ask = tuner.note(0.1, 1.99)
+    turns = []
+    while True:
+        turns.append(tuner.split)
+        if ask := tuner.note(0.1, 1.99 if tuner.split else 2.0):
+            break
+    assert turns == [True, False, True, False, True, False, True]
+    assert ask == [2.0, 1.99]
     tuner.agree(ask)
     assert tuner.settled
     assert not tuner.split
