@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from ftkit.collectives.modelled import ModelledGroup, Network
-from ftkit.collectives.overlap import crossing, weave
+from ftkit.collectives.overlap import all_gather_linear, crossing, weave
+from ftkit.collectives.overlap.linear import own_rows
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.tuning import SplitTuner
 from ftkit.collectives.overlap.weave import Layer, Weave
@@ -167,6 +168,56 @@ def test_a_woven_stack_is_the_plain_one(
             close(torch.cat([g[2] for g in weights], 1), layer.body.down.grad)
         else:
             close(torch.cat([g[2] for g in weights], 1), layer.body.out.grad)
+
+
+def test_a_layer_may_send_rows_of_its_own_meanwhile() -> None:
+    class Gathering(nn.Module):
+        """Its input over the number of ranks, by way of all of them."""
+
+        def __init__(self, group: ModelledGroup) -> None:
+            super().__init__()
+            self.group = group
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            start, end = own_rows(x.shape[1], self.group)
+            eye = torch.eye(WIDTH) / self.group.size()
+            return all_gather_linear(
+                x[:, start:end], eye, group=self.group, dim=1, rows=x.shape[1], chunks=3
+            )
+
+    x = torch.randn(4, 9, WIDTH, generator=torch.Generator().manual_seed(1))
+    wanted = x
+    for _ in range(3):
+        wanted = wanted + functional.rms_norm(wanted, (WIDTH,), None, 1e-6)
+
+    def rank(group: ModelledGroup) -> None:
+        stack = [Layer(torch.ones(WIDTH), Gathering(group)) for _ in range(3)]
+        # Ranks are late by turns, so that messages cross in every order.
+        group.network.sleep(1e-4 * group.rank())
+        torch.testing.assert_close(woven(group, stack, split=True)(x).detach(), wanted)
+
+    everywhere(3, rank, rate=1e7, latency_s=1e-4)
+
+
+def test_the_input_may_change_before_backward() -> None:
+    given = torch.randn(4, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def rank(group: ModelledGroup) -> None:
+        grads = []
+        for overwritten in (False, True):
+            stack = layers(group.rank(), 2, torch.float32)
+            x = given.clone()
+            out = woven(group, stack, split=True)(x)
+            if overwritten:
+                x.zero_()
+            out.square().sum().backward()
+            grads.append([p.grad for one in stack for p in one.parameters()])
+        for one, other in zip(*grads, strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+
+    everywhere(2, rank)
 
 
 def test_parameters_accumulate_once_a_backward() -> None:

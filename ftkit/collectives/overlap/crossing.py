@@ -24,6 +24,9 @@ Change = Callable[[Tensor, int, int], Tensor]
 _PIECE_BYTES = 96 << 10
 _PIECES_MAX = 2
 
+#: A layer may run an operation of its own between the same ranks, whose tags begin at 0.
+_TAGS = 1 << 16
+
 
 class Crossing:
     """See the module. Begun and ended by one thread, changed by another between."""
@@ -43,7 +46,7 @@ class Crossing:
         self._part, self._each = part, part.shape[0] // size
         count = part[: self._each].nbytes // _PIECE_BYTES
         self._spans = list(pieces(0, self._each, max(1, min(count, _PIECES_MAX))))
-        self._tag = 2 * _PIECES_MAX * lane
+        self._tag = _TAGS + 2 * _PIECES_MAX * lane
         self._whole = torch.empty_like(part)
         self._came: dict[tuple[int, int], Flight] = {}
         self._gathered: list[Flight] = []

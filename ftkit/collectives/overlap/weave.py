@@ -121,16 +121,16 @@ class Weave(nn.Module):
                 "not wait for the first; move the stack to the CPU, or all-reduce after each layer"
             )
         group = of(self._group)
+        keeps = torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        )
         tuned = None
         if self._split == "auto":
-            key = (generation_of(group), x.shape, x.dtype)
+            key = (generation_of(group), x.shape, x.dtype, keeps)
             tuned = self._tuned.setdefault(key, _Tuned())
             tuned.settle(group)
         split = tuned.tuner.split if tuned is not None else bool(self._split)
         layers = [cast("Layer", layer) for layer in self.layers]
-        keeps = torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in self.parameters())
-        )
         spent = _Spent()
         if tuned is not None:
             tuned.last = spent
@@ -177,7 +177,7 @@ class _Half:
         self.each = -(-self.rows // size)
         """Rows of a rank: the same for all, so the last ones may hold rows of padding."""
         self.size, self.rank = size, rank
-        self.residual = self.ours(x)
+        self.residual = self.ours(x).clone()
         """What is carried past the layers, of our rows: forward the sum so far, backward its gradient."""
         self.totals: list[Tensor] = []
         """What each norm was taken of, of our rows."""
@@ -251,7 +251,6 @@ class _Run:
                         part = layer.body(leaf)
                     if self._keeps:
                         half.graphs.append((leaf, part))
-                    if self._keeps:
                         half.totals.append(half.residual)
                     self._cross(submit, half, part.detach(), partial(self._between, number + 1))
             if not self._layers:
