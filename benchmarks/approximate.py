@@ -1,27 +1,31 @@
 """Approximate recovery: iterations lost a failure, on a byte-level LLaMA of six stages.
 
-One process plays all stages, and another the next seed: what is measured is what a loss does to the *training*, and not how long
-recovery takes. Every method trains on the same batches and meets the same failures, Bernoulli per
-stage and iteration (no two neighbouring stages at once). "Lost" is by how many iterations the
-undisturbed run was further: its iteration with the same validation loss, taken from its smoothed
-curve, from the iterations done, over the failures. First and last stages cannot be lost to CheckFree, so it
-meets fewer failures. Rollback and redundant computation are arithmetic on the undisturbed curve:
+One process plays all stages: what is measured is what a loss does to the *training*, and not how
+long recovery takes. Every method trains on the same batches and meets the same failures,
+Bernoulli per stage and iteration (no two neighbouring stages at once). "Lost" is by how many
+iterations the undisturbed run was further: its iteration with the same validation loss, taken from
+its smoothed curve, from the iterations done, over the failures. First and last stages cannot be
+lost to CheckFree, so it meets fewer failures. Rollback and redundant computation are arithmetic on the undisturbed curve:
 
 * rollback at K: every failure goes back to the last multiple of K iterations.
 * redundant computation loses nothing and takes 1.33 to 1.65 times as long for every iteration.
 
-    python -m benchmarks.approximate [--quick] [--json] [--save]
+Its thirty trainings take an hour of two cores: with `--state FILE` a call goes on where the last
+one ended.
+
+    python -m benchmarks.approximate [--state FILE] [--quick] [--json] [--save]
 """
 
 import argparse
 import copy
 import hashlib
+import json
 import logging
 import statistics
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,6 +33,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.done_before import DoneBefore
 from benchmarks.figures import Figure, Report, finish, parser, say
 from ftkit.launch.workload.text import load_text
 from ftkit.session.approximate import StaleShard, copy_neighbour, fresh_optimizer, rebuild_between
@@ -254,69 +259,98 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--iterations", type=int, help="default 2000, 400 with --quick")
     made.add_argument("--rate", type=float, default=0.002, help="per stage and iteration")
     made.add_argument("--every", type=int, default=100, help="iterations between stale shards")
+    made.add_argument(
+        "--state", type=Path, help="a file that keeps what was trained, to go on with"
+    )
     options = made.parse_args(arguments)
     options.seeds = options.seeds or (1 if options.quick else 5)
     options.iterations = options.iterations or (400 if options.quick else 2000)
-    return finish(report(options), options)
+    text = load_text(options.data, bytes_max=TEXT_BYTES)
+    same = {
+        "text": hashlib.sha256(text).hexdigest()[:16],
+        "iterations": options.iterations,
+        "rate": options.rate,
+        "every": options.every,
+    }
+    before = DoneBefore(options.state, same)
+    runs = {(d["seed"], d["method"]): Run(d["losses"], d["failures"]) for d in before.records}
+    wanted = [
+        (s, m)
+        for s in range(options.seeds)
+        for m in ("", "swapped", *METHODS)
+        if (s, m) not in runs
+    ]
+    for (seed, method), run in _train_all(text, wanted, options):
+        runs[seed, method] = run
+        say(
+            f"seed {seed}, {method or 'undisturbed'}: {run.losses[-1]:.4f}, {run.failures} failures"
+        )
+        before.add({"seed": seed, "method": method, **asdict(run)})
+    return finish(report(runs, options), options)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """What came of one seed."""
+def _train_all(
+    text: bytes, wanted: Sequence[tuple[int, str]], options: argparse.Namespace
+) -> Iterator[tuple[tuple[int, str], Run]]:
+    """Trainings know nothing of each other: one on each core. Those that end, as they end."""
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        given = (options.iterations, options.rate, options.every)
+        waiting = {pool.submit(_train_alone, text, *each, *given): each for each in wanted}
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
 
-    lost: dict[str, float]
-    """Method -> iterations lost a failure."""
-    swap_cost: float
-    finals: dict[str, tuple[float, int]]
-    """Method -> validation loss in the end, and failures met."""
 
-
-def play(seed: int, data: bytes, total: int, rate: float, every: int) -> Played:
-    """Train by all methods through the failures of one seed. Blocks, for minutes, on one core."""
+def _train_alone(
+    text: bytes, seed: int, method: str, iterations: int, rate: float, every: int
+) -> Run:
+    """`train` in a process of its own. Blocks, for minutes, on one core."""
     torch.set_num_threads(1)
     # Each loss is told by the method itself; hundreds of them are no news here.
     logging.getLogger("ftkit.session.approximate").setLevel(logging.ERROR)
-    text = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    reference = train(text, seed, "", total, rate, every).losses
-    swapped = train(text, seed, "swapped", total, rate, every).losses
-    whole = equivalent(reference, statistics.fmean(reference[-3:]))
-    lost, finals = dict[str, float](), dict[str, tuple[float, int]]()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return train(data, seed, method, iterations, rate, every)
+
+
+def lost_by(
+    runs: Mapping[tuple[int, str], Run], seed: int, *, total: int, rate: float
+) -> dict[str, float]:
+    """Method -> iterations lost a failure, of one seed; pure."""
+    reference = runs[seed, ""].losses
+    whole = equivalent(reference, _final(runs[seed, ""]))
+    lost = dict[str, float]()
     for method in METHODS:
-        run = train(text, seed, method, total, rate, every)
-        final = statistics.fmean(run.losses[-3:])
-        finals[method] = final, run.failures
+        run = runs[seed, method]
         if run.failures:
-            lost[method] = max(0.0, whole - equivalent(reference, final)) / run.failures
+            lost[method] = max(0.0, whole - equivalent(reference, _final(run))) / run.failures
     for interval in ROLLBACKS:
         done, failures = rollback(failures_of(seed, total, rate), interval)
         if failures:
             lost[f"rollback at {interval}"] = (total - done) / failures
-    return Played(
-        lost=lost,
-        swap_cost=whole - equivalent(reference, statistics.fmean(swapped[-3:])),
-        finals=finals,
-    )
+    return lost
 
 
-def report(options: argparse.Namespace) -> Report:
-    """Train everything, and what came of it."""
-    data = load_text(options.data, bytes_max=TEXT_BYTES)
-    total = options.iterations
+def _final(run: Run) -> float:
+    return statistics.fmean(run.losses[-3:])
+
+
+def report(runs: Mapping[tuple[int, str], Run], options: argparse.Namespace) -> Report:
+    """The figures of all seeds; pure."""
+    total, seeds = options.iterations, range(options.seeds)
     lost: dict[str, list[float]] = {}
-    samples: list[dict[str, object]] = []
-    swap_costs, finals = [], []
-    # Seeds are alike and know nothing of each other: one on each core.
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        given = (data, total, options.rate, options.every)
-        waiting = [pool.submit(play, seed, *given) for seed in range(options.seeds)]
-        for seed, played in enumerate(w.result() for w in waiting):
-            swap_costs.append(played.swap_cost)
-            for method, value in played.lost.items():
-                lost.setdefault(method, []).append(value)
-            for method, (loss, failures) in played.finals.items():
-                samples.append({"seed": seed, "method": method, "loss": loss, "failures": failures})
-                finals.append(f"{seed} {method} {loss!r}")
-                say(f"seed {seed}, {method}: loss {loss:.4f} after {failures} failures")
+    swap_costs = []
+    for seed in seeds:
+        for method, value in lost_by(runs, seed, total=total, rate=options.rate).items():
+            lost.setdefault(method, []).append(value)
+        reference = runs[seed, ""].losses
+        swap_costs.append(
+            equivalent(reference, _final(runs[seed, ""]))
+            - equivalent(reference, _final(runs[seed, "swapped"]))
+        )
+    finals = [
+        {"seed": s, "method": m, "loss": _final(runs[s, m]), "failures": runs[s, m].failures}
+        for s in seeds
+        for m in METHODS
+    ]
     goals = {"stale shard": 15.0, "CheckFree": 80.0}
     figures = [
         Figure(
@@ -344,13 +378,14 @@ def report(options: argparse.Namespace) -> Report:
     return Report(
         name="approximate",
         figures=figures,
-        computed={"losses": hashlib.sha256("\n".join(finals).encode()).hexdigest()[:16]},
+        computed={"losses": hashlib.sha256(json.dumps(finals).encode()).hexdigest()[:16]},
         notes=[
             f"{options.seeds} seeds of {total} iterations; all stages in one process.",
             "CheckFree+ is compared with the undisturbed run of the plain pipeline, its swap included.",
         ],
-        options=vars(options) | {"data": options.data and options.data.name},
-        samples=samples,
+        options=vars(options)
+        | {"data": options.data and options.data.name, "state": options.state is not None},
+        samples=finals,
     )
 
 

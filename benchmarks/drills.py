@@ -6,7 +6,7 @@ too). The drills' checker judges each one against one undisturbed run of the sam
 that failed or could not be judged is listed with the command that does it again, and its
 events are kept under --runs-dir.
 
-    python -m benchmarks.drills --count 100 [--quick] [--json] [--save]
+    python -m benchmarks.drills --count 100 [--state FILE] [--quick] [--json] [--save]
 """
 
 import argparse
@@ -18,7 +18,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.done_before import DoneBefore
 from benchmarks.figures import Figure, Report, finish, parser, say
 from benchmarks.jobs import JobFailed, leave_if_ended, params_of, python_path, scratch
 from ftkit.launch.checker import Answer, Outcome
@@ -46,12 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         for k in range(options.count)
     ]
     with scratch("drills") as folder:
-        judged, params = run_all(drills, job, folder, kept=options.runs_dir)
+        before = DoneBefore(options.state, conditions(options, fault="all"))
+        judged, params = run_all(drills, job, folder, kept=options.runs_dir, before=before)
     return finish(report(judged, params, vars(options)), options)
 
 
 def run_all(
-    drills: Sequence[Drill], job: Job, folder: Path, *, kept: Path
+    drills: Sequence[Drill],
+    job: Job,
+    folder: Path,
+    *,
+    kept: Path,
+    before: DoneBefore | None = None,
 ) -> tuple[list[Judged], str]:
     """Do all drills. Blocks. Returns them with the undisturbed run's digest of parameters.
 
@@ -60,7 +68,10 @@ def run_all(
       job: to which job.
       folder: a folder for the runs, each removed when its drill has passed.
       kept: where runs that did not pass are moved to.
+      before: drills of the same job that are not done again; None for none.
     """
+    before = before or DoneBefore(None, {})
+    known = {d["seed"]: _outcome(d) for d in before.records}
     stop, reference = job.run(folder / "reference")
     leave_if_ended(stop)
     if stop.code:
@@ -68,11 +79,15 @@ def run_all(
     (params,) = params_of(reference)
     judged = list[Judged]()
     for drill in drills:
+        if drill.seed in known:
+            judged.append(Judged(drill=drill, outcome=known[drill.seed]))
+            continue
         run_dir = folder / f"{drill.fault}-{drill.seed}"
         outcome, events = run_drill(drill, job, reference, run_dir)
         if any(e["kind"] == "end" and "interrupt" in str(e.get("reason")) for e in events):
             raise SystemExit(130)
         judged.append(Judged(drill=drill, outcome=outcome))
+        before.add(_brief(outcome))
         if outcome.outcome is Answer.PASS:
             shutil.rmtree(run_dir)
         else:
@@ -154,6 +169,11 @@ def _brief(outcome: Outcome) -> dict[str, object]:
     return found
 
 
+def _outcome(brief: Mapping[str, Any]) -> Outcome:
+    """What `_brief` made JSON of."""
+    return Outcome(**{**brief, "outcome": Answer(brief["outcome"])})
+
+
 def _why(outcome: Outcome) -> str:
     said = outcome.evidence.get("problems") or outcome.evidence.get("missing")
     return "; ".join(map(str, said)) if isinstance(said, list) else str(said)
@@ -167,6 +187,11 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def conditions(options: argparse.Namespace, **more: object) -> dict[str, object]:
+    """What has to be the same for a drill to count as done before, beside its seed."""
+    return {"nproc": options.nproc, "steps": options.steps, "max_stall": options.max_stall, **more}
+
+
 def series_parser(
     doc: str | None, *, count: int, quick: int, nproc: int, runs_dir: str
 ) -> argparse.ArgumentParser:
@@ -177,6 +202,7 @@ def series_parser(
     made.add_argument("--nproc", type=int, default=nproc, help="ranks of the job")
     made.add_argument("--steps", type=int, default=150, help="steps of the job")
     made.add_argument("--max-stall", type=float, default=5.0, help="max_stall_s of the job")
+    made.add_argument("--state", type=Path, help="a file that keeps what was done, to go on with")
     made.add_argument(
         "--runs-dir", type=Path, default=Path(runs_dir), help="keeps what did not pass"
     )

@@ -13,7 +13,6 @@ it stood, and the figures are those of all its jobs.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -21,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from benchmarks.done_before import DoneBefore
 from benchmarks.figures import Figure, Report, finish, parser, percentile, say
 from benchmarks.jobs import ROOT, Event, leave_if_ended, params_of, scratch
 from ftkit.core.fault_plan import Kind, PlannedFault, Point
@@ -53,7 +53,9 @@ class Done:
 def main(argv: Sequence[str] | None = None) -> int:
     """Go on with the series and print where it stands. Returns the exit code."""
     options = _options(argv)
-    done = _kept(options.state)
+    same = {k: getattr(options, k) for k in ("a_job", "gap", "nproc", "seed")}
+    before = DoneBefore(options.state, same)
+    done = [Done(**record) for record in before.records]
     job = Job(
         nproc=options.nproc,
         steps=FIRST + options.a_job * options.gap + LAST,
@@ -66,9 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         while (so_far := sum(d.kills for d in done)) < options.kills:
             seed = options.seed + len(done)
             done.append(_one(job, options, seed, params, folder / f"job-{seed}"))
-            if options.state is not None:
-                with options.state.open("a") as file:
-                    file.write(json.dumps(asdict(done[-1])) + "\n")
+            before.add(asdict(done[-1]))
             say(f"{so_far + done[-1].kills} of {options.kills} kills; {done[-1].problems or 'ok'}")
             if done[-1].kills == 0:
                 break  # nothing strikes: more jobs would not help
@@ -169,12 +169,6 @@ def _undisturbed(job: Job, folder: Path) -> str:
     leave_if_ended(stop)
     (params,) = params_of(events)
     return params
-
-
-def _kept(state: Path | None) -> list[Done]:
-    if state is None or not state.exists():
-        return []
-    return [Done(**json.loads(line)) for line in state.read_text().splitlines()]
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:

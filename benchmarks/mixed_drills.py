@@ -6,7 +6,9 @@ of four runs the coordinator is killed besides. The drills' checker judges each 
 run of the same job. A drill that failed or could not be judged is listed with the command that
 does it again, and its events are kept under --runs-dir.
 
-    python -m benchmarks.mixed_drills --count 200 [--quick] [--json] [--save]
+They take two hours: with `--state FILE` a call goes on where the last one ended.
+
+    python -m benchmarks.mixed_drills --count 200 [--state FILE] [--quick] [--json] [--save]
 """
 
 import argparse
@@ -15,7 +17,8 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from benchmarks.drills import Judged, figures, run_all, samples, series_parser, unpassed
+from benchmarks.done_before import DoneBefore
+from benchmarks.drills import Judged, conditions, figures, run_all, samples, series_parser, unpassed
 from benchmarks.figures import Figure, Report, finish
 from benchmarks.jobs import python_path, scratch
 from ftkit.launch.drill_job import Job
@@ -46,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         with scratch(f"mixed-{name.lower()}") as folder:
             kept = options.runs_dir / name.lower()
-            judged[name], params[name] = run_all(drills, job, folder, kept=kept)
+            before = DoneBefore(options.state, conditions(options, fault=MIXED, series=name))
+            judged[name], params[name] = run_all(drills, job, folder, kept=kept, before=before)
     return finish(report(judged, params, vars(options)), options)
 
 

@@ -7,10 +7,12 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torchft  # type: ignore[import-not-found]  # only in its own environment
+from torch import nn, optim
 from torchft.process_group import ProcessGroupGloo  # type: ignore[import-not-found]
 
 from benchmarks.toy import BLOCKS, Noise, build, digest, loss_of, note, optimizer_of
@@ -41,6 +43,47 @@ def patched_hook(
     return finished
 
 
+class Replica:
+    """A replica group of one process, and what trains in it. All begin with the same parameters."""
+
+    def __init__(
+        self,
+        plain: nn.Module,
+        optimizer: optim.Optimizer,
+        *,
+        index: int,
+        lighthouse: str,
+        timeout: timedelta,
+    ) -> None:
+        """Join those at `lighthouse`, as replica `index`; `timeout` is a collective's."""
+
+        def load(state: dict[str, dict[str, Any]]) -> None:
+            plain.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+
+        def save() -> dict[str, dict[str, Any]]:
+            return {"model": plain.state_dict(), "optimizer": optimizer.state_dict()}
+
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # public, not listed
+        self.manager = torchft.Manager(
+            pg=ProcessGroupGloo(timeout=timeout),
+            load_state_dict=load,
+            state_dict=save,
+            min_replica_size=1,
+            timeout=timedelta(seconds=30),
+            rank=0,
+            world_size=1,
+            store_addr="127.0.0.1",
+            store_port=self._store.port,
+            lighthouse_addr=lighthouse,
+            replica_id=f"toy_{index}",
+            hostname="127.0.0.1",
+            init_sync=False,
+        )
+        self.model = torchft.DistributedDataParallel(self.manager, plain)
+        self.optimizer = torchft.Optimizer(self.manager, optimizer)
+
+
 def main(argv: list[str]) -> None:
     """Train; `KILL_AT` is the step at which this replica kills itself, 0 for never."""
     index, replicas, steps, rows = map(int, argv[:4])
@@ -48,33 +91,10 @@ def main(argv: list[str]) -> None:
     if patched:
         torchft.DistributedDataParallel._comm_hook = staticmethod(patched_hook)
     plain = build()
-    optimizer_inside = optimizer_of(plain)
-
-    def load(state: dict[str, dict[str, object]]) -> None:
-        plain.load_state_dict(state["model"])
-        optimizer_inside.load_state_dict(state["optimizer"])
-
-    def save() -> dict[str, dict[str, object]]:
-        return {"model": plain.state_dict(), "optimizer": optimizer_inside.state_dict()}
-
-    own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # public, not listed
-    manager = torchft.Manager(
-        pg=ProcessGroupGloo(timeout=GROUP_TIMEOUT),
-        load_state_dict=load,
-        state_dict=save,
-        min_replica_size=1,
-        timeout=timedelta(seconds=30),
-        rank=0,
-        world_size=1,
-        store_addr="127.0.0.1",
-        store_port=own.port,
-        lighthouse_addr=lighthouse,
-        replica_id=f"toy_{index}",
-        hostname="127.0.0.1",
-        init_sync=False,  # all begin with the same parameters
+    replica = Replica(
+        plain, optimizer_of(plain), index=index, lighthouse=lighthouse, timeout=GROUP_TIMEOUT
     )
-    model = torchft.DistributedDataParallel(manager, plain)
-    optimizer = torchft.Optimizer(manager, optimizer_inside)
+    manager, model, optimizer = replica.manager, replica.model, replica.optimizer
     data = Noise(rows)
 
     def strike(gradient: torch.Tensor) -> None:

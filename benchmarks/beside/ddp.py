@@ -1,4 +1,4 @@
-"""The loop in DDP on gloo, which four of the tools run as it is; needs only torch."""
+"""The loop in DDP on gloo, which all tools run that go back to a checkpoint; needs only torch."""
 
 from datetime import timedelta
 
@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.beside import checkpoints
+from benchmarks.beside.checkpoints import Checkpoints
 from benchmarks.beside.task import StepLog, Task, batch_loss
 from benchmarks.toy import Noise, build, optimizer_of
 
@@ -15,7 +15,7 @@ from benchmarks.toy import Noise, build, optimizer_of
 CONNECT_S = 60.0
 
 
-def train(task: Task, log: StepLog) -> nn.Module:
+def train(task: Task, log: StepLog, checkpoints: Checkpoints) -> nn.Module:
     """Train to the end from the newest checkpoint, in the group that there is. Blocks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = DistributedDataParallel(build())
@@ -30,13 +30,14 @@ def train(task: Task, log: StepLog) -> nn.Module:
         optimizer.step()
         optimizer.zero_grad()
         log.commit()
-        checkpoints.save(task, model, optimizer, step)
+        if task.save_every and step % task.save_every == 0:
+            checkpoints.save(task, model, optimizer, step)
         if step == done + 1:
-            limit_stalls(task)
+            _limit_stalls(task)
     return model
 
 
-def limit_stalls(task: Task) -> None:
+def _limit_stalls(task: Task) -> None:
     """Give the group's collectives the task's limit, now that all ranks are connected.
 
     The limit that the group is made with holds for connecting too, and ranks of a busy machine need

@@ -10,6 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from nvidia_resiliency_ext import inprocess  # type: ignore[import-not-found]  # its own environment
 
+from benchmarks.beside.checkpoints import ByDCP
 from benchmarks.beside.ddp import train
 from benchmarks.beside.task import StepLog, Task, leave
 
@@ -38,7 +39,7 @@ def restarted(call_wrapper: inprocess.CallWrapper | None = None) -> None:
     )
     limit = timedelta(seconds=TASK.stall_s)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
-    LOG.final(train(TASK, LOG))
+    LOG.final(train(TASK, LOG, ByDCP()))
     dist.destroy_process_group()
 
 

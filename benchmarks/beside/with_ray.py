@@ -11,54 +11,46 @@ import ray
 import torch
 from ray import train
 from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, prepare_model
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch import nn, optim
 
-from benchmarks.beside.ddp import CONNECT_S, limit_stalls
-from benchmarks.beside.task import StepLog, Task, batch_loss
-from benchmarks.toy import Noise, build, optimizer_of
+from benchmarks.beside import ddp
+from benchmarks.beside.task import StepLog, Task
 
 RESTARTS = 3
 
 
-def work(settings: dict[str, str]) -> None:
-    """What each worker runs: as Ray's guide to fault tolerance has it, from the last report."""
-    task = Task.from_environ()
-    context = train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
-    plain = build()
-    model = prepare_model(plain, move_to_device=False)
-    torch.set_num_threads(1)
-    optimizer = optimizer_of(model)
-    data = Noise(task.rows)
-    done = 0
-    last = train.get_checkpoint()
-    if last is not None:
+class ByReports:
+    """As Ray's guide to fault tolerance has it: rank 0 reports one, and training goes on from it."""
+
+    def restore(self, task: Task, model: nn.Module, optimizer: optim.Optimizer) -> int:
+        """The newest that was reported."""
+        last = train.get_checkpoint()
+        if last is None:
+            return 0
         with last.as_directory() as folder:
             state = torch.load(Path(folder) / "state.pt")
-        plain.load_state_dict(state["model"])
+        model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        done = state["step"]
-    log = StepLog(task, rank)
-    log.begin(model, done + 1)
-    for step in range(done + 1, task.steps + 1):
-        blocks = task.mine(step, rank, world)
-        log.attempt(step, blocks)
-        batch_loss(task, model, data, blocks, world).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log.commit()
-        if step == done + 1:
-            limit_stalls(task)
-        if step % task.save_every:
-            continue
-        if rank:
+        return int(state["step"])
+
+    def save(self, task: Task, model: nn.Module, optimizer: optim.Optimizer, step: int) -> None:
+        """Report what is there after `step`."""
+        if train.get_context().get_world_rank():
             train.report({"step": step})
-            continue
+            return
         with tempfile.TemporaryDirectory() as folder:
-            state = {"model": plain.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             torch.save({**state, "step": step}, Path(folder) / "state.pt")
             train.report({"step": step}, checkpoint=Checkpoint.from_directory(folder))
-    log.final(model)
+
+
+def work(settings: dict[str, str]) -> None:
+    """What each worker runs, in the group that Ray Train has made."""
+    task = Task.from_environ()
+    torch.set_num_threads(1)
+    log = StepLog(task, train.get_context().get_world_rank())
+    log.final(ddp.train(task, log, ByReports()))
 
 
 def main(temp: str, shm: str) -> None:
@@ -77,7 +69,7 @@ def main(temp: str, shm: str) -> None:
         TorchTrainer(
             work,
             train_loop_config={},
-            torch_config=TorchConfig(backend="gloo", timeout_s=int(CONNECT_S)),
+            torch_config=TorchConfig(backend="gloo", timeout_s=int(ddp.CONNECT_S)),
             scaling_config=ScalingConfig(num_workers=task.slots),
             run_config=RunConfig(
                 name="task",

@@ -8,11 +8,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 import torchft  # type: ignore[import-not-found]  # only in its own environment
-from torchft.process_group import ProcessGroupGloo  # type: ignore[import-not-found]
 
 from benchmarks.beside.task import StepLog, Task, batch_loss, leave
 from benchmarks.toy import Noise, build, optimizer_of
-from benchmarks.toy_torchft import patched_hook
+from benchmarks.toy_torchft import Replica, patched_hook
 
 
 def main(index: int, lighthouse: str, port: int, variant: str) -> None:
@@ -21,33 +20,9 @@ def main(index: int, lighthouse: str, port: int, variant: str) -> None:
     if variant == "patched":
         torchft.DistributedDataParallel._comm_hook = staticmethod(patched_hook)
     plain = build()
-    inside = optimizer_of(plain)
-
-    def load(state: dict[str, dict[str, object]]) -> None:
-        plain.load_state_dict(state["model"])
-        inside.load_state_dict(state["optimizer"])
-
-    def save() -> dict[str, dict[str, object]]:
-        return {"model": plain.state_dict(), "optimizer": inside.state_dict()}
-
-    own = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]  # public, not listed
-    manager = torchft.Manager(
-        pg=ProcessGroupGloo(timeout=timedelta(seconds=task.stall_s)),
-        load_state_dict=load,
-        state_dict=save,
-        min_replica_size=1,
-        timeout=timedelta(seconds=30),
-        rank=0,
-        world_size=1,
-        store_addr="127.0.0.1",
-        store_port=own.port,
-        lighthouse_addr=lighthouse,
-        replica_id=f"toy_{index}",
-        hostname="127.0.0.1",
-        init_sync=False,  # all begin with the same parameters
-    )
-    model = torchft.DistributedDataParallel(manager, plain)
-    optimizer = torchft.Optimizer(manager, inside)
+    limit = timedelta(seconds=task.stall_s)
+    replica = Replica(plain, optimizer_of(plain), index=index, lighthouse=lighthouse, timeout=limit)
+    manager, model, optimizer = replica.manager, replica.model, replica.optimizer
     data = Noise(task.rows)
     log = StepLog(task, index)
     start = dist.TCPStore("127.0.0.1", port, task.slots, is_master=index == 0)  # type: ignore[attr-defined]  # public, not listed

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from benchmarks.beside.checkpoints import ByDCP
 from benchmarks.beside.ddp import CONNECT_S, train
 from benchmarks.beside.task import StepLog, Task, leave
 
@@ -17,7 +18,7 @@ def main() -> None:
     task = Task.from_environ()
     dist.init_process_group("gloo", timeout=timedelta(seconds=CONNECT_S))
     log = StepLog(task, int(os.environ["RANK"]))
-    log.final(train(task, log))
+    log.final(train(task, log, ByDCP()))
     dist.destroy_process_group()
 
 

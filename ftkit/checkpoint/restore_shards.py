@@ -17,6 +17,7 @@ from ftkit.checkpoint.fetch import fetch
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.load import load_state, small_of_seats, small_of_stages
 from ftkit.checkpoint.open_part import Address
+from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, WireError
@@ -87,6 +88,7 @@ def restore_shards(
     secret: bytes,
     timeout_s: float = 10.0,
     stages: bool = False,
+    near: Sequence[BoxSource] = (),
 ) -> ShardsRestored:
     """Load what this rank holds of `step` now, whoever held it then. Blocks.
 
@@ -100,6 +102,7 @@ def restore_shards(
       secret: the job's, for byte servers.
       timeout_s: the longest silence of a byte server.
       stages: ranks hold other tensors, rather than parts of the same.
+      near: sources in this process that have some of the step already; they are asked first.
 
     Raises:
       Incomplete: the step is not whole in the inventory. Nothing was changed.
@@ -126,7 +129,7 @@ def restore_shards(
         smalls = {c.seat: s.head.small for c, s in reversed(list(zip(of, sources, strict=True)))}
         small = small_of_stages(smalls, seat) if stages else small_of_seats(smalls, seat)
         try:
-            report = load_state(state, sources, small=small, stage=stages)
+            report = load_state(state, [*near, *sources], small=small, stage=stages)
         except IntegrityError:
             for copy, server in copies:
                 if server is None:
@@ -136,7 +139,7 @@ def restore_shards(
         for copy, server in copies:
             if server is None and Path(copy.path).name in damaged:
                 _strike(copy)
-    given = list(zip(of, report.bytes_by_source, strict=True))
+    given = list(zip(of, report.bytes_by_source[len(near) :], strict=True))
     return ShardsRestored(
         layout=state.layout(),
         bytes=report.bytes,

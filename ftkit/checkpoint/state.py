@@ -21,6 +21,7 @@ from ftkit.checkpoint.walk import (
     live_boxes,
     module_tensors,
     named_parameters,
+    named_tensors,
     unwrap,
 )
 from ftkit.checkpoint.watch import Watch
@@ -152,6 +153,19 @@ class ProtectedState:
     def tensors(self) -> list[torch.Tensor]:
         """The live tensors, in the order of the layout. Raises as `picture`."""
         return [item.tensor for item in self.picture().live]
+
+    def of_modules(self, modules: Iterable[nn.Module]) -> list[Live]:
+        """What is protected of some modules: parameters, buffers, optimizer state. Raises as `picture`."""
+        parts = {id(t) for m in modules for t in (*m.parameters(), *m.buffers())}
+        names = {
+            full
+            for key, module in self._modules.items()
+            for full, tensor, _ in named_tensors(key, module)
+            if id(tensor) in parts
+        }
+        own = tuple(f"{walk.name}/state/{name}/" for walk in self._optimizers for name in names)
+        live = self.picture().live
+        return [item for item in live if item.name in names or item.name.startswith(own)]
 
     def small(self) -> dict[str, Any]:
         """The small state, JSON-safe. Raises as `picture`."""

@@ -78,6 +78,9 @@ class Point(StrEnum):
     """While the snapshot of the step is being made."""
     RECOVERY = "recovery"
     """While this rank enters a new world after another's fault; `step` counts from that."""
+    MIGRATION = "migration"
+    """While layers of a pipeline move: as it begins (bucket 0), while their state travels (1), while
+    gradients follow (2), at the switch (3). Most jobs never come there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

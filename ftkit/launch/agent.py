@@ -25,8 +25,8 @@ from ftkit.detection.signals import to_json
 from ftkit.detection.status import BOARD
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
-from ftkit.launch.control import drill_key
 from ftkit.launch.door import Door
+from ftkit.launch.drill_access import drill_key
 from ftkit.launch.drill_visits import DrillVisits
 from ftkit.launch.environment import common_environment, rank_environment
 from ftkit.launch.examiner import Examiner

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from ftkit.core.ids import NodeId, Step
-from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, Outcome, Report, judge
+from ftkit.launch.checkpointing import ATTEMPTS_MAX, Order, OrderEnd, Report, judge
 from ftkit.launch.disk import Tell
 from ftkit.launch.ending import End, Ending
 
@@ -63,7 +63,7 @@ class CheckpointLead:
             self._tell("checkpoint-last", step=self._ending.step, failed=self._ending.failed)
         return before != (self.order, self.over)
 
-    def _take(self, outcome: Outcome) -> None:
+    def _take(self, outcome: OrderEnd) -> None:
         if outcome.failed:
             self._tell("checkpoint-failed", step=outcome.step, reason=outcome.failed)
         else:

@@ -130,7 +130,7 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class OrderEnd:
     """An attempt that ended."""
 
     step: Step
@@ -144,7 +144,7 @@ def judge(
     *,
     last_attempt: int,
     due: Iterable[Copy] | None = None,
-) -> tuple[Order | None, Outcome | None]:
+) -> tuple[Order | None, OrderEnd | None]:
     """The order as it should be now, and the attempt that ended by that.
 
     Args:
@@ -162,14 +162,14 @@ def judge(
             due = (c for r in reports.values() for c in r.due)
         return _next(reports, Inventory(copies=tuple(due)), last_attempt), None
     if lost := sorted(order.nodes - reports.keys()):
-        return None, Outcome(step=order.step, failed=f"node {lost[0]} was lost")
+        return None, OrderEnd(step=order.step, failed=f"node {lost[0]} was lost")
     here = {n: r for n, r in reports.items() if n in order.nodes and r.attempt == order.attempt}
     for node, report in sorted(here.items()):
         if report.error:
-            return None, Outcome(step=order.step, failed=f"node {node}: {report.error}")
+            return None, OrderEnd(step=order.step, failed=f"node {node}: {report.error}")
     # The committer alone can be ahead: what it was to write had been committed before.
     if order.committer in here and here[order.committer].done is Stage.COMMIT:
-        return None, Outcome(step=order.step, failed="")
+        return None, OrderEnd(step=order.step, failed="")
     if len(here) < len(order.nodes) or order.stage is Stage.COMMIT:
         return order, None
     # Who has nothing to write now may have had before, and still be at it.

@@ -1,4 +1,4 @@
-"""Choices: an option's list with commas, of which each has to be one of some."""
+"""Choices: names that a person types, each of which has to be one of some."""
 
 import difflib
 from collections.abc import Collection
@@ -11,7 +11,11 @@ def chosen(text: str, among: Collection[str], *, option: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in among:
-            near = difflib.get_close_matches(name, among, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise UsageError(f"{option}: {name!r} is none of {', '.join(among)}{hint}")
+            raise UsageError(f"{option}: {name!r} is none of {', '.join(among)}{near(name, among)}")
     return list(dict.fromkeys(names))
+
+
+def near(name: str, among: Collection[str]) -> str:
+    """The end of a message that refuses `name`: what may have been meant; "" where nothing is."""
+    found = difflib.get_close_matches(name.lower(), among, n=1)
+    return f"; did you mean {found[0]}?" if found else ""

@@ -13,6 +13,7 @@ import click
 
 from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
+from ftkit.launch import completion
 from ftkit.launch.bench_command import bench
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.detect_command import detect
@@ -143,7 +144,7 @@ def main() -> None:
 )
 @click.option("--quiet", is_flag=True, help="Say nothing but errors: no warnings of ftkit itself.")
 @click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout.")
-@click.argument("script")
+@click.argument("script", shell_complete=completion.scripts)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def run(
     nproc: int,
@@ -328,8 +329,13 @@ def drill_options(*, steps: int) -> Callable[[Any], Any]:
 
 
 @drill.command("run")
-@click.argument("fault")
-@click.option("--at", "at", help="The phase of the step, by default one the seed picks.")
+@click.argument("fault", shell_complete=completion.faults)
+@click.option(
+    "--at",
+    "at",
+    shell_complete=completion.phases,
+    help="The phase of the step, by default one the seed picks.",
+)
 @click.option(
     "--count", type=click.IntRange(min=1), default=1, show_default=True, help="How many drills."
 )
@@ -356,7 +362,12 @@ def drill_demo(data: Path | None, report: Path, **options: Any) -> None:
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.argument(
+    "run_dir",
+    type=click.Path(path_type=Path),
+    required=False,
+    shell_complete=completion.runs,
+)
 @click.option("--json", "as_json", is_flag=True, help="The state now, as one JSON object.")
 @click.option("--once", is_flag=True, help="Show the state now and end.")
 def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
@@ -367,7 +378,13 @@ def status(run_dir: Path | None, as_json: bool, once: bool) -> None:
 
 
 @main.command()
-@click.argument("run_dir", metavar="[JOB]", type=click.Path(path_type=Path), required=False)
+@click.argument(
+    "run_dir",
+    metavar="[JOB]",
+    type=click.Path(path_type=Path),
+    required=False,
+    shell_complete=completion.runs,
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
@@ -397,7 +414,12 @@ def ui(run_dir: Path | None, port: int, host: str, open_browser: bool) -> None:
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.argument(
+    "run_dir",
+    type=click.Path(path_type=Path),
+    required=False,
+    shell_complete=completion.runs,
+)
 @click.option("--json", "as_json", is_flag=True)
 def explain(run_dir: Path | None, as_json: bool) -> None:
     """Say in a paragraph what happened in a run, and why."""
@@ -430,7 +452,12 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.argument(
+    "run_dir",
+    type=click.Path(path_type=Path),
+    required=False,
+    shell_complete=completion.runs,
+)
 @click.option("--world", type=click.IntRange(min=1), help="Ranks of the full job.")
 @click.option("--lost", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--node-lost", is_flag=True, help="Another node has to be found for them.")
@@ -488,7 +515,12 @@ def plan(
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path), required=False)
+@click.argument(
+    "run_dir",
+    type=click.Path(path_type=Path),
+    required=False,
+    shell_complete=completion.runs,
+)
 @click.option("--reference", type=click.Path(path_type=Path), help="An undisturbed run.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"))
 @click.option("--json", "as_json", is_flag=True)

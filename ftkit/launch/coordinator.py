@@ -44,7 +44,7 @@ from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.launch.node_advice import advised
 from ftkit.launch.pace import Rest
 from ftkit.launch.resources import CLOCK_S
-from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts
+from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
 from ftkit.recovery.protocol import advance
 
@@ -92,6 +92,7 @@ class Coordinator:
         self._told: dict[NodeId, list[MemberFacts]] = {}
         """The members of each report."""
         self._members: dict[MemberId, MemberFacts] = {}
+        self._dead_since: dict[MemberId, float] = {}
         self._plan: Plan | None = None
         self._interrupted = ""
         self._stores: dict[str, Any] = {}
@@ -215,6 +216,8 @@ class Coordinator:
         self._take_clock(node, report.get("clock"))
         for member in members:
             self._members[member.member] = member
+            if member.stage is Stage.DEAD:
+                self._dead_since.setdefault(member.member, self._heard[node])
         self._judge.take_report(
             node,
             rows_from_json(report["rows"]),
@@ -479,6 +482,7 @@ class Coordinator:
             members=self._members,
             # Only there are they asked for; in a large job to gather them takes a while.
             snapshots=self._in_memory(lost) if forming else frozenset(),
+            dead_s={m: now - since for m, since in self._dead_since.items()},
             evictions=verdicts.evictions,
             nodes_lost=lost,
             nodes_away=frozenset(self._agents) - self._lines.keys() - lost,

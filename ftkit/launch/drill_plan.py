@@ -19,6 +19,7 @@ from ftkit.launch import (
     restart_drill,
     rot_drills,
 )
+from ftkit.launch.choices import near
 from ftkit.launch.drill_catalogue import (
     ANYWHERE,
     BUCKETS,
@@ -171,8 +172,10 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     if name == DESYNC:
         name = rng.choice(sorted(DESYNCS))
     if name not in CATALOGUE:
-        every = ", ".join([*CATALOGUE, *NODE_CATALOGUE])
-        raise UsageError(f"there is no drill {name!r}; choose among {every}, all")
+        every = [*CATALOGUE, *NODE_CATALOGUE, "all"]
+        raise UsageError(
+            f"there is no drill {name!r}; choose among {', '.join(every)}{near(name, every)}"
+        )
     between = (*rot_drills.CATALOGUE, *restart_drill.CATALOGUE)
     if name in between and at is not None:
         raise UsageError(f"{name} strikes between steps: leave --at out")
@@ -330,12 +333,16 @@ def choose_nodes(fault: str, job: "Job", *, seed: int) -> Drill:
     )
 
 
+#: Points that only some faults can strike at, or only some jobs come to.
+_SOME_ONLY = (Point.IN_COLLECTIVE, Point.MIGRATION)
+
+
 def _point(at: str | None, rng: random.Random) -> tuple[Point | None, int]:
     bucket = rng.randrange(BUCKETS)
     if at is None:
-        # Not one that only some faults can strike at.
-        return rng.choice([p for p in Point if p is not Point.IN_COLLECTIVE]), bucket
+        return rng.choice([p for p in Point if p not in _SOME_ONLY]), bucket
     match = re.fullmatch(r"([a-z-]+)(?::(\d+))?", at)
     if match is None or match[1] not in set(Point):
-        raise UsageError(f"there is no phase {at!r}; choose among {', '.join(Point)}")
+        hint = near(at.partition(":")[0], list(Point))
+        raise UsageError(f"there is no phase {at!r}; choose among {', '.join(Point)}{hint}")
     return Point(match[1]), int(match[2]) if match[2] else bucket

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ftkit.core import exit_codes
 from ftkit.core.ids import Step
 from ftkit.core.inventory import Copy, Inventory
-from ftkit.launch.checkpointing import Order, Outcome
+from ftkit.launch.checkpointing import Order, OrderEnd
 from ftkit.launch.config import PREEMPTED_S
 from ftkit.recovery.plan import Stop
 
@@ -88,7 +88,7 @@ class Ending:
         if self._stop.code == 0 and missed and not self.failed:
             self.step, self.failed = last, "no complete snapshot of it is left in memory"
 
-    def too_late(self, order: Order, end: End, now: float) -> Outcome | None:
+    def too_late(self, order: Order, end: End, now: float) -> OrderEnd | None:
         """The end of an attempt that is no longer waited for; None while it is."""
         if end.interrupted and self._stop.code == 0:
             why = "interrupted"
@@ -97,9 +97,9 @@ class Ending:
         else:
             return None
         self.over = True
-        return Outcome(step=order.step, failed=why)
+        return OrderEnd(step=order.step, failed=why)
 
-    def take(self, outcome: Outcome) -> None:
+    def take(self, outcome: OrderEnd) -> None:
         """Take note of an attempt that ended."""
         self._tried.add(outcome.step)
         self.step, self.failed = outcome.step, outcome.failed

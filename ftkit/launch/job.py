@@ -14,8 +14,8 @@ from types import FrameType
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.config import JobConfig, new_secret
-from ftkit.launch.control import remove_control, write_control
 from ftkit.launch.disk import give_back, refuse_or_take
+from ftkit.launch.drill_access import remove_access, write_access
 from ftkit.launch.engine import Engine
 from ftkit.recovery.plan import Stop
 
@@ -23,21 +23,29 @@ from ftkit.recovery.plan import Stop
 POLL_S = 0.05
 
 
-def make_engine(kind: str, config: JobConfig, secret: str) -> Engine:
-    """An engine of this kind for a job, not started.
+def engine_class(kind: str) -> Callable[[JobConfig, str], Engine]:
+    """What makes an engine of this kind for a job and its secret, not started.
 
     Raises:
-      UsageError: there is no such engine.
+      UsageError: there is no such engine, or it needs what is not installed.
     """
     match kind:
         case "embedded":
             from ftkit.launch.embedded import EmbeddedEngine
 
-            return EmbeddedEngine(config, secret)
+            return EmbeddedEngine
         case "ray":
-            from ftkit.launch.ray_engine import RayEngine
-
-            return RayEngine(config, secret)
+            try:
+                from ftkit.launch.ray_engine import RayEngine
+            except ModuleNotFoundError as error:
+                if (error.name or "").partition(".")[0] != "ray":
+                    raise
+                raise UsageError(
+                    "the engine ray needs Ray, which is not installed in this environment: "
+                    "pip install 'ftkit[ray]'; on this machine alone --engine embedded does "
+                    "without (Ray is the default where RAY_ADDRESS is set)"
+                ) from error
+            return RayEngine
         case _:
             raise UsageError(f"there is no engine {kind!r}; use embedded or ray")
 
@@ -82,6 +90,7 @@ def run_job(
       RootInUse: another job writes its checkpoints there.
       CapacityError: the machine has no room for the job.
     """
+    make = engine_class(engine)  # refused before anything is made
     events = Path(config.run_dir) / "events"
     try:
         events.mkdir(parents=True, exist_ok=True)
@@ -91,9 +100,9 @@ def run_job(
         raise UsageError(f"{config.run_dir} holds another run; give --run-dir a new folder")
     config = refuse_or_take(config)
     secret = new_secret()
-    running = make_engine(engine, with_master_port(config), secret)
+    running = make(with_master_port(config), secret)
     try:
-        write_control(config, engine, secret)
+        write_access(config, engine, secret)
         with end_signals(running) as received:
             try:
                 running.start()
@@ -112,7 +121,7 @@ def run_job(
                 return Stop(code=128 + received[0], reason=f"ended by {received[0].name}")
             return stop
     finally:
-        remove_control(Path(config.run_dir))
+        remove_access(Path(config.run_dir))
         running.close()
         give_back(config)
 

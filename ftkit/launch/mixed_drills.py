@@ -26,6 +26,8 @@ _APART = (0, 0, 1, 2, 5, 20)
 _COORDINATOR = 0.25
 #: Where no code of the user's runs.
 _NO_USER = (Point.RECOVERY, Point.IN_COLLECTIVE)
+#: Points that every job comes to.
+POINTS: Final = tuple(point for point in Point if point is not Point.MIGRATION)
 #: Where a bucket of gradients is aimed at, and among how many; of fewer the last is hit.
 _OF_BUCKETS, _BUCKETS = (Point.BACKWARD, Point.ALL_REDUCE, Point.IN_COLLECTIVE), 3
 
@@ -61,7 +63,7 @@ def choose(*, seed: int, nproc: int, steps: int) -> Mixed:
     step = rng.randint(3, max(3, steps // 5))
     faults: list[PlannedFault] = []
     for seat in rng.sample(range(nproc), count - coordinator):
-        kind, point = rng.choice(_KINDS), rng.choice(list(Point))
+        kind, point = rng.choice(_KINDS), rng.choice(POINTS)
         if not faults and point is Point.RECOVERY:
             point = Point.FORWARD  # there is nothing yet to recover from
         if kind is not Kind.KILL and point in _NO_USER:

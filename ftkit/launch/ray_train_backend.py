@@ -54,7 +54,8 @@ class FtkitConfig(TorchConfig):
     parity: str = ""
     """k+m: any m workers of a group of k + m may vanish together."""
     checkpoint_dir: str = ""
-    """Where checkpoints go, and where a group of workers that is started anew goes on from."""
+    """Where checkpoints go, and where a group of workers that is started anew goes on from; empty: the
+    folder `ftkit` of the run in Ray Train's storage, if that is a folder which all workers share."""
     checkpoint_every: int = 0
     """Steps between two checkpoints; 0 for the one at the end alone."""
     run_dir: str = ""
@@ -173,8 +174,11 @@ class JobRun:
         """
         config = self._config
         Path(config.run_dir, "events").mkdir(parents=True)
+        places = self._workers.execute(ray_train_worker.place)
+        if not config.checkpoint_dir:
+            config = replace(config, checkpoint_dir=self._in_storage({p.storage for p in places}))
         config = refuse_or_take(config)
-        first = min(self._workers.execute(ray_train_worker.place), key=lambda p: p.node)
+        first = min(places, key=lambda p: p.node)
         env = {"MASTER_ADDR": first.host}
         self._config = replace(config, env=env, master_port=first.port)
         self._start_agents(self._workers)
@@ -220,6 +224,28 @@ class JobRun:
         if actor is not None:
             ray.kill(actor)
         give_back(self._config)
+
+    def _in_storage(self, storages: set[str]) -> str:
+        """A folder for checkpoints in the run's storage, as the workers name it; empty if they cannot."""
+        (storage, *others) = storages
+        if storage and not others:
+            root = Path(storage, "ftkit")
+            mark = root / f".{self._config.job}"
+            try:
+                root.mkdir(exist_ok=True)
+                mark.touch()
+                shared = all(self._workers.execute(ray_train_worker.sees, str(mark)))
+                mark.unlink()
+            except OSError as error:
+                logger.debug("no checkpoints in Ray Train's storage: %s", error)
+            else:
+                if shared:
+                    return str(root)
+        logger.warning(
+            "a group of workers that is started anew, to resize it too, begins at step 0: Ray Train's "
+            "storage is no folder that all workers share. Give FtkitConfig a checkpoint_dir"
+        )
+        return ""
 
     def _start_agents(self, group: Any) -> None:
         calls = []

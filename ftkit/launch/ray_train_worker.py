@@ -50,6 +50,8 @@ class Place:
     """Address of its machine."""
     port: int
     """A port that nobody used there."""
+    storage: str
+    """Ray Train's folder for this run; empty where its storage is no folder of this machine."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,7 +74,13 @@ def place() -> Place:
         node=ray.train.get_context().get_world_rank(),
         host=str(ray.util.get_node_ip_address()),  # type: ignore[no-untyped-call]
         port=AgentHost().free_port(),
+        storage=_storage(),
     )
+
+
+def sees(path: str) -> bool:
+    """Whether there is such a file on this worker's machine."""
+    return Path(path).is_file()
 
 
 def start_agent(
@@ -196,6 +204,12 @@ class Reports:
         # Without end: worker 0 may have a last report when this worker's ranks have ended.
         while True:
             _report({})
+
+
+def _storage() -> str:
+    storage = ray.train.get_context().get_storage()
+    path = str(storage.experiment_fs_path)
+    return path if storage.storage_filesystem.type_name == "local" and Path(path).is_dir() else ""
 
 
 def _report(metrics: Mapping[str, Any]) -> None:

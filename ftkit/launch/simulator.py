@@ -51,7 +51,7 @@ FOREVER = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class SimulatedEnd:
     """How a simulated job ended."""
 
     seed: int
@@ -161,7 +161,7 @@ class Simulation:
         """Ranks of the whole job."""
         return self.nodes * self.seats_per_node
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulatedEnd:
         """Play the job to its end.
 
         Raises:
@@ -179,7 +179,7 @@ class Simulation:
         except (SimulationFailure, AssertionError) as error:
             raise SimulationFailure(self._report(str(error))) from error
         plan = self.coordinator.plan
-        return Outcome(
+        return SimulatedEnd(
             seed=self.seed,
             ranks=self.size,
             stop=stop,

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 
-from ftkit.launch.simulator import Outcome, Simulation
+from ftkit.launch.simulator import SimulatedEnd, Simulation
 from ftkit.launch.simulator_checks import SimulationFailure
 
 #: Where it is watched, a line tells so often how far it is.
@@ -43,7 +43,7 @@ class Played:
     violations: dict[int, str] = field(default_factory=dict)
     """What each seed that fails says."""
 
-    def add(self, seed: int, outcome: Outcome | str) -> None:
+    def add(self, seed: int, outcome: SimulatedEnd | str) -> None:
         """One more seed has been played."""
         self.seeds += 1
         if isinstance(outcome, str):
@@ -69,7 +69,7 @@ class Played:
         )
 
 
-def play(task: tuple[int, int | None]) -> tuple[int, Outcome | str]:
+def play(task: tuple[int, int | None]) -> tuple[int, SimulatedEnd | str]:
     """Play one seed, with so many ranks where they are given; what it says where it fails."""
     seed, ranks = task
     try:
@@ -80,7 +80,7 @@ def play(task: tuple[int, int | None]) -> tuple[int, Outcome | str]:
 
 def play_all(
     seeds: range, *, ranks: int | None, processes: int
-) -> Iterator[tuple[int, Outcome | str]]:
+) -> Iterator[tuple[int, SimulatedEnd | str]]:
     """Play seeds, in any order; each is answered as it ends."""
     tasks = [(seed, ranks) for seed in seeds]
     if processes < 2:

@@ -6,11 +6,13 @@ blind retry in eighteen succeeds); and a job may replace `restarts_max` processe
 """
 
 import signal
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import dataclass, field, replace
 
 from ftkit.core import exit_codes
 from ftkit.core.ids import MemberId, Step
 from ftkit.recovery.facts import MemberFacts
+from ftkit.recovery.ladder import Attempt, LadderConfig, Next, Rung, climb
 from ftkit.recovery.plan import Assignment, Stop
 
 
@@ -24,6 +26,8 @@ class BudgetConfig:
     """Steps a replaced process must commit for its seat's failures to be forgotten."""
     restarts_max: int = 100
     """Processes a job may replace in all."""
+    retries: LadderConfig = field(default_factory=lambda: LadderConfig(wait_s=2.0))
+    """How long a seat stays empty whose replacement failed as well."""
     cuts_max: int = 3
     """Generations in a row that may end with the same link broken, without progress between
     them, before one of its ends has to go (`partition`)."""
@@ -83,6 +87,28 @@ def respawn(
             + _quoted(dead.error),
         )
     return replace(seat, member=member, failures=failures, joined_step=step)
+
+
+def next_attempt(seat: Assignment, dead: MemberFacts, config: BudgetConfig) -> Next:
+    """How the seat is filled next: how long after the death, and whether somewhere else.
+
+    A first loss is made good at once. A replacement that failed too, without getting anywhere,
+    was an attempt at recovery that failed, and those are `ladder`'s.
+
+    Args:
+      seat: as `respawn` returned it.
+      dead: what is known of the process that died last.
+      config: the limits.
+    """
+    failed = Attempt(rung=Rung.IN_PROCESS, failure=describe_exit(dead.exit_code))
+    # Jobs that lost the same storage at the same time are not to come back together.
+    chance = zlib.crc32(f"{seat.boot}/{dead.member}".encode()) / 2**32
+    return climb(
+        [failed] * (seat.failures - 1),
+        chance=chance,
+        config=config.retries,
+        barred=frozenset({Rung.NODE, Rung.RESTART, Rung.OLDER}),
+    )
 
 
 def describe_exit(code: int | None) -> str:

@@ -127,6 +127,8 @@ class JobFacts:
     """Steps that can be restored whole: at most the newest."""
     awaited: str = ""
     """What will give a newer snapshot soon; empty when nothing will."""
+    dead_s: Mapping[MemberId, float] = field(default_factory=dict)
+    """For how long each dead member has been known to be; one that is not in it, for long."""
     evictions: Mapping[MemberId, str] = field(default_factory=dict)
     """Members that detection wants removed, with the reason."""
     nodes_lost: frozenset[NodeId] = frozenset()

@@ -44,8 +44,9 @@ from ftkit.core import exit_codes
 from ftkit.core.ids import Generation, MemberId, NodeId, Step
 from ftkit.core.world import Member, World
 from ftkit.recovery import partition
-from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, respawn
+from ftkit.recovery.budget import BudgetConfig, describe_exit, exit_status, next_attempt, respawn
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
+from ftkit.recovery.ladder import Rung
 from ftkit.recovery.partition import Cut
 from ftkit.recovery.placement import place
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
@@ -236,12 +237,16 @@ def _replace_dead(
         if isinstance(next_seat, Stop):
             ended, decision = _end(plan, next_seat)
             return ended, [decision]
+        if next_seat is None:
+            continue  # its turn comes later
         assigned, why = next_seat
         if assigned.node in facts.draining:
             continue  # once its agent is gone, and another has come
         seats[seat.seat] = assigned
         restarts += not dead.drilled
         reason = evicted.pop(seat.member, describe_exit(dead.exit_code))
+        if assigned.failures > 1:
+            reason += f"; {assigned.failures} in a row without progress"
         reason += f"; on node {assigned.node} now: {why}" if why else ""
         broken |= plan.world is not None and seat.member in plan.world.member_ids
         fields: dict[str, object] = {"seat": seat.seat, "member": assigned.member}
@@ -276,8 +281,11 @@ def _next_in(
     step: Step,
     restarts: int,
     member: MemberId,
-) -> tuple[Assignment, str] | Stop:
-    """Who fills the seat of a dead process, and why on another node; or the reason to stop."""
+) -> tuple[Assignment, str] | Stop | None:
+    """Who fills the seat of a dead process, and why on another node; or the reason to stop.
+
+    None: nobody yet, for those before failed there as well.
+    """
     outside_cause = dead.exit_code is None or seat.member in plan.evicted
     if plan.world is None and not dead.port and not outside_cause:
         return Stop(
@@ -298,6 +306,11 @@ def _next_in(
     )
     if isinstance(next_seat, Stop):
         return next_seat
+    attempt = next_attempt(next_seat, dead, budget)
+    if facts.dead_s.get(dead.member, attempt.wait_s) < attempt.wait_s:
+        return None
+    if attempt.rung is not Rung.IN_PROCESS:
+        facts = replace(facts, advised={seat.node: attempt.reason, **facts.advised})
     node, why = place(plan, next_seat, facts)
     return replace(next_seat, node=node, boot=facts.boots.get(node)), why
 

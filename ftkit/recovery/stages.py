@@ -3,13 +3,14 @@
 Every rank tells what it knows: seconds a layer takes, as it measured or heard them, and which layers
 it held. From the same answers all compute the same cut. A full world is cut by what the script says
 its layers cost, so a job that has lost and regained a stage stands where it began; a smaller one by
-what was measured.
+what was measured. A world that is cut anew while it trains has chosen its cut already (`target`).
 """
 
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from ftkit.core.errors import ProtocolError
 from ftkit.recovery.recut import Cut, Layer, Stage, recut
@@ -23,9 +24,15 @@ class Told:
     """Of a micro-batch, forward and backward, by layer."""
     held: range = range(0)
     """The layers it had in the world before."""
+    target: tuple[int, ...] = ()
+    """Bounds that all ranks have agreed on before; empty where they are to be found."""
 
     def pack(self) -> bytes:
-        told = {"seconds": dict(self.seconds), "held": [self.held.start, self.held.stop]}
+        told = {
+            "seconds": dict(self.seconds),
+            "held": [self.held.start, self.held.stop],
+            "target": self.target,
+        }
         return json.dumps(told).encode()
 
     @classmethod
@@ -36,6 +43,7 @@ class Told:
             return cls(
                 seconds={int(k): float(v) for k, v in told["seconds"].items()},
                 held=range(*map(int, told["held"])),
+                target=tuple(map(int, told["target"])),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProtocolError(f"not what a rank tells of its layers: {data[:80]!r}") from error
@@ -65,6 +73,16 @@ def agree(costs: Sequence[float], told: Sequence[Told], *, seats: int) -> Agreed
     if any(not cost > 0 for cost in costs):
         raise ValueError(f"every layer costs something, got {list(costs)}")
     known = heard(told, len(costs))
+    target = told[0].target
+    if target and all(t.target == target for t in told):
+        if len(target) != len(told) + 1 or target[-1] != len(costs):
+            raise ValueError(f"{list(target)} does not cut {len(costs)} layers for {len(told)}")
+        pace = max(sum(known.get(i, costs[i]) for i in range(a, b)) for a, b in pairwise(target))
+        return Agreed(
+            cut=Cut(bounds=target, slowest_s=pace),
+            reason="by measured seconds, while it trained",
+            moved=_moved(target, told),
+        )
     full = len(told) >= seats
     if full or not known:
         seconds, reason = list(costs), "by the costs given"
@@ -79,12 +97,15 @@ def agree(costs: Sequence[float], told: Sequence[Told], *, seats: int) -> Agreed
     layers = [Layer(seconds=s, state_bytes=1) for s in seconds]
     held = [t.held for t in told]
     cut = recut(layers, [Stage()] * len(told), held=held if any(map(len, held)) else None)
-    moved = sum(
-        layer not in held[stage]
-        for stage in range(len(told))
-        for layer in range(cut.bounds[stage], cut.bounds[stage + 1])
+    return Agreed(cut=cut, reason=reason, moved=_moved(cut.bounds, told))
+
+
+def _moved(bounds: Sequence[int], told: Sequence[Told]) -> int:
+    return sum(
+        layer not in one.held
+        for one, (first, end) in zip(told, pairwise(bounds), strict=True)
+        for layer in range(first, end)
     )
-    return Agreed(cut=cut, reason=reason, moved=moved)
 
 
 def heard(told: Sequence[Told], layers: int) -> dict[int, float]:

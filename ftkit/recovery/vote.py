@@ -3,8 +3,9 @@
 Cast just before the first optimizer changes anything. Each rank counts the same votes, so
 all reach the same result, or none does: if any rank saw it pass, all had reduced and voted.
 The vote also carries what would otherwise need a message of its own: the slots' losses, which
-newcomers' world each rank is ready to switch to, the norm of what each rank adds to the sum of
-gradients, and now and then a digest of the state that all should hold alike.
+newcomers' world each rank is ready to switch to, how layers on their way stand, the norm of what
+each rank adds to the sum of gradients, and now and then a digest of the state that all should hold
+alike.
 
 Numbers that look wrong cost one more attempt: the step is played again, once. What comes out of
 the same samples a second time is in the data or the model; what does not, was corruption.
@@ -22,7 +23,7 @@ from itertools import chain
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, Slot, Step
 
-_HEAD = struct.Struct("<QQQQQQQQdi?II")
+_HEAD = struct.Struct("<QQQQQQQQdi?QBII")
 _LOSS = struct.Struct("<Id")
 
 #: A rank whose gradients are so many times those of the others is asked for them again. Ranks
@@ -57,6 +58,10 @@ class Ballot:
     """The first bucket of this rank whose gradients are not finite; -1 for none."""
     again: bool = False
     """Whether this rank's numbers have been looked at twice, now or at the step before."""
+    move: int = 0
+    """The migration of layers that this rank takes part in; 0 for none."""
+    stand: int = 0
+    """And how it stands there: `migration.Stand`."""
     losses: Mapping[Slot, float] = field(default_factory=dict)
     costs: Mapping[int, float] = field(default_factory=dict)
     """Seconds that this rank measured: in a pipeline by layer, else of a slot, as number 0."""
@@ -74,6 +79,8 @@ class Ballot:
             self.norm,
             self.bad_bucket,
             self.again,
+            self.move,
+            self.stand,
             len(self.losses),
             len(self.costs),
         )
@@ -92,7 +99,7 @@ class Ballot:
             )
         pairs = list(_LOSS.iter_unpack(data[_HEAD.size :]))
         generation, step, digest, data_digest, shape, layout, prepared, *rest = head
-        state, norm, bad, again = rest
+        state, norm, bad, again, move, stand = rest
         return cls(
             generation=Generation(generation),
             step=Step(step),
@@ -105,6 +112,8 @@ class Ballot:
             norm=norm,
             bad_bucket=bad,
             again=again,
+            move=move,
+            stand=stand,
             losses={Slot(s): v for s, v in pairs[:count]},
             costs=dict(pairs[count:]),
         )

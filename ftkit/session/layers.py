@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -30,6 +30,17 @@ class Layers:
         self._backward: dict[int, deque[float]] = {}
         self._heard: dict[int, float] = {}
         self._held = range(0)
+        self._modules: dict[int, nn.Module] = {}
+        self.on_gpu = False
+        """Whether a layer ran on one: what was measured is then how long it took to launch."""
+        self.target: tuple[int, ...] | None = None
+        """While layers move in the same world: the cut that all ranks have agreed on."""
+        self.on_cut: Callable[[Sequence[int]], None] | None = None
+        """Told of each cut, once it is agreed."""
+
+    def module(self, index: int) -> nn.Module:
+        """The module that ran as layer `index` here. KeyError: none did since the last cut."""
+        return self._modules[index]
 
     @property
     def seconds(self) -> dict[int, float]:
@@ -50,7 +61,9 @@ class Layers:
 
     def cut(self, costs: list[float]) -> tuple[int, ...]:
         """Agree with all ranks which layers each holds. Blocks. As `Session.cut`."""
-        mine = Told(seconds={**self._heard, **self.seconds}, held=self._held)
+        mine = Told(
+            seconds={**self._heard, **self.seconds}, held=self._held, target=self.target or ()
+        )
         told = [Told.unpack(one) for one in self._group.exchange(mine.pack()).wait()]
         agreed = agree(costs, told, seats=self._seats)
         bounds, rank = agreed.cut.bounds, self._group.rank
@@ -64,15 +77,20 @@ class Layers:
         self._held = range(bounds[rank], bounds[rank + 1])
         self._forward.clear()
         self._backward.clear()
+        self._modules.clear()
+        if self.on_cut is not None:
+            self.on_cut(bounds)
         return bounds
 
     def run(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], *, key: int) -> Any:
         """One layer's forward pass over a slot, drawing from `key`; its backward is timed, too."""
         seed_all(derive(key, "layer", index) >> 1)
+        self._modules[index] = layer
         start = time.perf_counter()
         output = layer(*inputs)
         self._note(self._forward, index, time.perf_counter() - start)
         first = inputs[0] if inputs else None
+        self.on_gpu = self.on_gpu or (isinstance(output, torch.Tensor) and output.is_cuda)
         if (
             isinstance(output, torch.Tensor)
             and output.requires_grad
@@ -87,9 +105,11 @@ class Layers:
 
             def end(_: torch.Tensor) -> None:
                 self._note(self._backward, index, time.perf_counter() - began)
+                # A schedule receives into the same tensor, step after step: it would keep them all.
+                handle.remove()
 
             output.register_hook(begin)  # type: ignore[no-untyped-call]
-            first.register_hook(end)  # type: ignore[no-untyped-call]
+            handle = first.register_hook(end)  # type: ignore[no-untyped-call]
         return output
 
     def _note(self, into: dict[int, deque[float]], index: int, seconds: float) -> None:

@@ -20,6 +20,7 @@ from ftkit.session.feed import Feed, digest_of
 from ftkit.session.layers import Layers
 from ftkit.session.numbers import Numbers, OnNaN, names_of
 from ftkit.session.parts import Parts
+from ftkit.session.recutter import Recutter
 from ftkit.session.replicas import OnDiverged, Replicas
 from ftkit.session.scaled import Scaled
 from ftkit.session.schedulers import Schedulers
@@ -66,6 +67,9 @@ class Loop:
     shares: Shares = field(init=False)
     layers: Layers | None = None
     """Of a pipeline, of which each rank holds a stage."""
+    recut: bool = True
+    """Whether its stages are cut anew while it trains."""
+    recutter: Recutter | None = field(init=False, default=None)
     reducer: GradientReducer | ShardedReducer | StageReducer = field(init=False)
     current: "Step | None" = None
     """The step whose `with` is open."""
@@ -100,6 +104,10 @@ class Loop:
             on_diverged=self.on_diverged,
         )
         self.numbers = Numbers(self.parts, self.feed, self.corrupter, on_nan=self.on_nan)
+        if self.layers is not None and self.recut:
+            self.recutter = Recutter(
+                self.parts, self.layers, self.snapshots, self.worlds, slots=self.slots
+            )
         if self.sharded:
             return
         # Modules may share parameters; each is reduced once.

@@ -58,6 +58,7 @@ class Session:
         self._loop: Loop | None = None
         self._builder: Builder | None = None
         self._layers: Layers | None = None
+        self._recut = True
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._digest_of_all: str | None = None
         self._consistency = Consistency.BITWISE
@@ -159,6 +160,7 @@ class Session:
         build: Build | None = None,
         shards: int | None = None,
         stages: bool = False,
+        recut: bool = True,
         consistency: str = "bitwise",
         device: str | None = None,
         **extra: object,
@@ -175,8 +177,8 @@ class Session:
             gradients is reduced, whichever optimizer holds it.
           scheduler: anything with `state_dict` and `load_state_dict`, one or several. Step it
             inside `with step:`, after the optimizer; one stepped outside is warned of.
-          build: called with the mesh of the world as the step loop begins and whenever the world has
-            changed, in the same process; returns (model, optimizer) or (model, optimizer,
+          build: called with the mesh of the world as the step loop begins and whenever the world, or
+            the cut of a pipeline, has changed, in the same process; returns (model, optimizer) or (model, optimizer,
             scheduler), the model sharded over that mesh by `fully_shard`. They are
             `session.model`, `session.optimizer` and `session.scheduler` until the next change.
           shards: with `build`: cut a copy of the model over so many ranks, and keep several copies
@@ -184,6 +186,9 @@ class Session:
             divide the world, a copy is cut over the next larger number that does.
           stages: with `build`: the model is a pipeline, and what `build` returns are the layers of
             this rank's stage, with their names in the whole model: docs/pipelines.md.
+          recut: with `stages`: whether layers move between ranks while the job trains, once measured
+            times show that another cut pays. `build` is called again then, in a world that has not
+            changed; the bits stay the same.
           consistency: "bitwise" promises the undisturbed run's bits and refuses what would make them
             depend on the world; "scaled" the same samples, random numbers and weights, in
             micro-batches that are resized, equal but for rounding; "best_effort", with
@@ -198,6 +203,7 @@ class Session:
         if self._snapshots is not None:
             raise UsageError("session.protect() may be called once")
         self._consistency = Consistency.of(consistency)
+        self._recut = recut
         if build is not None:
             if model != () or optimizer != () or scheduler is not None:
                 raise UsageError(
@@ -380,6 +386,7 @@ class Session:
             until=until,
             mean=mean,
             layers=self._layers,
+            recut=self._recut,
             rebalance=rebalance,
             scaled=Scaled(feed, most=most, seed=seed, mean=mean) if scaled else None,
         )
@@ -398,9 +405,10 @@ class Session:
     def cut(self, costs: Iterable[float]) -> tuple[int, ...]:
         """Agree with all ranks which layers of a pipeline each holds. For `build`, in every world.
 
-        A full world is cut by `costs`; a smaller one by what layers took that ran through
+        A full world is cut by `costs` first; a smaller one by what layers took that ran through
         `step.layer`, so that its slowest stage is as fast as can be; of equal cuts the one that moves
-        the fewest layers is taken. Blocks until all ranks have asked.
+        the fewest layers is taken. When layers move while the job trains, the answer is the cut
+        that they move to. Blocks until all ranks have asked.
 
         Args:
           costs: of each layer, in any unit; the same on all ranks.
@@ -482,6 +490,8 @@ class Session:
             return
         self._closed = True
         self._clock.close()
+        if self._loop is not None and self._loop.recutter is not None:
+            self._loop.recutter.close()
         if self._loop is not None and "final" not in self.trace.kinds:
             # What a drill compares with the undisturbed run, where the script says nothing.
             self.trace.event("final", params=self.digest(), loss=None, step=self.step)
@@ -567,7 +577,7 @@ class Session:
                     "a protected optimizer stepped outside `with step:`; its change would be "
                     "lost or doubled by the next failure. Step it inside, or do not protect it"
                 )
-            step.before_optimizer()
+            step.before_optimizer(optimizer)
 
         self._cleanup.callback(register_optimizer_step_pre_hook(before_step).remove)
 

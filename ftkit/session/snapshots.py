@@ -22,8 +22,15 @@ from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.fetch import list_copies
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.numa import node_of_gpu
+from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.restore import Restored, RestorePlan, execute, look_ahead, plan
-from ftkit.checkpoint.restore_shards import Incomplete, restore_shards, whole_layout
+from ftkit.checkpoint.restore_shards import (
+    Incomplete,
+    ShardsRestored,
+    restore_shards,
+    whole_layout,
+)
+from ftkit.checkpoint.shadow import Owned
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import (
     AllPinned,
@@ -88,6 +95,9 @@ class Snapshots:
         self.restores = 0
         """How often the live state was replaced."""
         self._begun = Step(0)
+        self.loaded: ShardsRestored | None = None
+        """What the last load of shards did."""
+        self._optimizers: Sequence[torch.optim.Optimizer] = optimizer
         self._complete = Step(0)
         """A step known to be complete on all ranks: where this one was restored."""
 
@@ -115,6 +125,7 @@ class Snapshots:
         assert self._sharded, "whole state stays the same objects"
         self._release()
         self._protect([model], [optimizer], scheduler)
+        self._optimizers = [optimizer]
         self._layout, self._layouts = self._state.layout(), frozenset()
 
     def agree(self, layouts: Iterable[int]) -> None:
@@ -239,6 +250,20 @@ class Snapshots:
         """What this rank holds of the live tensors that nothing but the optimizer's step changes."""
         return {item.name: item.tensor for item in self._state.picture().live if not item.early}
 
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The first one that is protected."""
+        return self._optimizers[0]
+
+    @property
+    def arena(self) -> Path | None:
+        """Where this rank captures to; None before it does."""
+        return self._arena.path if self._arena else None
+
+    def owned(self, modules: Sequence[torch.nn.Module], optimizer: torch.optim.Optimizer) -> Owned:
+        """What is protected of some modules, in order to move it. UsageError: it cannot move."""
+        return Owned.of(self._state, modules, optimizer)
+
     def look_ahead(self, world: World) -> bool:
         """Do early what a newcomer to `world` needs, so that the others wait less for it.
 
@@ -255,13 +280,21 @@ class Snapshots:
             return False
         return True
 
-    def restore(self, step: Step, world: World, membership: Membership, *, admitted: bool) -> None:
+    def restore(
+        self,
+        step: Step,
+        world: World,
+        membership: Membership,
+        *,
+        admitted: bool,
+        near: Sequence[BoxSource] = (),
+    ) -> None:
         """Load the state of `step` from the nearest arenas that hold it, or from disk.
 
         Blocks until the peers have sealed it, which takes them as long as a forward pass. Peers
         that let this rank in (`admitted`) hold it; otherwise a new world begins, and where no
         arena has the step, a checkpoint has. Parts that turn out to be damaged are struck from
-        this node's arenas.
+        this node's arenas. Of sharded state `near` holds some of `step` already.
 
         Raises:
           GenerationAborted: `world` ended meanwhile.
@@ -281,7 +314,7 @@ class Snapshots:
                 raise GenerationAborted(f"generation {world.generation} ended during a restore")
             try:
                 if self._sharded:
-                    self._load_shards(step, world)
+                    self._load_shards(step, world, near)
                     return
                 done = execute(
                     self._plan(step), self._state, secret=bytes.fromhex(self._env.secret)
@@ -310,7 +343,7 @@ class Snapshots:
             )
             return
 
-    def _load_shards(self, step: Step, world: World) -> None:
+    def _load_shards(self, step: Step, world: World, near: Sequence[BoxSource]) -> None:
         """Load what this rank holds in `world`, as `restore_shards`. IntegrityError: it cannot."""
         assert self._env is not None, "asked by a member of a job"
         done = restore_shards(
@@ -322,7 +355,9 @@ class Snapshots:
             servers=self._servers(),
             secret=bytes.fromhex(self._env.secret),
             stages=self._stages,
+            near=near,
         )
+        self.loaded = done
         self._layout, self._complete = done.layout, step
         self._trace.event(
             "restore",

@@ -272,9 +272,11 @@ class Step:
         if not self.committed:
             self._vote()
 
-    def before_optimizer(self) -> None:
+    def before_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """(optimizer pre-hook) Vote before the first optimizer of the step changes anything."""
         self.agree()
+        if self._loop.recutter is not None:
+            self._loop.recutter.before_optimizer(optimizer)
         self._parts.recorder.phase(Phase.CAPTURE)
         self._loop.snapshots.gate()
         self._parts.recorder.phase(Phase.OPTIMIZER)
@@ -473,6 +475,8 @@ class Step:
             norm=self._loop.numbers.norm,
             bad_bucket=self._loop.numbers.bad_bucket,
             again=self._loop.numbers.final,
+            move=self._loop.recutter.move if self._loop.recutter else 0,
+            stand=self._loop.recutter.stand(number) if self._loop.recutter else 0,
             losses=self._losses,
             costs=self._loop.layers.seconds if self._loop.layers else self._loop.shares.costs,
         )
@@ -482,6 +486,7 @@ class Step:
         )
         parts.membership.vote_cast()
         result: Tally | None = None
+        ballots: list[Ballot] = []
         try:
             cast = parts.group.exchange(ballot.pack())
             parts.injector.at(Point.VOTE, number)
@@ -503,6 +508,10 @@ class Step:
         if result is not None and parts.membership.vote_passed(self._generation):
             if newcomers and result.switch == newcomers.generation:
                 self._newcomers = newcomers
+            if self._loop.recutter is not None:
+                growing = result.switch is not None
+                until = self._loop.until
+                self._loop.recutter.counted(number, ballots, until=until, growing=growing)
         elif parts.membership.fate() is Fate.BACK:
             raise StepRolledBack(f"step {number} was cut short and is played again")
         else:
@@ -551,6 +560,8 @@ class Step:
         if parts.membership.active:  # else it is captured on entering the next world
             self._loop.snapshots.begin(self._number, parts.group.world)
         self._loop.schedulers.committed(self._generation)
+        if self._loop.recutter is not None:
+            self._loop.recutter.committed(self._number)
         parts.injector.at(Point.CAPTURE, self._number)
         parts.paths.poll(self._number)
         losses = self._losses.values()
@@ -561,7 +572,7 @@ class Step:
         )
 
     def let_in(self) -> None:
-        """Let in whom the vote let in, right before the next step is played.
+        """Let in whom the vote let in, or move layers, right before the next step is played.
 
         Not before: what ranks do together between two steps, a newcomer does not do. It begins
         with the next step. When the world ended meanwhile, the next one takes them in.
@@ -571,6 +582,8 @@ class Step:
         if self.committed and self._newcomers is not None and ongoing:
             self._parts.recorder.phase(Phase.RECOVERY)
             self._loop.worlds.switch(self._newcomers, self._number)
+        elif self.committed and ongoing and self._loop.recutter is not None:
+            self._loop.recutter.between(self._number, until=self._loop.until)
 
     def _roll_back(self, error: BaseException) -> None:
         """Note that the attempt is undone: gradients and buffers are all it changed.

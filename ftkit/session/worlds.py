@@ -1,7 +1,8 @@
 """Worlds: how this rank gets into a world, holding the state all its members stand at.
 
 Three ways in: the first world, formed when every seat is ready; a repaired one, entered from
-standing still; and a grown one, into which the members vote a newcomer between two steps.
+standing still; and a grown one, into which the members vote a newcomer between two steps. And one to
+stay: a pipeline may cut its stages anew in the world it is in (`recut`).
 
 Sharded state is cut otherwise in each world, so whoever enters one builds the model again and
 loads its shards of the step that all stand at from snapshots: for the members of the world
@@ -9,11 +10,13 @@ before, as for a newcomer.
 """
 
 import json
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 
-from ftkit.checkpoint.restore_shards import Incomplete
+from ftkit.checkpoint.ports import BoxSource
+from ftkit.checkpoint.restore_shards import Incomplete, ShardsRestored
 from ftkit.checkpoint.shards import is_dtensor
 from ftkit.collectives.group import Group
 from ftkit.core.errors import GenerationAborted, JobStopped, Unreachable, UsageError, WireError
@@ -39,6 +42,10 @@ class Worlds:
         self._build: Callable[[World], None] | None = None
         self._stages = False
         self._looked_ahead = False
+        self._began = 0.0
+        """When this rank began to build and load for the present cut of the state."""
+        self.switch_s = 0.0
+        """What that took the slowest rank, the last time: the same figure on all."""
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
@@ -65,6 +72,7 @@ class Worlds:
         self._stages = stages
         membership = self._parts.membership
         membership.ready(stepping=True, sharded=build is not None)
+        self._began = time.monotonic()
         if membership.active and membership.step == 0:
             try:
                 if build is not None:
@@ -135,6 +143,32 @@ class Worlds:
                     continue  # it died this instant; entering will notice
         self._enter(Entry(world, step, True))
 
+    def recut(self, step: Step, near: Sequence[BoxSource]) -> ShardsRestored | None:
+        """Cut the state anew in the same world, after `step`, with all its ranks. Blocks.
+
+        Each builds again and loads what it holds from then on. What `near` has comes from there,
+        the rest from what was captured of `step`.
+
+        Returns:
+          What was loaded; None when the world ended meanwhile, and the next one begins from
+          snapshots.
+        """
+        group, membership = self._parts.group, self._parts.membership
+        assert self._build is not None, "asked for models that are built"
+        assert self._snapshots is not None, "stepping"
+        world = group.world
+        try:
+            self._snapshots.ensure(step, world)
+            self._snapshots.give_up()
+            self._began = time.monotonic()
+            self._build(world)
+            self._snapshots.restore(step, world, membership, admitted=True, near=near)
+            self._agree()
+        except (GenerationAborted, Incomplete) as error:
+            group.abort(world.generation, str(error))
+            return None
+        return self._snapshots.loaded
+
     def _enter(self, entry: Entry) -> None:
         parts, world, step = self._parts, entry.world, entry.step
         stepping = self._snapshots is not None
@@ -167,6 +201,7 @@ class Worlds:
         """Take the state that `entry` stands at, from peers, memory or disk. Blocks."""
         parts, world, step = self._parts, entry.world, entry.step
         assert self._snapshots is not None, "stepping"
+        self._began = time.monotonic()
         try:
             if self._build is not None:
                 self._build(world)
@@ -198,7 +233,11 @@ class Worlds:
         if self._build is None:
             return
         assert self._snapshots is not None, "stepping"
-        mine = {"layout": self._snapshots.layout, "threads": torch.get_num_threads()}
+        mine = {
+            "layout": self._snapshots.layout,
+            "threads": torch.get_num_threads(),
+            "seconds": time.monotonic() - self._began,
+        }
         told = self._parts.group.exchange(json.dumps(mine).encode()).wait()
         said = [json.loads(one) for one in told]
         if len(threads := sorted({int(one["threads"]) for one in said})) > 1:
@@ -207,6 +246,7 @@ class Worlds:
                 "torch.set_num_threads() with the same number on all ranks"
             )
         self._snapshots.agree(int(one["layout"]) for one in said)
+        self.switch_s = max(float(one["seconds"]) for one in said)
 
     def _share_initial_state(self) -> None:
         """Everybody starts from rank 0's parameters and buffers; shards are everybody's own."""

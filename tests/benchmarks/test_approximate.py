@@ -1,12 +1,15 @@
 """The benchmark of approximate recovery: its arithmetic, and that its stages train."""
 
 import itertools
+import json
+from argparse import Namespace
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.approximate import METHODS, equivalent, failures_of, rollback, train
+from benchmarks.approximate import METHODS, Run, equivalent, failures_of, main, rollback, train
 
 
 def test_failures_are_the_same_for_all_and_never_of_neighbours() -> None:
@@ -49,3 +52,32 @@ def test_every_method_trains_on(method: str, monkeypatch: pytest.MonkeyPatch) ->
     assert len(run.losses) == 1
     assert run.losses[0] < 5.7, "about ln 256 and not beyond: it trains on"
     assert run.failures > 0
+
+
+def test_what_was_trained_is_kept_and_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[tuple[int, str]] = []
+
+    def train_all(
+        text: bytes, wanted: list[tuple[int, str]], options: Namespace
+    ) -> Iterator[tuple[tuple[int, str], Run]]:
+        trained.extend(wanted)
+        for seed, method in wanted:
+            yield (seed, method), Run([5.0, 4.0, 3.0 + seed], len(method))
+
+    monkeypatch.setattr("benchmarks.approximate._train_all", train_all)
+    state, text = tmp_path / "state.jsonl", tmp_path / "text"
+    text.write_bytes(bytes(range(256)) * 40)
+    options = ["--data", str(text), "--state", str(state), "--json", "--iterations"]
+    for seeds, iterations, new in (
+        (1, "75", {0}),
+        (2, "75", {1}),
+        (2, "75", set()),
+        (1, "50", {0}),
+    ):
+        main([*options, iterations, "--seeds", str(seeds)])
+        assert json.loads(capsys.readouterr().out)["problems"] == []
+        assert {seed for seed, _ in trained} == new
+        assert len(trained) == len(new) * (2 + len(METHODS))
+        trained.clear()

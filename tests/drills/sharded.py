@@ -19,6 +19,9 @@ from tests.drills.training import Curve
 SLOTS, SLOT_SIZE, STEPS = 7, 2, 40
 WAITING_S = 0.15
 
+#: A variable: for so many seconds who comes in a lost one's place does nothing, not even say hello.
+LATE = "TEST_LATE_S"
+
 
 def network() -> nn.Sequential:
     """Sizes that ranks do not divide, at 4 some have no part of the last bias."""
@@ -42,6 +45,8 @@ def build(mesh: Any) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
 
 def main(shards: int, steps: int) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("FTKIT_MEMBER") != os.environ.get("FTKIT_SEAT"):
+        time.sleep(float(os.environ.get(LATE, "0")))
     session = ftkit.init()
     session.protect(build=build, shards=shards or None)
     seats = int(os.environ.get("WORLD_SIZE", "1"))

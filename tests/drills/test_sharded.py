@@ -6,14 +6,17 @@ import pytest
 
 from ftkit.core import exit_codes
 from ftkit.core.fault_plan import Kind, Point
+from ftkit.core.ids import NodeId
 from ftkit.launch.checker import Answer, Expectation, check
+from ftkit.launch.engine import Engine
 from ftkit.recovery.protocol import SHARDS_BACK
 from tests.drills.jobs import HERE, Run, fault, run
-from tests.drills.sharded import SLOT_SIZE, SLOTS, STEPS
+from tests.drills.sharded import LATE, SLOT_SIZE, SLOTS, STEPS
 
 pytestmark = pytest.mark.multiproc
 
 JOB = HERE / "sharded.py"
+LONG = 120
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +47,11 @@ def worlds(done: Run) -> list[int]:
 def test_four_three_two_four(whole: Run, tmp_path: Path) -> None:
     """One dies in backward, the next as it enters the world without the first."""
     faults = [fault(Kind.KILL, Point.BACKWARD, 1, 5), fault(Kind.KILL, Point.RECOVERY, 3, 5)]
-    done = run(tmp_path / "run", JOB, nproc=4, faults=faults)
+    late = {"env": {LATE: "1.0"}}  # or the first is back before the second is lost
+    done = run(tmp_path / "run", JOB, nproc=4, faults=faults, settings=late)
     assert_pass(done, whole, seats=4)
     assert {e["seat"] for e in done.of("exit") if e["signal"] == 9} == {1, 3}, "both were lost"
-    # A replacement that is quick comes back in the form of the world that the second loss brings.
-    assert min(worlds(done)) in (2, 3)
+    assert worlds(done)[:3] == [4, 3, 2]
     assert worlds(done)[-1] == 4
     survivors = {e["member"] for e in done.of("build") if e["generation"] == 1} - {1, 3}
     assert survivors <= {e["member"] for e in done.of("final")}, "they never left their processes"
@@ -71,18 +74,42 @@ def test_a_survivor_whose_build_raises_is_replaced(whole: Run, tmp_path: Path) -
     assert done.params == whole.params
 
 
+@pytest.mark.parametrize("shards", ["0", "2"])
+def test_a_node_is_lost_with_its_shards(tmp_path: Path, shards: str) -> None:
+    """FSDP2, where parity has them; HSDP, where another copy has."""
+    long = ["0", str(LONG)]
+    reference = run(tmp_path / "reference", JOB, long, nproc=1)
+    lose = Loser(tmp_path / "run" / "events", node=2)
+    more = {"parity": "3+1"} if shards == "0" else {}
+    done = run(
+        tmp_path / "run", JOB, [shards, str(LONG)], nproc=1, nodes=4, on_poll=lose, settings=more
+    )
+    assert lose.struck
+    assert done.stop.code == 0, f"{done.stop}\n{done.log}"
+    assert done.params == reference.params
+    losses = {(e["step"], e["loss"]) for e in done.of("commit")}
+    assert {step for step, _ in losses} == set(range(1, LONG + 1)), "every step, and none lost"
+
+
 def test_the_only_copy_of_a_shard_is_lost(tmp_path: Path) -> None:
     """A node goes with its memory, and nothing else has its shards: said, not passed over."""
-    struck = False
-
-    def strike(engine: object) -> None:
-        nonlocal struck
-        folder = tmp_path / "run" / "events"
-        commits = [line for p in folder.glob("seat-2*") for line in p.read_text().splitlines()]
-        if not struck and sum('"kind":"commit"' in line for line in commits) > 10:
-            struck = True
-            engine.kill_node(2)  # type: ignore[attr-defined]
-
-    done = run(tmp_path / "run", JOB, ["0", "4000"], nproc=1, nodes=3, on_poll=strike)
+    lose = Loser(tmp_path / "run" / "events", node=2)
+    done = run(tmp_path / "run", JOB, ["0", "4000"], nproc=1, nodes=3, on_poll=lose)
     assert done.stop.code == exit_codes.UNRECOVERABLE, f"{done.stop}\n{done.log}"
     assert "--parity" in done.stop.reason
+
+
+class Loser:
+    """Takes a node away, once, after it has committed some steps."""
+
+    def __init__(self, events: Path, node: int) -> None:
+        self._events, self._node = events, node
+        self.struck = False
+
+    def __call__(self, engine: Engine) -> None:
+        if self.struck:
+            return
+        told = [p.read_text() for p in self._events.glob(f"seat-{self._node}*")]
+        if sum(t.count('"kind":"commit"') for t in told) > 10:
+            self.struck = True
+            engine.kill_node(NodeId(self._node))

@@ -1,6 +1,8 @@
-"""A run of Ray Train in which a rank and then a worker are killed; or the same training alone.
+"""A run of Ray Train in which a rank and then a worker are killed, and which then grows; or the same
+training alone.
 
-Arguments: the folder for what comes of it, and "faults" or "alone".
+Arguments: the folder for what comes of it, and "faults" or "alone". Whoever starts it with faults adds
+a machine to the cluster when there is a file `full`.
 """
 
 import json
@@ -18,6 +20,16 @@ from ftkit.integrations import ray_train
 
 STEPS = 60
 RANK_DIES, WORKER_DIES = 15, 30
+#: Where the first job stands, and waits for a machine more.
+GROWS = 45
+#: One worker for each CPU.
+ELASTIC: dict[str, Any] = {
+    "num_workers": (2, 3),
+    "resources_per_worker": {"CPU": 1},
+    "elastic_resize_monitor_interval_s": 1.0,
+}
+#: Ranks of the first job.
+SEATS = 4
 #: What a step takes while somebody is waited for, who is then back before the end: Ray starts a
 #: worker in seconds, of which there is one for each step that is left.
 WAITING_S = 1.0
@@ -42,6 +54,9 @@ def train(config: dict[str, Any]) -> None:
                 # Of seat 2 the whole worker, in which its agent lives.
                 os.kill(os.getpid() if at == RANK_DIES else os.getppid(), signal.SIGKILL)
                 time.sleep(60)
+        if faults and session.seats == SEATS and step.index == GROWS:
+            (folder / "full").touch()
+            time.sleep(600)
         with step:
             for a, b in step.batches():
                 loss = (model(a) - b).square().mean()
@@ -72,7 +87,7 @@ def main(folder: Path) -> None:
         ray_train.in_ranks(train),
         train_loop_config={"folder": str(folder), "faults": True},
         torch_config=ray_train.FtkitConfig(nproc=2, run_dir=str(folder / "runs")),
-        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
+        scaling_config=ScalingConfig(**ELASTIC),
         run_config=RunConfig(
             storage_path=str(folder / "storage"), failure_config=FailureConfig(max_failures=3)
         ),

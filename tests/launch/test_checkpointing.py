@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Generation, NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Part
-from ftkit.launch.checkpointing import Order, Outcome, Report, Stage, judge
+from ftkit.launch.checkpointing import Order, OrderEnd, Report, Stage, judge
 
 
 def third(node: int, step: int = 10, generation: int = 1) -> Copy:
@@ -81,13 +81,13 @@ def test_an_attempt_goes_through_its_stages_and_ends_in_a_checkpoint() -> None:
     assert order is not None
     assert order.stage is Stage.COMMIT
     done = reports(order, Stage.COMMIT, Stage.WRITE, Stage.WRITE)
-    assert judge(order, done, last_attempt=42) == (None, Outcome(step=Step(10), failed=""))
+    assert judge(order, done, last_attempt=42) == (None, OrderEnd(step=Step(10), failed=""))
 
 
 def test_what_was_committed_before_is_done_at_once() -> None:
     order = begun()
     known = reports(order, Stage.COMMIT, Stage.NOTHING, Stage.NOTHING)
-    assert judge(order, known, last_attempt=42) == (None, Outcome(step=Step(10), failed=""))
+    assert judge(order, known, last_attempt=42) == (None, OrderEnd(step=Step(10), failed=""))
 
 
 def test_nobody_begins_before_all_have_ended_what_they_did_before() -> None:
@@ -109,12 +109,12 @@ def test_a_node_that_fails_or_is_lost_gives_the_step_up(stage: Stage) -> None:
     failing = reports(order, before, before, before, error="it is full")
     assert judge(order, failing, last_attempt=42) == (
         None,
-        Outcome(step=Step(10), failed="node 2: it is full"),
+        OrderEnd(step=Step(10), failed="node 2: it is full"),
     )
     lost = {n: r for n, r in reports(order, before, before, before).items() if n != 1}
     assert judge(order, lost, last_attempt=42) == (
         None,
-        Outcome(step=Step(10), failed="node 1 was lost"),
+        OrderEnd(step=Step(10), failed="node 1 was lost"),
     )
 
 

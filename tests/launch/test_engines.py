@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from ftkit.core import exit_codes
 from ftkit.core.errors import UsageError
 from ftkit.core.trace import read_run
 from ftkit.launch.arenas import sweep
@@ -44,6 +45,7 @@ class TestEmbedded(EngineContract):
 
 #: Takes its time while both ranks are there, so that one can be told to go.
 PACED = """
+    import sys
     import time
     import torch
     import ftkit
@@ -54,7 +56,7 @@ PACED = """
     model = build(16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     session.protect(model=model, optimizer=optimizer)
-    for step in session.steps(Curve(), slots=6, slot_size=4, until=200):
+    for step in session.steps(Curve(), slots=6, slot_size=4, until=int(sys.argv[1])):
         with step:
             for x, y in step.batches():
                 torch.nn.functional.mse_loss(model(x), y).backward()
@@ -317,7 +319,7 @@ class TestRay(EngineContract):
             cluster.drain(there)
 
         with cluster.machine():
-            done = run(folder, script, nodes=2, nproc=1, on_poll=poll, engine="ray")
+            done = run(folder, script, ["200"], nodes=2, nproc=1, on_poll=poll, engine="ray")
         assert done.stop.code == 0, f"{done.stop.reason}\n{done.log}"
         (at,) = drained.values()
         left = [e for e in done.of("left") if e["mono"] > at]
@@ -333,43 +335,86 @@ class TestRay(EngineContract):
         assert sorted(step for step, _ in votes) == list(range(1, 201)), "no step was played twice"
         assert len(done.params) == 1
 
+    def test_a_drill_programme_takes_a_node_of_a_running_job(self, tmp_path: Path) -> None:
+        folder, script, told = tmp_path / "run", tmp_path / "train.py", tmp_path / "told"
+        script.write_text(textwrap.dedent(PACED))
+        command = [*CLI, "drill", "plan", str(folder), "--once", "--fault", "lose-node", "--json"]
+        command += ["--steps-between", "3", "--history", str(tmp_path / "drills.jsonl")]
+        started = list[subprocess.Popen[bytes]]()
+
+        def poll(engine: Engine) -> None:
+            if not started and any(e["kind"] == "commit" for e in read_run(folder)):
+                environ = os.environ | {"PYTHONPATH": str(ROOT)}
+                with told.open("wb") as out:
+                    started.append(subprocess.Popen(command, stdout=out, env=environ))
+            elif started and started[0].poll() is not None:
+                engine.interrupt()
+
+        try:
+            done = run(folder, script, ["2000"], nodes=2, nproc=1, on_poll=poll, engine="ray")
+        finally:
+            for programme in started:
+                programme.kill()
+                programme.wait()
+        assert done.stop.code == exit_codes.INTERRUPTED, f"{done.stop.reason}\n{done.log}"
+        record = json.loads(told.read_text())
+        assert (record["outcome"], record["reason"]) == ("survived", "")
+        assert (record["fault"], record["engine"], record["nodes"]) == ("lose-node", "ray", 2)
+        for name in ("steps_lost", "slots_lost", "slots_doubled", "others_lost"):
+            assert record[name] == 0
+        # Its agent is another process, which has started another rank.
+        (struck,) = record["seats"]
+        assert len({e["pid"] for e in done.of("spawn") if e["seat"] == struck}) == 2
+
 
 @pytest.mark.ray
 @pytest.mark.multiproc
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(500)
 @pytest.mark.skipif(
     any(importlib.util.find_spec(m) is None for m in ("pandas", "pydantic", "cloudpickle")),
     reason="ray.train is not installed: ftkit[raytrain]",
 )
-def test_ray_train_loses_a_rank_and_a_worker_and_no_bit(cluster: Cluster, tmp_path: Path) -> None:
-    def start(folder: str, how: str) -> subprocess.Popen[str]:
+def test_ray_train_loses_a_rank_and_a_worker_and_grows_and_loses_no_bit(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    def start(folder: str, how: str) -> subprocess.Popen[bytes]:
         (tmp_path / folder).mkdir()
-        return subprocess.Popen(
-            [sys.executable, str(ray_train_job.__file__), str(tmp_path / folder), how],
-            env=cluster.environ | {"RAY_ADDRESS": cluster.address},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        with (tmp_path / folder / "log").open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, str(ray_train_job.__file__), str(tmp_path / folder), how],
+                env=cluster.environ | {"RAY_ADDRESS": cluster.address},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
 
     with start("alone", "alone") as alone, start("job", "faults") as job:
         try:
-            out, log = (process.communicate(timeout=250)[0] for process in (alone, job))
+            deadline = time.monotonic() + 250
+            while not (tmp_path / "job" / "full").exists():
+                assert job.poll() is None, (tmp_path / "job" / "log").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "job" / "log").read_text()
+                time.sleep(0.1)
+            with cluster.machine():
+                job.wait(timeout=150)
+            alone.wait(timeout=60)
         finally:
             alone.kill()
             job.kill()
-    assert alone.returncode == 0, out
-    assert job.returncode == 0, log
+    said = {name: (tmp_path / name / "log").read_text() for name in ("alone", "job")}
+    assert alone.returncode == 0, said["alone"]
+    assert job.returncode == 0, said["job"]
     truth = json.loads((tmp_path / "alone" / "seat-0.json").read_text())
-    # All seats were there at the end, those of the second worker too.
-    for seat in range(4):
+    # All seats were there at the end, those of the third worker too.
+    for seat in range(6):
         assert json.loads((tmp_path / "job" / f"seat-{seat}.json").read_text()) == truth
-    (folder,) = (tmp_path / "job" / "runs").iterdir()  # one job: no group was started anew
-    decisions = [e for e in read_run(folder) if e["kind"] == "decision"]
-    respawned = [e["seat"] for e in decisions if e["action"] == "respawn"]
-    assert respawned == [1, 2, 3]
-    assert "rank 0" in log, "worker 0 reported"
-    assert leftovers(folder.name) == []
+    assert "rank 0" in said["job"], "worker 0 reported"
+    runs = sorted((tmp_path / "job" / "runs").iterdir(), key=lambda run: run.stat().st_mtime)
+    small, large = map(read_run, runs)  # the group was started anew once, to grow
+    decisions = [e for e in small if e["kind"] == "decision"]
+    assert [e["seat"] for e in decisions if e["action"] == "respawn"] == [1, 2, 3]
+    done, more = ({e["step"] for e in events if e["kind"] == "commit"} for events in (small, large))
+    assert max(done) + 1 == min(more) == ray_train_job.GROWS, "from the step it had come to"
+    assert [x for run in runs for x in leftovers(run.name)] == []
 
 
 @pytest.mark.ray

@@ -27,7 +27,7 @@ from ftkit.core.governor import Grant
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.trace import Trace, read_events
 from ftkit.launch import persister
-from ftkit.launch.checkpointing import Order, Outcome, Report, Stage, judge
+from ftkit.launch.checkpointing import Order, OrderEnd, Report, Stage, judge
 from ftkit.launch.config import JobConfig
 from ftkit.launch.faulty_store import FaultyStore, StoreFault, StoreFaultKind
 from ftkit.launch.persister import Persister
@@ -68,7 +68,7 @@ class Nodes:
             writer.digest(range(len(writer.table)))
             writer.seal(b'{"of":%d,"others":{}}' % node)
 
-    def persist(self) -> Outcome | None:
+    def persist(self) -> OrderEnd | None:
         """Order what is due, and lead it to its end; None when nothing is."""
         order, outcome = None, None
         while outcome is None:
@@ -182,7 +182,7 @@ def assert_whole(folder: Path, step: int) -> None:
 def test_two_nodes_write_tensors_that_their_parts_cut(tmp_path: Path) -> None:
     with nodes(tmp_path) as two:
         two.capture(10)
-        assert two.persist() == Outcome(step=Step(10), failed="")
+        assert two.persist() == OrderEnd(step=Step(10), failed="")
         assert_whole(tmp_path, 10)
         (told,) = two.events("checkpoint")
         assert told["tensor_bytes"] == sum(e.bytes for e in LAYOUT.entries)
@@ -239,7 +239,7 @@ def test_a_snapshot_that_is_due_is_kept_and_one_that_is_written_too(tmp_path: Pa
                 two.capture(step + 100 * order.stage, pins=())
 
         two.on_order = train_on
-        assert two.persist() == Outcome(step=Step(10), failed="")
+        assert two.persist() == OrderEnd(step=Step(10), failed="")
         assert_whole(tmp_path, 10)
 
 
@@ -260,13 +260,13 @@ def test_a_step_that_is_tried_again_waits_for_who_still_writes_the_last_try(tmp_
         for arena in two.arenas.values():
             arena.pin(arena.find(Step(10)), Pin.DUE)
         two.attempts = first.attempt
-        outcomes = list[Outcome | None]()
+        outcomes = list[OrderEnd | None]()
         again = threading.Thread(target=lambda: outcomes.append(two.persist()))
         again.start()
         two.wait(lambda: node0.report().attempt == 2 and node0.report().done >= Stage.BEGIN)
         slow.answers.set()
         again.join()
-        assert outcomes == [Outcome(step=Step(10), failed="")]
+        assert outcomes == [OrderEnd(step=Step(10), failed="")]
         assert_whole(tmp_path, 10)
 
 
@@ -285,7 +285,7 @@ def test_a_full_disk_is_told_and_the_next_one_has_room_again(tmp_path: Path) -> 
         assert newest_good(LocalStore(tmp_path / "disk")).step is None
     with nodes(tmp_path) as two:
         two.capture(30)
-        assert two.persist() == Outcome(step=Step(30), failed="")
+        assert two.persist() == OrderEnd(step=Step(30), failed="")
     assert steps(LocalStore(tmp_path / "disk")) == [30], "what did not fit was cleared away"
     assert_whole(tmp_path, 30)
 
@@ -330,12 +330,12 @@ def test_a_step_that_comes_again_is_written_again_only_if_it_is_damaged(tmp_path
         two.persist()
         first = identities(store)
         two.capture(10, generation=2)
-        assert two.persist() == Outcome(step=Step(10), failed="")
+        assert two.persist() == OrderEnd(step=Step(10), failed="")
         assert identities(store) == first
         name = next(n for n in store.sizes("step-10") if "/c" in n)
         (tmp_path / "disk" / "step-10" / name).write_bytes(b"")
         two.capture(10, generation=3)
-        assert two.persist() == Outcome(step=Step(10), failed="")
+        assert two.persist() == OrderEnd(step=Step(10), failed="")
         assert identities(store) != first
     assert_whole(tmp_path, 10)
 
@@ -351,11 +351,11 @@ def test_a_fresh_start_keeps_the_old_ones_until_there_is_a_new_one(tmp_path: Pat
     fault = StoreFault(kind=StoreFaultKind.FULL, node=0, seat=0, byte=0)
     with nodes(tmp_path, checkpoint_ignore=old, fault=fault) as two:
         two.capture(20)
-        assert two.persist() != Outcome(step=Step(20), failed="")
+        assert two.persist() != OrderEnd(step=Step(20), failed="")
     assert newest_good(store).step == 30
     with nodes(tmp_path, checkpoint_ignore=old) as two:
         two.capture(20)
-        assert two.persist() == Outcome(step=Step(20), failed="")
+        assert two.persist() == OrderEnd(step=Step(20), failed="")
     assert steps(store) == [20]
     assert newest_good(store, ignore=old).step == 20
     assert_whole(tmp_path, 20)
@@ -393,7 +393,7 @@ def test_an_order_that_is_none_is_dropped(tmp_path: Path, caplog: pytest.LogCapt
         persister.take_message({"attempt": "x"}, {})
         assert "the coordinator's order is none" in caplog.text
         two.capture(10)
-        assert two.persist() == Outcome(step=Step(10), failed="")
+        assert two.persist() == OrderEnd(step=Step(10), failed="")
 
 
 def test_a_store_fault_is_of_one_node_and_comes_back_from_the_environment() -> None:

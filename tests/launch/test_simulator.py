@@ -8,7 +8,7 @@ import pytest
 from ftkit.core.ids import Generation, Term
 from ftkit.core.verdict import Fault as Wrong
 from ftkit.launch import simulator_hosts, simulator_rank
-from ftkit.launch.simulator import HEALED_S, Outcome, Simulation
+from ftkit.launch.simulator import HEALED_S, SimulatedEnd, Simulation
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.launch.simulator_network import Exchange
@@ -21,7 +21,7 @@ from ftkit.recovery.plan import Plan
 from ftkit.recovery.vote import Tally
 
 
-def play(seeds: range) -> list[Outcome]:
+def play(seeds: range) -> list[SimulatedEnd]:
     return [Simulation(seed).run() for seed in seeds]
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from ftkit.core.ids import Generation, NodeId, Seat, Step
 from ftkit.launch import simulator
-from ftkit.launch.simulator import Outcome, Simulation
+from ftkit.launch.simulator import SimulatedEnd, Simulation
 from ftkit.launch.simulator_checks import SHARDS_GONE, TrainingState
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.launch.simulator_shards import SHARDS_KEPT, Shard
@@ -17,7 +17,7 @@ def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lose_a_node(
     seed: int, *, parity: int, nodes_lost: int = 1, kind: Kind = Kind.LOSE_NODE
-) -> Outcome:
+) -> SimulatedEnd:
     """A job on three nodes that loses some of them, one right after the other."""
     faults = [
         Fault(kind=kind, target=t, duration_s=1.0, at_s=5.0 + t / 50)

@@ -118,4 +118,4 @@ def test_exit_codes_in_words_and_for_the_shell(code: int | None, words: str, sta
 @pytest.mark.parametrize("wrong", [{"same_place_max": 0}, {"restarts_max": -1}])
 def test_a_budget_that_makes_no_sense_is_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="budget"):
-        BudgetConfig(**wrong)
+        BudgetConfig(**wrong)  # type: ignore[arg-type]

@@ -107,6 +107,6 @@ def test_whoever_dies_under_whatever_advice_no_place_is_taken_twice(
         places = Counter((s.node, s.seat % 2) for s in story.plan.seats)
         assert max(places.values()) == 1
         if after.node != before.node:
-            assert before.node in advised
+            assert before.node in advised or after.failures > 2, "it failed there twice"
             assert after.node not in advised | lost
         assert after.boot == boots[after.node]

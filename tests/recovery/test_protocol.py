@@ -255,6 +255,50 @@ def test_the_same_place_three_times_stops_the_job_and_says_why() -> None:
     assert "boom" in story.plan.stop.reason
 
 
+def fails_at_once(story: Story, member: int) -> None:
+    """The newest process of seat 2 joins, and dies before it has got anywhere."""
+    story.says(member, Stage.READY, seat=2, entry_step=Step(5))
+    story.says(member, Stage.DEAD, exit_code=1, at_step=Step(6))
+
+
+def test_a_seat_whose_replacement_failed_too_stays_empty_for_a_while() -> None:
+    story = training(5)
+    story.says(2, Stage.DEAD, exit_code=1, at_step=Step(6))
+    story.knows(dead_s={MemberId(2): 0.0})
+    assert "respawn" in story.moves(), "the first is made good at once"
+    fails_at_once(story, 3)
+    story.knows(dead_s={MemberId(2): 1.0, MemberId(3): 0.0})
+    assert "respawn" not in story.moves()
+    story.knows(dead_s={MemberId(3): 2.0})
+    assert story.moves() == ["respawn"]
+    fails_at_once(story, 4)
+    story.knows(dead_s={MemberId(4): 0.0})
+    assert story.moves() == ["end"], "where no retry helps, nobody waits for one"
+
+
+def test_a_replacement_that_trained_for_a_while_is_replaced_at_once() -> None:
+    story = training(5)
+    story.says(2, Stage.DEAD, exit_code=1, at_step=Step(6))
+    story.knows(dead_s={MemberId(2): 0.0})
+    story.moves()
+    story.says(3, Stage.READY, seat=2, entry_step=Step(5))
+    story.says(3, Stage.DEAD, exit_code=1, at_step=Step(60))
+    story.knows(dead_s={MemberId(3): 0.0})
+    assert "respawn" in story.moves()
+
+
+def test_what_failed_twice_in_one_place_is_tried_in_another() -> None:
+    story = training(5, nodes=2, seats=1)
+    story.budget = BudgetConfig(same_place_max=5)
+    boots = {NodeId(n): Boot(f"b{n}") for n in range(3)}
+    story.knows(per_node=1, boots=boots)
+    story.moves()
+    for member, node in ((1, 1), (2, 1), (3, 2)):
+        story.says(member, Stage.DEAD, exit_code=1, at_step=Step(6), entry_step=Step(5), seat=1)
+        assert "respawn" in story.moves()
+        assert story.plan.seats[1].node == node
+
+
 def test_a_script_that_fails_before_hello_stops_the_job_with_its_own_words() -> None:
     story = Story()
     story.says(1, Stage.DEAD, exit_code=3, error="NameError: x")

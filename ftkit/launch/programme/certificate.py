@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ftkit.core.samples import quantile, wilson
-from ftkit.launch.programme.record import DrillRecord, Outcome, without_figures
+from ftkit.launch.programme.record import DrillRecord, Survival, without_figures
 
 #: Of fewer times the slowest is their 95th percentile.
 P95_MIN = 20
@@ -148,8 +148,8 @@ def _summary(fault: str, drills: Sequence[DrillRecord]) -> FaultSummary:
         fault=fault,
         struck=len(drills),
         survived=len(good),
-        failed=counts[Outcome.FAILED],
-        unknown=counts[Outcome.UNKNOWN],
+        failed=counts[Survival.FAILED],
+        unknown=counts[Survival.UNKNOWN],
         interval=wilson(len(good), len(drills)),
         detect_s=Quantiles.of(r.detect_s for r in good),
         next_step_s=Quantiles.of(r.next_step_s for r in good),

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from ftkit.core.errors import UsageError
+from ftkit.launch import completion
 from ftkit.launch.run_folder import RUNS, newest_run
 from ftkit.launch.whole_file import write_whole
 
@@ -22,7 +23,13 @@ HISTORY = RUNS / "drills.jsonl"
 
 
 @click.command("plan")
-@click.argument("run_dir", metavar="[JOB]", type=click.Path(path_type=Path), required=False)
+@click.argument(
+    "run_dir",
+    metavar="[JOB]",
+    type=click.Path(path_type=Path),
+    required=False,
+    shell_complete=completion.runs,
+)
 @click.option(
     "--every",
     metavar="TIME",
@@ -87,7 +94,13 @@ def plan(run_dir: Path | None, once: bool, as_json: bool, **given: Any) -> None:
 
 
 @click.command("stop")
-@click.argument("run_dir", metavar="[JOB]", type=click.Path(path_type=Path), required=False)
+@click.argument(
+    "run_dir",
+    metavar="[JOB]",
+    type=click.Path(path_type=Path),
+    required=False,
+    shell_complete=completion.runs,
+)
 @click.option("--clear", is_flag=True, help="Allow drills again.")
 def stop(run_dir: Path | None, clear: bool) -> None:
     """Stop all drill programmes of JOB, and have none begin, until --clear.

@@ -5,13 +5,13 @@ It reads and asks, and has agents strike; the job needs nothing of it, and goes 
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from ftkit.core import exit_codes
-from ftkit.launch.control import NAME, DrillAccess
 from ftkit.launch.coordinator import read_result
+from ftkit.launch.drill_access import NAME, DrillAccess
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.programme import record
 from ftkit.launch.programme.job_state import JobState
@@ -37,7 +37,7 @@ from ftkit.launch.programme.measure import (
     outcome_of,
     seen_enough,
 )
-from ftkit.launch.programme.record import DrillRecord, Outcome
+from ftkit.launch.programme.record import DrillRecord, StrikeFigures, Survival
 from ftkit.launch.programme.remote import Remote
 from ftkit.launch.programme.schedule import number_at
 from ftkit.launch.programme.targets import Target
@@ -61,7 +61,7 @@ class Driver:
     def __init__(
         self,
         run_dir: Path,
-        control: DrillAccess,
+        access: DrillAccess,
         options: Options,
         *,
         history: Path,
@@ -75,7 +75,7 @@ class Driver:
 
         Args:
           run_dir: the job's.
-          control: as the job left it there.
+          access: as the job left it there.
           options: the programme.
           history: where drills are kept; made when the first is done.
           stop_files: any of them stops the programme.
@@ -84,12 +84,12 @@ class Driver:
           say: told what happens, in sentences.
           noted: told of each record, once it is in the history.
         """
-        self._run_dir, self._control, self._options = run_dir, control, options
+        self._run_dir, self._access, self._options = run_dir, access, options
         self._history_path, self._stop_files = history, stop_files
         self._limit_s, self._patience_s = limit_s, patience_s
         self._say, self._noted = say, noted
         self._history: tuple[DrillRecord, ...] = ()
-        self._remote = Remote(run_dir, control)
+        self._remote = Remote(run_dir, access)
         self._job: JobState | None = None
         """As it stood when it was looked at last."""
         self._looking = False
@@ -131,7 +131,7 @@ class Driver:
                 self._remote.release(state.target)
                 reason = "the programme was interrupted before the world was whole"
                 target, interval = state.target, state.interval
-                self._note(Note(target.fault, Outcome.UNKNOWN, reason, interval, target))
+                self._note(Note(target.fault, Survival.UNKNOWN, reason, interval, target))
             raise
         finally:
             self._remote.close()
@@ -201,7 +201,7 @@ class Driver:
 
     def _strike(self, target: Target) -> str:
         """Have it struck. Returns why it was not; empty when it was."""
-        self._watch = WorldWatch(target, self._control.seats)
+        self._watch = WorldWatch(target, self._access.seats)
         self._watch.feed(self._events)
         # Before it is asked for: who is interrupted meanwhile has to take it for struck.
         self._struck_at = time.monotonic()
@@ -210,7 +210,7 @@ class Driver:
             self._struck_at, self._watch = None, None
         return refused
 
-    def _watched(self, target: Target) -> tuple[Outcome, str] | None:
+    def _watched(self, target: Target) -> tuple[Survival, str] | None:
         """What came of the strike, once it is known."""
         assert self._watch is not None and self._struck_at is not None, "it was struck"  # noqa: PT018
         new = self._tail.poll()
@@ -229,13 +229,13 @@ class Driver:
             by_hand = stop is not None and stop.code == exit_codes.INTERRUPTED
             found = replace(found, ended=ended, by_hand=by_hand)
         outcome = outcome_of(found, waited_s=waited_s, limit_s=self._limit_s)
-        if outcome is not None and outcome[0] is not Outcome.SURVIVED:
+        if outcome is not None and outcome[0] is not Survival.SURVIVED:
             self._remote.release(target)
         return outcome
 
     def _measured(self, target: Target) -> Measured:
         events = on_one_clock(self._events, one_host=self._remote.one_host)
-        return measure(events, target, self._control.seats)
+        return measure(events, target, self._access.seats)
 
     def _note(self, note: Note) -> None:
         """Write a record of a strike, or of an interval without one."""
@@ -243,13 +243,13 @@ class Driver:
         now = time.time()
         told = DrillRecord(
             at=now,
-            job=self._control.job,
+            job=self._access.job,
             fault=note.fault,
             outcome=note.outcome,
             reason=note.reason,
-            world=self._control.seats,
-            nodes=self._control.nodes,
-            engine=self._control.engine,
+            world=self._access.seats,
+            nodes=self._access.nodes,
+            engine=self._access.engine,
             step=self._committed,
             seed=self._options.seed,
             interval=None if self._options.every_s is None else note.interval.number,
@@ -263,16 +263,7 @@ class Driver:
                 at=found.at or now - (time.monotonic() - self._struck_at),
                 node="" if job is None else job.nodes[target.node].name,
                 seats=tuple(target.seats),
-                step=found.step or told.step,
-                step_s=_rounded(found.step_s),
-                detect_s=_rounded(found.detect_s),
-                next_step_s=_rounded(found.next_step_s),
-                whole_s=_rounded(found.whole_s),
-                lost_s=_rounded(found.lost_s),
-                steps_replayed=found.steps_replayed,
-                steps_lost=found.steps_lost,
-                slots_lost=found.slots_lost,
-                slots_doubled=found.slots_doubled,
+                **_figures(replace(found, step=found.step or told.step)),
                 others_lost=len(found.others),
             )
         try:
@@ -294,7 +285,7 @@ class Driver:
         """The newest interval in which this job was struck, by whatever programme."""
         if self._options.every_s is None:
             return None
-        mine = [r.at for r in self._history if r.job == self._control.job and r.struck]
+        mine = [r.at for r in self._history if r.job == self._access.job and r.struck]
         return number_at(max(mine), every_s=self._options.every_s) if mine else None
 
     def _tell(self, words: str) -> None:
@@ -309,5 +300,7 @@ def _clock(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(max(0.0, seconds), 6)
+def _figures(found: StrikeFigures) -> dict[str, Any]:
+    """The fields of a strike's figures, seconds to the microsecond."""
+    values = {field.name: getattr(found, field.name) for field in fields(StrikeFigures)}
+    return {n: round(max(0.0, v), 6) if isinstance(v, float) else v for n, v in values.items()}

@@ -27,12 +27,12 @@ from enum import StrEnum, auto
 from ftkit.launch.programme.costs import expected_s, spent_s
 from ftkit.launch.programme.guards import Guards, refusal
 from ftkit.launch.programme.job_state import JobState
-from ftkit.launch.programme.record import DrillRecord, Outcome
+from ftkit.launch.programme.record import DrillRecord, Survival
 from ftkit.launch.programme.schedule import Interval, fault_of, next_interval
 from ftkit.launch.programme.targets import Target, choose
 
-#: Outcome -> exit code, as those of `ftkit drill run`.
-CODES = {Outcome.SURVIVED: 0, Outcome.FAILED: 1, Outcome.UNKNOWN: 2}
+#: Survival -> exit code, as those of `ftkit drill run`.
+CODES = {Survival.SURVIVED: 0, Survival.FAILED: 1, Survival.UNKNOWN: 2}
 
 
 class Phase(StrEnum):
@@ -96,7 +96,7 @@ class Seen:
     history: tuple[DrillRecord, ...] = ()
     answer: str | None = None
     """STRIKING: why the agent refused; empty: it has struck; None: it has not been asked."""
-    outcome: tuple[Outcome, str] | None = None
+    outcome: tuple[Survival, str] | None = None
     """WATCHING: what came of it, once that is known."""
 
 
@@ -129,7 +129,7 @@ class Note:
     """Add this to the history. `target` is None where nothing was struck."""
 
     fault: str
-    outcome: Outcome
+    outcome: Survival
     reason: str
     interval: Interval
     target: Target | None = None
@@ -162,10 +162,10 @@ def advance(state: State, seen: Seen, options: Options) -> tuple[State, Command]
     if state.phase is Phase.STRIKING and seen.answer == "":
         return replace(state, phase=Phase.WATCHING, refused=""), Watch()
     if seen.stopped:
-        return _over(state, Outcome.SURVIVED, f"drills are stopped: {seen.stopped}")
+        return _over(state, Survival.SURVIVED, f"drills are stopped: {seen.stopped}")
     if seen.job_over:
         missing = options.count is not None and state.survived < options.count
-        return _over(state, Outcome.UNKNOWN if missing else Outcome.SURVIVED, seen.job_over)
+        return _over(state, Survival.UNKNOWN if missing else Survival.SURVIVED, seen.job_over)
     match state.phase:
         case Phase.WAITING if seen.now < state.interval.due:
             return state, Wait(state.interval.due)
@@ -182,9 +182,9 @@ def _looked(state: State, seen: Seen, options: Options) -> tuple[State, Command]
     fault = fault_of(state.interval.number, options.faults, seed=options.seed)
     if seen.now >= state.interval.ends:
         reason = state.refused or "the job was not asked in time"
-        note = Note(fault, Outcome.SKIPPED, reason, state.interval)
+        note = Note(fault, Survival.SKIPPED, reason, state.interval)
         if options.every_s is None:
-            return _over(state, Outcome.UNKNOWN, reason)[0], note
+            return _over(state, Survival.UNKNOWN, reason)[0], note
         return _next(state, seen, options), note
     if seen.job is None:
         return state, Look()
@@ -213,9 +213,9 @@ def _watched(state: State, seen: Seen, options: Options) -> tuple[State, Command
     assert state.target is not None, "it was struck"
     outcome, reason = seen.outcome
     note = Note(state.target.fault, outcome, reason, state.interval, state.target)
-    survived = state.survived + (outcome is Outcome.SURVIVED)
+    survived = state.survived + (outcome is Survival.SURVIVED)
     after = replace(state, survived=survived, target=None)
-    if outcome is not Outcome.SURVIVED:
+    if outcome is not Survival.SURVIVED:
         return _over(after, outcome, f"{state.target.words}: {outcome}: {reason}")[0], note
     if survived == options.count or options.every_s is None:
         return _over(after, outcome, f"{survived} drills were survived")[0], note
@@ -230,5 +230,5 @@ def _next(state: State, seen: Seen, options: Options) -> State:
     return replace(state, phase=Phase.WAITING, interval=interval, refused="")
 
 
-def _over(state: State, outcome: Outcome, reason: str) -> tuple[State, Command]:
+def _over(state: State, outcome: Survival, reason: str) -> tuple[State, Command]:
     return replace(state, phase=Phase.OVER, code=CODES[outcome], reason=reason), End()

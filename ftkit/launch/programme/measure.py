@@ -13,7 +13,7 @@ from itertools import pairwise
 from ftkit.core import exit_codes
 from ftkit.core.verdict import EVICT
 from ftkit.launch.drill_faults import PREEMPT
-from ftkit.launch.programme.record import Outcome
+from ftkit.launch.programme.record import StrikeFigures, Survival
 from ftkit.launch.programme.targets import Target
 from ftkit.launch.report_history import COMPLETED, Event, History, read_history
 
@@ -22,21 +22,11 @@ SEEN_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """As the fields of the same names in `record.DrillRecord`."""
+class Measured(StrikeFigures):
+    """What the events tell of a strike."""
 
     at: float | None = None
     """Unix time of the strike; None: no event tells of it."""
-    step: int = 0
-    step_s: float | None = None
-    detect_s: float | None = None
-    next_step_s: float | None = None
-    whole_s: float | None = None
-    lost_s: float | None = None
-    steps_replayed: int | None = None
-    steps_lost: int | None = None
-    slots_lost: int | None = None
-    slots_doubled: int | None = None
     others: tuple[str, ...] = ()
     """Who was lost without having been struck: one sentence each."""
     ended: str = ""
@@ -132,7 +122,7 @@ def measure(events: Sequence[Event], target: Target, seats: int) -> Measured:
 
 def outcome_of(
     measured: Measured, *, waited_s: float, limit_s: float
-) -> tuple[Outcome, str] | None:
+) -> tuple[Survival, str] | None:
     """What to call it, and why it was not survived; None while that is still to be seen.
 
     Args:
@@ -141,25 +131,25 @@ def outcome_of(
       limit_s: the longest that is waited for the world to be whole.
     """
     if measured.at is None and (measured.ended or waited_s > limit_s):
-        return Outcome.UNKNOWN, "no event tells of the strike: is the run's folder the job's?"
+        return Survival.UNKNOWN, "no event tells of the strike: is the run's folder the job's?"
     if measured.whole_s is None:
         if measured.by_hand:
-            return Outcome.UNKNOWN, "the job was ended by hand before the world was whole"
+            return Survival.UNKNOWN, "the job was ended by hand before the world was whole"
         if measured.ended == COMPLETED:
-            return Outcome.UNKNOWN, "the job did its last step before the world was whole"
+            return Survival.UNKNOWN, "the job did its last step before the world was whole"
         if measured.ended:
-            return Outcome.FAILED, f"the job ended: {measured.ended}"
+            return Survival.FAILED, f"the job ended: {measured.ended}"
         if waited_s <= limit_s:
             return None
-        return Outcome.FAILED, f"the world was not whole again after {waited_s:.0f} s"
+        return Survival.FAILED, f"the world was not whole again after {waited_s:.0f} s"
     if measured.others:
-        return Outcome.FAILED, "; ".join(measured.others)
+        return Survival.FAILED, "; ".join(measured.others)
     if measured.slots_lost or measured.slots_doubled:
-        return Outcome.FAILED, (
+        return Survival.FAILED, (
             f"{measured.slots_lost} slots of the global batch were lost, "
             f"{measured.slots_doubled} counted twice"
         )
-    return Outcome.SURVIVED, ""
+    return Survival.SURVIVED, ""
 
 
 def _step_s(ends: Mapping[int, float]) -> float | None:

@@ -8,7 +8,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import UsageError
 from ftkit.launch.choices import chosen
-from ftkit.launch.control import read_control
+from ftkit.launch.drill_access import read_access
 from ftkit.launch.drill_faults import LIVE_FAULTS, OF_NODES
 from ftkit.launch.history import check_history
 from ftkit.launch.programme.command import STOP
@@ -16,7 +16,7 @@ from ftkit.launch.programme.costs import Budget, prior
 from ftkit.launch.programme.driver import Driver
 from ftkit.launch.programme.guards import Guards
 from ftkit.launch.programme.machine import Options
-from ftkit.launch.programme.record import DrillRecord, Outcome
+from ftkit.launch.programme.record import DrillRecord, Survival
 from ftkit.launch.programme.schedule import seconds_of
 from ftkit.launch.report_view import duration
 from ftkit.launch.sigterm import sigterm_as_ctrl_c
@@ -49,24 +49,24 @@ def run_programme(
     if there := [path for path in stop_files if path.exists()]:
         way = "`ftkit drill stop --clear`" if there[0].name == STOP else "remove it"
         raise UsageError(f"drills are stopped: {there[0]} is there; {way} allows them again")
-    control = read_control(run_dir)
+    access = read_access(run_dir)
     asked = chosen(faults, LIVE_FAULTS, option="--fault")
     if not asked:
         raise UsageError(f"--fault names nothing: choose among {', '.join(LIVE_FAULTS)}")
-    if control.nodes < 2 and (of_nodes := [f for f in asked if f in OF_NODES]):
+    if access.nodes < 2 and (of_nodes := [f for f in asked if f in OF_NODES]):
         raise UsageError(
             f"the job has one node, and {', '.join(of_nodes)} would leave nobody: choose kill or stop"
         )
-    if control.seats < 2:
+    if access.seats < 2:
         raise UsageError("the job has one rank, and a drill would leave nobody: start it with more")
-    prior_s, budget_s = prior(control.max_stall_s), seconds_of(budget, option="--budget")
+    prior_s, budget_s = prior(access.max_stall_s), seconds_of(budget, option="--budget")
     if prior_s > budget_s:
         raise UsageError(
             f"--budget {budget} is less than a drill may cost that was never seen: {prior_s:g} s, twice "
-            f"the job's --max-stall of {control.max_stall_s:g} s. Nothing could ever be struck: give more"
+            f"the job's --max-stall of {access.max_stall_s:g} s. Nothing could ever be struck: give more"
         )
     options = Options(
-        job=control.job,
+        job=access.job,
         faults=tuple(asked),
         guards=Guards(
             budget=Budget(
@@ -74,7 +74,7 @@ def run_programme(
             ),
             steps_between=steps_between,
             only_with_spares=only_with_spares,
-            parity=control.parity,
+            parity=access.parity,
         ),
         seed=seed,
         every_s=None if every is None else seconds_of(every, option="--every"),
@@ -92,7 +92,7 @@ def run_programme(
 
     driver = Driver(
         run_dir,
-        control,
+        access,
         options,
         history=history,
         stop_files=stop_files,
@@ -113,7 +113,7 @@ def run_programme(
 
 def sentence(record: DrillRecord) -> str:
     """A drill in one line."""
-    if record.outcome is Outcome.SKIPPED:
+    if record.outcome is Survival.SKIPPED:
         return f"no {record.fault} in this interval: {record.reason}"
     ranks = ", ".join(str(s) for s in record.seats)
     parts = [f"{record.fault} of rank {ranks} at step {record.step}: {record.outcome}"]

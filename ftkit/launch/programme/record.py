@@ -15,7 +15,7 @@ from ftkit.launch.history import append_line, json_lines, read_tail
 VERSION = 1
 
 
-class Outcome(StrEnum):
+class Survival(StrEnum):
     """What came of it."""
 
     SURVIVED = "survived"
@@ -28,24 +28,9 @@ class Outcome(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DrillRecord:
-    """See the module. Times are seconds; None is not known, or does not apply."""
+class StrikeFigures:
+    """What a strike cost. Times are seconds; None is not known, or does not apply."""
 
-    at: float
-    """Unix time of the strike; of a skipped interval its end."""
-    job: str
-    fault: str
-    outcome: Outcome
-    reason: str = ""
-    """Why it is not survived."""
-    node: str = ""
-    """What the machine that was struck is called in every job."""
-    seats: tuple[int, ...] = ()
-    """Who was struck."""
-    world: int = 0
-    """Ranks of the full world."""
-    nodes: int = 0
-    engine: str = ""
     step: int = 0
     """The newest that was committed before the strike."""
     step_s: float | None = None
@@ -66,6 +51,27 @@ class DrillRecord:
     """Slots of the global batch that no committed attempt held."""
     slots_doubled: int | None = None
     """Those that one held twice."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrillRecord(StrikeFigures):
+    """See the module."""
+
+    at: float
+    """Unix time of the strike; of a skipped interval its end."""
+    job: str
+    fault: str
+    outcome: Survival
+    reason: str = ""
+    """Why it is not survived."""
+    node: str = ""
+    """What the machine that was struck is called in every job."""
+    seats: tuple[int, ...] = ()
+    """Who was struck."""
+    world: int = 0
+    """Ranks of the full world."""
+    nodes: int = 0
+    engine: str = ""
     others_lost: int = 0
     """Ranks that left with an error, or were judged, and had not been struck."""
     seed: int = 0
@@ -74,11 +80,11 @@ class DrillRecord:
 
     @property
     def struck(self) -> bool:
-        return self.outcome is not Outcome.SKIPPED
+        return self.outcome is not Survival.SKIPPED
 
     @property
     def survived(self) -> bool:
-        return self.outcome is Outcome.SURVIVED
+        return self.outcome is Survival.SURVIVED
 
     def to_json(self) -> dict[str, object]:
         return {"v": VERSION, "kind": "drill"} | asdict(self) | {"seats": list(self.seats)}
@@ -98,7 +104,7 @@ class DrillRecord:
             return cls(
                 **given
                 | {
-                    "outcome": Outcome(given["outcome"]),
+                    "outcome": Survival(given["outcome"]),
                     "seats": tuple(int(s) for s in given.get("seats", ())),
                     "versions": {str(n): str(v) for n, v in given.get("versions", {}).items()},
                 }

@@ -9,7 +9,7 @@ from typing import Any
 from ftkit.core.errors import FtkitError, ProtocolError, WireError
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.core.wire import Line, connect
-from ftkit.launch.control import DrillAccess
+from ftkit.launch.drill_access import DrillAccess
 from ftkit.launch.event_tail import EventTail
 from ftkit.launch.programme.job_state import JobState, NodeState, OpenAccusations
 from ftkit.launch.programme.targets import Target
@@ -28,10 +28,10 @@ NO_ADDRESS = (
 class Remote:
     """Of one job. One thread's object; agents are asked on threads of its own."""
 
-    def __init__(self, run_dir: Path, control: DrillAccess) -> None:
-        """Reach no one yet. `control` is the job's."""
-        self._control = control
-        self._key = bytes.fromhex(control.key)
+    def __init__(self, run_dir: Path, access: DrillAccess) -> None:
+        """Reach no one yet. `access` is the job's."""
+        self._access = access
+        self._key = bytes.fromhex(access.key)
         self._agents = EventTail(run_dir, files="agent-*.jsonl")
         self._coordinators = EventTail(run_dir, files="coordinator-*.jsonl")
         self._addresses: dict[NodeId, tuple[str, int]] = {}
@@ -61,7 +61,7 @@ class Remote:
                 nodes[node] = NodeState.from_json(answer.result())
             except FtkitError as error:
                 silent[node] = str(error)
-        missing = {NodeId(n) for n in range(self._control.nodes)} - self._addresses.keys()
+        missing = {NodeId(n) for n in range(self._access.nodes)} - self._addresses.keys()
         silent.update(dict.fromkeys(missing, NO_ADDRESS))
         if first in silent and nodes:
             # Somebody has to tell the plan.
@@ -71,7 +71,7 @@ class Remote:
                 nodes[other] = NodeState.from_json(told)
             except FtkitError as error:
                 silent[other] = str(error)
-        state = JobState(seats=self._control.seats, nodes=nodes, silent=silent)
+        state = JobState(seats=self._access.seats, nodes=nodes, silent=silent)
         return replace(state, accusations=self._accusations.of(state.members))
 
     def strike(self, target: Target) -> str:

@@ -7,7 +7,7 @@ from ftkit.core.world import Member, World
 from ftkit.launch.programme.costs import Budget
 from ftkit.launch.programme.guards import Guards
 from ftkit.launch.programme.job_state import JobState, NodeState
-from ftkit.launch.programme.record import DrillRecord, Outcome
+from ftkit.launch.programme.record import DrillRecord, Survival
 from ftkit.launch.programme.targets import Target
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan
@@ -93,7 +93,7 @@ def drill(at: float, fault: str = "kill", **changes: object) -> DrillRecord:
         at=at,
         job="j",
         fault=fault,
-        outcome=Outcome.SURVIVED,
+        outcome=Survival.SURVIVED,
         node="beta",
         seats=(1,),
         world=3,

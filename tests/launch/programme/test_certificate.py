@@ -7,19 +7,19 @@ import pytest
 from ftkit.core.samples import wilson
 from ftkit.launch.programme.certificate import certify
 from ftkit.launch.programme.certificate_view import html, text
-from ftkit.launch.programme.record import Outcome
+from ftkit.launch.programme.record import Survival
 from tests.launch.programme.jobs import drill
 
 DAY = 86400.0
 AT = 1_790_000_000.0
 HISTORY = [
     *(drill(AT + n * DAY, next_step_s=0.1 * (n + 1), lost_s=1.0) for n in range(20)),
-    drill(AT, "stop", outcome=Outcome.FAILED, reason="the job ended: <oops>", lost_s=None,
+    drill(AT, "stop", outcome=Survival.FAILED, reason="the job ended: <oops>", lost_s=None,
           next_step_s=9.0, node="gamma"),
-    drill(AT + DAY, "stop", outcome=Outcome.UNKNOWN, reason="it was ended by hand", lost_s=None),
+    drill(AT + DAY, "stop", outcome=Survival.UNKNOWN, reason="it was ended by hand", lost_s=None),
     drill(AT + 2 * DAY, "stop", world=4, versions={"ftkit": "2"}, job="k"),
-    drill(AT, outcome=Outcome.SKIPPED, reason="12 steps were committed"),
-    drill(AT + 9, outcome=Outcome.SKIPPED, reason="3 steps were committed"),
+    drill(AT, outcome=Survival.SKIPPED, reason="12 steps were committed"),
+    drill(AT + 9, outcome=Survival.SKIPPED, reason="3 steps were committed"),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from ftkit.launch.programme.machine import (
     advance,
     begin,
 )
-from ftkit.launch.programme.record import Outcome
+from ftkit.launch.programme.record import Survival
 from ftkit.launch.programme.schedule import next_interval
 from ftkit.recovery.plan import Mode
 from tests.launch.programme.jobs import GUARDS, drill, job, plan
@@ -28,7 +28,7 @@ from tests.launch.programme.jobs import GUARDS, drill, job, plan
 HOUR = 3600.0
 NOW = 1_800_000_000.0
 WELL, ILL = job(), job(plan(mode=Mode.HALTING))
-GOOD = (Outcome.SURVIVED, "")
+GOOD = (Survival.SURVIVED, "")
 OPTIONS = Options(
     job="j", faults=("kill", "stop"), guards=GUARDS, seed=1, every_s=HOUR, count=2, prior_s=60
 )
@@ -87,7 +87,11 @@ def test_an_interval_that_ends_is_noted_with_the_reason() -> None:
     state, _ = advance(state, Seen(now=state.interval.due, job=ILL), OPTIONS)
     after, note = advance(state, Seen(now=state.interval.ends, job=WELL, paced=True), OPTIONS)
     assert isinstance(note, Note)
-    assert (note.outcome, note.reason, note.target) == (Outcome.SKIPPED, "the job is halting", None)
+    assert (note.outcome, note.reason, note.target) == (
+        Survival.SKIPPED,
+        "the job is halting",
+        None,
+    )
     assert after.phase is Phase.WAITING
     assert after.interval.number == state.interval.number + 1
 
@@ -108,7 +112,7 @@ def test_it_ends_when_enough_were_survived() -> None:
     seen = Seen(now=state.interval.ends - 1, outcome=GOOD)
     state, note = advance(state, seen, OPTIONS)
     assert isinstance(note, Note)
-    assert (note.outcome, state.phase, state.survived) == (Outcome.SURVIVED, Phase.WAITING, 1)
+    assert (note.outcome, state.phase, state.survived) == (Survival.SURVIVED, Phase.WAITING, 1)
     last = replace(watching(), survived=1)
     state, _ = advance(last, seen, OPTIONS)
     assert (state.phase, state.code) == (Phase.OVER, 0)
@@ -116,7 +120,7 @@ def test_it_ends_when_enough_were_survived() -> None:
 
 
 def test_it_ends_with_the_first_that_is_not_survived() -> None:
-    for outcome, code in ((Outcome.FAILED, 1), (Outcome.UNKNOWN, 2)):
+    for outcome, code in ((Survival.FAILED, 1), (Survival.UNKNOWN, 2)):
         state = watching()
         state, note = advance(state, Seen(now=state.interval.due, outcome=(outcome, "so")), OPTIONS)
         assert isinstance(note, Note)
@@ -151,7 +155,7 @@ def test_once_is_now_or_not_at_all() -> None:
     state, _ = advance(looking(ONCE), Seen(now=NOW, job=ILL), ONCE)
     state, note = advance(state, Seen(now=NOW + 60, job=ILL), ONCE)
     assert isinstance(note, Note)
-    assert (note.outcome, state.phase, state.code) == (Outcome.SKIPPED, Phase.OVER, 2)
+    assert (note.outcome, state.phase, state.code) == (Survival.SKIPPED, Phase.OVER, 2)
     state, _ = advance(watching(ONCE), Seen(now=NOW, outcome=GOOD), ONCE)
     assert (state.phase, state.code) == (Phase.OVER, 0)
 
@@ -168,7 +172,7 @@ WALK = st.lists(
         st.sampled_from([None, WELL, ILL]),
         st.booleans(),
         st.sampled_from(["", "moved on"]),
-        st.sampled_from([None, GOOD, GOOD, (Outcome.FAILED, "so"), (Outcome.UNKNOWN, "so")]),
+        st.sampled_from([None, GOOD, GOOD, (Survival.FAILED, "so"), (Survival.UNKNOWN, "so")]),
         st.integers(0, 15),
     ),
     max_size=60,
@@ -201,11 +205,11 @@ def test_invariants(walk) -> None:
             case Watch():
                 in_flight = True
                 struck.add(state.interval.number)
-            case Note(outcome=Outcome.SKIPPED):
+            case Note(outcome=Survival.SKIPPED):
                 assert not in_flight
             case Note():
                 in_flight = False
-                bad = command.outcome is not Outcome.SURVIVED
+                bad = command.outcome is not Survival.SURVIVED
                 assert (state.phase is Phase.OVER) == bad
             case End():
                 assert state.phase is Phase.OVER

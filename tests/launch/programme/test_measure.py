@@ -13,7 +13,7 @@ from ftkit.launch.programme.measure import (
     outcome_of,
     seen_enough,
 )
-from ftkit.launch.programme.record import Outcome
+from ftkit.launch.programme.record import Survival
 from tests.launch.histories import TWO, Event, attempt, commits, disturbed, event, votes
 from tests.launch.programme.jobs import target
 
@@ -27,7 +27,7 @@ def living(*more: Event) -> list[Event]:
               or e.get("signal")), *more]  # fmt: skip
 
 
-def outcome(found: Measured, waited_s: float = 5) -> tuple[Outcome, str] | None:
+def outcome(found: Measured, waited_s: float = 5) -> tuple[Survival, str] | None:
     return outcome_of(found, waited_s=waited_s, limit_s=60)
 
 
@@ -43,7 +43,7 @@ def test_a_kill_that_was_survived() -> None:
     assert found.lost_s == pytest.approx(whole - STRUCK_AT - 3 * 0.1)
     assert (found.steps_replayed, found.steps_lost, found.others) == (0, 0, ())
     assert (found.slots_lost, found.slots_doubled) == (0, 0)
-    assert outcome(found) == (Outcome.SURVIVED, "")
+    assert outcome(found) == (Survival.SURVIVED, "")
 
 
 def test_it_is_whole_when_as_many_as_before_have_committed_a_new_step() -> None:
@@ -65,16 +65,19 @@ def test_a_world_that_stays_small_is_waited_for_and_then_it_has_failed() -> None
     assert (found.whole_s, found.lost_s) == (None, None)
     assert outcome(found) is None
     assert outcome(found, 61) == (
-        Outcome.FAILED, "the world was not whole again after 61 s"
+        Survival.FAILED, "the world was not whole again after 61 s"
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("end", "answer"),
     [
-        ({"outcome": "failed", "code": 137, "reason": "oh"}, (Outcome.FAILED, "the job ended: oh")),
-        ({"outcome": "failed", "code": 130, "reason": "x"}, (Outcome.UNKNOWN, "by hand")),
-        ({"outcome": "completed", "code": 0}, (Outcome.UNKNOWN, "its last step")),
+        (
+            {"outcome": "failed", "code": 137, "reason": "oh"},
+            (Survival.FAILED, "the job ended: oh"),
+        ),
+        ({"outcome": "failed", "code": 130, "reason": "x"}, (Survival.UNKNOWN, "by hand")),
+        ({"outcome": "completed", "code": 0}, (Survival.UNKNOWN, "its last step")),
     ],
 )
 def test_a_job_that_ends_meanwhile(end, answer) -> None:
@@ -88,16 +91,16 @@ def test_a_job_that_ends_meanwhile(end, answer) -> None:
 def test_somebody_else_who_goes_is_a_failure() -> None:
     gone = event(10.66, "exit", seat=2, member=2, code=None, signal=11)
     found = measure(living(gone), AIM, 3)
-    assert outcome(found) == (Outcome.FAILED, "rank 2, which was not struck, left with signal 11")
+    assert outcome(found) == (Survival.FAILED, "rank 2, which was not struck, left with signal 11")
     judged = event(10.66, "verdict", seat=0, member=0, fault="stopped", reason="so")
     told = outcome(measure(living(judged), AIM, 3))
-    assert told == (Outcome.FAILED, "rank 0, which was not struck, was judged stopped: so")
+    assert told == (Survival.FAILED, "rank 0, which was not struck, was judged stopped: so")
     slow = event(10.66, "verdict", seat=0, member=0, fault="slow", reason="so")
-    assert outcome(measure(living(slow), AIM, 3)) == (Outcome.SURVIVED, "")
+    assert outcome(measure(living(slow), AIM, 3)) == (Survival.SURVIVED, "")
     beside = replace(AIM, beside=(MemberId(2),))
-    assert outcome(measure(living(gone), beside, 3)) == (Outcome.SURVIVED, "")
+    assert outcome(measure(living(gone), beside, 3)) == (Survival.SURVIVED, "")
     earlier = event(10.2, "exit", seat=4, member=9, code=1, signal=None)
-    assert outcome(measure(living(earlier), AIM, 3)) == (Outcome.SURVIVED, "")
+    assert outcome(measure(living(earlier), AIM, 3)) == (Survival.SURVIVED, "")
 
 
 def test_samples_that_are_lost_or_counted_twice_are_a_failure() -> None:
@@ -107,14 +110,14 @@ def test_samples_that_are_lost_or_counted_twice_are_a_failure() -> None:
     found = measure(events, AIM, 3)
     assert (found.slots_lost, found.slots_doubled) == (2, 1)
     assert outcome(found) == (
-        Outcome.FAILED, "2 slots of the global batch were lost, 1 counted twice"
+        Survival.FAILED, "2 slots of the global batch were lost, 1 counted twice"
     )  # fmt: skip
 
 
 def test_where_no_slots_are_told_nothing_is_claimed_of_them() -> None:
     found = measure([e for e in living() if e["kind"] != "vote"], AIM, 3)
     assert (found.slots_lost, found.slots_doubled) == (None, None)
-    assert outcome(found) == (Outcome.SURVIVED, "")
+    assert outcome(found) == (Survival.SURVIVED, "")
 
 
 def test_votes_from_before_the_first_event_are_not_missed() -> None:
@@ -150,7 +153,7 @@ def test_a_strike_that_no_event_tells_of_is_not_known() -> None:
     assert outcome(measure(silent, AIM, 3)) is None
     told = outcome(measure(silent, AIM, 3), 61)
     assert told is not None
-    assert told[0] is Outcome.UNKNOWN
+    assert told[0] is Survival.UNKNOWN
     assert "no event tells" in told[1]
 
 

@@ -89,7 +89,7 @@ def ftkit(tmp_path_factory: pytest.TempPathFactory, example: list[list[str]]) ->
         command, *words = example[0]
         ftkit.start(command, "--max-restarts", "0", *words)
         deadline = time.monotonic() + LIMIT_S
-        while not (ftkit.run_dir / "control.json").exists():
+        while not (ftkit.run_dir / "drill-access.json").exists():
             assert ftkit.started[0].poll() is None, ftkit.started[0].communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -16,7 +16,7 @@ from ftkit.core.trace import read_run
 from ftkit.core.wire import Line, connect
 from ftkit.launch.agent import Agent
 from ftkit.launch.config import JobConfig
-from ftkit.launch.control import drill_key, read_control, remove_control, write_control
+from ftkit.launch.drill_access import drill_key, read_access, remove_access, write_access
 from ftkit.launch.drill_visits import refusal
 from ftkit.launch.programme.job_state import NodeState
 from ftkit.recovery.facts import MemberFacts, Stage
@@ -215,27 +215,27 @@ def test_no_strike_while_the_job_is_not_running_or_the_node_is_leaving() -> None
 
 def test_the_key_is_left_for_this_user_alone_and_not_the_secret(tmp_path: Path) -> None:
     config = JobConfig(job="j", command=("true",), run_dir=str(tmp_path), nproc=2, parity="")
-    write_control(config, "embedded", SECRET)
-    path = tmp_path / "control.json"
+    write_access(config, "embedded", SECRET)
+    path = tmp_path / "drill-access.json"
     assert path.stat().st_mode & 0o777 == 0o600
     assert SECRET not in path.read_text()
-    control = read_control(tmp_path)
-    assert (bytes.fromhex(control.key), control.seats) == (KEY, 2)
-    remove_control(tmp_path)
-    remove_control(tmp_path)
+    access = read_access(tmp_path)
+    assert (bytes.fromhex(access.key), access.seats) == (KEY, 2)
+    remove_access(tmp_path)
+    remove_access(tmp_path)
     with pytest.raises(UsageError, match="its job is over"):
-        read_control(tmp_path)
+        read_access(tmp_path)
 
 
 def test_a_job_that_takes_no_drills_says_so(tmp_path: Path) -> None:
     config = JobConfig(job="j", command=("true",), run_dir=str(tmp_path), drills=False)
-    write_control(config, "embedded", SECRET)
+    write_access(config, "embedded", SECRET)
     with pytest.raises(UsageError, match="--no-drills"):
-        read_control(tmp_path)
+        read_access(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"v": 2}', '{"v": 1, "key": "zz"}'])
 def test_a_file_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    (tmp_path / "control.json").write_text(text)
+    (tmp_path / "drill-access.json").write_text(text)
     with pytest.raises(UsageError, match="cannot be used"):
-        read_control(tmp_path)
+        read_access(tmp_path)

@@ -15,7 +15,7 @@ from ftkit.core.errors import UsageError
 from ftkit.launch.config import JobConfig
 from ftkit.launch.whole_file import write_whole
 
-NAME = "control.json"
+NAME = "drill-access.json"
 VERSION = 1
 
 
@@ -39,9 +39,9 @@ def drill_key(secret: bytes) -> bytes:
     return hmac.new(secret, b"ftkit drills", hashlib.sha256).digest()
 
 
-def write_control(config: JobConfig, engine: str, secret: str) -> None:
+def write_access(config: JobConfig, engine: str, secret: str) -> None:
     """Leave the file, readable by this user alone. UsageError: it cannot be written."""
-    control = DrillAccess(
+    access = DrillAccess(
         job=config.job,
         key=drill_key(bytes.fromhex(secret)).hex() if config.drills else "",
         engine=engine,
@@ -52,13 +52,13 @@ def write_control(config: JobConfig, engine: str, secret: str) -> None:
     )
     path = Path(config.run_dir) / NAME
     try:
-        write_whole(path, json.dumps({"v": VERSION} | asdict(control)), mode=0o600)
+        write_whole(path, json.dumps({"v": VERSION} | asdict(access)), mode=0o600)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error}") from error
 
 
-def read_control(run_dir: Path) -> DrillAccess:
-    """What `write_control` left.
+def read_access(run_dir: Path) -> DrillAccess:
+    """What `write_access` left.
 
     Raises:
       UsageError: the job is over, is another user's, was not started by `ftkit run` of this
@@ -69,8 +69,8 @@ def read_control(run_dir: Path) -> DrillAccess:
         value = json.loads(path.read_text())
         if value.pop("v") != VERSION:
             raise ValueError("another version's")
-        control = DrillAccess(**value)
-        bytes.fromhex(control.key)
+        access = DrillAccess(**value)
+        bytes.fromhex(access.key)
     except FileNotFoundError:
         raise UsageError(
             f"{run_dir} has no {NAME}: its job is over, or was not started by `ftkit run`"
@@ -79,11 +79,11 @@ def read_control(run_dir: Path) -> DrillAccess:
         raise UsageError(f"{path} is another user's: only who runs a job may drill it") from None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError(f"{path} cannot be used: {error}") from error
-    if not control.key:
-        raise UsageError(f"job {control.job} was started with --no-drills: it takes none")
-    return control
+    if not access.key:
+        raise UsageError(f"job {access.job} was started with --no-drills: it takes none")
+    return access
 
 
-def remove_control(run_dir: Path) -> None:
+def remove_access(run_dir: Path) -> None:
     """The job is over: nobody is to be let in any more."""
     (run_dir / NAME).unlink(missing_ok=True)
