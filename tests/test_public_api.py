@@ -1,8 +1,11 @@
 """What a user may rely on: the public names, and how little an import brings in."""
 
 import json
+import re
 import subprocess
 import sys
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +87,10 @@ def test_importing_the_checkpoint_room_brings_in_no_torch() -> None:
         "try:\n    ftkit.checkpoint.nonsense\nexcept AttributeError:\n    pass"
     )
     imported_by(code)
+
+
+@pytest.mark.parametrize("module", ["ftkit", "ftkit.checkpoint", "ftkit.collectives.overlap"])
+def test_the_reference_has_every_public_name(module: str) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    told = set(re.findall(r"^\.\. auto\w+:: (?:ftkit\.[a-z_.]+\.)?(\w+)$", page, re.MULTILINE))
+    assert set(import_module(module).__all__) <= told

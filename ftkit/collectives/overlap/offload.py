@@ -30,12 +30,12 @@ def offload_activations(
     host_bytes: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> "Offload":
-    """Keep what backward needs of some tokens on the host, and compute the others' again.
+    """Keep what backward needs of some tokens on the host, and compute the others' again. ::
 
-    with offload_activations() as offload:
-        for block in blocks:
-            x = offload(block, x)
-        loss(x).backward()
+        with offload_activations() as offload:
+            for block in blocks:
+                x = offload(block, x)
+            loss(x).backward()
 
     Forward runs once and as ever. Backward sees the tensors it would have seen: those of the first
     tokens come back from the host while the block behind is at work, and those of the rest from
