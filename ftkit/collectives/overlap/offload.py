@@ -30,7 +30,9 @@ def offload_activations(
     host_bytes: int | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> "Offload":
-    """Keep what backward needs of some tokens on the host, and compute the others' again. ::
+    """Keep what backward needs of some tokens on the host, and compute the others' again.
+
+    Around the forward pass of the blocks, and their backward::
 
         with offload_activations() as offload:
             for block in blocks:
