@@ -2,50 +2,82 @@
 
 Ranks are processes in network namespaces of their own, joined by limited links (needs root), so
 that the link and not the processor is the limit. The sides of a part run in the same processes, in
-turn; a time is the median over rounds of the slowest rank.
+turn; a time is the median over rounds of the slowest rank. A part that fails, or that no time is left
+for, has a row that says so.
 
+    modelled    a row-parallel linear's exchange on a modelled link, against all computed first
     linear      a row-parallel linear on 2 hosts, against compute-then-reduce-scatter
-    weave       layers in two halves on 2 hosts, forward and backward, against whole
+    weave       layers in two halves on 2 hosts, forward and backward, against whole, at rates where
+                computing and sending beside each other would be so many times as fast
     attention   a causal ring on 4 hosts, forward and backward, by each route; `grouped`: 8 heads on 2
     traffic     DDP with emulated computing beside a snapshot to the peer, in each way
     ddp         DDP through ftkit with a vote, against plain and against a hook that waits
 
-    python -m benchmarks.overlap [--only linear ...] [--rounds N] [--quick] [--json] [--save]
+    python -m benchmarks.overlap [--only linear ...] [--rounds N] [--limit SECONDS] [--quick] [--json] [--save]
 """
 
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from benchmarks.children import Children, free_port, gloo_environment, python
 from benchmarks.figures import Figure, Report, finish, parser, say
-from benchmarks.jobs import ended_by_sigterm, scratch
+from benchmarks.jobs import JobFailed, ended_by_sigterm, scratch
 from benchmarks.links import Links
+from benchmarks.overlap_modelled import on_a_model
 from benchmarks.wires import Wires
 
-PARTS = ["linear", "weave", "attention", "grouped", "traffic", "ddp"]
-#: Of each part: ranks, and the rates of the links in Mbit/s; None: as fast as they go.
-RATES: dict[str, tuple[int, list[int | None]]] = {
-    "linear": (2, [400, 1000, None]),
-    "weave": (2, [400, 1000, None]),
-    "attention": (4, [100]),
-    "grouped": (4, [25]),
-    "traffic": (2, [1000, 2000]),
-    "ddp": (2, [1000, 2000]),
+PARTS = ["modelled", "linear", "weave", "attention", "grouped", "traffic", "ddp"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a part is run."""
+
+    ranks: int
+    mbit: tuple[int | None, ...]
+    """Of each link; None: as fast as it goes."""
+    seconds: float
+    """After which no round begins, but for three."""
+    bounds: tuple[float, ...] = ()
+    """Computing and sending one after another, over beside each other: further links, whose rate
+    follows from how long computing took on the first. Sending takes less than computing."""
+
+
+PLANS = {
+    "linear": Plan(2, (400, 1000, None), 20),
+    "weave": Plan(2, (None,), 35, bounds=(1.6, 1.3)),
+    "attention": Plan(4, (100,), 30),
+    "grouped": Plan(4, (25,), 30),
+    "traffic": Plan(2, (1000, 2000), 60),
+    "ddp": Plan(2, (1000, 2000), 15),
 }
 #: No limit, as tc writes it.
 FREE = 100_000
 
+#: Of all; what is not begun by then is left out, and said to be. And of one run, beside its rounds.
+LIMIT_S, STARTING_S = 660.0, 90.0
 
-def run(part: str, size: int, mbit: int | None, rounds: int, folder: Path, *, wires: bool) -> Any:
-    """One part in processes of its own; what each rank says. Blocks."""
+
+def run(
+    part: str, mbit: int | None, rounds: int, folder: Path, *, wires: bool, timeout_s: float
+) -> Any:
+    """One part in processes of its own; what each rank says. Blocks.
+
+    Raises:
+      JobFailed: a rank failed, or did not end in time.
+    """
+    plan = PLANS[part]
     here = folder / f"{part}-{mbit}-{'wires' if wires else 'port'}"
     here.mkdir()
-    rate = mbit or FREE
+    rate, size = mbit or FREE, plan.ranks
     command = python(
-        "-m", "benchmarks.overlap_rank", part, "--rounds", str(rounds), "--rate", str(rate * 125e3)
+        *("-m", "benchmarks.overlap_rank", part, "--rounds", str(rounds)),
+        *("--seconds", str(plan.seconds), "--rate", str(rate * 125e3)),
     )
     network = Wires(size, rate) if wires else Links(size, f"{rate}mbit")
     with network, Children(here) as children:
@@ -59,7 +91,7 @@ def run(part: str, size: int, mbit: int | None, rounds: int, folder: Path, *, wi
                 device = f"{network.inside(rank)[3].rpartition('n')[0]}a{rank}"
                 env |= {"MASTER_ADDR": network.host(0), "GLOO_SOCKET_IFNAME": device}
                 children.start([*network.inside(rank), *command], env)
-        return children.wait(timeout_s=600)
+        return children.wait(timeout_s)
 
 
 def times(found: Sequence[Any]) -> dict[str, float]:
@@ -71,11 +103,32 @@ def times(found: Sequence[Any]) -> dict[str, float]:
     }
 
 
-def figures_of(part: str, mbit: int | None, found: Sequence[Any], *, wires: bool) -> list[Figure]:
+def named(mbit: int | None, bound: float | None) -> str:
+    """A link, as figures call it: not by a rate that is another on each machine."""
+    if bound is not None:
+        return f"bound {bound:g}"
+    return "free link" if mbit is None else f"{mbit} Mbit"
+
+
+def rate_for(bound: float, compute_s: float, sent: int) -> int:
+    """Mbit/s at which sending so many bytes takes `bound` - 1 of the time of computing. Pure."""
+    return max(1, round(sent / ((bound - 1) * compute_s) / 125e3))
+
+
+def figures_of(
+    part: str,
+    mbit: int | None,
+    found: Sequence[Any],
+    *,
+    wires: bool,
+    bound: float | None = None,
+) -> list[Figure]:
     """What a part says; pure."""
     s = times(found)
-    link = "free link" if mbit is None else f"{mbit} Mbit"
+    link = named(mbit, bound)
     told = ", ".join(f"{side} {seconds * 1e3:.1f}" for side, seconds in s.items()) + " ms"
+    if bound is not None:
+        told += f", {mbit} Mbit"
 
     def figure(name: str, value: float, unit: str = "x", **goal: float) -> Figure:
         return Figure(name=f"{name}, {link}", value=value, unit=unit, against=told, **goal)
@@ -162,24 +215,69 @@ def problems_of(part: str, mbit: int | None, found: Sequence[Any]) -> list[str]:
     return said
 
 
-def measure(parts: Sequence[str], rounds: int, folder: Path) -> Report:
-    """All parts, one after another."""
-    if not (Links.possible() and Wires.available()):
-        return Report(
-            name="overlap", figures=[], computed={}, notes=["needs root: nothing was run"]
-        )
-    figures, problems, samples = list[Figure](), list[str](), list[Any]()
-    for part in parts:
-        size, rates = RATES[part]
-        for mbit in rates:
-            for wires in (True, False) if part in ("attention", "grouped") else (False,):
-                found = run(part, size, mbit, rounds, folder, wires=wires)
-                made = figures_of(part, mbit, found, wires=wires)
-                for figure in made:
-                    say(f"{figure.name}: {figure.value:.3f} ({figure.against})")
-                figures += made
-                problems += problems_of(part, mbit, found)
-                samples.append({"part": part, "mbit": mbit, "wires": wires, "ranks": found})
+class Measured:
+    """What was found so far."""
+
+    def __init__(self, rounds: int, folder: Path, limit_s: float) -> None:
+        self._rounds, self._folder = rounds, folder
+        self._end = time.monotonic() + limit_s
+        self.figures, self.problems, self.samples = list[Figure](), list[str](), list[Any]()
+
+    def part(self, part: str) -> None:
+        """All links of one part."""
+        plan = PLANS[part]
+        links: list[tuple[int | None, float | None]] = [(mbit, None) for mbit in plan.mbit]
+        for wires in (True, False) if part in ("attention", "grouped") else (False,):
+            first: Any = None
+            for mbit, _ in links:
+                found = self._link(part, mbit, wires=wires)
+                first = first or found
+            for bound in plan.bounds:
+                if first is None:
+                    self._missing(part, named(None, bound), "the first link was not measured")
+                    continue
+                mbit = rate_for(bound, times(first)["compute"], first[0]["sent"])
+                self._link(part, mbit, wires=wires, bound=bound)
+
+    def _link(self, part: str, mbit: int | None, *, wires: bool, bound: float | None = None) -> Any:
+        left_s = self._end - time.monotonic()
+        timeout_s = min(left_s, STARTING_S + 3 * PLANS[part].seconds)
+        link = named(mbit, bound) + (", own wires" if wires else "")
+        if left_s < PLANS[part].seconds:
+            return self._missing(part, link, "there was no time left")
+        try:
+            found = run(part, mbit, self._rounds, self._folder, wires=wires, timeout_s=timeout_s)
+        except JobFailed as failed:
+            return self._missing(part, link, str(failed))
+        made = figures_of(part, mbit, found, wires=wires, bound=bound)
+        for figure in made:
+            say(f"{figure.name}: {figure.value:.3f} ({figure.against})")
+        self.figures += made
+        self.problems += problems_of(part, mbit, found)
+        sample = {"part": part, "mbit": mbit, "bound": bound, "wires": wires, "ranks": found}
+        self.samples.append(sample)
+        return found
+
+    def _missing(self, part: str, link: str, why: str) -> None:
+        """A row all the same, which does not hold."""
+        say(f"{part}, {link}: {why}")
+        row = Figure(name=f"{part}, {link}", value=None, unit="", at_least=0.0, against=why[-200:])
+        self.figures.append(row)
+
+
+def measure(parts: Sequence[str], rounds: int, folder: Path, limit_s: float) -> Report:
+    """All parts, one after another; at most about `limit_s`."""
+    measured = Measured(rounds, folder, limit_s)
+    notes = ["not measured: what needs CUDA"]
+    if "modelled" in parts:
+        measured.figures.append(on_a_model())
+    if Links.possible() and Wires.available():
+        for part in parts:
+            if part in PLANS:
+                measured.part(part)
+    elif set(parts) & set(PLANS):
+        measured.problems.append("limited links need root: nothing was run on them")
+    samples = measured.samples
     forecasts = [f["forecast"] for s in samples for f in s["ranks"][:1] if "forecast" in f]
     digests = {
         f"linear, {s['mbit']} Mbit": str(s["ranks"][0]["digests"]["overlapped"])
@@ -188,10 +286,10 @@ def measure(parts: Sequence[str], rounds: int, folder: Path) -> Report:
     }
     return Report(
         name="overlap",
-        figures=figures,
+        figures=measured.figures,
         computed=digests,
-        problems=problems,
-        notes=[f"what the governor said of a snapshot: {told}" for told in forecasts],
+        problems=measured.problems,
+        notes=[*notes, *(f"what the governor said of a snapshot: {told}" for told in forecasts)],
         samples=samples,
     )
 
@@ -200,10 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     made.add_argument("--rounds", type=int, help="of each side (9; quick: 3)")
+    made.add_argument("--limit", type=float, default=LIMIT_S, help="seconds, of all (%(default)g)")
     options = made.parse_args(argv)
     rounds = options.rounds or (3 if options.quick else 9)
     with ended_by_sigterm(), scratch("overlap") as folder:
-        report = measure(options.only, rounds, folder)
+        report = measure(options.only, rounds, folder, options.limit)
     return finish(report, options)
 
 

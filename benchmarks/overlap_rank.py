@@ -9,7 +9,7 @@ import math
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -33,10 +33,16 @@ from ftkit.core.governor import TrafficLimits
 
 Sides = dict[str, Callable[[], object]]
 
-#: Calls before any is timed: those in which "auto" measures.
-WARM = 18
+#: Calls before any is timed; and of what measures by itself, until it has settled.
+WARM, TUNED_CHUNKS, TUNED_SPLIT = 2, 21, 12
+
+#: Rounds that are run however long they take.
+ROUNDS_MIN = 3
 
 ROWS, INNER, OUTER = 1536, 1024, 1024
+
+#: Samples, tokens, width and layers of what is woven.
+WOVEN = 4, 64, 1024, 6
 
 #: Of a sequence, on each rank.
 TOKENS = 512
@@ -47,6 +53,7 @@ def main() -> None:
     made.add_argument("part")
     made.add_argument("--rounds", type=int)
     made.add_argument("--rate", type=float, help="of the link, in bytes a second")
+    made.add_argument("--seconds", type=float, help="after which no round begins")
     options = made.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -54,27 +61,48 @@ def main() -> None:
     config = CollectivesConfig(transport=Transport.TCP)
     limit = timedelta(seconds=120)
     dist.init_process_group("ftkit", pg_options=config, timeout=limit)
+    rounds = Rounds(options.rounds, options.seconds)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "linear": lambda: linear(dist.new_group(backend="gloo", timeout=limit), options.rounds),
-        "weave": lambda: weave(options.rounds),
-        "attention": lambda: attention(options.rounds, 8),
-        "grouped": lambda: attention(options.rounds, 2),
-        "traffic": lambda: traffic(options.rounds, options.rate),
-        "ddp": lambda: ddp(options.rounds),
+        "linear": lambda: linear(dist.new_group(backend="gloo", timeout=limit), rounds),
+        "weave": lambda: weave(rounds),
+        "attention": lambda: attention(rounds, 8),
+        "grouped": lambda: attention(rounds, 2),
+        "traffic": lambda: traffic(rounds, options.rate),
+        "ddp": lambda: ddp(rounds),
     }
     found = parts[options.part]()
     dist.destroy_process_group()
     print(json.dumps(found))
 
 
-def timed(sides: Sides, rounds: int, *, warm: int = 1) -> dict[str, list[float]]:
-    """Seconds of every round by side; the sides take turns, each behind a barrier."""
+class Rounds:
+    """So many rounds, or fewer where time runs out; as many on all ranks."""
+
+    def __init__(self, count: int, seconds: float) -> None:
+        self._count, self._seconds = count, seconds
+
+    def __iter__(self) -> Iterator[int]:
+        began = time.monotonic()
+        for number in range(self._count):
+            if number >= ROUNDS_MIN:
+                took = torch.tensor([time.monotonic() - began])
+                dist.all_reduce(took, dist.ReduceOp.MAX)
+                if took.item() > self._seconds:
+                    return
+            yield number
+
+
+def timed(sides: Sides, rounds: Rounds, **warm: int) -> dict[str, list[float]]:
+    """Seconds of every round by side; the sides take turns, each behind a barrier.
+
+    Before any is timed each is called a few times, or as often as `warm` says.
+    """
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for run in sides.values():
-        for _ in range(warm):
+    for side, run in sides.items():
+        for _ in range(warm.get(side, WARM)):
             run()
     order = list(sides)
-    for _ in range(rounds):
+    for _ in rounds:
         for side in order:
             dist.barrier()
             began = time.perf_counter()
@@ -89,7 +117,7 @@ def digest(t: torch.Tensor) -> int:
     return zlib.crc32(t.detach().contiguous().view(torch.uint8).numpy().tobytes())
 
 
-def linear(gloo: Any, rounds: int) -> dict[str, Any]:
+def linear(gloo: Any, rounds: Rounds) -> dict[str, Any]:
     """A row-parallel linear of small integers, whose sums every order of adding gives alike."""
     rank, size = dist.get_rank(), dist.get_world_size()
     made = torch.Generator().manual_seed(1 + rank)
@@ -111,7 +139,11 @@ def linear(gloo: Any, rounds: int) -> dict[str, Any]:
         "overlapped": lambda: linear_reduce_scatter(x, weight, chunks="auto"),
     }
     digests = {s: digest(cast("torch.Tensor", sides[s]())) for s in sides if s != "compute"}
-    return {"times": timed(sides, rounds, warm=WARM), "digests": digests, "sent": out.nbytes}
+    return {
+        "times": timed(sides, rounds, overlapped=TUNED_CHUNKS),
+        "digests": digests,
+        "sent": out.nbytes,
+    }
 
 
 class Part(nn.Module):
@@ -125,11 +157,11 @@ class Part(nn.Module):
         return cast("torch.Tensor", self.down(functional.gelu(self.up(x))))
 
 
-def weave(rounds: int) -> dict[str, Any]:
-    """Four layers, forward and backward: whole, in halves, and as the model chooses."""
-    size, width = dist.get_world_size(), 512
-    layers = [Layer(torch.ones(width), Part(width, 4 * width // size)) for _ in range(4)]
-    x = torch.randn(4, 192, width)
+def weave(rounds: Rounds) -> dict[str, Any]:
+    """Layers as wide as small models', forward and backward: whole, in halves, and as it chooses."""
+    size, (batch, tokens, width, depth) = dist.get_world_size(), WOVEN
+    layers = [Layer(torch.ones(width), Part(width, 4 * width // size)) for _ in range(depth)]
+    x = torch.randn(batch, tokens, width)
     models = {s: Weave(layers, split=v) for s, v in (("whole", False), ("halves", True))}
     models["auto"] = Weave(layers, split="auto")
 
@@ -154,10 +186,12 @@ def weave(rounds: int) -> dict[str, Any]:
         grads[side] = run(model)
     off = max((grads[s] - grads["whole"]).abs().max().item() for s in grads)
     scale = grads["whole"].abs().max().item()
-    return {"times": timed(sides, rounds, warm=8), "error": off / scale}
+    # Around each layer a scatter and a gather, forward and backward.
+    sent = 4 * depth * x.nbytes * (size - 1) // size
+    return {"times": timed(sides, rounds, auto=TUNED_SPLIT), "error": off / scale, "sent": sent}
 
 
-def attention(rounds: int, kv_heads: int) -> dict[str, Any]:
+def attention(rounds: Rounds, kv_heads: int) -> dict[str, Any]:
     """Forward and backward of causal attention by each route, communication-bound."""
     q = torch.randn(1, 8, TOKENS, 64)
     k, v = (torch.randn(1, kv_heads, TOKENS, 64) for _ in "kv")
@@ -218,7 +252,7 @@ def train(model: nn.Module) -> None:
         p.grad = None
 
 
-def ddp(rounds: int) -> dict[str, Any]:
+def ddp(rounds: Rounds) -> dict[str, Any]:
     """A step of DDP: plain; with a vote; with a hook that waits."""
     plain, voting, waiting = sleeping(), sleeping(), sleeping()
     size = dist.get_world_size()
@@ -237,10 +271,10 @@ def ddp(rounds: int) -> dict[str, Any]:
         dist.all_reduce(torch.ones(1))
 
     sides: Sides = {"plain": lambda: train(plain), "vote": vote, "wait": lambda: train(waiting)}
-    return {"times": timed(sides, rounds, warm=3)}
+    return {"times": timed(sides, rounds)}
 
 
-def traffic(rounds: int, rate: float) -> dict[str, Any]:
+def traffic(rounds: Rounds, rate: float) -> dict[str, Any]:
     """Twelve steps of DDP beside a snapshot to the peer, sent in each way."""
     steps, nbytes = 12, 72 << 20
     peer = (dist.get_rank() + 1) % dist.get_world_size()
@@ -285,7 +319,7 @@ def traffic(rounds: int, rate: float) -> dict[str, Any]:
     ended: list[float] = []
     for _ in range(3):
         train(model)
-    for _ in range(rounds):
+    for _ in rounds:
         for mode, found in times.items():
             dist.barrier()
             copy.zero_()

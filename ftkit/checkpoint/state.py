@@ -86,6 +86,7 @@ class ProtectedState:
         self._modules: dict[str, nn.Module] = {}
         self._optimizers: list[OptimizerWalk] = []
         self._others: dict[str, Stateful] = {}
+        self._optional: dict[str, Stateful] = {}
         for name, value in named.items():
             if "/" in name:
                 raise UsageError(f"{name!r} cannot name protected state: it contains '/'")
@@ -111,6 +112,14 @@ class ProtectedState:
         self._lazy_signatures: list[TensorBox] = []
         self._early: list[Live] = []
         self._fixed: tuple[StateLayout, tuple[Live, ...]] | None = None
+
+    def also(self, name: str, value: Stateful) -> None:
+        """Keep the state of `value` with the small state, from here on.
+
+        Unlike what was given at first it may be missing: a snapshot without it is loaded, and
+        `value` left as it is; one with it is loaded where nobody asks for it. No tensors.
+        """
+        self._optional[name] = value
 
     def layout(self) -> StateLayout:
         """Accept the state as it is now, and say how it is laid out.
@@ -228,7 +237,7 @@ class ProtectedState:
 
     def targets(self) -> Targets:
         """Where a load into the state as it is now goes; for `load.load_state`."""
-        return Targets(self._modules, self._optimizers, self._others)
+        return Targets(self._modules, self._optimizers, self._others, self._optional)
 
     def _walk(self) -> None:
         """Find every live tensor anew."""
@@ -254,13 +263,19 @@ class ProtectedState:
         )
 
     def _small(self, loose: dict[str, torch.Tensor], unchanged: bool) -> dict[str, object]:
-        return {
+        small: dict[str, object] = {
             "optimizers": {walk.name: walk.small(loose, unchanged) for walk in self._optimizers},
             "others": {
                 name: encode(other.state_dict(), name, loose)
                 for name, other in self._others.items()
             },
         }
+        if self._optional:
+            small["optional"] = {
+                name: encode(value.state_dict(), name, loose)
+                for name, value in self._optional.items()
+            }
+        return small
 
     def _name_of(self, parameter: torch.Tensor) -> str | None:
         name = self._names.get(id(parameter))

@@ -25,10 +25,12 @@ class Targets:
         modules: Mapping[str, nn.Module],
         optimizers: Sequence[OptimizerWalk],
         others: Mapping[str, Any],
+        optional: Mapping[str, Any] = {},
     ) -> None:
         """Look at the objects as they are now; nothing is changed before `finish`."""
         self._optimizers = optimizers
         self._others = others
+        self._optional = optional
         self._live = {
             full: tensor
             for name, module in modules.items()
@@ -122,6 +124,10 @@ class Targets:
             for name, other in self._others.items():
                 if small["others"][name] is not None:
                     other.load_state_dict(decode(small["others"][name], loaded.__getitem__))
+            kept = small.get("optional", {})
+            for name, other in self._optional.items():
+                if name in kept:
+                    other.load_state_dict(decode(kept[name], loaded.__getitem__))
 
     def _target(self, name: str, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
         if name in self._live:

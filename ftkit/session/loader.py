@@ -63,10 +63,13 @@ class Reading(ABC):
 
     def _following(self) -> None:
         if not self._found:
-            raise UsageError("the loader is empty: there is nothing to train on")
+            raise UsageError(self._nothing())
         self._found = False
         self._epoch += 1
         self.begin(self._epoch)
+
+    def _nothing(self) -> str:
+        return "the loader is empty: there is nothing to train on"
 
 
 def reading_of(loader: Iterable[Any], seed: int) -> Reading:

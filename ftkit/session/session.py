@@ -28,7 +28,7 @@ from ftkit.recovery.clocks import ClockGovernor
 from ftkit.session.builder import Build, Builder
 from ftkit.session.clock import Clock
 from ftkit.session.consistency import Consistency, refusal
-from ftkit.session.feed import Feed, MapStyle, feed_of
+from ftkit.session.feed import Feed, LoaderFeed, MapStyle, feed_of
 from ftkit.session.layers import Layers
 from ftkit.session.loop import Loop
 from ftkit.session.numbers import OnNaN
@@ -306,7 +306,8 @@ class Session:
 
         Args:
           data: a data set (`__len__`, `__getitem__`), or a DataLoader, of which a slot is
-            then one batch, or a `Feed` that gives any slot's batch.
+            then one batch, or a `Feed` that gives any slot's batch. The place of a loader with
+            `state_dict` and `load_state_dict` is kept with each step: docs/data.md.
           slots: slots of the global batch, at least as many as ranks. Fixed for the job:
             the result does not depend on how many ranks share them. With
             `consistency="scaled"` the batch is divided by samples, `slots` times `slot_size`.
@@ -370,6 +371,13 @@ class Session:
             collate=collate,
             tell=self.trace.event,
         )
+        if isinstance(feed, LoaderFeed) and feed.places is not None:
+            if self._snapshots.protects(feed.state):
+                raise UsageError(
+                    "steps() keeps the place of a loader that has state_dict() by itself, with each "
+                    "step: do not give it to protect() as well"
+                )
+            self._snapshots.keep_places(feed.places)
         self._clock = Clock(clocks, self.trace, seats=self.seats)
         self._loop = Loop(
             parts=self._parts,

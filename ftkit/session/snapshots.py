@@ -46,6 +46,7 @@ from ftkit.core.world import World
 from ftkit.session.due import DueMark
 from ftkit.session.membership import Membership
 from ftkit.session.parts import Parts
+from ftkit.session.stateful import Places
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,9 @@ LOOK_S = 0.002
 #: A vote for step s passes once all have sealed this many steps before it: each of them has
 #: gated the snapshot of step s - 2 before it committed step s - 1.
 SEALED_BEHIND = 2
+
+#: What the loader's place is called in the small state.
+_LOADER = "loader"
 
 
 class Snapshots:
@@ -77,6 +81,7 @@ class Snapshots:
         """
         self._stages = stages
         self._extra = extra
+        self._places: Places | None = None
         self._sharded = not model
         self._layouts: frozenset[int] = frozenset()
         """Digests of all ranks' layouts, where the state is sharded."""
@@ -114,6 +119,18 @@ class Snapshots:
             scheduler=() if scheduler is None else scheduler,  # type: ignore[arg-type]  # checked there
             **{**more, **self._extra},  # type: ignore[arg-type]  # checked there
         )
+        if self._places is not None:
+            self._state.also(_LOADER, self._places)
+
+    def keep_places(self, places: Places) -> None:
+        """Keep with each step the place of the loader that its batches come from."""
+        self._places = places
+        if not self._sharded:
+            self._state.also(_LOADER, places)
+
+    def protects(self, value: object) -> bool:
+        """Whether `value` is one of the further objects given to `protect`."""
+        return any(value is other for other in self._extra.values())
 
     def adopt(
         self,
@@ -163,6 +180,9 @@ class Snapshots:
             return
         rank = world.rank_of(MemberId(self._env.member))
         assert rank is not None, "a member captures"
+        if self._places is not None:
+            # An attempt at the next step may have read on since.
+            self._places.step = step
         share = Share(rank, world.size)
         if self._sharded:
             share = WHOLE  # of replicas, too: one is enough when the other's node is lost

@@ -1,10 +1,24 @@
 """What `overlap` makes of what its ranks measured."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.overlap import PARTS, RATES, figures_of, problems_of, times
+from benchmarks import overlap
+from benchmarks.jobs import JobFailed
+from benchmarks.links import Links
+from benchmarks.overlap import (
+    PARTS,
+    PLANS,
+    figures_of,
+    measure,
+    problems_of,
+    rate_for,
+    times,
+)
+from benchmarks.overlap_modelled import on_a_model
+from benchmarks.wires import Wires
 
 
 def told(**seconds: list[float]) -> dict[str, Any]:
@@ -64,4 +78,35 @@ def test_sums_that_differ_are_problems() -> None:
     assert problems_of("linear", 400, [good]) == []
     assert len(problems_of("linear", 400, [{**good, "digests": {"gloo": 1, "overlapped": 2}}])) == 1
     assert len(problems_of("weave", 400, [{**good, "error": 0.1}, good])) == 1
-    assert set(RATES) == set(PARTS)
+    assert {*PLANS, "modelled"} == set(PARTS)
+
+
+def test_woven_layers_run_at_rates_that_give_their_bounds() -> None:
+    mbit = rate_for(1.6, 0.5, 19_000_000)
+    assert 19_000_000 / (mbit * 125e3) == pytest.approx(0.6 * 0.5, rel=0.01)
+    found = [told(compute=[0.5], whole=[0.8], halves=[0.55], auto=[0.55])]
+    _, hidden = figures_of("weave", mbit, found, wires=False, bound=1.6)
+    assert hidden.name.endswith("bound 1.6")
+    assert str(mbit) in hidden.against
+
+
+def test_what_could_not_be_measured_has_rows_that_do_not_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: Any, **more: Any) -> Any:
+        raise JobFailed("child 1 exited with 1")
+
+    monkeypatch.setattr(overlap, "run", failing)
+    monkeypatch.setattr(Links, "possible", lambda: True)
+    monkeypatch.setattr(Wires, "available", lambda: True)
+    rows = measure(["weave", "ddp"], 3, tmp_path, 600).figures
+    assert len(rows) == 3 + 2
+    assert all(row.value is None and row.holds is False for row in rows)
+    assert "exited with 1" in rows[0].against
+    late = measure(["ddp"], 3, tmp_path, 0).figures
+    assert ["no time left" in row.against for row in late] == [True, True]
+
+
+def test_on_a_modelled_link_four_fifths_are_hidden() -> None:
+    figure = on_a_model()
+    assert figure.holds, figure

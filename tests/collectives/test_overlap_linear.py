@@ -11,7 +11,7 @@ from ftkit.collectives.modelled import ModelledGroup, Network
 from ftkit.collectives.overlap import cuda, linear
 from ftkit.collectives.overlap.auto import AutoChunks
 from ftkit.collectives.overlap.modules import ColumnParallelLinear, RowParallelLinear
-from ftkit.collectives.overlap.parts import bounds, pieces, sources, targets
+from ftkit.collectives.overlap.parts import bounds, growing, pieces, shrinking, sources, targets
 from ftkit.core.errors import GenerationAborted, UsageError
 
 from .ranks import everywhere, on
@@ -126,6 +126,30 @@ def test_chunks_change_no_bit_of_a_forward() -> None:
 
     for rows in everywhere(3, rank):
         assert len(set(rows)) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunks_change_no_bit_of_a_weights_gradient(dtype: torch.dtype) -> None:
+    made = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(n, 16, generator=made).to(dtype) for n in (31, 24))
+    given = torch.randn(31, 24, generator=made).to(dtype)
+
+    def rank(group: ModelledGroup) -> list[torch.Tensor]:
+        start, end = linear.own_rows(31, group)
+        found = []
+        for chunks in (1, 3, AutoChunks(group.network.now)):
+            leaf = weight.clone().requires_grad_()
+            linear.linear_reduce_scatter(x, leaf, group=group, chunks=chunks).backward(
+                given[start:end]
+            )
+            assert leaf.grad is not None
+            found.append(leaf.grad)
+        return found
+
+    for first, *others in everywhere(3, rank):
+        assert all(torch.equal(first, other) for other in others)
+        wanted = given.double().t() @ x.double()
+        torch.testing.assert_close(first.double(), wanted, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("kind", ["row", "column"])
@@ -300,9 +324,15 @@ def test_parts_cover_all_rows_once_and_ours_come_last() -> None:
                 c.tolist() for c in torch.arange(rows).chunk(size)
             ] + [[]] * (size - len(torch.arange(rows).chunk(size)))
             for a, b in cut:
-                spans = list(pieces(a, b, 3))
-                assert [i for s, e in spans for i in range(s, e)] == list(range(a, b))
-                assert all(s < e for s, e in spans)
+                for spans in (
+                    list(pieces(a, b, 3)),
+                    list(growing(a, b, size, 3)),
+                    list(shrinking(a, b, size, 3)),
+                ):
+                    assert [i for s, e in spans for i in range(s, e)] == list(range(a, b))
+                    assert all(s < e for s, e in spans)
+    assert [b - a for a, b in growing(3, 153, 2, 4)] == [10, 20, 40, 80]
+    assert [b - a for a, b in shrinking(3, 22, 3, 3)] == [9, 6, 4]
     assert targets(4, 1) == [2, 3, 0]
     # Who we serve first expects us first.
     assert all(sources(4, targets(4, r)[i])[i] == r for r in range(4) for i in range(3))

@@ -82,8 +82,30 @@ def over_gloo(rank, size, x):
     torch.testing.assert_close(out, wanted)
     out.sum().backward()
     assert part.grad.isfinite().all()
+    woven(x.view(2, 6, -1), gloo)
     with pytest.raises(UsageError, match="gloo does not tell"):
         TrafficGovernor(gloo)
+
+
+def woven(x, group):
+    """Each rank's part is the whole layer over the number of ranks."""
+    from torch.nn.functional import rms_norm
+
+    from ftkit.collectives.overlap import Layer, Weave
+
+    width = x.shape[-1]
+    bodies = [torch.nn.Linear(width, width, bias=False) for _ in range(3)]
+    leaf, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y = wanted
+    for body in bodies:
+        torch.nn.init.normal_(body.weight, 0.0, 0.1, generator=torch.Generator().manual_seed(4))
+        y = y + body(rms_norm(y, (width,), None, 1e-6)) * group.size()
+    layers = [Layer(torch.ones(width), body) for body in bodies]
+    out = Weave(layers, group=group, split=True)(leaf)
+    torch.testing.assert_close(out, y, rtol=1e-4, atol=1e-4)
+    out.sum().backward()
+    y.sum().backward()
+    torch.testing.assert_close(leaf.grad, wanted.grad, rtol=1e-4, atol=1e-3)
 
 
 def test_the_styles_do_what_dtensors_own_do():

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 
 from ftkit.collectives.modelled import ModelledGroup, Network
-from ftkit.collectives.overlap import weave
+from ftkit.collectives.overlap import all_gather_linear, crossing, weave
+from ftkit.collectives.overlap.linear import own_rows
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.tuning import SplitTuner
 from ftkit.collectives.overlap.weave import Layer, Weave
@@ -169,6 +170,56 @@ def test_a_woven_stack_is_the_plain_one(
             close(torch.cat([g[2] for g in weights], 1), layer.body.out.grad)
 
 
+def test_a_layer_may_send_rows_of_its_own_meanwhile() -> None:
+    class Gathering(nn.Module):
+        """Its input over the number of ranks, by way of all of them."""
+
+        def __init__(self, group: ModelledGroup) -> None:
+            super().__init__()
+            self.group = group
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            start, end = own_rows(x.shape[1], self.group)
+            eye = torch.eye(WIDTH) / self.group.size()
+            return all_gather_linear(
+                x[:, start:end], eye, group=self.group, dim=1, rows=x.shape[1], chunks=3
+            )
+
+    x = torch.randn(4, 9, WIDTH, generator=torch.Generator().manual_seed(1))
+    wanted = x
+    for _ in range(3):
+        wanted = wanted + functional.rms_norm(wanted, (WIDTH,), None, 1e-6)
+
+    def rank(group: ModelledGroup) -> None:
+        stack = [Layer(torch.ones(WIDTH), Gathering(group)) for _ in range(3)]
+        # Ranks are late by turns, so that messages cross in every order.
+        group.network.sleep(1e-4 * group.rank())
+        torch.testing.assert_close(woven(group, stack, split=True)(x).detach(), wanted)
+
+    everywhere(3, rank, rate=1e7, latency_s=1e-4)
+
+
+def test_the_input_may_change_before_backward() -> None:
+    given = torch.randn(4, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+
+    def rank(group: ModelledGroup) -> None:
+        grads = []
+        for overwritten in (False, True):
+            stack = layers(group.rank(), 2, torch.float32)
+            x = given.clone()
+            out = woven(group, stack, split=True)(x)
+            if overwritten:
+                x.zero_()
+            out.square().sum().backward()
+            grads.append([p.grad for one in stack for p in one.parameters()])
+        for one, other in zip(*grads, strict=True):
+            assert one is not None
+            assert other is not None
+            assert torch.equal(one, other)
+
+    everywhere(2, rank)
+
+
 def test_parameters_accumulate_once_a_backward() -> None:
     """Hooks of DDP, FSDP and the gradient reducer would otherwise see half a gradient."""
     fired: list[int] = []
@@ -211,9 +262,16 @@ BATCH, TOKENS, DEEP = 8, 16, 8
 AROUND = BATCH * TOKENS * WIDTH * 4
 
 
-def step_s(split: Any, *, compute_s: float, exchange_s: float, steps: int = 1) -> list[float]:
+def step_s(
+    split: Any,
+    *,
+    compute_s: float,
+    exchange_s: float,
+    steps: int = 1,
+    network: Network | None = None,
+) -> list[float]:
     """Seconds of each training step of a stack whose layers compute and exchange for so long."""
-    network = Network(2, rate=AROUND / exchange_s)
+    network = network or Network(2, rate=AROUND / exchange_s)
 
     def rank(group: ModelledGroup) -> list[float]:
         stack = [Layer(torch.ones(WIDTH), Slow(network, compute_s / BATCH)) for _ in range(DEEP)]
@@ -238,11 +296,53 @@ def test_two_halves_hide_three_quarters_of_the_communication(exchange_s: float) 
     assert (whole - halves) / hideable >= 0.75
 
 
+def test_the_link_goes_on_while_a_half_is_normed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a latency, and norms that take their time, a half's rows leave while the other's wait."""
+    exchange_s, normed_s = 0.010, 0.001
+    network = Network(2, rate=AROUND / exchange_s, latency_s=0.0005)
+
+    def slowly(act: Callable[..., Any]) -> Callable[..., Any]:
+        def normed(x: torch.Tensor, *args: Any) -> Any:
+            network.sleep(normed_s * x.numel() / (BATCH * TOKENS * WIDTH / 2))
+            return act(x, *args)
+
+        return normed
+
+    monkeypatch.setattr(weave, "add_rms_norm", slowly(add_rms_norm))
+    monkeypatch.setattr(weave, "rms_norm_backward", slowly(rms_norm_backward))
+    monkeypatch.setattr(crossing, "_PIECE_BYTES", 1)
+    (halves,) = step_s(True, compute_s=0.010, exchange_s=exchange_s, network=network)
+    at_least = 3 * DEEP * 0.010
+    # One half's first computing and another's last crossing have nothing beside them, twice.
+    assert halves - at_least < 2 * exchange_s
+
+
+def test_a_call_is_judged_with_its_backward() -> None:
+    """Forward alone would say that there is too little to hide."""
+    network = Network(2, rate=AROUND / 0.010)
+
+    def rank(group: ModelledGroup) -> list[float]:
+        stack = [Layer(torch.ones(WIDTH), Slow(network, 0.010 / BATCH)) for _ in range(DEEP)]
+        model = woven(group, stack, "auto")
+        x = torch.randn(BATCH, TOKENS, WIDTH, requires_grad=True)
+        took = []
+        for _ in range(2):
+            began = network.now()
+            model(x).sum().backward()
+            took.append(network.now() - began)
+        (tuned,) = model._tuned.values()
+        assert tuned.last is not None
+        return [took[-1], tuned.last.total_s]
+
+    for took, told in on(network, rank):
+        assert told == pytest.approx(took, rel=1e-3)
+
+
 def test_auto_splits_where_it_pays_and_not_where_it_does_not() -> None:
-    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.010, steps=8)
+    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.010, steps=12)
     (halves,) = step_s(True, compute_s=0.010, exchange_s=0.010)
     assert last == pytest.approx(halves)
-    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.0001, steps=8)
+    *_, last = step_s("auto", compute_s=0.010, exchange_s=0.0001, steps=11)
     (whole,) = step_s(False, compute_s=0.010, exchange_s=0.0001)
     assert last == pytest.approx(whole)
 
@@ -254,9 +354,13 @@ def test_halves_that_turn_out_slower_are_given_up() -> None:
         ask = tuner.note(0.5, total_s)
     assert ask == [0.5, 2.0]
     tuner.agree(ask)
-    for _ in range(3):
-        assert tuner.split
-        ask = tuner.note(0.1, 1.99)
+    turns = []
+    while True:
+        turns.append(tuner.split)
+        if ask := tuner.note(0.1, 1.99 if tuner.split else 2.0):
+            break
+    assert turns == [True, False, True, False, True, False, True]
+    assert ask == [2.0, 1.99]
     tuner.agree(ask)
     assert tuner.settled
     assert not tuner.split

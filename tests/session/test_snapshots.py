@@ -11,6 +11,7 @@ from ftkit.checkpoint import pages
 from ftkit.checkpoint.arena import Arena, arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
+from ftkit.checkpoint.load import small_of_seats, small_of_stages
 from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import Pin
 from ftkit.core.errors import CapacityError, IntegrityError
@@ -19,6 +20,7 @@ from ftkit.core.inventory import Inventory
 from ftkit.core.world import Member, World
 from ftkit.session import snapshots
 from ftkit.session.snapshots import Snapshots
+from ftkit.session.stateful import Place, Places
 from tests.checkpoint.helpers import Training, assert_same
 
 JOB, NODE = JobId("t"), NodeId(0)
@@ -265,3 +267,42 @@ def test_the_gpu_of_a_rank_is_looked_up_by_its_address(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**gpu))
     snapshots._gpu_node()
     assert asked == ([] if address is None else [address])
+
+
+def place(step: int) -> Place:
+    return Place(Step(step), 0, step * 2 - 1, f"{step}", step)
+
+
+def test_the_place_kept_is_that_of_the_step_though_more_was_read(three, tmp_path):
+    world, survivors = world_of(1, 0, 1, 2), world_of(2, 0, 2)
+    for rig in three:
+        rig.snapshots.keep_places(places := Places())
+        places.note(place(4))
+        rig.step(4, world)
+        places.note(place(5))  # an attempt that is rolled back
+        rig.snapshots.gate()
+    lose(three[1])
+    for rig in (three[0], three[2]):
+        rig.snapshots.begin(Step(4), survivors)
+        rig.snapshots.gate()
+    late = Rig(tmp_path, 1)
+    late.snapshots.keep_places(taken := Places())
+    late.restore(4, survivors)
+    assert taken.newest(Step(9)) == place(4)
+    late.snapshots.close()
+
+
+def test_a_model_that_is_built_anew_keeps_the_place_too():
+    parts: Any = SimpleNamespace(env=None, control=None, trace=SimpleNamespace(event=print))
+    kept = Snapshots(model=(), optimizer=(), scheduler=None, extra={}, parts=parts)
+    kept.keep_places(places := Places())
+    places.note(place(7))
+    places.step = Step(7)
+    for _ in range(2):
+        model = torch.nn.Linear(2, 2)
+        kept.adopt(model, torch.optim.SGD(model.parameters()), None)
+        small = kept._state.small()
+        assert small["optional"] == {"loader": {"places": [place(7).to_json()]}}
+        # Whoever saved it, the first seat's counts: all read the same stream.
+        assert small_of_seats({Seat(1): small, Seat(0): small}, Seat(2)) == small
+        assert small_of_stages({Seat(0): small}, Seat(0))["optional"] == small["optional"]

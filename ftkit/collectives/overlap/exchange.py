@@ -6,11 +6,19 @@ where rows are of half precision: they do not depend on what arrives first.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from ftkit.collectives.overlap.flights import Flight, Flights
-from ftkit.collectives.overlap.parts import bounds, pieces, sources, targets
+from ftkit.collectives.overlap.parts import (
+    bounds,
+    growing,
+    pieces,
+    shrinking,
+    sources,
+    targets,
+)
 
 Produce = Callable[[int, int], torch.Tensor]
 """The rows from a start to an end, newly made and contiguous."""
@@ -18,7 +26,7 @@ Produce = Callable[[int, int], torch.Tensor]
 Consume = Callable[[int, int, torch.Tensor], None]
 """Uses rows from a start to an end, which are there."""
 
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def scatter(
@@ -50,7 +58,7 @@ def scatter(
     rank, size, columns = flights.rank, flights.size, whole[1]
     units = whole[0] // unit
     own = _rows(units, size, rank, unit)
-    spans = [(a * unit, b * unit) for a, b in pieces(own[0] // unit, own[1] // unit, chunks)]
+    spans = [(a * unit, b * unit) for a, b in growing(own[0] // unit, own[1] // unit, size, chunks)]
     came = {
         (source, i): flights.recv(like.new_empty(b - a, columns), source, i)
         for source in sources(size, rank)
@@ -59,7 +67,7 @@ def scatter(
     late: list[tuple[torch.Tensor, int, int]] = []
     for target in targets(size, rank):
         start, end = _rows(units, size, target, unit)
-        for i, (a, b) in enumerate(pieces(start // unit, end // unit, chunks)):
+        for i, (a, b) in enumerate(growing(start // unit, end // unit, size, chunks)):
             made = produce(a * unit, b * unit)
             if eager:
                 flights.send(made, target, i)
@@ -70,11 +78,10 @@ def scatter(
     for made, target, i in late:
         flights.send(made, target, i)
     meanwhile()
-    out = like.new_empty(own[1] - own[0], columns)
-    for i, (a, b) in enumerate(spans):
-        part = slice(a - own[0], b - own[0])
-        out[part] = _summed([mine[part] if r == rank else came[r, i] for r in range(size)])
-    return out
+    for i, (a, b) in enumerate(spans if size > 1 else []):
+        part = mine[a - own[0] : b - own[0]]
+        summed([part if r == rank else came[r, i] for r in range(size)], part)
+    return mine
 
 
 def gather(
@@ -107,7 +114,7 @@ def gather(
     coming: list[tuple[int, int, Flight]] = []
     for source in sources(size, rank):
         start, end = _rows(units, size, source, unit)
-        for i, (a, b) in enumerate(pieces(start // unit, end // unit, chunks)):
+        for i, (a, b) in enumerate(shrinking(start // unit, end // unit, size, chunks)):
             span = a * unit, b * unit
             coming.append((*span, flights.recv(whole[slice(*span)], source, i)))
     own = _rows(units, size, rank, unit)
@@ -116,7 +123,7 @@ def gather(
             f"rank {rank} of {size} has {own[1] - own[0]} of {rows} rows, not {mine.shape[0]}"
         )
     for target in targets(size, rank):
-        for i, (a, b) in enumerate(pieces(own[0] // unit, own[1] // unit, chunks)):
+        for i, (a, b) in enumerate(shrinking(own[0] // unit, own[1] // unit, size, chunks)):
             flights.send(mine[a * unit - own[0] : b * unit - own[0]], target, i)
     whole[slice(*own)] = mine
     if not eager:
@@ -158,18 +165,28 @@ def reduce(
     return made[0] if len(made) == 1 else torch.cat(made) if made else produce(0, 0)
 
 
+def rows_of(group: Any, rows: int, unit: int) -> tuple[int, int]:
+    """Which of all rows are ours: start and end."""
+    return _rows(rows // unit, int(group.size()), int(group.rank()), unit)
+
+
 def _rows(units: int, size: int, rank: int, unit: int) -> tuple[int, int]:
     start, end = bounds(units, size, rank)
     return start * unit, end * unit
 
 
-def _summed(terms: Sequence[torch.Tensor | Flight]) -> torch.Tensor:
-    total: torch.Tensor | None = None
-    for term in terms:
-        value = term.wait() if isinstance(term, Flight) else term
-        if total is None:
-            total = value.float() if value.dtype in _HALVES else value.clone()
-        else:
+def summed(terms: Sequence[torch.Tensor | Flight], into: torch.Tensor) -> None:
+    """Add at least two terms, in their order; `into` may be one of them, the others stay."""
+    values = (term.wait() if isinstance(term, Flight) else term for term in terms)
+    first = total = next(values)
+    if into.dtype in HALVES:
+        total = first.float()
+        for value in values:
             total += value
-    assert total is not None, "a group has at least one rank"
-    return total
+        into.copy_(total)
+        return
+    for number, value in enumerate(values, 2):
+        if number == len(terms):
+            torch.add(total, value, out=into)
+        else:
+            total = total + value if total is first else total.add_(value)

@@ -112,7 +112,7 @@ class Flights:
 
     def broken(self, error: BaseException) -> GenerationAborted:
         """What to raise, once all that is in flight has ended."""
-        self._drain()
+        self.drain()
         return GenerationAborted(f"{self._name} over rank {self.rank} of {self.size}: {error}")
 
     def __enter__(self) -> Self:
@@ -125,27 +125,32 @@ class Flights:
         traceback: TracebackType | None,
     ) -> None:
         if error is None:
-            while self._open:
-                self._open[0].wait()
-                del self._open[0]
+            self.finish()
         elif not isinstance(error, GenerationAborted):
             with contextlib.suppress(Exception):
                 self.group.abort()
-            self._drain()
+            self.drain()
+
+    def finish(self) -> None:
+        """Block until all that is in flight has ended well; what `with` does at its end."""
+        while self._open:
+            self._open[0].wait()
+            del self._open[0]
+
+    def drain(self) -> None:
+        """Block until all that is in flight has ended, however it does."""
+        flights, self._open = self._open, []
+        for flight in flights:
+            flight.drain()
 
     def _fly(self, start: Callable[[], Any], tensor: torch.Tensor) -> Flight:
         try:
             flight = Flight(self, start(), tensor)
         except GenerationAborted:
-            self._drain()
+            self.drain()
             raise
         self._open.append(flight)
         return flight
-
-    def _drain(self) -> None:
-        flights, self._open = self._open, []
-        for flight in flights:
-            flight.drain()
 
 
 def of(group: Any) -> Any:

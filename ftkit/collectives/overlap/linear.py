@@ -167,16 +167,21 @@ class _ReduceScatter(torch.autograd.Function):
         of_x = torch.empty_like(flat)
         shapes = _shared(flat.shape[0], weight.shape[0], unit, x)
         bias: Tensor | None = None
+        ours, of_weight = mine.contiguous(), list[Tensor]()
+        # Of our own rows first, while others travel. In half precision that would round once more.
+        apart = ctx.needs_input_grad[1] and flat.dtype not in exchange.HALVES
         with running(
             ctx.group, "linear_reduce_scatter backward", ctx.chunks, *shapes, gathers=True
         ) as run:
 
             def consume(a: int, b: int, rows: Tensor) -> None:
                 of_x[a:b] = times(rows, weight)
+                if rows is ours and apart:
+                    of_weight.append(times(rows.t(), flat[a:b]))
 
             whole = exchange.gather(
                 run.flights,
-                mine.contiguous(),
+                ours,
                 flat.shape[0],
                 consume,
                 unit=unit,
@@ -185,8 +190,15 @@ class _ReduceScatter(torch.autograd.Function):
             )
             if ctx.has_bias:
                 bias = whole.sum(0)
-        of_weight = times(whole.t(), flat) if ctx.needs_input_grad[1] else None
-        return _folded(of_x, x, ctx.dim), of_weight, bias, None, None, None
+        total: Tensor | None = None
+        if of_weight:
+            (total,) = of_weight
+            start, end = exchange.rows_of(ctx.group, flat.shape[0], unit)
+            for rest in (slice(0, start), slice(end, None)):
+                total.addmm_(whole[rest].t(), flat[rest])
+        elif ctx.needs_input_grad[1]:
+            total = times(whole.t(), flat)
+        return _folded(of_x, x, ctx.dim), total, bias, None, None, None
 
 
 class _AllGather(torch.autograd.Function):

@@ -2,19 +2,22 @@
 
 Pure. With C seconds to compute, M to send, and o more for each message, on n ranks
 
-    T(k) = max(C, M + C / (n k)) + (n - 1) k o
+    T(k) = max(C, M + f(k) C / n) + (n - 1) k o
 
-where plain compute-then-send takes C + M. Measured at first calls, C and M unoverlapped, and M
-once in one piece and once in eight, which gives o; then the best k is tried against plain, and
-kept where it really is faster; else a quarter of it is. All ranks must cut alike: what one measured is agreed on by the
-maximum over ranks, at calls that they count alike.
+where plain compute-then-send takes C + M, and f(k) is the part of a rank's rows in the smallest of
+k chunks (`parts.graded`). Measured at first calls, C and M unoverlapped, and M once in one piece and
+once in eight, which gives o; then the best k, less of them, more, and plain take turns, and what was
+fastest stays: the model knows nothing of cores that computing and sending share. All ranks must cut
+alike: what one measured is agreed on by the maximum over ranks, at calls that they count alike.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ftkit.collectives.overlap.parts import graded
+
 #: Beyond these, more chunks only add messages.
-CHOICES = (1, 2, 4, 8, 16)
+CHOICES = (1, 2, 3, 4, 6, 8, 12)
 
 #: Pieces of the exchange by which the cost of a message is found.
 MANY = 8
@@ -36,12 +39,13 @@ PLAIN = Cut(1, eager=False)
 
 #: The first calls of a shape: one to warm up, then C and M, in one piece and in several.
 _MEASURE = (PLAIN, PLAIN, Cut(MANY, eager=False), PLAIN, Cut(MANY, eager=False))
+#: How often each of what is compared is tried. In turns: a machine is not always equally busy.
 _TRIES = 3
 
 
 def predicted(chunks: int, size: int, compute_s: float, exchange_s: float, each_s: float) -> float:
     """Seconds of one call; see the module."""
-    through = exchange_s + compute_s / (size * chunks)
+    through = exchange_s + compute_s / size * graded(1.0, size, chunks)[0]
     return max(compute_s, through) + (size - 1) * chunks * each_s
 
 
@@ -58,9 +62,9 @@ class ChunkTuner:
         self._size = size
         self._calls = 0
         self._plan: list[Cut] = list(_MEASURE)
-        self._noted: list[tuple[int, float, float]] = []
-        self._tried: Cut | None = None
-        self._plain_s = 0.0
+        self._noted: list[tuple[Cut, float, float]] = []
+        self._compared: list[Cut] = []
+        """What is tried, once something is; plain first."""
 
     @property
     def cut(self) -> Cut:
@@ -84,42 +88,48 @@ class ChunkTuner:
         """
         if self._calls >= len(self._plan):
             return []
-        self._noted.append((self.cut.chunks, compute_s, total_s - compute_s))
+        self._noted.append((self.cut, compute_s, total_s - compute_s))
         self._calls += 1
         if self._calls < len(self._plan):
             return []
-        (_, *warm), self._noted = self._noted, []
-        if self._tried is not None:
-            return [min(compute + exchange for _, compute, exchange in warm)]
+        noted, self._noted = self._noted, []
+        if self._compared:
+            return [
+                min(compute + exchange for cut, compute, exchange in noted if cut == one)
+                for one in self._compared
+            ]
+        _, *warm = noted
         return [
             min(compute for _, compute, _ in warm),
-            min(exchange for chunks, _, exchange in warm if chunks == 1),
-            min(exchange for chunks, _, exchange in warm if chunks == MANY),
+            min(exchange for cut, _, exchange in warm if cut.chunks == 1),
+            min(exchange for cut, _, exchange in warm if cut.chunks == MANY),
         ]
 
     def agree(self, values: Sequence[float]) -> None:
         """What `note` returned, or what a slower rank did, in each place."""
-        if self._tried is not None:
-            if values[0] < (1 - GAIN) * self._plain_s:
-                self._settle(self._tried)
-            elif self._tried.chunks > 1:
-                # What a message costs may have hidden behind sending: less of them, then.
-                self._try(self._tried.chunks // 4 or 1)
-            else:
-                self._settle(PLAIN)
+        if self._compared:
+            plain_s, *tried = values
+            fastest = min(range(len(tried)), key=tried.__getitem__)
+            gains = tried[fastest] < (1 - GAIN) * plain_s
+            self._settle(self._compared[1 + fastest] if gains else PLAIN)
             return
         compute_s, exchange_s, many_s = values
         each_s = max(0.0, many_s - exchange_s) / ((MANY - 1) * max(1, self._size - 1))
-        self._plain_s = compute_s + exchange_s
         k = best(self._size, compute_s, exchange_s, each_s)
-        if predicted(k, self._size, compute_s, exchange_s, 0.0) >= (1 - GAIN) * self._plain_s:
+        plain_s = compute_s + exchange_s
+        if predicted(k, self._size, compute_s, exchange_s, 0.0) >= (1 - GAIN) * plain_s:
             self._settle(PLAIN)  # not even if messages were free
-        else:
-            self._try(k)
-
-    def _try(self, chunks: int) -> None:
-        self._tried = Cut(chunks, eager=True)
-        self._plan, self._calls = [self._tried] * _TRIES, 0
+            return
+        at = CHOICES.index(k)
+        # What a message costs may have hidden behind sending, or was the machine's own noise.
+        counts = {
+            CHOICES[max(0, at - 2)],
+            CHOICES[max(0, at - 1)],
+            k,
+            CHOICES[min(at + 1, len(CHOICES) - 1)],
+        }
+        self._compared = [PLAIN, *(Cut(count, eager=True) for count in sorted(counts))]
+        self._plan, self._calls = self._compared * _TRIES, 0
 
     def _settle(self, cut: Cut) -> None:
         self._plan, self._calls = [cut], 1
@@ -130,15 +140,15 @@ class SplitTuner:
 
     A call takes C to compute and W to wait for what it sends. In halves, one half's sending hides
     behind the other's computing, except at both ends. Where even all of W hidden would be no gain,
-    halves are not tried.
+    halves are not tried; otherwise both take turns.
     """
 
     def __init__(self) -> None:
         """Begin to measure."""
         self._plan = [False] * _TRIES
         self._calls = 0
-        self._noted: list[tuple[float, float]] = []
-        self._whole_s: float | None = None
+        self._noted: list[tuple[bool, float, float]] = []
+        self._tries = False
 
     @property
     def split(self) -> bool:
@@ -154,19 +164,26 @@ class SplitTuner:
         """How long the call took, and how much of that it waited; as `ChunkTuner.note`."""
         if self._calls >= len(self._plan):
             return []
-        self._noted.append((waited_s, total_s))
+        self._noted.append((self.split, waited_s, total_s))
         self._calls += 1
         if self._calls < len(self._plan):
             return []
         (_, *warm), self._noted = self._noted, []
-        return [min(waited for waited, _ in warm), min(total for _, total in warm)]
+        if self._tries:
+            return [
+                min(total for split, _, total in warm if split is which) for which in (False, True)
+            ]
+        return [min(waited for _, waited, _ in warm), min(total for _, _, total in warm)]
 
     def agree(self, values: Sequence[float]) -> None:
         """As `ChunkTuner.agree`."""
+        if self._tries:
+            whole_s, halves_s = values
+            self._plan, self._calls = [halves_s < (1 - GAIN) * whole_s], 1
+            return
         waited_s, total_s = values
-        if self._whole_s is None and waited_s > 2 * GAIN * total_s:
-            self._whole_s = total_s
-            self._plan, self._calls = [True] * _TRIES, 0
+        if waited_s > 2 * GAIN * total_s:
+            self._tries = True
+            self._plan, self._calls = [True, *([False, True] * _TRIES)], 0
         else:
-            split = self._whole_s is not None and total_s < (1 - GAIN) * self._whole_s
-            self._plan, self._calls = [split], 1
+            self._plan, self._calls = [False], 1

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Protocol, TypeAlias, cast
 
@@ -27,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ftkit.collectives.overlap.auto import generation_of
+from ftkit.collectives.overlap.crossing import Crossing
 from ftkit.collectives.overlap.flights import Flights, of
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.parts import pieces
@@ -110,7 +112,7 @@ class Weave(nn.Module):
         self.layers = nn.ModuleList(layers)
         self._group, self._eps, self._split = group, eps, split
         self._clock, self._aside = clock, aside
-        self._tuners: dict[tuple[object, ...], SplitTuner] = {}
+        self._tuned: dict[tuple[object, ...], _Tuned] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
@@ -119,39 +121,71 @@ class Weave(nn.Module):
                 "not wait for the first; move the stack to the CPU, or all-reduce after each layer"
             )
         group = of(self._group)
-        key = (generation_of(group), x.shape, x.dtype)
-        tuner = self._tuners.setdefault(key, SplitTuner()) if self._split == "auto" else None
-        split = tuner.split if tuner is not None else bool(self._split)
-        layers = [cast("Layer", layer) for layer in self.layers]
         keeps = torch.is_grad_enabled() and (
             x.requires_grad or any(p.requires_grad for p in self.parameters())
         )
-        run = _Run(group, layers, self._eps, self._aside, self._clock, split=split, keeps=keeps)
-        began = self._clock()
-        out = cast("Tensor", _Woven.apply(run, x, *run.weights, *run.parameters))
-        if tuner is not None and (ask := tuner.note(run.waited_s, self._clock() - began)):
+        tuned = None
+        if self._split == "auto":
+            key = (generation_of(group), x.shape, x.dtype, keeps)
+            tuned = self._tuned.setdefault(key, _Tuned())
+            tuned.settle(group)
+        split = tuned.tuner.split if tuned is not None else bool(self._split)
+        layers = [cast("Layer", layer) for layer in self.layers]
+        spent = _Spent()
+        if tuned is not None:
+            tuned.last = spent
+        run = _Run(
+            group, layers, self._eps, self._aside, self._clock, spent, split=split, keeps=keeps
+        )
+        return cast("Tensor", _Woven.apply(run, x, *run.weights, *run.parameters))
+
+
+@dataclass(slots=True)
+class _Spent:
+    """Seconds of one call, forward and, where there was one, backward."""
+
+    total_s: float = 0.0
+    waited_s: float = 0.0
+    """For what others send."""
+
+
+class _Tuned:
+    """A tuner, and the call that it is to be told of. A call is over when the next one begins."""
+
+    def __init__(self) -> None:
+        self.tuner = SplitTuner()
+        self.last: _Spent | None = None
+
+    def settle(self, group: Any) -> None:
+        """Tell of the last call. All ranks agree on what follows from it."""
+        last, self.last = self.last, None
+        if last is not None and (ask := self.tuner.note(last.waited_s, last.total_s)):
             told = torch.tensor(ask, dtype=torch.float64)
             options = dist.AllreduceOptions()
             options.reduceOp = dist.ReduceOp(dist.ReduceOp.MAX)
             group.allreduce([told], options).wait()
-            tuner.agree(told.tolist())
-        return out
+            self.tuner.agree(told.tolist())
 
 
 class _Half:
     """Some samples, on their way through the layers."""
 
-    def __init__(self, x: Tensor, size: int, rank: int) -> None:
+    def __init__(self, x: Tensor, number: int, size: int, rank: int) -> None:
+        self.number = number
         self.shape = x.shape
         self.rows = x.shape[0] * x.shape[1]
         self.each = -(-self.rows // size)
         """Rows of a rank: the same for all, so the last ones may hold rows of padding."""
         self.size, self.rank = size, rank
+        self.residual = self.ours(x).clone()
+        """What is carried past the layers, of our rows: forward the sum so far, backward its gradient."""
         self.totals: list[Tensor] = []
         """What each norm was taken of, of our rows."""
         self.graphs: list[tuple[Tensor, Tensor]] = []
         """Of each layer, what went in and what came out."""
-        self.gathered: Pending | None = None
+        self.crossing: Crossing | None = None
+        self.changed: Pending | None = None
+        """The change in it, on the thread aside."""
 
     def padded(self, x: Tensor) -> Tensor:
         """Samples as rows, as many for each rank."""
@@ -177,149 +211,199 @@ class _Run:
         eps: float,
         aside: Callable[[], Aside],
         clock: Callable[[], float],
+        spent: _Spent,
         *,
         split: bool,
         keeps: bool,
     ) -> None:
         self._group, self._layers, self._eps = group, layers, eps
-        self._make_aside, self._clock, self._split = aside, clock, split
+        self._make_aside, self._clock, self._split, self._spent = aside, clock, split, spent
         self.weights = [layer.weight for layer in layers]
         self.parameters = [
             p
             for p in dict.fromkeys(p for one in layers for p in one.body.parameters())
             if p.requires_grad
         ]
-        self.waited_s = 0.0
         self._keeps = keeps
         """Whether there will be a backward."""
         self._used = False
         self._over = False
         """Whether nothing more is to be begun: it failed here, or elsewhere."""
+        self._cause: BaseException | None = None
+        """The first error of ours, if it failed here."""
         self._halves: list[_Half] = []
 
     def forward(self, x: Tensor) -> Tensor:
         size, rank = int(self._group.size()), int(self._group.rank())
         count = min(2, x.shape[0]) if self._split else 1
         spans = list(pieces(0, x.shape[0], count)) or [(0, 0)]
-        self._halves = [_Half(x[a:b], size, rank) for a, b in spans]
+        self._halves = [_Half(x[a:b], i, size, rank) for i, (a, b) in enumerate(spans)]
         with self._beside() as submit:
-            for half, (a, b) in zip(self._halves, spans, strict=True):
-                own = half.ours(x[a:b])
-                nothing = torch.zeros_like(own)
-                half.gathered = submit(partial(self._enter, half, nothing, own, 0))
             for number, layer in enumerate(self._layers):
-                for half in self._halves:
-                    leaf = half.whole(self._wait(half)).detach().requires_grad_(self._keeps)
+                for half, (a, b) in zip(self._halves, spans, strict=True):
+                    if number == 0:
+                        # Everybody has x: nothing is to be gathered yet.
+                        rows, _ = self._normed(0, x.new_zeros(1), x[a:b])
+                    else:
+                        rows = half.whole(self._wait(half))
+                    leaf = rows.detach().requires_grad_(self._keeps)
                     with torch.set_grad_enabled(self._keeps):
                         part = layer.body(leaf)
                     if self._keeps:
                         half.graphs.append((leaf, part))
-                    half.gathered = submit(partial(self._between, half, part.detach(), number + 1))
+                        half.totals.append(half.residual)
+                    self._cross(submit, half, part.detach(), partial(self._between, number + 1))
+            if not self._layers:
+                return x.clone()
             return torch.cat([half.whole(self._wait(half)) for half in self._halves])
 
-    @contextmanager
-    def _beside(self) -> Iterator[Callable[[Callable[[], Any]], Pending]]:
-        """What submits work to be done aside; an error in here is one on all ranks."""
-        aside = self._make_aside()
-        try:
-            yield lambda act: aside.submit(partial(self._unless_over, act))
-        except BaseException as error:
-            self._over = True
-            if not isinstance(error, GenerationAborted):
-                with suppress(Exception):
-                    self._group.abort()
-            raise
-        finally:
-            aside.shutdown()
-
-    def _unless_over(self, act: Callable[[], Any]) -> Any:
-        if self._over:
-            raise GenerationAborted("the call it belongs to has failed")
-        return act()
-
-    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         if self._used:
             raise UsageError(
                 "a Weave keeps its graphs for one backward, retain_graph or not: call it again"
             )
         self._used = True
         halves = self._halves
-        of_weights: list[Tensor | None] = [None] * len(self._layers)
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        of_weights = grad.new_zeros(len(self._layers), grad.shape[-1], dtype=wide)
         of_parameters: list[Tensor | None] = [None] * len(self.parameters)
-        carried: dict[_Half, Tensor] = {}
         with self._beside() as submit:
-            at = 0
-            for half in halves:
-                some = grad[at : at + half.shape[0]]
-                at += half.shape[0]
-                carried[half] = half.ours(some)
-                half.gathered = _Ready(half.padded(some))
+            parts = dict(zip(halves, grad.split([half.shape[0] for half in halves]), strict=True))
+            for half, part in parts.items():
+                half.residual = half.ours(part)
             for number in reversed(range(len(self._layers))):
                 for half in reversed(halves):
                     leaf, part = half.graphs.pop()
-                    of_part = half.whole(self._wait(half))
+                    # Everybody has the gradient that backward begins with.
+                    begins = number == len(self._layers) - 1
+                    of_part = parts.pop(half) if begins else half.whole(self._wait(half))
                     of_leaf, *found = torch.autograd.grad(
                         part, [leaf, *self.parameters], of_part, allow_unused=True
                     )
                     of_parameters = _added(of_parameters, found)
-                    half.gathered = submit(
-                        partial(self._back, half, of_leaf, carried, of_weights, number)
-                    )
-            of_x = torch.cat([half.whole(self._wait(half)) for half in halves])
-        with Flights(self._group, "weave backward") as flights:
-            for one in of_weights:
-                if one is not None:
-                    flights.all_reduce(one)
-        return of_x, of_weights, of_parameters
+                    change = partial(self._back, number, half.totals.pop(), of_weights)
+                    self._cross(submit, half, of_leaf, change)
+            if not self._layers:
+                return grad, [], of_parameters
+            for half in halves:
+                self._result(half.changed)
+            with Flights(self._group, "weave backward") as flights:
+                flights.all_reduce(of_weights)
+                of_x = torch.cat([half.whole(self._wait(half)) for half in halves])
+        return of_x, list(of_weights), of_parameters
+
+    # -- what crosses -------------------------------------------------------------------------
+
+    @contextmanager
+    def _beside(self) -> Iterator[Callable[[Callable[[], Any]], Pending]]:
+        """What submits work to be done aside; an error in here is one on all ranks.
+
+        At its end nothing is under way.
+        """
+        began = self._clock()
+        aside = self._make_aside()
+        try:
+            yield lambda act: aside.submit(partial(self._unless_over, act))
+            for half in self._halves:
+                self._end(half)
+        except BaseException as error:
+            self._failed(error)
+            if self._cause is not None and self._cause is not error:
+                # What was waited for ended by our own abort.
+                raise self._cause from error
+            raise
+        finally:
+            aside.shutdown()
+            for half in self._halves:
+                if half.crossing is not None:
+                    half.crossing.drain()
+                half.crossing = half.changed = None
+            self._spent.total_s += self._clock() - began
+
+    def _failed(self, error: BaseException) -> None:
+        self._over = True
+        if not isinstance(error, GenerationAborted):
+            self._cause = self._cause or error
+            with suppress(Exception):
+                self._group.abort()
+
+    def _unless_over(self, act: Callable[[], Any]) -> Any:
+        if self._over:
+            raise GenerationAborted("the call it belongs to has failed")
+        try:
+            return act()
+        except BaseException as error:
+            # Who waits may wait for other rows, and never come to hear of this.
+            self._failed(error)
+            raise
+
+    def _cross(
+        self,
+        submit: Callable[[Callable[[], Any]], Pending],
+        half: _Half,
+        part: Tensor,
+        change: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
+    ) -> None:
+        """Let what a layer made go, and have it and the residual changed aside."""
+        self._end(half)
+        rows = half.padded(part).contiguous()
+        before, half.residual = half.residual, torch.empty_like(half.residual)
+        half.crossing = Crossing(self._group, "weave", rows, lane=half.number)
+        act = partial(change, before, half.residual)
+        half.changed = submit(partial(half.crossing.change, act))
+
+    def _wait(self, half: _Half) -> Tensor:
+        """The rows that come out of a crossing. Blocks."""
+        assert half.crossing is not None, "something is under way"
+        self._result(half.changed)
+        began = self._clock()
+        rows = half.crossing.rows()
+        if not self._keeps:
+            half.crossing.end()  # a layer may do its work in place, and our rows are still leaving
+        self._spent.waited_s += self._clock() - began
+        return rows
+
+    def _result(self, changed: Pending | None) -> None:
+        assert changed is not None, "something is under way"
+        began = self._clock()
+        changed.result()
+        self._spent.waited_s += self._clock() - began
+
+    def _end(self, half: _Half) -> None:
+        """What went out long ago has left: a crossing's rows are all here."""
+        if half.crossing is not None:
+            half.crossing.end()
 
     # -- aside ----------------------------------------------------------------------------------
 
-    def _between(self, half: _Half, part: Tensor, number: int) -> Tensor:
-        """Scatter, residual, norm, gather: what goes into the next layer, or comes out at last."""
-        with Flights(self._group, "weave") as flights:
-            mine = part.new_empty(half.each, part.shape[-1])
-            flights.reduce_scatter(mine, half.padded(part)).wait()
-        return self._enter(half, mine, half.totals[-1], number)
+    def _between(
+        self, number: int, before: Tensor, after: Tensor, mine: Tensor, a: int, b: int
+    ) -> Tensor:
+        """Residual and norm of some rows: what goes into the next layer, or comes out at last."""
+        if number == len(self._layers):
+            return before[a:b] + mine
+        y, after[a:b] = self._normed(number, mine, before[a:b])
+        return y
 
-    def _enter(self, half: _Half, mine: Tensor, residual: Tensor, number: int) -> Tensor:
-        if number < len(self._layers):
-            y, total = add_rms_norm(mine, residual, self.weights[number].detach(), self._eps)
-            if not self._keeps:
-                half.totals.clear()
-            half.totals.append(total)
-        else:
-            y = residual + mine
-        return self._gather(half, y)
+    def _normed(self, number: int, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, self.weights[number].detach(), self._eps)
 
     def _back(
         self,
-        half: _Half,
-        of_leaf: Tensor,
-        carried: dict[_Half, Tensor],
-        of_weights: list[Tensor | None],
         number: int,
+        total: Tensor,
+        of_weights: Tensor,
+        before: Tensor,
+        after: Tensor,
+        mine: Tensor,
+        a: int,
+        b: int,
     ) -> Tensor:
-        with Flights(self._group, "weave backward") as flights:
-            mine = of_leaf.new_empty(half.each, of_leaf.shape[-1])
-            flights.reduce_scatter(mine, half.padded(of_leaf)).wait()
+        """The same, back."""
         weight = self.weights[number].detach()
-        of_total, of_weight = rms_norm_backward(mine, half.totals[number], weight, self._eps)
-        (of_weights[number],) = _added([of_weights[number]], [of_weight])
-        carried[half] = carried[half] + of_total
-        return self._gather(half, carried[half])
-
-    def _gather(self, half: _Half, mine: Tensor) -> Tensor:
-        with Flights(self._group, "weave") as flights:
-            rows = mine.new_empty(half.each * half.size, mine.shape[-1])
-            flights.all_gather(rows, mine.contiguous()).wait()
-        return rows
-
-    def _wait(self, half: _Half) -> Tensor:
-        assert half.gathered is not None, "something is always under way"
-        began = self._clock()
-        rows: Tensor = half.gathered.result()
-        self.waited_s += self._clock() - began
-        return rows
+        of_total, of_weight = rms_norm_backward(mine, total[a:b], weight, self._eps)
+        of_weights[number] += of_weight
+        return torch.add(before[a:b], of_total, out=after[a:b])
 
 
 class _Woven(torch.autograd.Function):
@@ -338,16 +422,6 @@ class _Woven(torch.autograd.Function):
             for g, p in zip([*of_weights, *of_parameters], given, strict=True)
         ]
         return None, of_x, *found
-
-
-class _Ready:
-    """Nothing had to be done."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value
-
-    def result(self) -> Tensor:
-        return self._value
 
 
 def _added(sums: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
