@@ -277,17 +277,17 @@ def drill() -> None:
 @click.option("--json", "as_json", is_flag=True)
 def drill_list(as_json: bool) -> None:
     """The faults there are, and where in a step they can strike."""
-    from ftkit.core.fault_plan import Point
     from ftkit.launch.drill_catalogue import CATALOGUE, NODE_CATALOGUE
+    from ftkit.launch.mixed_drills import POINTS
 
     every = CATALOGUE | NODE_CATALOGUE
     if as_json:
         faults = [{"fault": name, "what": what} for name, what in every.items()]
-        click.echo(json.dumps({"faults": faults, "phases": [p.value for p in Point]}))
+        click.echo(json.dumps({"faults": faults, "phases": [p.value for p in POINTS]}))
         return
     for name, what in every.items():
         click.echo(f"{name:19} {what}")
-    click.echo(f"\nphases (--at): {', '.join(p.value for p in Point)}; bucket k as backward:k")
+    click.echo(f"\nphases (--at): {', '.join(p.value for p in POINTS)}; bucket k as backward:k")
 
 
 #: A count of what there must be one of.

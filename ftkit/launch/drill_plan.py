@@ -48,7 +48,7 @@ from ftkit.launch.drill_catalogue import (
 from ftkit.launch.drill_faults import LOSE_NODE
 from ftkit.launch.drill_job import Job
 from ftkit.launch.faulty_store import StoreFault, StoreFaultKind
-from ftkit.launch.mixed_drills import MIXED, Mixed
+from ftkit.launch.mixed_drills import MIXED, POINTS, Mixed
 from ftkit.launch.rot_drills import ALL_NODES, CHECKPOINT
 
 
@@ -333,16 +333,13 @@ def choose_nodes(fault: str, job: "Job", *, seed: int) -> Drill:
     )
 
 
-#: Points that only some faults can strike at, or only some jobs come to.
-_SOME_ONLY = (Point.IN_COLLECTIVE, Point.MIGRATION)
-
-
 def _point(at: str | None, rng: random.Random) -> tuple[Point | None, int]:
     bucket = rng.randrange(BUCKETS)
     if at is None:
-        return rng.choice([p for p in Point if p not in _SOME_ONLY]), bucket
+        # Not one that only some faults can strike at.
+        return rng.choice([p for p in POINTS if p is not Point.IN_COLLECTIVE]), bucket
     match = re.fullmatch(r"([a-z-]+)(?::(\d+))?", at)
-    if match is None or match[1] not in set(Point):
-        hint = near(at.partition(":")[0], list(Point))
-        raise UsageError(f"there is no phase {at!r}; choose among {', '.join(Point)}{hint}")
+    if match is None or match[1] not in POINTS:
+        hint = near(at.partition(":")[0], list(POINTS))
+        raise UsageError(f"there is no phase {at!r}; choose among {', '.join(POINTS)}{hint}")
     return Point(match[1]), int(match[2]) if match[2] else bucket

@@ -39,6 +39,8 @@ from ftkit.session.worlds import Worlds
 
 logger = logging.getLogger(__name__)
 
+#: Names of tensors that an event lists.
+TOLD_MAX = 20
 #: How many times as long as the last time a switch may take before a rank in it is taken for hung.
 BUILD_TIMES = 4
 
@@ -276,11 +278,9 @@ class Recutter:
         assert self._proposal is not None, "agreed on"
         proposal, start = self._proposal, time.monotonic()
         self._inject(step, 3)
-        mine = {
-            m.name: hash_of(t)
-            for owned, _ in self._owned
-            for m, t in zip(owned.moving, owned.live, strict=True)
-        }
+        # As they are now: an optimizer may have put others in their place.
+        live = self._snapshots.replicated()
+        mine = {m.name: hash_of(live[m.name]) for owned, _ in self._owned for m in owned.moving}
         hashes = dict[str, int]()
         for line in self._incoming:
             if line.wait(step, self._parts.stall_s / 4):
@@ -296,7 +296,11 @@ class Recutter:
         for shadow in near:
             shadow.keep(name for name, value in hashes.items() if theirs.get(name) == value)
         if wrong:
-            logger.warning("moved ahead and not the same: %s; read from memory", ", ".join(wrong))
+            logger.warning(
+                "%d tensors that moved ahead are not the owner's, %s first; they are read from memory",
+                len(wrong),
+                wrong[0],
+            )
         lines = self._lines
         began, began_step = self._began, self._began_step
         self._close_lines()
@@ -325,7 +329,7 @@ class Recutter:
             bulk_bytes=sum(line.bulk_bytes for line in lines),
             gradient_bytes=sum(line.gradient_bytes for line in lines),
             late_bytes=done.moved,
-            unproved=wrong,
+            unproved=wrong[:TOLD_MAX],
             overlapped=step - began_step,
             seconds=now - began,
             waited_s=waited_s,
