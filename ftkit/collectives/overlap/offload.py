@@ -32,7 +32,7 @@ def offload_activations(
 ) -> "Offload":
     """Keep what backward needs of some tokens on the host, and compute the others' again.
 
-    Around the forward pass of the blocks, and their backward::
+    ::
 
         with offload_activations() as offload:
             for block in blocks:
