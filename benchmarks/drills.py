@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.done_before import DoneBefore
 from benchmarks.figures import Figure, Report, finish, parser, say
 from benchmarks.jobs import JobFailed, leave_if_ended, params_of, python_path, scratch
+from ftkit.core.samples import wilson
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill, choose
@@ -115,6 +116,7 @@ def figures(judged: Sequence[Judged], *, of: str = "") -> list[Figure]:
     outcomes = [j.outcome for j in judged]
     answers = Counter(o.outcome for o in outcomes)
     equal = sum(o.params_equal is True for o in outcomes)
+    count = len(outcomes)
     zero = {
         "failed": answers[Answer.FAIL],
         "not judged (unknown)": answers[Answer.UNKNOWN],
@@ -122,17 +124,35 @@ def figures(judged: Sequence[Judged], *, of: str = "") -> list[Figure]:
         "samples lost": sum(o.samples_lost for o in outcomes),
         "samples doubled": sum(o.samples_doubled for o in outcomes),
         "steps undone": sum(o.steps_lost for o in outcomes),
-        "without equal parameters": len(outcomes) - equal,
+        "without equal parameters": count - equal,
     }
-    peers = {"survivors that left": "torchft: survivors crash in 5 of 6 random kills"}
+    # Those that say of a drill whether, not how much.
+    against = {
+        "failed": interval(answers[Answer.FAIL], count),
+        "without equal parameters": interval(count - equal, count),
+        "survivors that left": "torchft: survivors crash in 5 of 6 random kills",
+    }
     return [
-        Figure(name=f"{of}drills", value=len(outcomes), unit=""),
-        Figure(name=f"{of}passed", value=answers[Answer.PASS], unit=""),
+        Figure(name=f"{of}drills", value=count, unit=""),
+        Figure(
+            name=f"{of}passed",
+            value=answers[Answer.PASS],
+            unit="",
+            against=interval(answers[Answer.PASS], count),
+        ),
         *(
-            Figure(name=of + name, value=n, unit="", at_most=0, against=peers.get(name, ""))
+            Figure(name=of + name, value=n, unit="", at_most=0, against=against.get(name, ""))
             for name, n in zero.items()
         ),
     ]
+
+
+def interval(hits: int, count: int) -> str:
+    """What `hits` of `count` say of how often it happens: the share and Wilson's interval of 95 %."""
+    if not count:
+        return ""
+    low, high = wilson(hits, count)
+    return f"{hits / count:.1%} of {count}, 95 % in [{low:.1%}, {high:.1%}]"
 
 
 def unpassed(

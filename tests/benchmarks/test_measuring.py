@@ -219,9 +219,18 @@ def test_drills_are_counted_and_a_failing_one_says_how_to_do_it_again():
     assert told["passed"] == told["failed"] == 1
     assert told["samples lost"] == 12
     assert told["without equal parameters"] == 1
+    against = {f.name: f.against for f in found.figures}
+    assert against["passed"] == against["failed"] == "50.0% of 2, 95 % in [9.5%, 90.5%]"
+    assert against["samples lost"] == ""
     (note,) = found.notes
     assert "ftkit drill run all --seed 5 --nproc 3 --steps 60 --max-stall 5 " in note
     assert "step 9 is gone" in note
+
+
+def test_a_series_that_all_survived_says_how_little_that_rules_out():
+    passed = drills.interval(200, 200)
+    assert passed == "100.0% of 200, 95 % in [98.1%, 100.0%]"
+    assert drills.interval(0, 0) == ""
 
 
 def test_torchft_is_repaired_when_each_survivor_committed_the_victims_step_or_a_later_one():

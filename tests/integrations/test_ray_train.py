@@ -173,6 +173,37 @@ def test_a_worker_that_comes_after_the_end_is_told(
     assert group.told == [(backend.ray_train_worker.job_over, 3, "seat 0 exited with 3")]
 
 
+@pytest.mark.parametrize(
+    ("storages", "seen", "kept"),
+    [
+        (["here", "here"], [True, True], True),
+        (["here", "here"], [True, False], False),  # of the same name on each machine
+        (["here", ""], [True, True], False),
+        (["", ""], [True, True], False),  # an object store
+        (["not there", "not there"], [True, True], False),
+    ],
+)
+def test_checkpoints_go_to_ray_trains_storage_where_all_workers_see_it(
+    backend: Any,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    storages: list[str],
+    seen: list[bool],
+    kept: bool,
+) -> None:
+    class Workers(Group):
+        def execute(self, function: object, mark: str) -> list[bool]:
+            assert Path(mark).is_file()
+            return seen
+
+    (tmp_path / "here").mkdir()
+    run = backend.JobRun(backend.FtkitConfig().job(nodes=2), Workers())
+    found = run._in_storage({name and str(tmp_path / name) for name in storages})
+    assert found == (str(tmp_path / "here" / "ftkit") if kept else "")
+    assert ("begins at step 0" in caplog.text) is not kept
+    assert not list(tmp_path.glob("here/ftkit/.*"))
+
+
 def test_a_worker_without_an_agent_says_why(backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = backend.ray_train_worker
     monkeypatch.setattr(worker, "_here", worker._Here())
