@@ -50,6 +50,8 @@ class Ensemble:
         engine = self.groups[id_]._engine
 
         def cut():
+            # It is alive, and may be dialling for the loss before: it is to stay out of reach.
+            engine._add_link = lambda greeted: greeted.close()
             for link in engine.net.links.values():
                 with contextlib.suppress(OSError):  # the other end may be gone already
                     link.sock.shutdown(socket.SHUT_RDWR)
