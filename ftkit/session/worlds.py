@@ -24,6 +24,8 @@ from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
+from ftkit.recovery.promotion import BlocksLost
+from ftkit.session.blocks import Blocks
 from ftkit.session.membership import Entry, GiveUp, Link, admission
 from ftkit.session.parts import Parts
 from ftkit.session.snapshots import Snapshots
@@ -40,12 +42,14 @@ class Worlds:
         self._modules: Callable[[], Sequence[torch.nn.Module]] = tuple
         self._snapshots: Snapshots | None = None
         self._build: Callable[[World], None] | None = None
+        self._blocks: Blocks | None = None
         self._stages = False
         self._looked_ahead = False
         self._began = 0.0
         """When this rank began to build and load for the present cut of the state."""
         self.switch_s = 0.0
         """What that took the slowest rank, the last time: the same figure on all."""
+        self._in_step = False
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
@@ -56,6 +60,7 @@ class Worlds:
         build: Callable[[World], None] | None = None,
         *,
         stages: bool = False,
+        blocks: Blocks | None = None,
     ) -> None:
         """From here on entering a world means to hold its state.
 
@@ -67,7 +72,9 @@ class Worlds:
           snapshots: where state is kept.
           build: makes the sharded model of a world; None where every rank holds all of it.
           stages: every rank holds other tensors.
+          blocks: where the state of an optimizer is divided among the ranks.
         """
+        self._blocks = blocks
         self._modules, self._snapshots, self._build = modules, snapshots, build
         self._stages = stages
         membership = self._parts.membership
@@ -77,6 +84,8 @@ class Worlds:
             try:
                 if build is not None:
                     build(self._parts.group.world)
+                if not self._settle_blocks(self._parts.group.world, None):
+                    return
                 self._share_initial_state()
                 self._agree()
             except GenerationAborted:
@@ -85,13 +94,15 @@ class Worlds:
         if owed and membership.active and membership.generation == owed.world.generation:
             self._restore(owed)
 
-    def settle(self) -> None:
+    def settle(self, *, in_step: bool = False) -> None:
         """Return once this rank is in a world that goes on. Blocks.
+
+        `in_step`: in the middle of a step that counts, which is captured at its end.
 
         Raises:
           JobStopped: the job is over for this rank.
         """
-        parts = self._parts
+        parts, self._in_step = self._parts, in_step
         while (task := parts.membership.next_task()) is not None:
             parts.recorder.phase(Phase.RECOVERY)
             match task:
@@ -188,7 +199,9 @@ class Worlds:
         has_it = held == step and step > 0 if stepping else step == 0
         has_it = has_it and not (stepping and self._build is not None)
         parts.membership.entered(world, step if has_it else None)
-        if has_it and step > 0 and not entry.admitted:
+        if has_it and stepping and not self._settle_blocks(world, step):
+            return
+        if has_it and step > 0 and not (entry.admitted or self._in_step):
             # Shares of this step are gone with the members that are: take them anew.
             assert self._snapshots is not None, "stepping"
             self._snapshots.begin(step, world)
@@ -202,6 +215,8 @@ class Worlds:
         parts, world, step = self._parts, entry.world, entry.step
         assert self._snapshots is not None, "stepping"
         self._began = time.monotonic()
+        if not self._settle_blocks(world, None):
+            return
         try:
             if self._build is not None:
                 self._build(world)
@@ -217,9 +232,32 @@ class Worlds:
             return
         if parts.membership.restored(world.generation, step):
             parts.trace.event("admit", step=step, generation=world.generation)
-            if step > 0 and self._build is not None:
+            anew = self._build is not None or (self._blocks is not None and not entry.admitted)
+            if step > 0 and anew:
                 # In the shards of this world. Those of the one before are kept until all have it.
                 self._snapshots.begin(step, world)
+
+    def _settle_blocks(self, world: World, step: Step | None) -> bool:
+        """Agree who owns which block of the optimizer's state; False: `world` has ended. Blocks.
+
+        `step`: whose state this rank holds. Where blocks are lost with all their holders, what is
+        left is of no use, and all begin from snapshots.
+        """
+        if self._blocks is None:
+            return True
+        assert self._snapshots is not None, "stepping"
+        try:
+            self._blocks.enter(world, step)
+        except GenerationAborted:
+            return False
+        except BlocksLost as error:
+            self._parts.trace.event(
+                "blocks-lost", step=step, generation=world.generation, reason=str(error)
+            )
+            self._snapshots.give_up()
+            self._parts.membership.forsake(world.generation, str(error))
+            return False
+        return True
 
     def _agree(self) -> None:
         """Tell all ranks the layout of this one's shards, and wait until they have loaded theirs.
