@@ -94,6 +94,11 @@ class Blocks:
         """How many different parts of the state the ranks of this world capture."""
         return layouts(self._placement, self._told)
 
+    @property
+    def trained(self) -> bool:
+        """Whether the optimizer has stepped in this process."""
+        return self._optimizer.stepped
+
     def enter(self, world: World, step: Step | None) -> None:
         """Settle with all members of `world` who owns what. Blocks; all call it.
 

@@ -19,7 +19,14 @@ from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.restore_shards import Incomplete, ShardsRestored
 from ftkit.checkpoint.shards import is_dtensor
 from ftkit.collectives.group import Group
-from ftkit.core.errors import GenerationAborted, JobStopped, Unreachable, UsageError, WireError
+from ftkit.core.errors import (
+    GenerationAborted,
+    IntegrityError,
+    JobStopped,
+    Unreachable,
+    UsageError,
+    WireError,
+)
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
@@ -221,6 +228,14 @@ class Worlds:
             if self._build is not None:
                 self._build(world)
             if step == 0:
+                if self._blocks is not None and self._blocks.trained:
+                    # What is here is no initial state, and nobody has one.
+                    raise IntegrityError(
+                        "parts of the optimizer's state are lost with all their holders, and no "
+                        "snapshot in memory, parity or a checkpoint is whole: training begins anew, "
+                        "in new processes. Keep parity on other nodes (--parity), or checkpoints "
+                        "(--checkpoint-dir)"
+                    )
                 self._share_initial_state()
             else:
                 self._snapshots.restore(step, world, parts.membership, admitted=entry.admitted)

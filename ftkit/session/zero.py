@@ -63,7 +63,9 @@ class ZeroOptimizer(Optimizer):
         if self.inner.state:
             self._begin = partial(optimizer_class, **defaults)
             self.inner.state.clear()
-        self._stepped = self._built = False
+        self._built = False
+        self.stepped = False
+        """Whether it has changed anything yet."""
         super().__init__(groups, self.inner.defaults)
         self._built = True
         self.session: Stepped | None = None
@@ -99,7 +101,7 @@ class ZeroOptimizer(Optimizer):
         Raises:
           UsageError: it has stepped already.
         """
-        if self._stepped:
+        if self.stepped:
             raise UsageError("give a ZeroOptimizer to session.protect() before its first step")
         params = [p for group in self.param_groups for p in group["params"]]
         cut = row_blocks([tuple(p.shape) for p in params], blocks)
@@ -178,7 +180,7 @@ class ZeroOptimizer(Optimizer):
         held = [piece for piece in self._pieces if piece.block in self._held]
         for piece in held:
             piece.rows.grad = gradient_of(piece)
-        self._stepped = True
+        self.stepped = True
         if held:
             self.inner.step()
         for piece in held:

@@ -10,6 +10,7 @@ from ftkit.launch.checker import Answer, Expectation, check
 from ftkit.launch.engine import Engine
 from tests.drills.jobs import HERE, Run, fault, run
 from tests.drills.sharded import LATE, SLOT_SIZE, SLOTS, STEPS
+from tests.drills.zero import PAUSE
 
 pytestmark = pytest.mark.multiproc
 
@@ -64,7 +65,8 @@ def test_four_three_two_four(whole: Run, tmp_path: Path) -> None:
     assert sizes[:2] == [3, 2]
     assert sizes[-1] == 4
     taken = done.of("promote")
-    assert [sum(e["blocks"] for e in taken if e["generation"] == g) for g in (2, 3)] == [3, 4]
+    assert sum(e["blocks"] for e in taken if e["generation"] == 2) == 3, "a third of its state each"
+    assert sum(e["blocks"] for e in taken if e["generation"] == 3) >= 4
     assert {e["moved"] for e in taken} == {0}
     assert all(e["bytes"] for e in taken)
     assert not {e["member"] for e in done.of("restore")} & {0, 1, 2, 3}, "newcomers alone load"
@@ -91,34 +93,36 @@ def test_a_node_is_lost_with_its_memory_and_nothing_is_read(whole: Run, tmp_path
     assert_same(done, whole)
     assert sum(e["blocks"] for e in done.of("promote")) == 3
     assert {e["moved"] for e in done.of("promote")} == {0}
-    assert 2 not in {e["seat"] for e in done.of("restore") if e["member"] < 4}
+    assert not {e["member"] for e in done.of("restore")} & {0, 1, 3}
 
 
-@pytest.mark.parametrize("tier", ["parity", "disk"])
+@pytest.mark.parametrize("tier", ["parity", ""])
 def test_two_nodes_are_lost_with_their_memory(whole: Run, tmp_path: Path, tier: str) -> None:
-    """What nobody holds, and no arena has, comes from parity or from a checkpoint."""
-    lose = Loser(tmp_path / "run" / "events", [1, 2])
-    more: dict[str, object] = {"parity": "2+2"}
-    if tier == "disk":
-        more = {"checkpoint_dir": str(tmp_path / "checkpoints"), "checkpoint_every": 4}
+    """What nobody holds, and no arena has, comes from parity; with none the job begins anew."""
+    lose = Loser(tmp_path / "run" / "events", [1, 2], after=tier or "commit")
+    more: dict[str, object] = {"parity": "2+2"} if tier else {}
+    more["env"] = {PAUSE: "0.05"}
     done = run(tmp_path / "run", JOB, nproc=1, nodes=4, on_poll=lose, settings=more)
     assert lose.struck
     assert_same(done, whole)
     assert done.of("blocks-lost")
+    assert bool(done.of("restore")) is bool(tier)
+    assert ("training begins anew" in done.log) is not bool(tier)
 
 
 class Loser:
-    """Takes nodes away, once, after the first of them has committed some steps."""
+    """Takes nodes away, once, after the first has committed some steps, and `after` has come."""
 
-    def __init__(self, events: Path, nodes: list[int]) -> None:
-        self._events, self._nodes = events, nodes
+    def __init__(self, events: Path, nodes: list[int], after: str = "commit") -> None:
+        self._events, self._nodes, self._after = events, nodes, f'"kind":"{after}"'
         self.struck = False
 
     def __call__(self, engine: Engine) -> None:
         if self.struck:
             return
         told = [p.read_text() for p in self._events.glob(f"seat-{self._nodes[0]}*")]
-        if sum(t.count('"kind":"commit"') for t in told) > 10:
+        come = any(self._after in p.read_text() for p in self._events.glob("*.jsonl"))
+        if come and sum(t.count('"kind":"commit"') for t in told) > 10:
             self.struck = True
             for node in self._nodes:
                 engine.kill_node(NodeId(node))
