@@ -1,6 +1,7 @@
 """An optimizer in blocks comes to the bits of the whole one, wherever its blocks are."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.restore_shards import restore_shards
 from ftkit.checkpoint.state import ProtectedState
-from ftkit.core.errors import UsageError
+from ftkit.core.errors import IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
+from ftkit.core.world import World
 from ftkit.recovery.promotion import fresh, settle
+from ftkit.session.membership import Entry
+from ftkit.session.worlds import Worlds
 from ftkit.session.zero import ZeroOptimizer
 from tests.session.alone import SLOTS, Points, alone, bits, learn, net, train
 
@@ -213,3 +217,13 @@ def test_a_snapshot_of_blocks_is_that_of_a_whole_optimizer_and_the_other_way_rou
             have, had = cut.inner.state.get(piece.rows, {}), before.inner.state.get(same.rows, {})
             assert have.keys() == had.keys()
             assert all(torch.equal(have[k], had[k]) for k in have)
+
+
+def test_what_was_trained_is_no_initial_state() -> None:
+    """Where no snapshot is left either, processes end, and new ones begin."""
+    nothing: Any = SimpleNamespace(enter=lambda world, step: None, trained=True)
+    worlds = Worlds(nothing)
+    worlds._blocks, worlds._snapshots = nothing, nothing
+    world = World(generation=Generation(2), members=())
+    with pytest.raises(IntegrityError, match="training begins anew"):
+        worlds._restore(Entry(world, Step(0), False))
