@@ -10,7 +10,6 @@ root.
 
 import argparse
 import itertools
-import json
 import os
 import signal
 import sys
