@@ -40,8 +40,8 @@ TIMEOUT_S = 180.0
 MAX_SLOWDOWN = 0.01
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "ftkit": {},
-    "parity": {"parity": "1,1"},
-    "governed": {"parity": "1,1", "max_slowdown": MAX_SLOWDOWN},
+    "parity": {"parity": "1+1"},
+    "governed": {"parity": "1+1", "max_slowdown": MAX_SLOWDOWN},
 }
 
 
