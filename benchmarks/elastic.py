@@ -41,8 +41,9 @@ COPIES = 3
 
 STEPS, KILL_AT, TIMEOUT_S = 40, 8, 300.0
 
-#: Of the job that loses a rank: a step of a quarter second or so on two cores.
-LOSS_SIZES = ("--slot-size", "1", "--context", "64")
+#: Of the job that loses a rank: a micro-batch a rank, so that a step is some part of a second on two
+#: cores, where all ranks' bytes cross the same memory.
+LOSS_SIZES = ("--slots", str(RANKS), "--slot-size", "1", "--context", "64")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,7 +302,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     made = parser(__doc__)
     made.add_argument("--runs", type=int, help="losses, and restarts (7; quick: 2)")
     made.add_argument("--rounds", type=int, help="steps of each way (20; quick: 6)")
-    made.add_argument("--slots", type=int, default=12, help="slots of the global batch")
+    made.add_argument("--slots", type=int, default=12, help="slots of the steps that are compared")
     made.add_argument("--model", default="--params 4m", help="options of the bundled job")
     made.add_argument("--seed", type=int, default=0, help="decides where ranks are killed")
     options = made.parse_args(argv)

@@ -192,17 +192,17 @@ class Arenas:
         busy, since = False, 0.0
         for local in range(self._seats):
             try:
-                row = self._board.read(local)
+                stands = self._board.standing(local)
             except FtkitError:
                 continue
-            if row is None:
+            if stands is None:
                 continue
-            entered = row.t_enter_ns / 1e9
-            if row.t_enter_ns and now - entered < self._pending_s:
+            entered = stands.t_enter_ns / 1e9
+            if stands.t_enter_ns and now - entered < self._pending_s:
                 busy = True
             else:
-                # The last change of a row is at least as late as its last collective's end.
-                since = max(since, row.t_progress_ns / 1e9)
+                # Not the row's last change: a phase that begins in an idle window is not its begin.
+                since = max(since, stands.t_moved_ns / 1e9)
         return busy, since
 
     def transfers(self, now: float) -> tuple[list[tuple[float, float | None]], float]:
