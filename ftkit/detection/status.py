@@ -21,14 +21,13 @@ from typing import Final, NamedTuple, Self
 
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, MemberId, Step
-from ftkit.detection.ring import RING_BYTES, RING_RECORDS, Standing, standing
+from ftkit.detection.ring import RING_BYTES, RING_RECORDS, Standing, newest, standing
 from ftkit.detection.row import (
     AWAITED_BYTES,
     COPY,
     COPY_BYTES,
     PHASES,
     PLAIN,
-    RECORD_BYTES,
     ROW_BYTES,
     WARM,
     WORD,
@@ -37,7 +36,6 @@ from ftkit.detection.row import (
     Row,
     allowance_ns,
     decode_awaited,
-    decode_record,
     stamp,
 )
 from ftkit.detection.seat_writer import Place, SeatWriter
@@ -220,17 +218,10 @@ class StatusBoard:
         records = bytes(self._bytes[ring : ring + RING_BYTES])
         return standing(records, MemberId(identity & WORD), Generation(generation))
 
-    def records(self, seat: int) -> list[OpRecord]:
-        """The last 256 collectives of local `seat`, oldest first, whatever member made them.
-
-        Records that are being written, or whose bytes flipped, are left out.
-        """
+    def records(self, seat: int, count: int = RING_RECORDS) -> list[OpRecord]:
+        """The last `count` collectives of local `seat`, at most 256, as `newest` tells them."""
         ring = self._place(seat).ring
-        data = bytes(self._bytes[ring : ring + RING_BYTES])
-        found = (
-            decode_record(data[i : i + RECORD_BYTES]) for i in range(0, len(data), RECORD_BYTES)
-        )
-        return sorted((r for r in found if r), key=lambda r: r.t_enter_ns)
+        return newest(bytes(self._bytes[ring : ring + RING_BYTES]), count)
 
     def steps(self, seat: int, *, member: MemberId, after: int = -1) -> list[StepRecord]:
         """What `member` left of the steps it finished at local `seat`, oldest first.

@@ -169,7 +169,7 @@ class Arenas:
             }
             if tails:
                 local = member.seat % self._seats
-                records = self._board.records(local)[-TAIL:]
+                records = self._board.records(local, TAIL)
                 told["ops"] = [r.to_json() for r in records if r.member == member.member]
                 awaited = self._board.awaited(local)
                 told["awaited"] = awaited and awaited.to_json()
@@ -179,7 +179,7 @@ class Arenas:
     def records(self, members: Iterable[MemberFacts], count: int) -> dict[int, list[Any]]:
         """The newest collectives at the seats of these members, JSON-safe, by seat."""
         return {
-            m.seat: [r.to_json() for r in self._board.records(m.seat % self._seats)[-count:]]
+            m.seat: [r.to_json() for r in self._board.records(m.seat % self._seats, count)]
             for m in members
         }
 
