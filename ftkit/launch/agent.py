@@ -488,7 +488,7 @@ class Agent:
     def _spawn_missing(self) -> None:
         """Start the members the plan wants this agent to start, and that never ran.
 
-        A replacement waits until the survivors on this node are in their new world, or for
+        A replacement waits until the survivors on this node are in their new world, with its state, or for
         `SPAWN_LATEST_S`: starting Python takes a core for seconds, and they need it now.
         """
         missing = [

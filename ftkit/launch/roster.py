@@ -286,18 +286,22 @@ class Roster:
         return None if facts is None or facts.stage in (Stage.DEAD, Stage.FINISHED) else facts
 
     def repairing(self, plan: Plan) -> bool:
-        """Whether members on this node are on their way into the world of the plan."""
+        """Whether members on this node are between two worlds, or in one without its state yet."""
         world = plan.world
-        if world is None or plan.mode is Mode.FORMING:
+        if world is None:
             return False
+        # Of those that have given up their shards, the next world is made.
+        between = (Stage.ACTIVE, Stage.HALTED), (Stage.ACTIVE, Stage.HALTED, Stage.READY)
         here = [
             f
             for f in self.facts.values()
-            if f.member in world.member_ids and f.stage in (Stage.ACTIVE, Stage.HALTED)
+            if f.member in world.member_ids and f.stage in between[f.sharded]
         ]
+        if plan.mode is Mode.FORMING:
+            return any(f.sharded for f in here)
         if plan.mode is Mode.HALTING:
             return bool(here)
-        return any(f.generation < world.generation for f in here)
+        return any(f.generation < world.generation or (f.sharded and f.step is None) for f in here)
 
     def patients(self, wanted: Iterable[int]) -> list[Patient]:
         """Whom to look at: of a seat, the newest process and those that are asked for."""
