@@ -42,6 +42,7 @@ from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
 from ftkit.launch.roster import Roster
 from ftkit.launch.self_checker import SelfChecker
 from ftkit.launch.tiers import Tiers
+from ftkit.recovery.between import between_worlds
 from ftkit.recovery.facts import Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
@@ -488,8 +489,8 @@ class Agent:
     def _spawn_missing(self) -> None:
         """Start the members the plan wants this agent to start, and that never ran.
 
-        A replacement waits until the survivors on this node are in their new world, with its state, or for
-        `SPAWN_LATEST_S`: starting Python takes a core for seconds, and they need it now.
+        A replacement waits until the survivors on this node are in their new world and have its
+        state, or for `SPAWN_LATEST_S`: starting Python takes a core, and they need it now.
         """
         missing = [
             s
@@ -505,7 +506,8 @@ class Agent:
         importing = self._forks is not None and self._forks.state is State.STARTING
         if importing and waited < PRELOAD_LATEST_S:
             return
-        if self._roster.repairing(self._plan) and waited < SPAWN_LATEST_S:
+        repairing = between_worlds(self._plan, self._roster.facts.values())
+        if repairing and waited < SPAWN_LATEST_S:
             return
         for seat in missing:
             if self._roster.vacant(seat.seat):
