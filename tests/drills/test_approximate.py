@@ -148,11 +148,11 @@ def test_lost_stages_come_from_the_checkpoint_and_the_others_do_not(
     tmp_path: Path, shm: Path
 ) -> None:
     strike = Strike(
-        tmp_path / "run", node=1, at=46, first=copies_go(shm, 0), after="checkpoint"
+        tmp_path / "run", node=1, at=36, first=copies_go(shm, 0), after="checkpoint"
     )  # fmt: skip
     done = job(
-        strike, shm, steps=58, checkpoint_dir=str(tmp_path / "saved"), checkpoint_every=30
+        strike, shm, steps=46, checkpoint_dir=str(tmp_path / "saved"), checkpoint_every=24
     )  # fmt: skip
-    told = went_on(done, "stale-shard", strike, steps=58)
+    told = went_on(done, "stale-shard", strike, steps=46)
     assert told["stages"] == [2, 3]
-    assert told["step"] - told["age"] == 30
+    assert told["step"] - told["age"] == 24
