@@ -26,6 +26,7 @@ SMALLEST = ["--mib", "1", "--rounds", "1", "--positions", "8"]
 SMALL = {
     "repair": ["--worlds", "2", "--runs", "1", "--gap", "20", "--step-s", "0", "--slots", "2"],
     "spares": ["--nproc", "2", "--runs", "1", "--gap", "20", "--step-s", "0"],
+    "first_steps": ["--quick", "--runs", "1"],
     "hang": ["--worlds", "2", "--runs", "1", "--gap", "20", "--kinds", "hang", "--slots", "2"],
     "drills": ["--count", "1", "--seed", "19", "--nproc", "2", "--steps", "20"],
     "step_time": [
