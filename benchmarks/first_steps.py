@@ -104,19 +104,21 @@ def report(
     options: argparse.Namespace,
 ) -> Report:
     """The figures; pure."""
-    first = median(total - torch for total, torch in kills) if kills else None
+    figures = [
+        Figure(name="ftkit --help", value=median(help_s), unit="s", at_most=HELP_S),
+        Figure(name="ftkit ckpt ls", value=median(ls_s), unit="s", at_most=LS_S),
+    ]
+    if kills:
+        first = Figure(
+            name="fresh clone to first survived kill, less torch",
+            value=median(total - torch for total, torch in kills),
+            unit="s",
+            at_most=FIRST_KILL_S,
+        )
+        figures.append(first)
     return Report(
         name="first_steps",
-        figures=[
-            Figure(name="ftkit --help", value=median(help_s), unit="s", at_most=HELP_S),
-            Figure(name="ftkit ckpt ls", value=median(ls_s), unit="s", at_most=LS_S),
-            Figure(
-                name="fresh clone to first survived kill, less torch",
-                value=first,
-                unit="s",
-                at_most=FIRST_KILL_S,
-            ),
-        ],
+        figures=figures,
         computed={"checkpoints": str(CHECKPOINTS)},
         problems=[],
         options=vars(options),

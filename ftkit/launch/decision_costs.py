@@ -187,9 +187,19 @@ class DecisionCosts:
             disk_steps=max(0, step - written) if written is not None else None,
             done_steps=step,
         )
+        mixed = facts.approximation if action == "form" else None
+        if mixed is not None:
+            stale = mixed.way is Option.STALE_SHARD
+            loss = replace(
+                loss,
+                lost=min(size - 1, len(mixed.lost) or 1),
+                allow_approximate=True,
+                stale_steps=mixed.age if stale else None,
+                neighbours_alive=not stale,
+            )
         costs = self.costs
         return choose(loss, costs).to_json() | {
-            "taken": _taken(loss).value,
+            "taken": _taken(loss).value if mixed is None else mixed.way.value,
             "measured": sorted(costs.measured),
         }
 
