@@ -144,7 +144,11 @@ def read_promotion(events: Sequence[Event]) -> Promotion:
     for e in events:
         if e["kind"] == "commit" and e["generation"] == smaller and e["member"] != lost:
             first.setdefault(int(e["member"]), float(e["mono"]))
-    whole = [e for e in events if e["kind"] == "replicated" and e["generation"] == smaller]
+    last = dict[int, Event]()
+    for e in events:
+        if e["kind"] == "replicated" and e["mono"] > at and int(e["member"]) in survivors:
+            last.setdefault(int(e["member"]), e)
+    whole = list(last.values())
     if not first or not whole:
         raise JobFailed("the survivors did not go on until every block had a stand-in")
     loaded = [

@@ -269,7 +269,7 @@ class Blocks:
             return self._messages[seat]
         pieces = [p for block in sorted(self._placement.owned(seat)) for p in self._pieces[block]]
         sizes = [piece.rows.numel() * piece.rows.element_size() for piece in pieces]
-        memory = torch.zeros(self._head + sum(map(_aligned, sizes)), dtype=torch.uint8)
+        memory = torch.zeros(self._head + self._longest(), dtype=torch.uint8)
         places, at = list[torch.Tensor](), self._head
         for piece, size in zip(pieces, sizes, strict=True):
             place = memory[at : at + size].view(piece.rows.dtype).reshape(piece.box.shape)
@@ -277,6 +277,14 @@ class Blocks:
             at += _aligned(size)
         made = self._messages[seat] = _Message(memory, list(zip(pieces, places, strict=True)))
         return made
+
+    def _longest(self) -> int:
+        """Bytes of rows in the longest message: all are as long, or they would look like a desync."""
+        owned = dict.fromkeys(self._placement.owner.values(), 0)
+        for block, seat in self._placement.owner.items():
+            for piece in self._pieces[block]:
+                owned[seat] += _aligned(piece.rows.numel() * piece.rows.element_size())
+        return max(owned.values())
 
     def _write(self, message: _Message) -> None:
         held = bytearray(_head(self._optimizer.held, self._head))
