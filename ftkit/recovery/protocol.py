@@ -355,6 +355,8 @@ def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     ready = _reshaped(plan, facts) or _all_ready(plan, facts)
     if not ready or facts.awaited:
         return None
+    if facts.wait and len(ready) < (facts.world_max or len(plan.seats)):
+        return None
     seated, ready = len(ready), _chosen(plan, facts, ready)
     step = Step(max(facts.snapshots, default=0))
     if not step and (lost := _shards_lost(facts)):
