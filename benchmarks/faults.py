@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from benchmarks.jobs import Event
 from ftkit.core.fault_plan import Kind, PlannedFault, Point
 
-#: Where in a step a fault may strike. In recovery it would be a second fault of the first one,
-#: and at a byte of a collective not every kind of fault can strike.
-POINTS = tuple(p for p in Point if p not in (Point.RECOVERY, Point.IN_COLLECTIVE))
+#: Where in a step a fault may strike. In recovery it would be a second fault of the first one, at a
+#: byte of a collective not every kind of fault can strike, and a migration is not of every step.
+POINTS = tuple(p for p in Point if p not in (Point.RECOVERY, Point.IN_COLLECTIVE, Point.MIGRATION))
 
 #: The first steps are not struck: DDP and the snapshots are being set up.
 FIRST = 20

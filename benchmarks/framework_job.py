@@ -1,6 +1,6 @@
 """One small training, under the loop that is named: plain, huggingface or lightning.
 
-    framework_job.py LOOP STEPS SLOTS WIDTH BATCH
+    python -m benchmarks.framework_job LOOP STEPS SLOTS WIDTH BATCH
 
 The model, the data, the optimizer and the batches of a step are the same; whose loop it is differs.
 """

@@ -47,8 +47,8 @@ class FrameworkJob(Job):
     @property
     def command(self) -> tuple[str, ...]:
         sizes = (self.steps, self.slots, self.width, self.slot_size)
-        script = str(Path(__file__).with_name("framework_job.py"))
-        return (sys.executable, "-u", script, self.loop, *(str(size) for size in sizes))
+        module = ("-m", "benchmarks.framework_job", self.loop)
+        return (sys.executable, "-u", *module, *(str(size) for size in sizes))
 
 
 @dataclass(slots=True)

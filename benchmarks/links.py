@@ -1,8 +1,10 @@
 """Links: one network namespace a rank, and a switch between, every port limited both ways."""
 
+import json
 import os
 import shutil
 import subprocess
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
@@ -29,12 +31,32 @@ class Links:
         """Whether this process may make namespaces."""
         return os.geteuid() == 0 and bool(shutil.which("ip")) and bool(shutil.which("tc"))
 
+    @property
+    def addresses(self) -> list[str]:
+        return [self.host(rank) for rank in range(self._size)]
+
     def host(self, rank: int) -> str:
         return f"{_NETWORK}.{rank + 1}"
+
+    def device(self, rank: int) -> str:
+        """The interface of `rank`."""
+        return f"{self._name}a{rank}"
 
     def inside(self, rank: int) -> tuple[str, ...]:
         """What to put before a command to run it at `rank`."""
         return ("ip", "netns", "exec", f"{self._name}n{rank}")
+
+    def command(self, rank: int, command: Sequence[str]) -> list[str]:
+        """`command`, to be run at `rank`."""
+        return [*self.inside(rank), *command]
+
+    def carried(self, rank: int) -> int:
+        """Bytes that left `rank` so far."""
+        shown = subprocess.run(
+            ["ip", "-n", f"{self._name}n{rank}", "-s", "-j", "link", "show", "dev", self.device(rank)],
+            capture_output=True, check=True, text=True,
+        )  # fmt: skip
+        return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
 
     def __enter__(self) -> Self:
         try:
@@ -63,7 +85,7 @@ class Links:
 
     def _port(self, switch: str, rank: int) -> None:
         self._namespace(node := f"{self._name}n{rank}")
-        near, far = f"{self._name}a{rank}", f"{self._name}b{rank}"
+        near, far = self.device(rank), f"{self._name}b{rank}"
         _run("ip", "link", "add", near, "netns", node, "type", "veth", "peer", far, "netns", switch)
         _ip(node, "link set lo up")
         _ip(node, f"addr add {self.host(rank)}/24 dev {near}")

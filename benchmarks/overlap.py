@@ -88,9 +88,11 @@ def run(
                 env |= {"MASTER_ADDR": network.addresses[0]}
                 children.start(network.command(rank, command), env)
             else:
-                device = f"{network.inside(rank)[3].rpartition('n')[0]}a{rank}"
-                env |= {"MASTER_ADDR": network.host(0), "GLOO_SOCKET_IFNAME": device}
-                children.start([*network.inside(rank), *command], env)
+                env |= {
+                    "MASTER_ADDR": network.host(0),
+                    "GLOO_SOCKET_IFNAME": network.device(rank),
+                }
+                children.start(network.command(rank, command), env)
         return children.wait(timeout_s)
 
 

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks.sleeping import play, sleeping, waiting_hook
 from ftkit.collectives import backend
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.overlap import (
@@ -42,7 +42,7 @@ ROUNDS_MIN = 3
 ROWS, INNER, OUTER = 1536, 1024, 1024
 
 #: Samples, tokens, width and layers of what is woven.
-WOVEN = 4, 64, 1024, 6
+WOVEN = 4, 128, 1024, 4
 
 #: Of a sequence, on each rank.
 TOKENS = 512
@@ -214,40 +214,8 @@ def attention(rounds: Rounds, kv_heads: int) -> dict[str, Any]:
     return {"times": timed(sides, rounds), "error": off / results["kv"].abs().max().item()}
 
 
-class Sleep(torch.autograd.Function):
-    """Computing as the host of an accelerator sees it: time passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        time.sleep(0.012)
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        time.sleep(0.024)
-        return grad, torch.full_like(weight, 1e-3)
-
-
-class Sleeping(nn.Module):
-    """A layer of 4 MiB of parameters."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1 << 20))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast("torch.Tensor", Sleep.apply(x, self.weight))
-
-
-def sleeping() -> DistributedDataParallel:
-    net = nn.Sequential(*(Sleeping() for _ in range(6)))
-    return DistributedDataParallel(net, bucket_cap_mb=4, gradient_as_bucket_view=True)
-
-
 def train(model: nn.Module) -> None:
-    model(torch.ones(4, 8, requires_grad=True)).mean().backward()
+    play(model)
     for p in model.parameters():
         p.grad = None
 
@@ -255,16 +223,7 @@ def train(model: nn.Module) -> None:
 def ddp(rounds: Rounds) -> dict[str, Any]:
     """A step of DDP: plain; with a vote; with a hook that waits."""
     plain, voting, waiting = sleeping(), sleeping(), sleeping()
-    size = dist.get_world_size()
-
-    def wait(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # type: ignore[name-defined]
-        grads = bucket.buffer()
-        dist.all_reduce(grads)
-        done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-        done.set_result(grads.div_(size))
-        return done
-
-    waiting.register_comm_hook(None, wait)
+    waiting.register_comm_hook(None, waiting_hook)
 
     def vote() -> None:
         train(voting)

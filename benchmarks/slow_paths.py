@@ -10,7 +10,6 @@ root.
 
 import argparse
 import itertools
-import json
 import os
 import signal
 import sys
@@ -20,24 +19,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.children import Children, python
+from benchmarks.children import Children
 from benchmarks.figures import Figure, Report, finish, parser, percentile, say
-from benchmarks.jobs import JobFailed, python_path, scratch
-from benchmarks.slow_paths_host import AGENTS, JOB, SECRET
+from benchmarks.hosts_job import START_S, HostsJob
+from benchmarks.jobs import JobFailed, scratch
 from benchmarks.wires import Wires
-from ftkit.collectives.config import Transport
 from ftkit.launch.arenas import sweep
-from ftkit.launch.config import JobConfig, new_job_id, new_secret
 from ftkit.launch.drill_catalogue import WORKLOAD
-from ftkit.launch.event_tail import EventTail
 from ftkit.launch.job import python_command
-from ftkit.session.parts import TRANSPORT
 
 HOSTS, MBIT, TIMES = 4, 600, 3
 #: Large enough that the wires matter: 16 MB of gradients.
 MODEL = ("--params", "4m")
 #: Steps that are played before anything is slow, and how long a word is waited for.
-STEPS_BEFORE, WAIT_S, START_S = 20, 40.0, 120.0
+STEPS_BEFORE, WAIT_S = 20, 40.0
 #: Steps in which it is seen which wires training uses.
 STEPS_WATCHED = 5
 #: Where nothing is to be said: so long is listened.
@@ -65,54 +60,14 @@ class Found:
     slow_step_s: float | None = None
 
 
-class Run:
-    """One job on hosts of its own."""
+class Run(HostsJob):
+    """One job on hosts of its own, until something is slow."""
 
     def __init__(self, wires: Wires, children: Children, folder: Path) -> None:
         """Start it."""
-        self._wires, self.folder = wires, folder
-        config = JobConfig(
-            job=new_job_id(),
-            command=python_command(
-                "-m",
-                (WORKLOAD, "--steps", "100000", "--slots", str(HOSTS), "--slot-size", "1", *MODEL),
-            ),
-            nodes=HOSTS,
-            nproc=1,
-            run_dir=str(folder),
-            rank_logs=True,
-            preload=False,
-            env={"PYTHONPATH": python_path(), TRANSPORT: Transport.TCP.value},
-        )
-        env = {JOB: config.to_json(), SECRET: new_secret()}
-        module = ("-m", "benchmarks.slow_paths_host")
-        for host, address in enumerate(wires.addresses):
-            command = python(*module, "agent", str(host), address)
-            children.start(wires.command(host, command), env)
-        agents = [self._address(folder / f"child-{host}.out") for host in range(HOSTS)]
-        self.lead = children.start(
-            wires.command(0, python(*module, "coordinator")), env | {AGENTS: json.dumps(agents)}
-        )
-        self.events: list[dict[str, Any]] = []
-        self._tail = EventTail(folder)
-
-    def until(self, what: str, seconds: float, done: Any) -> None:
-        """Read events until `done(self)`. JobFailed when that takes too long."""
-        end = time.monotonic() + seconds
-        while not done(self):
-            if self.lead.poll() is not None:
-                raise JobFailed(f"the coordinator ended with {self.lead.returncode}: {what}")
-            if time.monotonic() > end:
-                raise JobFailed(f"after {seconds:g} s still not: {what}")
-            time.sleep(0.02)
-            self.events += self._tail.poll()
-
-    def listen(self, seconds: float, done: Any) -> None:
-        """Read events for so long, or until `done(self)`."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not done(self):
-            time.sleep(0.02)
-            self.events += self._tail.poll()
+        sizes = ("--steps", "100000", "--slots", str(HOSTS), "--slot-size", "1")
+        super().__init__(wires, children, folder, python_command("-m", (WORKLOAD, *sizes, *MODEL)))
+        self._wires = wires
 
     @property
     def step(self) -> int:
@@ -126,21 +81,11 @@ class Run:
         """Bytes that training sends each way in some steps from now: which ring it goes round."""
         before = {way: self._wires.carried(*way) for way in self._ways()}
         last = self.step + STEPS_WATCHED
-        self.until("some more steps", START_S, lambda r: r.step >= last)
+        self.until("some more steps", START_S, lambda: self.step >= last)
         return {way: self._wires.carried(*way) - nbytes for way, nbytes in before.items()}
 
     def _ways(self) -> Iterable[Way]:
         return ((a, b) for a in range(HOSTS) for b in range(HOSTS) if a != b)
-
-    @staticmethod
-    def _address(out: Path) -> list[object]:
-        end = time.monotonic() + START_S
-        while not out.read_text().strip():
-            if time.monotonic() > end:
-                raise JobFailed(f"an agent did not start: {out.with_suffix('.err').read_text()}")
-            time.sleep(0.05)
-        address: list[object] = json.loads(out.read_text())
-        return address
 
 
 def fault(scenario: str, run: Run) -> tuple[list[Way], list[object] | None]:
@@ -177,17 +122,17 @@ def one(scenario: str, folder: Path) -> Found:
     with Wires(HOSTS, MBIT) as wires, Children(folder) as children:
         run = Run(wires, children, folder)
         run.until(
-            "the paths are measured", START_S, lambda r: r.measured and r.step >= STEPS_BEFORE
+            "the paths are measured", START_S, lambda: run.measured and run.step >= STEPS_BEFORE
         )
         ways, wanted = fault(scenario, run)
         begin = time.monotonic()
         for here, there in ways:
             wires.limit(here, there, MBIT // TIMES)
         seconds = LISTEN_S if wanted is None else WAIT_S
-        run.listen(seconds, lambda r: wanted is not None and wanted in names(r.events, begin))
+        run.listen(seconds, lambda: wanted is not None and wanted in names(run.events, begin))
         end = time.monotonic()
         run.lead.send_signal(signal.SIGTERM)
-        run.listen(5.0, lambda r: r.lead.poll() is not None)
+        run.listen(5.0, lambda: run.lead.poll() is not None)
         return judged(scenario, wanted, run.events, begin, end)
 
 

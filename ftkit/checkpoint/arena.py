@@ -46,6 +46,8 @@ class Arena:
         self.geometry = self._file.geometry
         self.path = path
         self.writable = writable
+        self._pages: dict[int, tuple[bytes, Sealed | None]] = {}
+        """Of each slab, the page that was read last, and what it says."""
         # A writer is alone: what it has sealed since is what there is.
         self._held = list(self.slabs()) if writable else []
 
@@ -71,10 +73,13 @@ class Arena:
         found = list[Sealed | None]()
         for slab in range(self.geometry.slabs):
             at = self.geometry.slab_at(slab)
-            sealed = Sealed.from_page(self._file.map[at : at + PAGE])
-            if sealed is not None and not self._holds(sealed):
-                sealed = None
-            found.append(sealed)
+            page = self._file.map[at : at + PAGE]
+            known = self._pages.get(slab)
+            if known is None or known[0] != page:
+                sealed = Sealed.from_page(page)
+                known = page, sealed if sealed is not None and self._holds(sealed) else None
+                self._pages[slab] = known
+            found.append(known[1])
         return tuple(found)
 
     def snapshots(self) -> tuple[Sealed, ...]:

@@ -65,6 +65,8 @@ def checked(
     head: Head,
     chunks: range,
     range_bytes: int = RANGE_BYTES_MAX,
+    *,
+    ahead: bool = True,
 ) -> Iterator[memoryview]:
     """Chunks of a part as `Remote.blocks`, over any connection.
 
@@ -74,12 +76,13 @@ def checked(
       head: what the part must be; that of another step fits none of its chunks.
       chunks: counted from the part's first.
       range_bytes: of a range.
+      ahead: as in `ByteLine.ranges`.
     """
     size = head.sealed.chunk_bytes
     end = min(chunks.stop * size, head.sealed.data_bytes)
     stride = max(1, range_bytes // size) * size
     chunk = chunks.start
-    for data in line.ranges({**part, "op": "data"}, chunk * size, end, stride):
+    for data in line.ranges({**part, "op": "data"}, chunk * size, end, stride, ahead=ahead):
         for at in range(0, len(data), size):
             block = data[at : at + size]
             head.check(chunk, block)

@@ -163,26 +163,37 @@ class ByteLine:
         return data
 
     def ranges(
-        self, request: Mapping[str, object], first: int, end: int, stride: int
+        self,
+        request: Mapping[str, object],
+        first: int,
+        end: int,
+        stride: int,
+        *,
+        ahead: bool = True,
     ) -> Iterator[memoryview]:
         """Bytes `first` to `end`, at most `stride` at a time, each valid until the next; as `ask`.
 
-        The next range travels while this one is used.
+        The next range travels while this one is used; without `ahead`, not before it is wanted.
         """
         spans = [(at, min(stride, end - at)) for at in range(first, end, stride)]
-        if spans:
-            self._send({**request, "at": spans[0][0], "bytes": spans[0][1]})
-        for index, (_, count) in enumerate(spans):
+        if spans and ahead:
+            self._ask_for(request, spans[0])
+        for index, span in enumerate(spans):
+            count = span[1]
+            if not ahead:
+                self._ask_for(request, span)
             if (announced := self._announced(count)) != count:
                 raise ProtocolError(f"asked for {count} bytes, got {announced}")
             if len(self._range) < count:
                 self._range = bytearray(count)
             data = memoryview(self._range)[:count]
             self._receive(data)
-            if index + 1 < len(spans):
-                at, more = spans[index + 1]
-                self._send({**request, "at": at, "bytes": more})
+            if ahead and index + 1 < len(spans):
+                self._ask_for(request, spans[index + 1])
             yield data
+
+    def _ask_for(self, request: Mapping[str, object], span: tuple[int, int]) -> None:
+        self._send({**request, "at": span[0], "bytes": span[1]})
 
     @property
     def is_idle(self) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,22 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     # to_local() gives parameters a new view each time, and records it for autograd.
     local: torch.Tensor = tensor._local_tensor if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
     return local
+
+
+def fresh_like(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a tensor of the same shape, placed alike; its bytes are anything."""
+    if not is_dtensor(tensor):
+        return torch.empty_like(tensor, dtype=dtype, requires_grad=False)
+    # `empty_like` would have DTensor work out a placement that is known.
+    made: torch.Tensor = type(tensor).from_local(  # type: ignore[attr-defined]
+        torch.empty_like(local_of(tensor).detach(), dtype=dtype),
+        tensor.device_mesh,  # type: ignore[attr-defined]
+        tensor.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return made
 
 
 def boxes_of(name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
@@ -86,6 +103,10 @@ def register_shards(module: nn.Module) -> None:
                 part.reshard()
 
 
+#: Of each mesh, its ranks: a mesh works them out anew each time, and every tensor asks.
+_RANKS: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()
+
+
 def _coordinate(name: str, mesh: Any) -> tuple[int, ...]:
     """This rank's place in a mesh.
 
@@ -93,10 +114,13 @@ def _coordinate(name: str, mesh: Any) -> tuple[int, ...]:
     with the coordinate they had then, and a process may have become another rank since.
     """
     rank = dist.get_rank()
-    found: list[list[int]] = (mesh.mesh == rank).nonzero().tolist()
+    ranks = _RANKS.get(mesh)
+    if ranks is None:
+        ranks = _RANKS[mesh] = mesh.mesh
+    found: list[list[int]] = (ranks == rank).nonzero().tolist()
     if len(found) != 1:
         raise UsageError(
-            f"{name} is a DTensor on a mesh of ranks {mesh.mesh.tolist()}, and this is rank "
+            f"{name} is a DTensor on a mesh of ranks {ranks.tolist()}, and this is rank "
             f"{rank}: protect the parts of the model that this rank has"
         )
     return tuple(found[0])

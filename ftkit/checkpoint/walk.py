@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ftkit.checkpoint.box import Box, TensorBox
 from ftkit.checkpoint.plain import decode, encode
-from ftkit.checkpoint.shards import boxes_of, is_dtensor, local_of, register_shards
+from ftkit.checkpoint.shards import boxes_of, fresh_like, is_dtensor, local_of, register_shards
 from ftkit.core.errors import StateChanged, UsageError
 
 
@@ -289,7 +289,7 @@ class OptimizerWalk:
         ):
             return value
         if shape == tuple(parameter.shape) and key != "step":
-            return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            return fresh_like(parameter, dtype)
         if shape and is_dtensor(parameter):
             raise StateChanged(
                 f"{entry} is {list(shape)} and its parameter, a DTensor, {list(parameter.shape)}: "

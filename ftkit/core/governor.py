@@ -1,8 +1,8 @@
 """Governor: when how many bytes that are not training's may travel. Pure: it is handed the time.
 
 Snapshots, parity and checkpoints are cut into pieces. A piece goes when the idle window that we
-are in has room for it (`idle_windows`), within the caps of link and memory bandwidth; and when the
-windows do not suffice, a few go all the same, but never for more than `max_slowdown` of the time. So
+are in has room for it (`idle_windows`), within the caps of link and memory bandwidth; where none
+comes that is long enough, a few go all the same, but never for more than `max_slowdown` of the time. So
 what does not fit takes longer, and training does not; `forecast` says how long.
 
 Pacing needs to know that a piece has *arrived*: TCP takes what fits its buffers at once, and a
@@ -19,6 +19,9 @@ LOST_S = 5.0
 
 #: The slow-down of so many seconds is saved up, and more only for a piece that waits for it.
 SAVED_S = 1.0
+
+#: What fits a window that was there lately waits so long for the next one.
+SOON_S = 1.0
 
 #: A new measurement of the rate counts so much.
 _NEWS = 0.25
@@ -143,6 +146,8 @@ class Governor:
         """Seconds outside of idle windows that may be taken now."""
         self._saving_s = 0.0
         """What a piece that was refused needs of them."""
+        self._wanted_since: float | None = None
+        """Since when something has been wanted, and nothing granted."""
         self._rate = limits.rate_guess
         self._link = _Cap(limits.rate_max, now, "the cap of the link") if limits.rate_max else None
         memory = limits.memory_rate_max
@@ -186,7 +191,11 @@ class Governor:
         if room >= least:
             return self._grant(now, Grant(int(min(most, room))), touches)
         needs_s = least / self._rate
-        if self._allowed_s >= needs_s:
+        # Each node would take what is allowed, and each delays all: not for what soon has a window.
+        if self._wanted_since is None:
+            self._wanted_since = now
+        soon = self.windows.had(needs_s) and now - self._wanted_since < SOON_S
+        if self._allowed_s >= needs_s and not soon:
             self._allowed_s -= needs_s
             if needs_s >= self._saving_s:
                 self._saving_s = 0.0
@@ -228,7 +237,7 @@ class Governor:
         return [(cap, times) for cap, times in both if cap is not None]
 
     def _grant(self, now: float, grant: Grant, touches: float) -> Grant:
-        self._flying[grant] = now
+        self._flying[grant], self._wanted_since = now, None
         self.granted += grant.bytes
         self.intruding += grant.bytes if grant.intrudes else 0
         for cap, times in self._caps(touches):

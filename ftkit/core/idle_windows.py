@@ -99,6 +99,10 @@ class IdleWindows:
             return float("inf") if lasted > FREE * lengths[-1] else 0.0
         return longer[int((1 - SURE) * len(longer))] - lasted
 
+    def had(self, seconds: float) -> bool:
+        """Whether one of the windows remembered was so long."""
+        return any(length >= seconds for length in self.lengths)
+
     def idle_share(self, least_s: float = 0.0) -> float:
         """The part of the remembered time that windows of at least `least_s` make up; 1: all."""
         if not self._windows:

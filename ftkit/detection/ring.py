@@ -85,6 +85,19 @@ def standing(ring: bytes, member: MemberId, generation: Generation) -> Standing:
     )
 
 
+def newest(ring: bytes, count: int) -> list[OpRecord]:
+    """The last `count` collectives of a ring, oldest first, whatever member made them.
+
+    Records that are being written, or whose bytes flipped, are left out.
+    """
+    enters = memoryview(ring).cast("Q")[_T_ENTER::_WORDS].tolist()
+    places = sorted((i for i, at in enumerate(enters) if at), key=enters.__getitem__)
+    found = (
+        decode_record(ring[i * RECORD_BYTES : (i + 1) * RECORD_BYTES]) for i in places[-count:]
+    )
+    return [record for record in found if record]
+
+
 def _when(word: int) -> int:
     """The time in a word whose sign is the outcome."""
     return word if word < _SIGN else (1 << 64) - word

@@ -17,18 +17,17 @@ import struct
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from ftkit.core.errors import CapacityError, IntegrityError
 from ftkit.core.ids import Generation, MemberId, Step
-from ftkit.detection.ring import RING_BYTES, RING_RECORDS, standing
+from ftkit.detection.ring import RING_BYTES, RING_RECORDS, Standing, newest, standing
 from ftkit.detection.row import (
     AWAITED_BYTES,
     COPY,
     COPY_BYTES,
     PHASES,
     PLAIN,
-    RECORD_BYTES,
     ROW_BYTES,
     WARM,
     WORD,
@@ -37,7 +36,6 @@ from ftkit.detection.row import (
     Row,
     allowance_ns,
     decode_awaited,
-    decode_record,
     stamp,
 )
 from ftkit.detection.seat_writer import Place, SeatWriter
@@ -54,6 +52,15 @@ _STEPS_BYTES: Final = STEPS_KEPT * STEP_BYTES
 #: A read fails only when two writes overtake it; a rank that does nothing but write fails
 #: about one read in two, so a hundred in a row mean damage.
 _READ_TRIES: Final = 100
+
+
+class _Look(NamedTuple):
+    """What stands at a seat beside its rings."""
+
+    identity: int
+    heartbeat: int
+    allowance_ns: int
+    copy: bytes
 
 
 class StatusBoard:
@@ -157,7 +164,39 @@ class StatusBoard:
           IntegrityError: no whole row in 100 tries: bytes flipped, two writers at one seat, or
             a writer that died between the two last stores of `attach`.
         """
-        base, ring = self._place(seat)[:2]
+        found = self._look(seat)
+        if found is None:
+            return None
+        generation, step, t_progress, phase, flags = COPY.unpack(found.copy)
+        stands = self._standing(seat, found.identity, generation)
+        return Row(
+            member=MemberId(found.identity & WORD),
+            pid=found.identity >> 32,
+            generation=Generation(generation),
+            step=Step(step),
+            phase=PHASES[phase],
+            group=stands.group,
+            entered=stands.entered,
+            left=stands.left,
+            op=stands.op,
+            t_progress_ns=max(t_progress, stands.t_moved_ns),
+            t_enter_ns=stands.t_enter_ns,
+            t_heartbeat_ns=found.heartbeat,
+            allowance_ns=found.allowance_ns,
+            warm=bool(flags & WARM),
+            plain=bool(flags & PLAIN),
+        )
+
+    def standing(self, seat: int) -> Standing | None:
+        """Where the member at local `seat` stands with its collectives. Otherwise as `read`."""
+        found = self._look(seat)
+        if found is None:
+            return None
+        return self._standing(seat, found.identity, COPY.unpack(found.copy)[0])
+
+    def _look(self, seat: int) -> _Look | None:
+        """What stands at a seat, whole. Raises as `read`."""
+        base = self._place(seat)[0]
         words, first = self._words, base // 8
         for _ in range(_READ_TRIES):
             head = words[first]
@@ -167,45 +206,22 @@ class StatusBoard:
             allowance = allowance_ns(words[first + 3])
             start = base + 32 + (head & 1) * COPY_BYTES
             copy = bytes(self._bytes[start : start + COPY_BYTES])
-            if allowance is None or stamp(head & WORD, identity, copy) != head:
-                continue
-            generation, step, t_progress, phase, flags = COPY.unpack(copy)
-            member = MemberId(identity & WORD)
-            records = bytes(self._bytes[ring : ring + RING_BYTES])
-            stands = standing(records, member, Generation(generation))
-            return Row(
-                member=member,
-                pid=identity >> 32,
-                generation=Generation(generation),
-                step=Step(step),
-                phase=PHASES[phase],
-                group=stands.group,
-                entered=stands.entered,
-                left=stands.left,
-                op=stands.op,
-                t_progress_ns=max(t_progress, stands.t_moved_ns),
-                t_enter_ns=stands.t_enter_ns,
-                t_heartbeat_ns=heartbeat,
-                allowance_ns=allowance,
-                warm=bool(flags & WARM),
-                plain=bool(flags & PLAIN),
-            )
+            if allowance is not None and stamp(head & WORD, identity, copy) == head:
+                return _Look(identity, heartbeat, allowance, copy)
         raise IntegrityError(
             f"no whole row of seat {seat} in {_READ_TRIES} reads of {self.path}: its bytes were "
             "damaged, or two processes write it"
         )
 
-    def records(self, seat: int) -> list[OpRecord]:
-        """The last 256 collectives of local `seat`, oldest first, whatever member made them.
-
-        Records that are being written, or whose bytes flipped, are left out.
-        """
+    def _standing(self, seat: int, identity: int, generation: int) -> Standing:
         ring = self._place(seat).ring
-        data = bytes(self._bytes[ring : ring + RING_BYTES])
-        found = (
-            decode_record(data[i : i + RECORD_BYTES]) for i in range(0, len(data), RECORD_BYTES)
-        )
-        return sorted((r for r in found if r), key=lambda r: r.t_enter_ns)
+        records = bytes(self._bytes[ring : ring + RING_BYTES])
+        return standing(records, MemberId(identity & WORD), Generation(generation))
+
+    def records(self, seat: int, count: int = RING_RECORDS) -> list[OpRecord]:
+        """The last `count` collectives of local `seat`, at most 256, as `newest` tells them."""
+        ring = self._place(seat).ring
+        return newest(bytes(self._bytes[ring : ring + RING_BYTES]), count)
 
     def steps(self, seat: int, *, member: MemberId, after: int = -1) -> list[StepRecord]:
         """What `member` left of the steps it finished at local `seat`, oldest first.

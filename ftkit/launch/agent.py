@@ -42,6 +42,7 @@ from ftkit.launch.resources import CLOCK_S, Resources, state_bytes
 from ftkit.launch.roster import Roster
 from ftkit.launch.self_checker import SelfChecker
 from ftkit.launch.tiers import Tiers
+from ftkit.recovery.between import between_worlds
 from ftkit.recovery.facts import Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan, Stop
 
@@ -189,7 +190,7 @@ class Agent:
             self._clock,
             signals=self._signals,
             put=self._put,
-            changed=self._tell_coordinator,
+            changed=self._has_news,
         )
         self._drills = DrillVisits(
             node,
@@ -199,7 +200,7 @@ class Agent:
             self.trace,
             put=self._put,
             drain=self._begin_drain,
-            tell=self._tell_coordinator,
+            tell=self._has_news,
         )
         self._ending_since: float | None = None
         self._missing_since: float | None = None
@@ -210,6 +211,8 @@ class Agent:
         self._left_at: float | None = None
         """When the last rank of a node that is drained had left."""
         self._stopped = False
+        self._news = False
+        """Whether there is something to report."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -246,8 +249,10 @@ class Agent:
             while not self._stopped:
                 wait = max(0.0, self._pace.next_look - self._clock.now())
                 try:
-                    kind, value = self._inbox.get(timeout=wait)
-                    self._handle(kind, value)
+                    self._handle(*self._inbox.get(timeout=wait))
+                    # Report once for everything that has come in.
+                    for _ in range(self._inbox.qsize()):
+                        self._handle(*self._inbox.get_nowait())
                 except queue.Empty:
                     pass
                 now = self._clock.now()
@@ -259,6 +264,8 @@ class Agent:
                     self._end_if_drained(now)
                     self._spawn_missing()
                 if self._pace.woke(now) and self._pace.tells(now, self._still_s(now)):
+                    self._news = True
+                if self._news:
                     self._tell_coordinator()
         finally:
             self.close()
@@ -300,6 +307,10 @@ class Agent:
 
     # What comes in.
 
+    def _has_news(self) -> None:
+        """There is something to report, once all that has come in is handled."""
+        self._news = True
+
     def _handle(self, kind: str, value: Any) -> None:
         match kind:
             case "exits":
@@ -319,7 +330,7 @@ class Agent:
                 self._hear(*value)
             case "signal":
                 self._signals.append(value)
-                self._tell_coordinator()
+                self._has_news()
             case "visit":
                 line, message = value
                 led = self._coordinator is not None and not self._blind
@@ -329,7 +340,7 @@ class Agent:
                 self._spawn_missing()
             case "tiers":
                 self._end_if_due()
-                self._tell_coordinator()
+                self._has_news()
             case "measured":
                 self._signals.append(to_json(value))
                 self._signals.extend(to_json(seen) for seen in self._tiers.io())
@@ -399,7 +410,7 @@ class Agent:
             self._coordinator.close()
         self._coordinator, self._coordinator_number = line, number
         self._plan_asked = True
-        self._tell_coordinator()
+        self._has_news()
 
     def _hear(self, number: int, message: dict[str, Any]) -> None:
         """A coordinator said something."""
@@ -477,13 +488,13 @@ class Agent:
         if self._plan.mode is Mode.ENDED and self._ending_since is None:
             self._ending_since = self._clock.now()
             self._roster.ask_to_end()
-        self._tell_coordinator()
+        self._has_news()
 
     def _spawn_missing(self) -> None:
         """Start the members the plan wants this agent to start, and that never ran.
 
-        A replacement waits until the survivors on this node are in their new world, or for
-        `SPAWN_LATEST_S`: starting Python takes a core for seconds, and they need it now.
+        A replacement waits until the survivors on this node are in their new world and have its
+        state, or for `SPAWN_LATEST_S`: starting Python takes a core, and they need it now.
         """
         missing = [
             s
@@ -499,7 +510,8 @@ class Agent:
         importing = self._forks is not None and self._forks.state is State.STARTING
         if importing and waited < PRELOAD_LATEST_S:
             return
-        if self._roster.repairing(self._plan) and waited < SPAWN_LATEST_S:
+        repairing = between_worlds(self._plan, self._roster.facts.values())
+        if repairing and waited < SPAWN_LATEST_S:
             return
         for seat in missing:
             if self._roster.vacant(seat.seat):
@@ -510,7 +522,7 @@ class Agent:
         if self._ending_since is None:
             return
         if self._through():
-            self._tell_coordinator()
+            self._has_news()
             self._stopped = True
         elif self._clock.now() - self._ending_since > self._config.times.grace_s:
             self._roster.kill()
@@ -522,7 +534,7 @@ class Agent:
         self._draining_since = self._clock.now()
         logger.warning("node %s is about to be taken away: its ranks leave", self._node)
         self.trace.event("drain")
-        self._tell_coordinator()
+        self._has_news()
 
     def _end_if_drained(self, now: float) -> None:
         """Of a node that is about to be taken away: end once its ranks have left, or time is up."""
@@ -593,6 +605,7 @@ class Agent:
 
     def _tell_coordinator(self) -> None:
         """Report; without a coordinator only look, for metrics are read all the same."""
+        self._news = False
         if self._stopped and self._coordinator is None:
             return
         rows, tiers = self._look()

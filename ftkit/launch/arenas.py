@@ -169,7 +169,7 @@ class Arenas:
             }
             if tails:
                 local = member.seat % self._seats
-                records = self._board.records(local)[-TAIL:]
+                records = self._board.records(local, TAIL)
                 told["ops"] = [r.to_json() for r in records if r.member == member.member]
                 awaited = self._board.awaited(local)
                 told["awaited"] = awaited and awaited.to_json()
@@ -179,7 +179,7 @@ class Arenas:
     def records(self, members: Iterable[MemberFacts], count: int) -> dict[int, list[Any]]:
         """The newest collectives at the seats of these members, JSON-safe, by seat."""
         return {
-            m.seat: [r.to_json() for r in self._board.records(m.seat % self._seats)[-count:]]
+            m.seat: [r.to_json() for r in self._board.records(m.seat % self._seats, count)]
             for m in members
         }
 
@@ -192,17 +192,17 @@ class Arenas:
         busy, since = False, 0.0
         for local in range(self._seats):
             try:
-                row = self._board.read(local)
+                stands = self._board.standing(local)
             except FtkitError:
                 continue
-            if row is None:
+            if stands is None:
                 continue
-            entered = row.t_enter_ns / 1e9
-            if row.t_enter_ns and now - entered < self._pending_s:
+            entered = stands.t_enter_ns / 1e9
+            if stands.t_enter_ns and now - entered < self._pending_s:
                 busy = True
             else:
-                # The last change of a row is at least as late as its last collective's end.
-                since = max(since, row.t_progress_ns / 1e9)
+                # Not the row's last change: a phase that begins in an idle window is not its begin.
+                since = max(since, stands.t_moved_ns / 1e9)
         return busy, since
 
     def transfers(self, now: float) -> tuple[list[tuple[float, float | None]], float]:

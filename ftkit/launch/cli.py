@@ -17,7 +17,7 @@ from ftkit.launch import completion
 from ftkit.launch.bench_command import bench
 from ftkit.launch.choices import steps_or_auto
 from ftkit.launch.ckpt_command import ckpt
-from ftkit.launch.detect_command import detect
+from ftkit.launch.later import Later
 from ftkit.launch.logs import log_to_stderr
 from ftkit.launch.programme import command as programme
 from ftkit.launch.run_folder import RUNS, newest_run
@@ -638,7 +638,13 @@ for command in (programme.plan, programme.stop, programme.certificate):
     drill.add_command(command)
 main.add_command(bench)
 main.add_command(ckpt)
-main.add_command(detect)
+main.add_command(
+    Later(
+        "detect",
+        "ftkit.launch.detect_command",
+        "Judge a recorded job with the detectors that watch a live one.",
+    )
+)
 
 
 if __name__ == "__main__":

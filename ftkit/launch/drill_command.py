@@ -73,7 +73,7 @@ def run_drills(
         )
     if fault in NODE_FAULTS:
         job = job.for_nodes(fault)
-        drills = [choose_nodes(fault, job, seed=s) for s in seeds]
+        drills = [choose_nodes(fault, job, at=at, seed=s) for s in seeds]
     else:
         job = job.for_members() if fault in SHORT_HANDED else job
         job = replace(job.for_pace(SPARE), spares=1) if fault == SPARE else job

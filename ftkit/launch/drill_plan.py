@@ -301,17 +301,21 @@ def choose(fault: str, at: str | None, *, seed: int, nproc: int, steps: int) -> 
     )
 
 
-def choose_nodes(fault: str, job: "Job", *, seed: int) -> Drill:
+def choose_nodes(fault: str, job: "Job", *, at: str | None = None, seed: int) -> Drill:
     """The drill of whole nodes that `seed` makes; pure.
 
     Args:
       fault: one of `NODE_FAULTS`.
       job: what it is done to (`Job.for_nodes`).
+      at: a phase, which no drill of whole nodes has.
       seed: decides which nodes, and when.
 
     Raises:
-      UsageError: the job has no parity, or it is on machines that the drill cannot reach.
+      UsageError: the job has no parity, or it is on machines that the drill cannot reach; or a
+        phase was asked for.
     """
+    if at is not None:
+        raise UsageError(f"{fault} strikes a node from outside, in whatever phase: leave --at out")
     rng = random.Random(f"{fault} {seed}")
     code = Code.parse(job.parity)
     if fault != LOSE_NODE and code is None:

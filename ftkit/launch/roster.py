@@ -21,7 +21,7 @@ from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.metrics import Metrics
 from ftkit.launch.ranks import RankProcess, Starter
 from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
-from ftkit.recovery.plan import Assignment, Mode, Plan
+from ftkit.recovery.plan import Assignment
 
 logger = logging.getLogger(__name__)
 
@@ -284,20 +284,6 @@ class Roster:
         """The facts of one that has not ended."""
         facts = self.facts.get(member)
         return None if facts is None or facts.stage in (Stage.DEAD, Stage.FINISHED) else facts
-
-    def repairing(self, plan: Plan) -> bool:
-        """Whether members on this node are on their way into the world of the plan."""
-        world = plan.world
-        if world is None or plan.mode is Mode.FORMING:
-            return False
-        here = [
-            f
-            for f in self.facts.values()
-            if f.member in world.member_ids and f.stage in (Stage.ACTIVE, Stage.HALTED)
-        ]
-        if plan.mode is Mode.HALTING:
-            return bool(here)
-        return any(f.generation < world.generation for f in here)
 
     def patients(self, wanted: Iterable[int]) -> list[Patient]:
         """Whom to look at: of a seat, the newest process and those that are asked for."""

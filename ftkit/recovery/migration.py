@@ -29,7 +29,7 @@ class Stand(IntEnum):
     FAILED = 3
 
 
-class Outcome(StrEnum):
+class Ruling(StrEnum):
     """What follows from a vote."""
 
     GO_ON = auto()
@@ -49,7 +49,7 @@ class Said:
     """Whether the rank is ready for a world with newcomers."""
 
 
-def outcome(move: int, said: Sequence[Said], *, votes: int) -> tuple[Outcome, str]:
+def ruling(move: int, said: Sequence[Said], *, votes: int) -> tuple[Ruling, str]:
     """What becomes of migration `move`, and why.
 
     Args:
@@ -58,16 +58,16 @@ def outcome(move: int, said: Sequence[Said], *, votes: int) -> tuple[Outcome, st
       votes: that have passed since it began, this one among them.
     """
     if any(s.joining for s in said):
-        return Outcome.DROP, "the world is about to grow"
+        return Ruling.DROP, "the world is about to grow"
     apart = [rank for rank, s in enumerate(said) if s.move != move]
     if apart:
-        return Outcome.DROP, f"ranks {apart} know of another migration, or of none"
+        return Ruling.DROP, f"ranks {apart} know of another migration, or of none"
     failed = [rank for rank, s in enumerate(said) if s.stand == Stand.FAILED]
     if failed:
-        return Outcome.DROP, f"ranks {failed} gave it up"
+        return Ruling.DROP, f"ranks {failed} gave it up"
     if all(s.stand == Stand.READY for s in said):
-        return Outcome.SWITCH, "every layer is where it goes"
+        return Ruling.SWITCH, "every layer is where it goes"
     if votes >= VOTES_MAX:
         late = [rank for rank, s in enumerate(said) if s.stand != Stand.READY]
-        return Outcome.DROP, f"ranks {late} are not ready after {votes} steps"
-    return Outcome.GO_ON, ""
+        return Ruling.DROP, f"ranks {late} are not ready after {votes} steps"
+    return Ruling.GO_ON, ""

@@ -48,7 +48,17 @@ class Cut:
     """A micro-batch in the slowest stage: what the pipeline's pace is."""
 
     def stage_of(self, layer: int) -> int:
-        return next(s for s in range(len(self.bounds) - 1) if layer < self.bounds[s + 1])
+        return holder(self.bounds, layer)
+
+
+def holder(bounds: Sequence[int], layer: int) -> int:
+    """The stage that holds this layer, cut at `bounds`."""
+    return next(s for s in range(len(bounds) - 1) if layer < bounds[s + 1])
+
+
+def slowest(seconds: Sequence[float], bounds: Sequence[int]) -> float:
+    """Seconds of a micro-batch in the slowest stage, from those of each layer."""
+    return max(sum(seconds[bounds[s] : bounds[s + 1]]) for s in range(len(bounds) - 1))
 
 
 def recut(

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ftkit.recovery.recut import Layer, Stage, recut
+from ftkit.recovery.recut import Layer, Stage, holder, recut, slowest
 
 #: Looks that find nothing are at most so many windows apart.
 RARELY = 16
@@ -63,7 +63,7 @@ class Proposal:
         """Which layers go from which stage to which."""
         found: dict[tuple[int, int], list[int]] = {}
         for layer in range(self.bounds[-1]):
-            path = _holder(self.before, layer), _holder(self.bounds, layer)
+            path = holder(self.before, layer), holder(self.bounds, layer)
             if path[0] != path[1]:
                 found.setdefault(path, []).append(layer)
         return tuple(
@@ -167,13 +167,13 @@ class RecutTrigger:
     def _look(
         self, step: int, seconds: Sequence[float], remaining: int, switch_s: float
     ) -> Proposal | None:
-        now = _slowest(seconds, self._bounds)
+        now = slowest(seconds, self._bounds)
         if self._promised is not None:
             if now > self._promised * (1 - self._gain_min / 2):
                 self._gain_min = min(2 * self._gain_min, 0.9)
             self._promised = None
         bounds = self._candidate or self._best(seconds, now)
-        then = _slowest(seconds, bounds) if bounds else now
+        then = slowest(seconds, bounds) if bounds else now
         saved_s = self._slots * (now - then) * remaining
         good = now - then >= self._gain_min * now and saved_s > self._caution.pays * switch_s
         if not bounds or not good:
@@ -207,7 +207,7 @@ class RecutTrigger:
         """Of each layer, on the rank that holds it; None where one was not measured each time."""
         found = list[float]()
         for layer in range(self._bounds[-1]):
-            rank = _holder(self._bounds, layer)
+            rank = holder(self._bounds, layer)
             told = [costs[rank].get(layer, 0.0) for costs in heard]
             if not all(0 < s < float("inf") for s in told):
                 return None
@@ -218,11 +218,3 @@ class RecutTrigger:
         self._votes = 0
         self._heard, self._candidate = [], None
         self._skip = self._rest = 0
-
-
-def _holder(bounds: Sequence[int], layer: int) -> int:
-    return next(s for s in range(len(bounds) - 1) if layer < bounds[s + 1])
-
-
-def _slowest(seconds: Sequence[float], bounds: Sequence[int]) -> float:
-    return max(sum(seconds[bounds[s] : bounds[s + 1]]) for s in range(len(bounds) - 1))

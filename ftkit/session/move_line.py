@@ -179,11 +179,8 @@ class Outgoing:
             self._closed = True
             self._queue.clear()
             self._changed.notify_all()
-        for sock in (self._listener, self._sock):
-            if sock is not None:
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-                sock.close()
+        _hang_up(self._listener)
+        _hang_up(self._sock)
         if wait:
             self._thread.join()
 
@@ -306,11 +303,7 @@ class Incoming:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        sock = self._sock
-        if sock is not None:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        _hang_up(self._sock)
         if wait:
             self._thread.join()
 
@@ -406,6 +399,14 @@ def _bytes(sock: socket.socket, count: int) -> memoryview:
             raise WireError(f"the owner hung up, {count - at} of {count} bytes missing")
         at += got
     return data
+
+
+def _hang_up(sock: socket.socket | None) -> None:
+    """End what blocks on this socket, and close it."""
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        sock.close()
 
 
 def _be_nice() -> None:

@@ -28,7 +28,7 @@ from ftkit.collectives.frames import CONTROL_BYTES_MAX
 from ftkit.core.errors import GenerationAborted, ProtocolError, UsageError
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
-from ftkit.recovery.migration import Outcome, Said, Stand, outcome
+from ftkit.recovery.migration import Ruling, Said, Stand, ruling
 from ftkit.recovery.recut_trigger import Proposal, RecutTrigger
 from ftkit.recovery.vote import Ballot
 from ftkit.session.layers import Layers
@@ -69,7 +69,7 @@ class Recutter:
     def _clear(self) -> None:
         self._phase = Phase.IDLE
         self._proposal: Proposal | None = None
-        self._due: Outcome | None = None
+        self._due: Ruling | None = None
         self._votes = 0
         self._began, self._began_step = 0.0, 0
         self._owned: list[tuple[Owned, Outgoing]] = []
@@ -118,10 +118,10 @@ class Recutter:
             return
         said = [Said(b.move, b.stand, bool(b.prepared) or growing) for b in ballots]
         self._votes += 1
-        found, reason = outcome(self._proposal.id, said, votes=self._votes)
-        if found is Outcome.DROP:
+        found, reason = ruling(self._proposal.id, said, votes=self._votes)
+        if found is Ruling.DROP:
             self.abandon(reason if not self._failed else f"{reason}: {self._failed}")
-        elif self._phase is Phase.ASKED or found is Outcome.SWITCH:
+        elif self._phase is Phase.ASKED or found is Ruling.SWITCH:
             self._due = found
 
     # With the step.
@@ -176,7 +176,7 @@ class Recutter:
             self.abandon("the step loop ends")
         elif self._phase is Phase.ASKED:
             self._start(step)
-        elif due is Outcome.SWITCH:
+        elif due is Ruling.SWITCH:
             self._switch(step)
 
     def abandon(self, reason: str) -> None:

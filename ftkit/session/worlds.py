@@ -135,12 +135,15 @@ class Worlds:
                 self._parts.trace.event("left", step=step, generation=world.generation)
                 raise JobStopped(f"its node is about to be taken away; it left after step {step}")
             return
-        for member in world.members:
-            if member.member not in group.world.member_ids:
-                try:
-                    group.tell(member.member, admission(world, step))
-                except WireError:
-                    continue  # it died this instant; entering will notice
+        newcomers = [m.member for m in world.members if m.member not in group.world.member_ids]
+        for newcomer in newcomers:
+            try:
+                group.tell(newcomer, admission(world, step))
+            except WireError:
+                continue  # it died this instant; entering will notice
+        if newcomers and self._build is None and self._snapshots is not None:
+            # What is captured lazily a newcomer waits for, and all wait for the newcomer.
+            self._snapshots.gate()
         self._enter(Entry(world, step, True))
 
     def recut(self, step: Step, near: Sequence[BoxSource]) -> ShardsRestored | None:

@@ -25,6 +25,8 @@ SMALLEST = ["--mib", "1", "--rounds", "1", "--positions", "8"]
 #: As small as it gets; the machine may be busy.
 SMALL = {
     "repair": ["--worlds", "2", "--runs", "1", "--gap", "20", "--step-s", "0", "--slots", "2"],
+    "spares": ["--nproc", "2", "--runs", "1", "--gap", "20", "--step-s", "0"],
+    "first_steps": ["--quick", "--runs", "1"],
     "hang": ["--worlds", "2", "--runs", "1", "--gap", "20", "--kinds", "hang", "--slots", "2"],
     "drills": ["--count", "1", "--seed", "19", "--nproc", "2", "--steps", "20"],
     "step_time": [

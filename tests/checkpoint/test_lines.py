@@ -162,3 +162,13 @@ def test_a_server_that_reads_nothing_is_not_waited_for_for_ever(tmp_path):
         assert not line.is_idle, "its late answer must not be taken for another"
         goes_on.set()
     lines.close()
+
+
+def test_without_ahead_a_range_is_asked_for_when_it_is_wanted(server, lines):
+    with lines.borrow(server.address) as first:
+        ranges = first.ranges({"op": "numbers"}, 0, 30, 10, ahead=False)
+        assert len(next(ranges)) == 10
+        assert first.is_idle, "nothing is on its way"
+        assert [len(more) for more in ranges] == [10, 10]
+    with lines.borrow(server.address) as again:
+        assert again is first

@@ -23,7 +23,7 @@ from ftkit.checkpoint.box import Box
 from ftkit.checkpoint.chunks import units
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.memory import LiveMemory
-from ftkit.checkpoint.shards import boxes_of, local_of
+from ftkit.checkpoint.shards import boxes_of, fresh_like, local_of
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import StateChanged, UsageError
 
@@ -86,6 +86,22 @@ def test_views_share_the_memory_of_the_local_tensor():
         assert [box for box, _ in held] == [Box((1, 0), (1, 2)), Box((5, 0), (1, 2))]
         held[1][1].fill_(7)
         assert tensor.to_local().tolist() == [[0, 0], [7, 7]]
+
+
+@pytest.mark.parametrize(("mesh_shape", "placements"), PLACEMENTS, ids=str)
+def test_fresh_memory_is_placed_as_what_it_is_like(mesh_shape, placements):
+    with rank_of(1, mesh_shape) as mesh:
+        like = distribute_tensor(torch.zeros(7, 5), mesh, placements, src_data_rank=None)
+        made = fresh_like(like, torch.float64)
+        wanted = torch.empty_like(like, dtype=torch.float64, requires_grad=False)
+        assert (made.dtype, made.shape, made.stride()) == (
+            wanted.dtype,
+            wanted.shape,
+            wanted.stride(),
+        )
+        assert (made.placements, made.device_mesh) == (wanted.placements, wanted.device_mesh)
+        assert local_of(made).shape == local_of(wanted).shape
+        assert not made.requires_grad
 
 
 def test_a_plain_tensor_is_one_box_and_itself():

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from ftkit.core.governor import LOST_S, SAVED_S, Governor, Grant, Pause, TrafficLimits
+from ftkit.core.governor import LOST_S, SAVED_S, SOON_S, Governor, Grant, Pause, TrafficLimits
 from ftkit.core.idle_windows import IdleWindows, merged
 
 #: A step: ten buckets of 10 ms, 2 ms apart, and then 100 ms without any.
@@ -317,3 +317,16 @@ def test_a_governor_makes_progress_whatever_it_meets() -> None:
             windows.end(now)
             now += gap
         assert governor.granted
+
+
+def test_what_soon_has_a_window_of_its_own_does_not_intrude() -> None:
+    windows = learnt()
+    at = transfers(3)[-1][1] + LONG_S
+    windows.begin(at)
+    limits = TrafficLimits(max_slowdown=0.05, rate_guess=RATE)
+    governor = Governor(limits, windows, at - SAVED_S)
+    assert isinstance(governor.decide(at, 1 << 20, whole=True), Pause), "8 ms fit the next 100"
+    assert isinstance(governor.decide(at + SOON_S / 2, 1 << 20, whole=True), Pause)
+    late = governor.decide(at + SOON_S, 1 << 20, whole=True)
+    assert isinstance(late, Grant), "none came"
+    assert late.intrudes

@@ -150,6 +150,7 @@ def test_the_ring_keeps_the_last_256(board) -> None:
         place = writer.record_enter(1, n, b"all_gather_into_tensor", n, 100 + n)
         writer.record_leave(place, 1000 + n, n != 51)
     records = board.records(0)
+    assert records[-3:] == board.records(0, 3)
     assert [r.seq for r in records] == list(range(44, RING_RECORDS + 44))
     assert records[6] == OpRecord(
         member=MemberId(1),

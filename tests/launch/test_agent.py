@@ -53,9 +53,21 @@ def test_what_could_not_be_told_is_told_to_the_next_coordinator(agent) -> None:
     broken, sound = Connection(broken=True), Connection(broken=False)
     agent._coordinator_connected(1, broken)
     agent._handle("signal", GAP)
+    agent._tell_coordinator()
     agent._coordinator_connected(2, sound)
     agent._tell_coordinator()
+    agent._tell_coordinator()
     assert [message["signals"] for message in sound.told] == [[GAP], []]
+
+
+def test_all_that_came_in_meanwhile_makes_one_report(agent) -> None:
+    sound = Connection(broken=False)
+    agent._put("coordinator", (1, sound))
+    for _ in range(3):
+        agent._put("signal", GAP)
+    agent._put("stop", None)
+    agent.run()
+    assert [message["signals"] for message in sound.told] == [[GAP] * 3]
 
 
 def test_metrics_go_on_while_no_coordinator_is_connected(agent, monkeypatch) -> None:
@@ -73,7 +85,7 @@ def test_steps_are_read_at_every_tick_though_reports_are_far_apart(agent, monkey
     agent._gather(1.0)  # the ring of a rank holds the last steps alone
     agent._gather(1.5)
     agent._tell_coordinator()
-    assert [message["signals"] for message in sound.told] == [[], [GAP] * 3]
+    assert [message["signals"] for message in sound.told] == [[GAP] * 3]
 
 
 def unused() -> Plan:

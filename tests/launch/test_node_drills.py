@@ -44,6 +44,8 @@ def test_what_cannot_be_drilled_is_refused() -> None:
         choose_nodes(LOSE_NODES, Job(nodes=3), seed=0)
     with pytest.raises(UsageError, match="embedded"):
         choose_nodes(LOSE_NODES, Job(nodes=3, parity="2+1", engine="ray"), seed=0)
+    with pytest.raises(UsageError, match="leave --at out"):
+        choose_nodes(LOSE_NODES, Job(nodes=3, parity="2+1"), at="vote", seed=0)
     with pytest.raises(UsageError, match="lose-node, lose-nodes, corrupt-shard, all"):
         choose("lose-everything", None, seed=0, nproc=3, steps=100)
 

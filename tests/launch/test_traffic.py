@@ -14,6 +14,7 @@ from ftkit.core.errors import UsageError
 from ftkit.core.governor import Grant, Pause, TrafficLimits
 from ftkit.core.ids import MemberId, NodeId
 from ftkit.detection.recorder import Recorder
+from ftkit.detection.row import Phase
 from ftkit.detection.status import BOARD, StatusBoard
 from ftkit.launch.arenas import PENDING_S, PENDING_TIMES, Arenas
 from ftkit.launch.config import JobConfig
@@ -81,6 +82,16 @@ def test_what_fits_the_window_goes_and_what_does_not_waits(node: Node) -> None:
     node.gate.arrived(grant, MB / RATE)
     node.clock.advance(0.09)
     assert refused(node, MB), "10 ms do not fit the 6 ms that are left"
+
+
+def test_a_phase_that_begins_within_a_window_does_not_make_it_longer(node: Node) -> None:
+    node.steps(10)
+    node.bucket()
+    node.clock.advance(0.002)
+    node.bucket()
+    node.clock.advance(LONG_S - 0.005)
+    node.rank.phase(Phase.OPTIMIZER)
+    assert refused(node, MB), "5 ms are left, whatever the rank does"
 
 
 def test_nothing_goes_while_a_bucket_is_reduced_unless_it_hangs(node: Node) -> None:

@@ -63,7 +63,7 @@ class InPlace:
 
 
 class Pace:
-    """Keeps work from taking more than its share of the time, and its bytes out of training's way.
+    """Keeps work from taking more than its share of the time, or its bytes out of training's way.
 
     One thread's object.
     """
@@ -82,7 +82,7 @@ class Pace:
         Args:
           wanted: whether the work is still to be done; asked between two windows.
           share: of the time, that work may take; 1 for as fast as can be.
-          gate: asked before each window's bytes travel; None for no such thing.
+          gate: asked before each window's bytes travel, and enough by itself; None for no such thing.
           clock: seconds.
           rest: sleeps.
         """
@@ -96,6 +96,11 @@ class Pace:
     def window_bytes(self) -> int:
         """Of a shard, so much is asked for at once: less where it must fit between transfers."""
         return RANGE_BYTES if self._gate is None else GATED_BYTES
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next window's bytes may travel while one is worked on: not before a gate."""
+        return self._gate is None
 
     def admit(self, nbytes: int) -> None:
         """Before a window: wait until so many bytes may travel. Raises Superseded, as `pause`."""
@@ -123,7 +128,7 @@ class Pace:
             self._gate.arrived(self._let_through, spent)
             self._let_through = None
         self._check()
-        if self._share < 1:
+        if self._gate is None and self._share < 1:
             self._rest(min(REST_S, spent * (1 - self._share) / self._share))
         self._since = self._clock()
 
@@ -172,7 +177,6 @@ def combine(
             with _blamed(Place(number, shard)):
                 streams[shard] = open_shard(Place(number, shard), opened)
         for at in range(0, stripe.length, window):
-            # What travels now is the next window's (`ByteLine.ranges`), of about the same size.
             pace.admit(sum(_within(stripe.shard_bytes(s), at, window) for s in streams))
             given = dict[int, memoryview](empty)
             for shard, stream in streams.items():

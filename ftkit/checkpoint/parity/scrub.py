@@ -41,7 +41,9 @@ def scrub(holder: Holder, stripes: StripeSet) -> list[Wrong]:
     head = ParityHead.parse(read_head(path), holder.node)
     peers = holder.peers()
     pace = holder.make_pace(lambda: holder.is_whole(stripes.round))
-    opener = open_shard(peers, stripes, holder.heads(stripes, peers), pace.window_bytes)
+    opener = open_shard(
+        peers, stripes, holder.heads(stripes, peers), pace.window_bytes, ahead=pace.ahead
+    )
     wrong = list[Wrong]()
     for place in head.shards:
         stripe = stripes.plan.stripes[place.stripe]

@@ -85,7 +85,12 @@ Open = Callable[[Place, ExitStack], Stream]
 
 
 def open_shard(
-    peers: Peers, stripes: StripeSet, heads: Heads, range_bytes: int = RANGE_BYTES
+    peers: Peers,
+    stripes: StripeSet,
+    heads: Heads,
+    range_bytes: int = RANGE_BYTES,
+    *,
+    ahead: bool = True,
 ) -> Open:
     """How shards of a set are read from the nodes that hold them.
 
@@ -94,6 +99,7 @@ def open_shard(
       stripes: the set.
       heads: of its parts, checked; what the nodes hold now must be what these say.
       range_bytes: so much is asked for at once.
+      ahead: whether the next range travels while one is used.
 
     Returns:
       A function that raises IntegrityError where a shard is not what it was, and WireError or
@@ -106,17 +112,22 @@ def open_shard(
         node = stripe.nodes[place.shard]
         if place.shard < len(stripe.data):
             line = opened.enter_context(peers.line(node))
-            return Stream(_piece(line, stripes, heads, place, range_bytes))
+            return Stream(_piece(line, stripes, heads, place, range_bytes, ahead))
         if node not in read:
             read[node] = peers.parity_head(node, stripes.round)
         line = opened.enter_context(peers.line(node))
-        return Stream(_parity(line, read[node], place, stripe.length, range_bytes))
+        return Stream(_parity(line, read[node], place, stripe.length, range_bytes, ahead))
 
     return open_it
 
 
 def _piece(
-    line: ByteLine, stripes: StripeSet, heads: Heads, place: Place, range_bytes: int
+    line: ByteLine,
+    stripes: StripeSet,
+    heads: Heads,
+    place: Place,
+    range_bytes: int,
+    ahead: bool,
 ) -> Iterator[memoryview]:
     piece = stripes.plan.stripes[place.stripe].data[place.shard]
     for span in piece.spans:
@@ -126,7 +137,7 @@ def _piece(
         )
         # Whatever else has taken its place by now fails its digest.
         head = Head.parse(heads[piece.node][span.part])
-        yield from checked(line, _request(part), head, chunks, range_bytes)
+        yield from checked(line, _request(part), head, chunks, range_bytes, ahead=ahead)
 
 
 def _request(part: PartRef) -> dict[str, object]:
@@ -134,11 +145,11 @@ def _request(part: PartRef) -> dict[str, object]:
 
 
 def _parity(
-    line: ByteLine, head: ParityHead, place: Place, length: int, range_bytes: int
+    line: ByteLine, head: ParityHead, place: Place, length: int, range_bytes: int, ahead: bool
 ) -> Iterator[memoryview]:
     request = {"op": "parity-data", "round": head.stripes.round, "place": place}
     chunk = 0
-    for data in line.ranges(request, 0, length, range_bytes):
+    for data in line.ranges(request, 0, length, range_bytes, ahead=ahead):
         for at in range(0, len(data), CHUNK_BYTES):
             block = data[at : at + CHUNK_BYTES]
             head.check(place, chunk, block)

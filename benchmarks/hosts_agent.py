@@ -1,4 +1,4 @@
-"""One host of `slow_paths`: a node's agent, or the coordinator, at an address of its own.
+"""One host of a job on hosts (`hosts_job`): a node's agent, or the coordinator, at an address of its own.
 
 agent NODE HOST          prints [host, port] once it listens, and serves to the job's end
 coordinator              leads the agents named in the environment, to the job's end
