@@ -6,11 +6,12 @@ What is damaged is struck from its arena, so that nobody counts on it again.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.fetch import fetch
@@ -21,8 +22,8 @@ from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, WireError
-from ftkit.core.ids import NodeId, Seat, Step
-from ftkit.core.inventory import Copy, Inventory, Tier
+from ftkit.core.ids import Generation, NodeId, Seat, Step
+from ftkit.core.inventory import Copy, Inventory, Tier, covered_layouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,29 @@ class ShardsRestored:
     sources: tuple[str, ...]
     """Those that gave something."""
     seconds: float
+    patched: int = 0
+    """Bytes of what nobody had any more, from the sources of a `Patch`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Older:
+    """What a patch puts in place of what is lost."""
+
+    sources: Sequence[BoxSource]
+    smalls: Sequence[Mapping[str, Any]] = ()
+    """Small state of the seats that held it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patch:
+    """How to make up for shards that no arena has any more."""
+
+    generation: Generation
+    """In which what is left was captured."""
+    layouts: int
+    """Layouts that are left whole. All of them must be at hand: no more is patched than was agreed."""
+    make: Callable[[ProtectedState, Mapping[Seat, SnapshotSource], ExitStack], Older]
+    """Given what is to be loaded, and what is left by seat; sources may be closed with the stack."""
 
 
 class Incomplete(IntegrityError):
@@ -89,6 +113,7 @@ def restore_shards(
     timeout_s: float = 10.0,
     stages: bool = False,
     near: Sequence[BoxSource] = (),
+    patch: Patch | None = None,
 ) -> ShardsRestored:
     """Load what this rank holds of `step` now, whoever held it then. Blocks.
 
@@ -103,6 +128,7 @@ def restore_shards(
       timeout_s: the longest silence of a byte server.
       stages: ranks hold other tensors, rather than parts of the same.
       near: sources in this process that have some of the step already; they are asked first.
+      patch: makes up for shards that are lost; the result is then not the state that was.
 
     Raises:
       Incomplete: the step is not whole in the inventory. Nothing was changed.
@@ -111,7 +137,7 @@ def restore_shards(
       StateChanged: it is the state of another model. Nothing was changed.
     """
     start = time.monotonic()
-    generation = inventory.complete().get(step)
+    generation = patch.generation if patch else inventory.complete().get(step)
     if generation is None:
         raise Incomplete(
             f"step {step} is not complete among {len(inventory.copies)} known copies, which are of "
@@ -126,10 +152,20 @@ def restore_shards(
                 of.append(copy)
         if not sources:
             raise IntegrityError(f"none of {len(copies)} parts of step {step} can be read")
-        smalls = {c.seat: s.head.small for c, s in reversed(list(zip(of, sources, strict=True)))}
+        nearest_last = reversed(list(zip(of, sources, strict=True)))
+        smalls: dict[Seat, Mapping[str, Any]] = {c.seat: s.head.small for c, s in nearest_last}
+        older = Older(sources=())
+        if patch is not None:
+            if len(covered_layouts(c.part for c in of)) < patch.layouts:
+                raise Incomplete(f"of step {step} more than agreed is lost, or out of reach")
+            older = patch.make(state, dict(zip((c.seat for c in of), sources, strict=True)), opened)
+            smalls = with_older(smalls, older.smalls)
         small = small_of_stages(smalls, seat) if stages else small_of_seats(smalls, seat)
         try:
-            report = load_state(state, [*near, *sources], small=small, stage=stages)
+            report = load_state(state, [*near, *sources, *older.sources], small=small, stage=stages)
+            if patch is not None and report.fallbacks:
+                # What is damaged would be patched as well, and nobody has agreed to that.
+                raise IntegrityError(f"{report.fallbacks[0].source}: {report.fallbacks[0].reason}")
         except IntegrityError:
             for copy, server in copies:
                 if server is None:
@@ -139,14 +175,35 @@ def restore_shards(
         for copy, server in copies:
             if server is None and Path(copy.path).name in damaged:
                 _strike(copy)
-    given = list(zip(of, report.bytes_by_source[len(near) :], strict=True))
+    exact_end = len(near) + len(of)
+    given = list(zip(of, report.bytes_by_source[len(near) : exact_end], strict=True))
     return ShardsRestored(
         layout=state.layout(),
         bytes=report.bytes,
         moved=sum(count for copy, count in given if copy.seat != seat),
         sources=tuple(Path(copy.path).name for copy, count in given if count),
         seconds=time.monotonic() - start,
+        patched=sum(report.bytes_by_source[exact_end:]),
     )
+
+
+def with_older(
+    smalls: Mapping[Seat, Mapping[str, Any]], older: Sequence[Mapping[str, Any]]
+) -> dict[Seat, Mapping[str, Any]]:
+    """Small state by seat, with that of lost parts behind: it counts for what no other tells of; pure."""
+    told = dict(smalls)
+    for small in older:
+        optimizers = dict[str, Any]()
+        for name, kept in small["optimizers"].items():
+            others = [s["optimizers"][name] for s in told.values()]
+            known = {p for o in others for g in o["groups"] for p in g["params"]}
+            groups = [
+                {**g, "params": [p for p in g["params"] if p not in known]} for g in kept["groups"]
+            ]
+            other = {p: value for p, value in kept["other"].items() if p not in known}
+            optimizers[name] = {**kept, "groups": groups, "other": other}
+        told[Seat(max(told, default=Seat(-1)) + 1)] = {**small, "optimizers": optimizers}
+    return told
 
 
 @contextmanager

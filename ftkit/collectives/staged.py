@@ -49,6 +49,11 @@ class StageReducer:
         sums = (norm_of(p.grad).item() for p in self._params if p.grad is not None)
         return [1.0 if all(map(math.isfinite, sums)) else math.nan]
 
+    @property
+    def grad_norm(self) -> float:
+        """Of the gradients of the whole stage. Reads them once."""
+        return math.hypot(*(norm_of(p.grad).item() for p in self._params if p.grad is not None))
+
     def parts_of(
         self, bucket: int, values: torch.Tensor
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -383,6 +383,8 @@ class Agent:
                     self._roster.listens(facts, message)
                 case "standing":
                     self._roster.stands(facts, message)
+                    if message["allowed"]:
+                        self._tiers.keep_others()
                     self._spawn_missing()
                 case "arena":
                     self._tiers.make_arena(

@@ -443,6 +443,7 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
     from ftkit.detection.bundle import paragraph
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
+    from ftkit.launch.approximate_story import approximate_story
     from ftkit.launch.goodput import goodput
     from ftkit.launch.incidents import read_bundles
     from ftkit.launch.storage_story import storage_story
@@ -461,6 +462,7 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
         told_of = (
             explain_events(events),
             *(paragraph(incident, nodes) for incident, nodes in bundles),
+            *approximate_story(events),
             time_spent.paragraph(),
             storage.paragraph(),
         )
@@ -543,6 +545,7 @@ def plan(
 def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: bool) -> None:
     """Write a page with the loss, the timeline and the goodput of a run."""
     from ftkit.core.trace import read_run
+    from ftkit.launch.approximate_story import approximate_story
     from ftkit.launch.checker import check, expectation_of
     from ftkit.launch.goodput import goodput
     from ftkit.launch.report import write_report
@@ -551,11 +554,11 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
     undisturbed = read_run(reference) if reference else None
     outcome = check(events, undisturbed, expectation_of(events))
     write_report(out, events, undisturbed, outcome)
-    spent = goodput(events)
+    spent, mixed = goodput(events), approximate_story(events)
     if as_json:
-        click.echo(json.dumps({"report": str(out)} | spent.to_json()))
+        click.echo(json.dumps({"report": str(out), "approximate": mixed} | spent.to_json()))
     else:
-        click.echo("\n".join(t for t in (spent.paragraph(), f"wrote {out}") if t))
+        click.echo("\n".join(t for t in (spent.paragraph(), *mixed, f"wrote {out}") if t))
 
 
 @main.group(invoke_without_command=True)

@@ -29,6 +29,7 @@ from ftkit.core.trace import Trace
 from ftkit.core.wire import Line, connect, encode
 from ftkit.detection.clock_skew import offset_of
 from ftkit.detection.signals import ClockSeen, NodeGap, NodeScored
+from ftkit.launch.approximate_lead import tell_approximation, with_remains
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
 from ftkit.launch.config import JobConfig
@@ -359,6 +360,9 @@ class Coordinator:
                 return  # what a world is formed from is not known yet
             facts = replace(facts, snapshots=on_disk or frozenset(), refused=refused)
             written = max(facts.snapshots, default=None)
+            here = {n: r for n, r in self._reports.items() if n not in facts.nodes_lost}
+            copies = self._copies(facts.nodes_lost)
+            facts = with_remains(facts, self._plan, copies, here, self._costs.costs)
         waits: list[Decision] = []
         if self._plan.mode is Mode.FORMING:
             wait, waits = self._waits.look(self._plan, facts, self._costs, now)
@@ -373,6 +377,7 @@ class Coordinator:
         self._judge.take_plan(plan, at=now)
         # First the orders, then the record of them: the job waits for the orders.
         self._send_plan()
+        tell_approximation(before, plan, facts, self.trace.event)
         if before.mode is not Mode.FORMING:
             arena = self._in_memory(facts.nodes_lost)
         decisions = self._costs.explain(

@@ -31,6 +31,9 @@ from ftkit.recovery.protocol import Decision, gone
 WARM_UP_STEPS = 3
 #: Steps of a world size that must have been timed before its pace is known.
 STEPS_MIN = 5
+#: What is done where parity does not have the state either, and where memory has not.
+BEYOND_PARITY = frozenset({Option.DISK, Option.FRESH, Option.STALE_SHARD, Option.CHECKFREE})
+BEYOND_MEMORY = BEYOND_PARITY | {Option.PARITY}
 
 
 def playing(plan: Plan, facts: JobFacts) -> Step | None:
@@ -240,12 +243,24 @@ class DecisionCosts:
             spares=sum(f.stage is Stage.LINKED and f.stepping for f in facts.members.values()),
             waits=sharded,
         )
+        mixed = facts.approximation if action == "form" else None
         taken = _taken(loss)
-        if action == "form":
-            self._beyond_memory += taken in (Option.PARITY, Option.DISK, Option.FRESH)
-            self._beyond_parity += taken in (Option.DISK, Option.FRESH)
-        if action == "form" and len(after.world.members if after.world else ()) >= size > left > 0:
+        if mixed is not None:
+            stale, taken = mixed.way is Option.STALE_SHARD, mixed.way
+            loss = replace(
+                loss,
+                lost=min(size - 1, len(mixed.lost) or 1),
+                allow_approximate=True,
+                stale_steps=mixed.age if stale else None,
+                neighbours_alive=not stale,
+            )
+        elif (
+            action == "form" and len(after.world.members if after.world else ()) >= size > left > 0
+        ):
             taken = Option.WAIT if not loss.spares else Option.SPARE
+        if action == "form":
+            self._beyond_memory += taken in BEYOND_MEMORY
+            self._beyond_parity += taken in BEYOND_PARITY
         costs = self.costs
         told = choose(loss, costs).to_json() | {"measured": sorted(costs.measured)}
         if sharded and left and action != "form":

@@ -142,6 +142,7 @@ class _Bar:
             generation=view.generation,
         )
         stories = [Text(story.sentence()) for story in view.stories[-_STORIES_SHOWN:]]
+        stories += [Text(sentence, style="yellow") for sentence in view.approximate]
         self._live.update(Group(self._progress, *stories), refresh=True)
 
 
@@ -151,7 +152,7 @@ class _Lines:
     def __init__(self, console: Console, title: str, steps: int | None) -> None:
         self._console, self._title, self._steps = console, title, steps
         self._every = max(1, (steps or 1000) // 10)
-        self._told = 0
+        self._told = self._approximate = 0
 
     def __enter__(self) -> Self:
         return self
@@ -164,6 +165,9 @@ class _Lines:
             self._print(story.sentence())
 
     def show(self, view: RunView) -> None:
+        for sentence in view.approximate[self._approximate :]:
+            self._print(sentence)
+        self._approximate = len(view.approximate)
         if view.step // self._every > self._told // self._every:
             self._told = view.step
             of = f" of {self._steps}" if self._steps else ""

@@ -52,7 +52,9 @@ class ReplacementWait:
         if not left or not lost or not all(_can_wait(f) for f in left):
             return "", []
         # With no snapshot of all shards there is nothing to go on from, sooner or later.
-        if not facts.snapshots or _standing_by(plan, facts) >= lost:
+        if not facts.snapshots or facts.approximation is not None:
+            return "", []
+        if _standing_by(plan, facts) >= lost:
             return "", []
         if (self._halted, self._left) != (plan.halted, len(left)):
             # One more that dies meanwhile is judged anew, and waited for no longer.

@@ -33,7 +33,8 @@ def render(
     view = RunView()
     for event in events:
         view.feed(event)
-    stories = "".join(f"<li>{escape(story.sentence())}</li>" for story in view.stories)
+    happened = [*(story.sentence() for story in view.stories), *view.approximate]
+    stories = "".join(f"<li>{escape(sentence)}</li>" for sentence in happened)
     faults = [(story.step, story.what) for story in view.stories]
     rows = "".join(
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ftkit.core.verdict import EVICT
+from ftkit.launch.approximate_story import told
 
 _STRUCK = {
     "kill": "killed by SIGKILL",
@@ -78,6 +79,8 @@ class RunView:
     joining: dict[int, int] = field(default_factory=dict)
     """Seat to the member that is starting there."""
     stories: list[Story] = field(default_factory=list)
+    approximate: list[str] = field(default_factory=list)
+    """What of the state is not what an undisturbed run would have, in sentences."""
     ended: bool = False
     outcome: str | None = None
     reason: str = ""
@@ -97,6 +100,7 @@ class RunView:
             "generation": self.generation,
             "ended": self.ended,
             "incidents": [story.sentence() for story in self.stories],
+            "approximate": self.approximate,
         } | ({"checkpoints": self.saves} if self.saves else {})
 
     def feed(self, event: Mapping[str, Any]) -> Story | None:
@@ -125,6 +129,8 @@ class RunView:
                 return self._commit(mono, event)
             case "resume":
                 self.generation = max(self.generation, int(event["generation"]))
+            case "approximate":
+                self.approximate.append(told(event))
             case "drill":
                 return self._drill(mono, event)
             case "exit":

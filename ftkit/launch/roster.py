@@ -20,7 +20,7 @@ from ftkit.launch.examiner import Patient
 from ftkit.launch.memory_watch import MemoryWatch
 from ftkit.launch.metrics import Metrics
 from ftkit.launch.ranks import RankProcess, Starter
-from ftkit.recovery.facts import ALIVE, MemberFacts, Stage
+from ftkit.recovery.facts import ALIVE, Allowed, MemberFacts, Stage
 from ftkit.recovery.plan import Assignment
 
 logger = logging.getLogger(__name__)
@@ -257,6 +257,7 @@ class Roster:
             cut=frozenset(MemberId(int(m)) for m in message["cut"]),
             stepping=bool(message["stepping"]),
             sharded=bool(message["sharded"]),
+            allowed=Allowed(message["allowed"]),
         )
 
     def send(self, member: MemberId, message: dict[str, object]) -> None:

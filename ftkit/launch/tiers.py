@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ftkit.checkpoint.serve import ArenaServer
@@ -13,6 +14,7 @@ from ftkit.detection.signals import IoSeen
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig
 from ftkit.launch.ending import UNTOLD_S, limit_s
+from ftkit.launch.keeper import Keeper
 from ftkit.launch.parity import ParityTier
 from ftkit.launch.traffic import TrafficGate
 from ftkit.recovery.plan import Mode, Plan, Stop
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 class Tiers:
     """The byte server, parity and the persister of one agent, over its arenas.
 
-    Of the agent's thread; each of the three has threads of its own.
+    Of the agent's thread; each of the three has threads of its own, and so has the keeper of older
+    copies, where a job allows approximate recovery.
     """
 
     def __init__(
@@ -70,7 +73,21 @@ class Tiers:
             host=host,
             operations=self._parity.operations if self._parity else {},
         )
+        self._keeper: Keeper | None = None
+        self._make_keeper = partial(
+            Keeper,
+            JobId(config.job),
+            node,
+            secret,
+            arenas.directory,
+            trace,
+            host=host,
+            changed=changed,
+            gate=self._gate,
+        )
         self._persister = _persister(config, node, secret, trace, changed, self._gate)
+        self._servers: dict[NodeId, tuple[str, int]] = {}
+        """Where nodes that have ranks serve their arenas."""
         self._over = False
         """Whether the coordinator waits for no checkpoint any more."""
 
@@ -79,9 +96,23 @@ class Tiers:
         if self._parity is not None:
             self._parity.start()
 
+    def keep_others(self) -> None:
+        """The job allows approximate recovery: keep an older copy of another node's shards."""
+        if self._keeper is None:
+            self._keeper = self._make_keeper()
+            self._keeper.take(self._servers)
+
     def take(self, plan: Plan, message: Mapping[str, Any]) -> None:
         """Take the newest plan, and the rest of the coordinator's message. Does not block."""
         stores = dict(message.get("stores", {}))
+        with_ranks = {s.node for s in plan.seats}
+        self._servers = {
+            NodeId(int(n)): (str(a[0]), int(a[1]))
+            for n, a in stores.items()
+            if int(n) in with_ranks
+        }
+        if self._keeper is not None:
+            self._keeper.take(self._servers)
         if self._gate is not None:
             self._gate.set_open(plan.mode is not Mode.RUNNING)
         if self._persister is not None:
@@ -96,6 +127,7 @@ class Tiers:
         return {
             "copies": copies if self._parity is None else self._parity.good(copies),
             "parity": None if self._parity is None else self._parity.report(),
+            "kept": self._keeper and self._keeper.report(),
             "store": list(self._server.address),
             "persister": self._persister and self._persister.report().to_json(),
         }
@@ -143,6 +175,8 @@ class Tiers:
         """End it all. Safe to call twice."""
         if self._persister is not None:
             self._persister.close()
+        if self._keeper is not None:
+            self._keeper.close()
         self._server.close()
         if self._parity is not None:
             self._parity.close()

@@ -8,10 +8,13 @@ spoken once.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step
+
+if TYPE_CHECKING:
+    from ftkit.recovery.approximation import Approximation
 
 
 class Stage(StrEnum):
@@ -33,6 +36,17 @@ class Stage(StrEnum):
     """The process exited with 0."""
     DEAD = auto()
     """The process exited otherwise."""
+
+
+class Allowed(StrEnum):
+    """Whether a script allows approximate recovery, and of which kind its state is."""
+
+    NOTHING = ""
+    """It does not."""
+    SHARDS = "shards"
+    """A part of each tensor."""
+    STAGES = "stages"
+    """Some layers of a pipeline."""
 
 
 #: Stages of a process that still runs.
@@ -69,6 +83,8 @@ class MemberFacts:
     sharded: bool = False
     """Its state is one of several shards. Once it stands still it gives up what it holds, is READY,
     and loads what the next world begins with."""
+    allowed: Allowed = Allowed.NOTHING
+    """What its script allows where state is lost."""
     host: str = ""
     port: int = 0
     pid: int = 0
@@ -105,6 +121,7 @@ class MemberFacts:
                 cut=frozenset(MemberId(int(m)) for m in value["cut"]),
                 stepping=bool(value["stepping"]),
                 sharded=bool(value["sharded"]),
+                allowed=Allowed(value["allowed"]),
                 host=str(value["host"]),
                 port=int(value["port"]),
                 pid=int(value["pid"]),
@@ -125,6 +142,10 @@ class JobFacts:
     members: Mapping[MemberId, MemberFacts]
     snapshots: frozenset[Step] = frozenset()
     """Steps that can be restored whole: at most the newest."""
+    approximation: "Approximation | None" = None
+    """What to go on from where no step can be restored whole, and the job allows that."""
+    lacking: str = ""
+    """What is lost where no step can be restored whole, and why nothing replaces it."""
     awaited: str = ""
     """What will give a newer snapshot soon; empty when nothing will."""
     dead_s: Mapping[MemberId, float] = field(default_factory=dict)

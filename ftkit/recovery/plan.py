@@ -15,6 +15,7 @@ from typing import Any
 from ftkit.core.errors import ProtocolError
 from ftkit.core.ids import Boot, Generation, MemberId, NodeId, Seat, Step, Term
 from ftkit.core.world import World
+from ftkit.recovery.approximation import Approximation
 from ftkit.recovery.partition import Cut
 
 
@@ -71,6 +72,8 @@ class Plan:
     enter it from standing still, at `step`; otherwise `world` grew by a vote."""
     step: Step = Step(0)
     """The step all members stand at when they enter generation `resumed`."""
+    approximation: Approximation | None = None
+    """Where parts of the state of `step` come from that nobody has; None where it is whole."""
     joining: World | None = None
     """The world that members switch to, by vote, at the end of a step. It stays here while
     HALTING: some may have switched already."""
@@ -115,6 +118,7 @@ class Plan:
             ],
             "world": self.world.to_json() if self.world else None,
             "resumed": [self.resumed, self.step],
+            "approximation": self.approximation and self.approximation.to_json(),
             "joining": self.joining.to_json() if self.joining else None,
             "halted": self.halted,
             "evicted": [[m, r] for m, r in self.evicted.items()],
@@ -129,6 +133,7 @@ class Plan:
         """Read what `to_json` wrote. Raises ProtocolError on anything else."""
         try:
             world, joining, stop = value["world"], value["joining"], value["stop"]
+            mixed = value["approximation"]
             return cls(
                 term=Term(int(value["term"])),
                 version=int(value["version"]),
@@ -147,6 +152,7 @@ class Plan:
                 world=None if world is None else World.from_json(world),
                 resumed=Generation(int(value["resumed"][0])),
                 step=Step(int(value["resumed"][1])),
+                approximation=None if mixed is None else Approximation.from_json(mixed),
                 joining=None if joining is None else World.from_json(joining),
                 halted=Generation(int(value["halted"])),
                 evicted={MemberId(int(m)): str(r) for m, r in value["evicted"]},

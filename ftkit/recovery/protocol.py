@@ -358,14 +358,18 @@ def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     if not ready or facts.awaited:
         return None
     seated, ready = len(ready), _chosen(plan, facts, ready)
-    step = Step(max(facts.snapshots, default=0))
+    mixed = facts.approximation
+    step = mixed.step if mixed else Step(max(facts.snapshots, default=0))
     if not step and (lost := _shards_lost(facts)):
         return _end(plan, Stop(code=exit_codes.UNRECOVERABLE, reason=lost))
     what = f"from the snapshot of step {step}" if step else "from the beginning"
+    what += f", of which {mixed.describe()}" if mixed else ""
     who = f"{seated} of {len(plan.seats)} seats are ready"
     if seated > len(ready):
         who += f", {seated - len(ready)} of them stand by"
-    return _enter(plan, ready, step, action="form", reason=f"{who}, {what}")
+    return _enter(
+        replace(plan, approximation=mixed), ready, step, action="form", reason=f"{who}, {what}"
+    )
 
 
 def _chosen(plan: Plan, facts: JobFacts, ready: list[MemberFacts]) -> list[MemberFacts]:
@@ -438,10 +442,14 @@ def _shards_lost(facts: JobFacts) -> str:
     step = max((f.at_step for f in facts.members.values()), default=Step(0))
     if step <= FIRST_SNAPSHOT_BY or not any(f.sharded for f in facts.members.values()):
         return ""
-    return (
-        f"shards of every step in memory are lost and nothing else has them; the job was in step "
-        f"{step}. Keep parity on other nodes (--parity), or checkpoints (--checkpoint-dir)"
-    )
+    lost = facts.lacking or "shards of every step in memory are lost"
+    advice = "Keep parity on other nodes (--parity), or checkpoints (--checkpoint-dir)"
+    if not any(f.allowed for f in facts.members.values()):
+        advice += (
+            "; protect(..., allow_approximate=True) lets a job go on with older or averaged values "
+            "in place of lost ones"
+        )
+    return f"{lost} and nothing else has them; the job was in step {step}. {advice}"
 
 
 def _run(plan: Plan, facts: JobFacts) -> Move | None:
@@ -615,7 +623,8 @@ def _resume(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
     reason = f"all survivors stand still; play step {step + 1} again"
     if forward:
         reason = f"step {step} was committed by some; seats {forward} roll forward to it"
-    resumed, decision = _enter(plan, survivors, step, action="resume", reason=reason)
+    whole = replace(plan, approximation=None)
+    resumed, decision = _enter(whole, survivors, step, action="resume", reason=reason)
     spare = _spares(facts, world, alive)[: max(0, facts.world_max - len(survivors))]
     if spare:
         # They are connected to all of the last world, and so to those left of it: the first vote

@@ -26,12 +26,15 @@ class Told:
     """The layers it had in the world before."""
     target: tuple[int, ...] = ()
     """Bounds that all ranks have agreed on before; empty where they are to be found."""
+    raised: tuple[int, ...] = ()
+    """Layers that learn faster, since they were averaged from others."""
 
     def pack(self) -> bytes:
         told = {
             "seconds": dict(self.seconds),
             "held": [self.held.start, self.held.stop],
             "target": self.target,
+            "raised": self.raised,
         }
         return json.dumps(told).encode()
 
@@ -44,6 +47,7 @@ class Told:
                 seconds={int(k): float(v) for k, v in told["seconds"].items()},
                 held=range(*map(int, told["held"])),
                 target=tuple(map(int, told["target"])),
+                raised=tuple(map(int, told["raised"])),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ProtocolError(f"not what a rank tells of its layers: {data[:80]!r}") from error

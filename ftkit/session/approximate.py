@@ -110,12 +110,17 @@ def rebuild_between(
     """
     _same_shape(lost, [before, after], stage)
     permit(allow_approximate, way="checkfree", stage=stage, tell=tell, norms=list(norms))
-    left, right = (n * n for n in norms)
-    share = left / (left + right) if left + right > 0 else 0.5
+    share = share_of(norms)
     for mine, one, other in zip(
         lost.parameters(), before.parameters(), after.parameters(), strict=True
     ):
         mine.copy_(share * one + (1 - share) * other)
+
+
+def share_of(norms: tuple[float, float]) -> float:
+    """How much of the mean of two neighbours is the first one's; half of it where both norms are 0."""
+    left, right = (n * n for n in norms)
+    return left / (left + right) if left + right > 0 else 0.5
 
 
 @torch.no_grad()

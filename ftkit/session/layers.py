@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ftkit.collectives.group import Group
+from ftkit.collectives.staged import StageReducer
 from ftkit.core.trace import Trace
 from ftkit.recovery.data_cursor import derive
 from ftkit.recovery.stages import Told, agree
@@ -33,6 +34,12 @@ class Layers:
         self._modules: dict[int, nn.Module] = {}
         self.on_gpu = False
         """Whether a layer ran on one: what was measured is then how long it took to launch."""
+        self.raised = set[int]()
+        """Layers that were averaged once: they learn a little faster (`approximate.LR_RAISE`)."""
+        self.norm_wanted = False
+        """Whether `grad_norm` is looked at."""
+        self.grad_norm: float | None = None
+        """Of this stage at its last step; None where nobody looks at it, or before the first."""
         self.target: tuple[int, ...] | None = None
         """While layers move in the same world: the cut that all ranks have agreed on."""
         self.on_cut: Callable[[Sequence[int]], None] | None = None
@@ -59,12 +66,21 @@ class Layers:
         for told in costs:
             self._heard.update(told)
 
+    def look(self, reducer: object) -> None:
+        """The gradients of this stage are there: note what is wanted of them."""
+        if self.norm_wanted and isinstance(reducer, StageReducer):
+            self.grad_norm = reducer.grad_norm
+
     def cut(self, costs: list[float]) -> tuple[int, ...]:
         """Agree with all ranks which layers each holds. Blocks. As `Session.cut`."""
         mine = Told(
-            seconds={**self._heard, **self.seconds}, held=self._held, target=self.target or ()
+            seconds={**self._heard, **self.seconds},
+            held=self._held,
+            target=self.target or (),
+            raised=tuple(sorted(self.raised)),
         )
         told = [Told.unpack(one) for one in self._group.exchange(mine.pack()).wait()]
+        self.raised.update(*(one.raised for one in told))
         agreed = agree(costs, told, seats=self._seats)
         bounds, rank = agreed.cut.bounds, self._group.rank
         self._trace.event(

@@ -15,7 +15,8 @@ from ftkit.core.errors import JobStopped, ProtocolError
 from ftkit.core.ids import Generation, MemberId, Step
 from ftkit.core.trace import Trace
 from ftkit.core.world import World
-from ftkit.recovery.facts import Stage
+from ftkit.recovery.approximation import Approximation
+from ftkit.recovery.facts import Allowed, Stage
 from ftkit.recovery.member import Duty, Standing, react
 from ftkit.recovery.plan import Mode, Plan
 
@@ -40,6 +41,8 @@ class Entry:
     step: Step
     admitted: bool
     """By a vote of its members (a newcomer), rather than from standing still."""
+    approximation: Approximation | None = None
+    """Where parts of the state of `step` come from that nobody has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,7 @@ class Membership:
         self._cut: frozenset[MemberId] = frozenset()
         self._stepping = False
         self._sharded = False
+        self._allowed = Allowed.NOTHING
         self._admission: Entry | None = None
         self._prepared: World | None = None
         self._linked: World | None = None
@@ -169,14 +173,17 @@ class Membership:
             self._raise_if_stopped()
             return self._plan
 
-    def ready(self, *, stepping: bool, sharded: bool = False) -> None:
+    def ready(
+        self, *, stepping: bool, sharded: bool = False, allowed: Allowed = Allowed.NOTHING
+    ) -> None:
         """Be counted when a world is formed; `stepping` once the step loop has begun.
 
         `sharded`: no rank's state is of use without the others'. Then this rank gives its own up
-        when its world ends, and the next one begins from snapshots.
+        when its world ends, and the next one begins from snapshots. `allowed`: of approximations,
+        where these have lost some.
         """
         with self._changed:
-            self._stepping, self._sharded = stepping, sharded
+            self._stepping, self._sharded, self._allowed = stepping, sharded, allowed
             if self._me.stage is Stage.STARTING:
                 self._me = replace(self._me, stage=Stage.READY)
                 self._heed()
@@ -198,7 +205,7 @@ class Membership:
                     return admission
                 duty, world = react(self._me, self._plan)
                 if duty is Duty.RESUME and world is not None:
-                    return Entry(world, self._plan.step, False)
+                    return Entry(world, self._plan.step, False, self._plan.approximation)
                 if duty is Duty.LINK and world is not None:
                     # Before its step loop a newcomer would keep the others waiting: it sets
                     # up alone.
@@ -402,6 +409,7 @@ class Membership:
                 "cut": sorted(self._cut),
                 "stepping": self._stepping,
                 "sharded": self._sharded,
+                "allowed": self._allowed.value,
             }
         )
 

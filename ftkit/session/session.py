@@ -33,6 +33,7 @@ from ftkit.session.layers import Layers
 from ftkit.session.loop import Loop
 from ftkit.session.numbers import OnNaN
 from ftkit.session.parts import Parts
+from ftkit.session.raised_rate import raise_rate
 from ftkit.session.replicas import OnDiverged
 from ftkit.session.role import of_mesh
 from ftkit.session.scaled import Scaled
@@ -59,6 +60,7 @@ class Session:
         self._builder: Builder | None = None
         self._layers: Layers | None = None
         self._recut = True
+        self._allow_approximate = False
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._digest_of_all: str | None = None
         self._consistency = Consistency.BITWISE
@@ -161,6 +163,7 @@ class Session:
         shards: int | None = None,
         stages: bool = False,
         recut: bool = True,
+        allow_approximate: bool = False,
         consistency: str = "bitwise",
         device: str | None = None,
         **extra: object,
@@ -189,6 +192,9 @@ class Session:
           recut: with `stages`: whether layers move between ranks while the job trains, once measured
             times show that another cut pays. `build` is called again then, in a world that has not
             changed; the bits stay the same.
+          allow_approximate: with `build`: whether the job may go on where part of its state is lost beyond
+            memory and parity, with older or averaged values in its place; always told, never
+            silent: docs/approximate.md.
           consistency: "bitwise" promises the undisturbed run's bits and refuses what would make them
             depend on the world; "scaled" the same samples, random numbers and weights, in
             micro-batches that are resized, equal but for rounding; "best_effort", with
@@ -203,7 +209,7 @@ class Session:
         if self._snapshots is not None:
             raise UsageError("session.protect() may be called once")
         self._consistency = Consistency.of(consistency)
-        self._recut = recut
+        self._recut, self._allow_approximate = recut, allow_approximate
         if build is not None:
             if model != () or optimizer != () or scheduler is not None:
                 raise UsageError(
@@ -216,8 +222,11 @@ class Session:
                 extra,
             )
             return
-        if shards is not None or device is not None or stages:
-            raise UsageError("shards=, stages= and device= go with build=")
+        if shards is not None or device is not None or stages or allow_approximate:
+            raise UsageError(
+                "shards=, stages=, device= and allow_approximate= go with build=: of a model that "
+                "every rank holds whole nothing is lost while one lives"
+            )
         if self._consistency is Consistency.BEST_EFFORT:
             raise UsageError(
                 'consistency="best_effort" goes with build=: of a model that every rank holds whole '
@@ -259,6 +268,7 @@ class Session:
         )
         if builder.stages:
             self._layers = Layers(self._parts.group, self.trace, self.seats)
+            self._layers.norm_wanted = self._allow_approximate
         self._watch_optimizers()
 
     def _rebuild(self, world: World) -> None:
@@ -271,6 +281,8 @@ class Session:
         self._builder.make(world)
         model, optimizer = self.model, self.optimizer
         self._modules = [model]
+        if self._layers is not None and self._allow_approximate:
+            raise_rate(model, optimizer, self._layers.raised)
         self._snapshots.adopt(model, optimizer, self._builder.scheduler)
         self._loop.adopt(model, self._builder.scheduler)
         self._optimizers.clear()
@@ -533,7 +545,11 @@ class Session:
             warm_up()
         build = None if self._builder is None else self._rebuild
         self._worlds.begin_stepping(
-            lambda: loop.modules, loop.snapshots, build, stages=self._layers is not None
+            lambda: loop.modules,
+            loop.snapshots,
+            build,
+            layers=self._layers,
+            allow_approximate=self._allow_approximate,
         )
         while True:
             self._worlds.settle()

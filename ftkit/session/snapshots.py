@@ -26,6 +26,7 @@ from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.restore import Restored, RestorePlan, execute, look_ahead, plan
 from ftkit.checkpoint.restore_shards import (
     Incomplete,
+    Patch,
     ShardsRestored,
     restore_shards,
     whole_layout,
@@ -316,13 +317,15 @@ class Snapshots:
         *,
         admitted: bool,
         near: Sequence[BoxSource] = (),
+        patch: Patch | None = None,
     ) -> None:
         """Load the state of `step` from the nearest arenas that hold it, or from disk.
 
         Blocks until the peers have sealed it, which takes them as long as a forward pass. Peers
         that let this rank in (`admitted`) hold it; otherwise a new world begins, and where no
         arena has the step, a checkpoint has. Parts that turn out to be damaged are struck from
-        this node's arenas. Of sharded state `near` holds some of `step` already.
+        this node's arenas. Of sharded state `near` holds some of `step` already, and `patch` makes
+        up for what nobody holds.
 
         Raises:
           GenerationAborted: `world` ended meanwhile.
@@ -342,7 +345,7 @@ class Snapshots:
                 raise GenerationAborted(f"generation {world.generation} ended during a restore")
             try:
                 if self._sharded:
-                    self._load_shards(step, world, near)
+                    self._load_shards(step, world, near, patch)
                     return
                 done = execute(
                     self._plan(step), self._state, secret=bytes.fromhex(self._env.secret)
@@ -371,7 +374,9 @@ class Snapshots:
             )
             return
 
-    def _load_shards(self, step: Step, world: World, near: Sequence[BoxSource]) -> None:
+    def _load_shards(
+        self, step: Step, world: World, near: Sequence[BoxSource], patch: Patch | None
+    ) -> None:
         """Load what this rank holds in `world`, as `restore_shards`. IntegrityError: it cannot."""
         assert self._env is not None, "asked by a member of a job"
         done = restore_shards(
@@ -384,6 +389,7 @@ class Snapshots:
             secret=bytes.fromhex(self._env.secret),
             stages=self._stages,
             near=near,
+            patch=patch,
         )
         self.loaded = done
         self._layout, self._complete = done.layout, step
@@ -395,6 +401,7 @@ class Snapshots:
             seconds=done.seconds,
             bytes=done.bytes,
             moved=done.moved,
+            **({} if patch is None else {"approximate": done.patched}),
         )
 
     def give_up(self) -> None:

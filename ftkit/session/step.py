@@ -443,6 +443,7 @@ class Step:
         self._parts.injector.at(Point.BACKWARD, self._number, last=True)
         self._digest = self._loop.reducer.finish(held=self._loop.slots)
         self._slot = None
+        self._loop.layers.look(self._loop.reducer)
         self._loop.numbers.weigh(1)
         self._parts.recorder.phase(Phase.FORWARD)
 

@@ -24,8 +24,11 @@ from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
+from ftkit.recovery.facts import Allowed
+from ftkit.session.layers import Layers
 from ftkit.session.membership import Entry, GiveUp, Link, admission
 from ftkit.session.parts import Parts
+from ftkit.session.patch import patch_of
 from ftkit.session.snapshots import Snapshots
 
 #: Before a newcomer looks again for a world whose members it can reach.
@@ -40,7 +43,7 @@ class Worlds:
         self._modules: Callable[[], Sequence[torch.nn.Module]] = tuple
         self._snapshots: Snapshots | None = None
         self._build: Callable[[World], None] | None = None
-        self._stages = False
+        self._layers: Layers | None = None
         self._looked_ahead = False
         self._began = 0.0
         """When this rank began to build and load for the present cut of the state."""
@@ -55,7 +58,8 @@ class Worlds:
         snapshots: Snapshots,
         build: Callable[[World], None] | None = None,
         *,
-        stages: bool = False,
+        layers: Layers | None = None,
+        allow_approximate: bool = False,
     ) -> None:
         """From here on entering a world means to hold its state.
 
@@ -66,12 +70,16 @@ class Worlds:
           modules: gives what is trained.
           snapshots: where state is kept.
           build: makes the sharded model of a world; None where every rank holds all of it.
-          stages: every rank holds other tensors.
+          layers: of a pipeline, of which every rank holds other tensors.
+          allow_approximate: whether lost shards may be replaced by what is not the same.
         """
         self._modules, self._snapshots, self._build = modules, snapshots, build
-        self._stages = stages
+        self._layers = layers
         membership = self._parts.membership
-        membership.ready(stepping=True, sharded=build is not None)
+        allowed = Allowed.NOTHING
+        if allow_approximate:
+            allowed = Allowed.SHARDS if layers is None else Allowed.STAGES
+        membership.ready(stepping=True, sharded=build is not None, allowed=allowed)
         self._began = time.monotonic()
         if membership.active and membership.step == 0:
             try:
@@ -211,7 +219,12 @@ class Worlds:
             if step == 0:
                 self._share_initial_state()
             else:
-                self._snapshots.restore(step, world, parts.membership, admitted=entry.admitted)
+                patch = None
+                if entry.approximation is not None:
+                    patch = patch_of(entry.approximation, parts, self._layers)
+                self._snapshots.restore(
+                    step, world, parts.membership, admitted=entry.admitted, patch=patch
+                )
             self._agree()
         except GenerationAborted:
             return
@@ -254,7 +267,7 @@ class Worlds:
     def _share_initial_state(self) -> None:
         """Everybody starts from rank 0's parameters and buffers; shards are everybody's own."""
         group = self._parts.group
-        if group.world.size == 1 or self._stages:
+        if group.world.size == 1 or self._layers is not None:
             return
         for module in self._modules():
             for tensor in [*module.parameters(), *module.buffers()]:

@@ -1,8 +1,9 @@
 """A pipeline of eight small layers, some of which take their time. For drills of stages that move.
 
-    pipeline.py STEPS MS_OF_EACH_LAYER [FOLDER]      "0,0,20,20,0,0,0,0": layers 2 and 3 sleep 20 ms a slot
+    pipeline.py STEPS MS_OF_EACH_LAYER [fixed|approximate]
 
-With FOLDER no layers move while it trains before a file `go` is there.
+"0,0,20,20,0,0,0,0": layers 2 and 3 sleep 20 ms a slot. `fixed`: no layers move while it trains; nor with
+`approximate`, which allows approximate recovery.
 """
 
 import sys
@@ -81,7 +82,10 @@ def main() -> None:
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.99**n)
         return model, optimizer, decay
 
-    session.protect(build=build, stages=True)
+    mode = sys.argv[3] if len(sys.argv) > 3 else ""
+    session.protect(
+        build=build, stages=True, recut=not mode, allow_approximate=mode == "approximate"
+    )
     for step in session.steps(Points(), slots=SLOTS, slot_size=SLOT_SIZE, until=steps):
         model: Any = session.model
         with step:

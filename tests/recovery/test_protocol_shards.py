@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 
 from ftkit.core import exit_codes
-from ftkit.core.ids import Generation, MemberId, NodeId, Step
-from ftkit.recovery.facts import Stage
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.recovery.approximation import Approximation
+from ftkit.recovery.facts import Allowed, Stage
 from ftkit.recovery.plan import Mode
+from ftkit.recovery.policy import Option
 from tests.recovery.stories import Story
 
 SHARDED: dict[str, Any] = {"sharded": True, "stepping": True}
@@ -125,3 +127,40 @@ def test_after_the_loss_of_all_every_seat_is_waited_for() -> None:
     story.says(5, Stage.READY, seat=2, generation=Generation(1))
     assert story.moves() == ["form"]
     assert (story.world, story.plan.step) == ([3, 4, 5], 8)
+
+
+def without_a_step(**known: Any) -> Story:
+    """Seat 0 is lost, and with it every step; two members stand ready."""
+    story = training(9)
+    story.says(0, Stage.DEAD, exit_code=-9).knows(snapshots=frozenset(), **known)
+    return given_up(story, 1, 2)
+
+
+def test_the_end_names_what_is_lost_and_the_option_that_would_go_on() -> None:
+    story = without_a_step(lacking="of step 8 the shards of seats [0] are lost")
+    assert story.moves()[-1] == "end"
+    assert story.plan.stop is not None
+    assert "the shards of seats [0] are lost" in story.plan.stop.reason
+    assert "allow_approximate=True" in story.plan.stop.reason
+    asked = without_a_step(lacking="why")
+    for member in (1, 2):
+        asked.says(member, Stage.READY, allowed=Allowed.STAGES)
+    assert asked.moves()[-1] == "end"
+    assert asked.plan.stop is not None
+    assert "allow_approximate" not in asked.plan.stop.reason, "it was given"
+
+
+def test_a_world_is_told_what_its_state_is_made_of_and_the_next_one_is_not() -> None:
+    mixed = Approximation(
+        way=Option.CHECKFREE, step=Step(8), generation=Generation(1),
+        seats=tuple(map(Seat, range(3))), lost=(Seat(0),), layouts=2,
+    )  # fmt: skip
+    story = without_a_step(approximation=mixed)
+    assert story.moves()[-1] == "form"
+    assert (story.plan.step, story.plan.approximation, story.world) == (8, mixed, [1, 2])
+    story.says(1, Stage.ACTIVE, generation=Generation(2), step=Step(8))
+    story.says(2, Stage.DEAD, exit_code=-9)
+    story.knows(approximation=None, snapshots=frozenset({Step(9)}))
+    given_up(story, 1, generation=2)
+    story.moves()
+    assert (story.plan.step, story.plan.approximation) == (9, None)
