@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         params = params_of(job.run(folder / "reference"))
         losses, problems = list[Loss](), list[str]()
         for run in range(options.runs):
-            events = job.run(folder / f"loss-{run}", faults=[_fault(rng)])
+            events = job.run(folder / f"loss-{run}", faults=[fault(rng)])
             if params_of(events) != params:
                 problems.append(f"run {run} ended with other parameters than the undisturbed one")
             losses.append(read_loss(events))
@@ -247,7 +247,7 @@ def _rows(count: int, parts: int, part: int) -> range:
     return range(min(part * size, count), min((part + 1) * size, count))
 
 
-def _fault(rng: random.Random) -> PlannedFault:
+def fault(rng: random.Random) -> PlannedFault:
     """The last seat is lost, so that the shards of the others move as little as can be said."""
     seat = RANKS - 1
     point = rng.choice([Point.FORWARD, Point.BACKWARD, Point.ALL_REDUCE, Point.OPTIMIZER])

@@ -13,18 +13,20 @@ if TYPE_CHECKING:
     from ftkit.core.errors import UsageError as UsageError
     from ftkit.session import Session as Session
     from ftkit.session import init as init
+    from ftkit.session.zero import ZeroOptimizer as ZeroOptimizer
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "init": "ftkit.session",
     "Session": "ftkit.session",
+    "ZeroOptimizer": "ftkit.session.zero",
     "FtkitError": "ftkit.core.errors",
     "JobFault": "ftkit.core.errors",
     "UsageError": "ftkit.core.errors",
 }
 
-__all__ = ["FtkitError", "JobFault", "Session", "UsageError", "init"]
+__all__ = ["FtkitError", "JobFault", "Session", "UsageError", "ZeroOptimizer", "init"]
 
 
 def __getattr__(name: str) -> object:

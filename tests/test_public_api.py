@@ -29,7 +29,9 @@ def imported_by(code: str) -> set[str]:
 
 
 def test_the_public_names() -> None:
-    assert sorted(ftkit.__all__) == ["FtkitError", "JobFault", "Session", "UsageError", "init"]
+    assert sorted(ftkit.__all__) == [
+        "FtkitError", "JobFault", "Session", "UsageError", "ZeroOptimizer", "init",
+    ]  # fmt: skip
     assert set(ftkit._WHERE) == set(ftkit.__all__)
     for name in ftkit.__all__:
         assert getattr(ftkit, name).__name__ == name

@@ -15,7 +15,6 @@ import torch
 from ftkit.checkpoint.box import Box, TensorBox
 from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.reshard import Holdings, check_names
-from ftkit.checkpoint.shards import boxes_of
 from ftkit.checkpoint.state import ProtectedState, bytes_of
 from ftkit.core.errors import IntegrityError, StateChanged, WireError
 from ftkit.core.ids import Seat
@@ -98,7 +97,7 @@ def load_state(
     boxes = [
         (TensorBox(name, *held[name], box), view)
         for name, tensor in tensors.items()
-        for box, view in boxes_of(name, tensor)
+        for box, view in targets.boxes(name, tensor)
     ]
     with torch.no_grad():
         report = _Reader(sources, holdings, per_seat).read(boxes)

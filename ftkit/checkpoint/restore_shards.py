@@ -148,7 +148,7 @@ def restore_shards(
         sources, of = list[SnapshotSource](), list[Copy]()
         for copy, server in copies:
             with suppress(WireError, OSError, IntegrityError):
-                sources.append(opened.enter_context(_source(copy, server, secret, timeout_s)))
+                sources.append(opened.enter_context(open_copy(copy, server, secret, timeout_s)))
                 of.append(copy)
         if not sources:
             raise IntegrityError(f"none of {len(copies)} parts of step {step} can be read")
@@ -207,9 +207,15 @@ def with_older(
 
 
 @contextmanager
-def _source(
+def open_copy(
     copy: Copy, server: Address | None, secret: bytes, timeout_s: float
 ) -> Iterator[SnapshotSource]:
+    """Read a part from its arena here, or through a byte server; struck here if it is damaged.
+
+    Raises:
+      IntegrityError: it is not there, or its head is damaged.
+      WireError, OSError: it cannot be reached.
+    """
     path = Path(copy.path)
     if server is not None:
         with fetch(

@@ -136,7 +136,7 @@ class Shadow:
         self._trained = [m for m in self.moving if m.group >= 0]
         if any(m.group >= len(optimizer.param_groups) for m in self._trained):
             raise ProtocolError(f"the optimizer has {len(optimizer.param_groups)} groups")
-        self._twin = _twin(optimizer)
+        self._twin = twin_of(optimizer)
         for m in self._trained:
             self._twin.param_groups[m.group]["params"].append(self.tensors[m.name])
         self._own = set(self.tensors)
@@ -228,7 +228,7 @@ def fill(tensor: torch.Tensor, data: memoryview) -> None:
             tensor.copy_(host.view(tensor.shape))
 
 
-def _twin(optimizer: Optimizer) -> Optimizer:
+def twin_of(optimizer: Optimizer) -> Optimizer:
     """Another optimizer of the same kind and groups, without parameters, state or hooks."""
     twin: Optimizer = object.__new__(type(optimizer))
     own: Mapping[str, Any] = {k: v for k, v in vars(optimizer).items() if k != "step"}

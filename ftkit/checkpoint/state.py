@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ftkit.checkpoint.box import TensorBox
 from ftkit.checkpoint.chunks import scatter
+from ftkit.checkpoint.cut_walk import CutOptimizer, CutWalk, of_rows
 from ftkit.checkpoint.layout import SMALL_BYTES, StateLayout
 from ftkit.checkpoint.plain import encode
 from ftkit.checkpoint.shards import boxes_of, is_dtensor
@@ -94,7 +95,8 @@ class ProtectedState:
                 case nn.Module():
                     self._modules[name] = value
                 case Optimizer():
-                    self._optimizers.append(OptimizerWalk(name, value, self._name_of))
+                    walk = CutWalk if isinstance(value, CutOptimizer) else OptimizerWalk
+                    self._optimizers.append(walk(name, value, self._name_of))
                 case Stateful():
                     self._others[name] = value
                 case _:
@@ -159,6 +161,10 @@ class ProtectedState:
         self._fixed = None if loose else (self._layout, live)
         return Picture(self._layout, live, small)
 
+    def look_again(self) -> None:
+        """Walk anew with the next picture: another part of the state is this rank's now."""
+        self._watch = None
+
     def tensors(self) -> list[torch.Tensor]:
         """The live tensors, in the order of the layout. Raises as `picture`."""
         return [item.tensor for item in self.picture().live]
@@ -175,6 +181,39 @@ class ProtectedState:
         own = tuple(f"{walk.name}/state/{name}/" for walk in self._optimizers for name in names)
         live = self.picture().live
         return [item for item in live if item.name in names or item.name.startswith(own)]
+
+    def whole(self, *, steady: bool = False) -> dict[str, torch.Tensor]:
+        """Parameters and buffers, by name, whatever part of them is captured here.
+
+        `steady` leaves out buffers, which may change outside the optimizer's step.
+        """
+        return {
+            full: tensor
+            for name, module in self._modules.items()
+            for full, tensor, is_buffer in named_tensors(name, module)
+            if not (steady and is_buffer)
+        }
+
+    def room(self) -> StateLayout:
+        """A layout as large as any rank's, however the pieces of optimizers are divided."""
+        layout = self.picture().layout
+        boxes = [
+            box for walk in self._optimizers if isinstance(walk, CutWalk) for box in walk.room()
+        ]
+        cut = {box.name for box in boxes}
+        others = [e.signature for e in layout.entries if e.name not in cut]
+        return StateLayout.of_boxes([*boxes, *others], small_bytes=self._small_bytes)
+
+    def parameter_name(self, parameter: torch.Tensor) -> str:
+        """The full name of a protected parameter. KeyError for another tensor."""
+        name = self._name_of(parameter)
+        if name is None:
+            raise KeyError(f"a parameter of shape {tuple(parameter.shape)} is not protected")
+        return name
+
+    def optimizer_name(self, optimizer: Optimizer) -> str:
+        """What a protected optimizer is called in the names of its state."""
+        return next(walk.name for walk in self._optimizers if walk.optimizer is optimizer)
 
     def small(self) -> dict[str, Any]:
         """The small state, JSON-safe. Raises as `picture`."""
@@ -248,17 +287,17 @@ class ProtectedState:
             for tensor in module_tensors(name, module)
         ]
         self._check_parameters(live)
+        if cut := [walk for walk in self._optimizers if isinstance(walk, CutWalk)]:
+            live = list(of_rows(live, cut))
         for optimizer in self._optimizers:
-            for name, tensor in optimizer.named_tensors():
-                # They change in step() alone, as the parameters do.
-                live += live_boxes(name, tensor, early=False)
+            live += optimizer.live()
         live.sort(key=lambda item: item.key)
         self._lazy = tuple(item for item in live if not item.early)
         self._lazy_signatures = [item.signature for item in self._lazy]
         self._early = [item for item in live if item.early]
         self._watch = Watch(
             [unwrap(module) for module in self._modules.values()],
-            [walk.optimizer for walk in self._optimizers],
+            [walk.watched for walk in self._optimizers],
             [item.tensor for item in live],
         )
 

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from ftkit.checkpoint.box import Box
+from ftkit.checkpoint.cut_walk import CutWalk
 from ftkit.checkpoint.plain import decode, tensor_names
 from ftkit.checkpoint.reshard import Kind
+from ftkit.checkpoint.shards import boxes_of
 from ftkit.checkpoint.walk import OptimizerWalk, dtype_name, named_tensors
 from ftkit.core.errors import IntegrityError, StateChanged
 
@@ -104,6 +107,13 @@ class Targets:
             would be sharded.
         """
         return {name: self._target(name, *kind) for name, kind in kinds.items()}
+
+    def boxes(self, name: str, tensor: torch.Tensor) -> list[tuple[Box, torch.Tensor]]:
+        """The boxes of one of `tensors` that are to be here, each with its memory."""
+        for walk in self._optimizers:
+            if isinstance(walk, CutWalk) and walk.owns(name):
+                return walk.boxes(name, tensor)
+        return boxes_of(name, tensor)
 
     def finish(self, loaded: Mapping[str, torch.Tensor], small: Mapping[str, Any] | None) -> None:
         """Make optimizers and other objects what was saved, their tensors being filled.

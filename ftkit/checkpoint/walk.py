@@ -122,6 +122,16 @@ class OptimizerWalk:
                 if isinstance(value, torch.Tensor):
                     yield self._state_name(name, key), value
 
+    def live(self) -> Iterator[Live]:
+        """The boxes of these tensors that are here. They change in step() alone."""
+        for name, tensor in self.named_tensors():
+            yield from live_boxes(name, tensor, early=False)
+
+    @property
+    def watched(self) -> Optimizer:
+        """The optimizer in which they are."""
+        return self.optimizer
+
     def small(self, tensors: dict[str, torch.Tensor], unchanged: bool = False) -> dict[str, object]:
         """Hyperparameters, and whatever else the state holds. Nested tensors join `tensors`.
 

@@ -333,6 +333,9 @@ def drill_options(*, steps: int) -> Callable[[Any], Any]:
                 metavar="[RANKS]",
                 help="Cut the bundled job's model over all ranks (FSDP2), or over RANKS (HSDP).",
             ),
+            click.option(
+                "--zero", is_flag=True, help="Cut the bundled job's optimizer state over the ranks."
+            ),
             click.option("--script", help="Your own script in place of the bundled job."),
             click.option("--run-dir", type=click.Path(path_type=Path)),
             click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),

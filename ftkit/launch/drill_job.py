@@ -34,6 +34,8 @@ class Job:
     """k+m, as for `ftkit run`."""
     sharded: int = 0
     """Ranks over which the bundled job cuts a copy of its model: 0 for none, 1 for all."""
+    zero: bool = False
+    """Whether the bundled job cuts its optimizer's state over the ranks."""
     stages: bool = False
     """Whether the bundled job is a pipeline."""
     spares: int = 0
@@ -90,6 +92,8 @@ class Job:
             # With what depends on ranks elsewhere: random draws, and a norm over all parameters.
             sizes += [("--sharded", self.sharded), ("--dropout", 0.1), ("--clip", 1.0)]
         words = [str(word) for pair in sizes for word in pair]
+        if self.zero:
+            words += ["--zero", "--dropout", "0.1", "--clip", "1.0"]
         if self.stages:
             # A block for each stage at least, beside the embedding and the output.
             depth = str(max(4, self.world_size))

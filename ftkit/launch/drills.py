@@ -221,7 +221,7 @@ def _expected(drill: Drill, job: Job, events: list[dict[str, Any]]) -> Expectati
         corrupts=drill.fault == CORRUPT_SHARD,
         alters=drill.corruption is not None and number_drills.alters(drill.corruption),
         strikes=drill.mixed.count if drill.mixed else STRIKES.get(drill.fault, 1),
-        steps_back=SHARDS_BACK if job.sharded or job.stages else 0,
+        steps_back=SHARDS_BACK if job.sharded or job.stages or job.zero else 0,
         names=NAMES.get(drill.fault, frozenset()),
     )
 

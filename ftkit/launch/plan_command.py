@@ -151,7 +151,7 @@ def _placed(placed: Sequence[Placed], costs: Costs) -> Iterable[str]:
         yield f"  {each.name:11} {told} before training goes on{later}"
     yield (
         f"{placed[0].name.capitalize()} move fewer bytes first. FSDP2 places contiguously, and so does ftkit "
-        "for it; blocks are for state that is sharded by itself."
+        "for it; blocks are for optimizer state that is cut by itself (ftkit.ZeroOptimizer)."
     )
 
 

@@ -8,7 +8,8 @@ training. Contiguous shards move a quarter to a half of the whole state instead.
 
 After k losses survivors own N (N - 1) / (N - k) blocks each, as evenly as whole blocks allow. FSDP2
 cannot hold its parameters so, as its rank r must hold chunk r of each: ftkit's sharded jobs are
-contiguous, and `ftkit plan` shows what that costs against blocks.
+contiguous, and `ftkit plan` shows what that costs against blocks. The state of an optimizer that
+is cut by itself lies in blocks (`promotion`).
 """
 
 from collections.abc import Iterable, Mapping

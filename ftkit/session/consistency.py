@@ -66,6 +66,13 @@ def refusal(
     return f'{reasons[0]}; or {accept} protect(..., consistency="{other}")'
 
 
+def cut_refusal(models: Iterable[nn.Module], optimizers: Iterable[Optimizer]) -> str:
+    """Why these cannot be the inside of a ZeroOptimizer; empty if they can."""
+    modules = list(models)
+    reasons = (breaks_bits(module, optimizer) for optimizer in optimizers for module in modules)
+    return next(filter(None, reasons), "")
+
+
 def _looks_around(optimizer: Optimizer) -> str:
     kind = type(optimizer)
     if kind.__module__.startswith("torch.optim") and not isinstance(optimizer, _ELEMENTWISE):

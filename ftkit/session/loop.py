@@ -11,7 +11,7 @@ from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.sharded import ShardedReducer, assign_rounds
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.staged import StageReducer
-from ftkit.core.errors import NotDeterministic, StateChanged, UsageError
+from ftkit.core.errors import NotDeterministic, StateChanged, StepRolledBack, UsageError
 from ftkit.core.ids import Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.recovery.micro_batches import Together, rounds, together
@@ -62,6 +62,8 @@ class Loop:
     """Whether gradients and losses are divided by the number of slots, or summed."""
     rebalance: bool = False
     """Whether ranks hold as many slots as they are fast."""
+    divided: bool = False
+    """Whether the state of an optimizer is divided among the ranks."""
     scaled: Scaled | None = None
     """Where micro-batches are resized."""
     shares: Shares = field(init=False)
@@ -176,6 +178,19 @@ class Loop:
         if self.scaled is None:
             return self.slots
         return world_size * len(rounds(self.slots, world_size, 0, self.scaled.most))
+
+    def complete(self) -> None:
+        """Enter the next world in the middle of a step that counts: rows of it are missing here.
+
+        Raises:
+          StepRolledBack: a part of its state was lost, and what snapshots have is loaded.
+        """
+        step, restores = self.current, self.snapshots.restores
+        assert step is not None, "protected optimizers step inside `with step:`"
+        self.worlds.settle(in_step=True)
+        if self.snapshots.restores != restores:
+            step.undo()
+            raise StepRolledBack(f"a part of the state of step {step.index} was lost")
 
     def check_parameters(self) -> None:
         """Raise StateChanged when parameters came or went since the loop began."""

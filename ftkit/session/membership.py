@@ -226,6 +226,21 @@ class Membership:
                 self._heed()
                 self._say()
 
+    def forsake(self, generation: Generation, reason: str) -> None:
+        """This rank's state is of no use any more: a part of it went with others. It ends `generation`.
+
+        Once all are so, the next world begins from snapshots.
+        """
+        with self._changed:
+            self._step, self._voted = None, False
+            if self._me.stage is Stage.ACTIVE and self._me.generation == generation:
+                self._halt(generation, reason, frozenset())
+            elif self._me.stage is Stage.HALTED:
+                self._me = replace(self._me, stage=Stage.READY)
+                self._heed()
+                self._say()
+            self._changed.notify_all()
+
     def linked(self, world: World) -> None:
         """This newcomer is connected to every member of `world`."""
         with self._changed:

@@ -25,9 +25,10 @@ from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
 from ftkit.recovery.clocks import ClockGovernor
+from ftkit.session.blocks import Blocks
 from ftkit.session.builder import Build, Builder
 from ftkit.session.clock import Clock
-from ftkit.session.consistency import Consistency, refusal
+from ftkit.session.consistency import Consistency, cut_refusal, refusal
 from ftkit.session.feed import Feed, LoaderFeed, MapStyle, feed_of
 from ftkit.session.layers import Layers
 from ftkit.session.loop import Loop
@@ -44,6 +45,7 @@ from ftkit.session.step import Step
 from ftkit.session.verify import Verification, verify
 from ftkit.session.warm_up import warm_up
 from ftkit.session.worlds import Worlds
+from ftkit.session.zero import ZeroOptimizer
 
 
 class Session:
@@ -59,6 +61,7 @@ class Session:
         self._loop: Loop | None = None
         self._builder: Builder | None = None
         self._layers: Layers | None = None
+        self._blocks: Blocks | None = None
         self._recut = True
         self._allow_approximate = False
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -177,7 +180,8 @@ class Session:
           model: one module or several. A DistributedDataParallel keeps its forward pass;
             its gradients are reduced by this session instead, slot by slot.
           optimizer: one optimizer or several; every parameter of the model that requires
-            gradients is reduced, whichever optimizer holds it.
+            gradients is reduced, whichever optimizer holds it. A `ftkit.ZeroOptimizer` holds a part
+            of its state on each rank: docs/sharded.md.
           scheduler: anything with `state_dict` and `load_state_dict`, one or several. Step it
             inside `with step:`, after the optimizer; one stepped outside is warned of.
           build: called with the mesh of the world as the step loop begins and whenever the world, or
@@ -238,7 +242,11 @@ class Session:
         )
         if not self._modules or not optimizers:
             raise UsageError("protect needs model= and optimizer=, or build= for a sharded model")
-        if reason := refusal(self._consistency, self._modules, optimizers, sharded=False):
+        zero = [o for o in optimizers if isinstance(o, ZeroOptimizer)]
+        if len(zero) > 1:
+            raise UsageError("protect takes one ZeroOptimizer: give it groups of parameters")
+        reason = refusal(self._consistency, self._modules, optimizers, sharded=False)
+        if reason := reason or cut_refusal(self._modules, [o.inner for o in zero]):
             raise UsageError(reason)
         for module in self._modules:
             if isinstance(module, DistributedDataParallel):
@@ -252,6 +260,9 @@ class Session:
             extra=extra,
             parts=self._parts,
         )
+        if zero:
+            self._blocks = Blocks(zero[0], self._parts, self._snapshots)
+            self._snapshots.divide(self._blocks)
         self._schedulers = Schedulers(scheduler)
         self._optimizers.update(optimizers)
         self._watch_optimizers()
@@ -409,7 +420,10 @@ class Session:
             recut=self._recut,
             rebalance=rebalance,
             scaled=Scaled(feed, most=most, seed=seed, mean=mean) if scaled else None,
+            divided=self._blocks is not None,
         )
+        if self._blocks is not None:
+            self._blocks.complete = self._loop.complete
         return self._play(self._loop)
 
     def end_steps(self) -> None:
@@ -515,6 +529,8 @@ class Session:
         if self._loop is not None and "final" not in self.trace.kinds:
             # What a drill compares with the undisturbed run, where the script says nothing.
             self.trace.event("final", params=self.digest(), loss=None, step=self.step)
+        if self._blocks is not None:
+            self._blocks.close()
         if self._snapshots is not None:
             self._snapshots.close()
         if self._loop is not None:
@@ -549,6 +565,7 @@ class Session:
             loop.snapshots,
             build,
             layers=self._layers,
+            blocks=self._blocks,
             allow_approximate=self._allow_approximate,
         )
         while True:
@@ -571,10 +588,15 @@ class Session:
 
     def _all_arrived(self, loop: Loop) -> bool:
         """Whether the loop may end: with shards, only when no rank has to play its end again."""
+        group = self._parts.group
+        if self._blocks is not None:
+            try:
+                group.barrier().wait()  # or who lacks rows of the last step would miss us
+            except GenerationAborted:
+                return False
         if self._builder is None:
             return True
         loop.snapshots.gate()
-        group = self._parts.group
         digest = shards_digest(loop.modules)
         mine = json.dumps([loop.snapshots.layout, f"{digest:x}"])
         try:

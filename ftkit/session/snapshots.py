@@ -10,8 +10,9 @@ the capture gets its further pages before it copies.
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -28,11 +29,14 @@ from ftkit.checkpoint.restore_shards import (
     Incomplete,
     Patch,
     ShardsRestored,
+    open_copy,
     restore_shards,
     whole_layout,
 )
 from ftkit.checkpoint.shadow import Owned
+from ftkit.checkpoint.sources import SnapshotSource
 from ftkit.checkpoint.state import ProtectedState
+from ftkit.checkpoint.walk import dtype_name
 from ftkit.core.errors import (
     AllPinned,
     CapacityError,
@@ -42,7 +46,7 @@ from ftkit.core.errors import (
     WireError,
 )
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat, Step
-from ftkit.core.inventory import Inventory
+from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.world import World
 from ftkit.recovery.saving import Schedule
 from ftkit.session.due import DueMark
@@ -61,6 +65,18 @@ SEALED_BEHIND = 2
 
 #: What the loader's place is called in the small state.
 _LOADER = "loader"
+
+
+class Division(Protocol):
+    """How the state of an optimizer is divided among ranks that hold the model whole."""
+
+    @property
+    def layouts(self) -> int:
+        """How many different parts of the state the ranks capture."""
+
+    @property
+    def torn(self) -> bool:
+        """Whether this rank's part is in doubt, and not to be captured."""
 
 
 class Snapshots:
@@ -87,6 +103,10 @@ class Snapshots:
         self._sharded = not model
         self._layouts: frozenset[int] = frozenset()
         """Digests of all ranks' layouts, where the state is sharded."""
+        self._division: Division | None = None
+        self._alike = 0
+        self.moved = 0
+        """Bytes loaded from arenas of other seats, in all loads."""
         self._whole: tuple[StateLayout, int] | None = None
         """A layout, and the digest of what it is a part of."""
         self._state: ProtectedState
@@ -147,6 +167,24 @@ class Snapshots:
         self._optimizers = [optimizer]
         self._layout, self._layouts = self._state.layout(), frozenset()
 
+    def divide(self, division: Division) -> None:
+        """Every rank captures a part of its own from here on, though all hold the model whole."""
+        self._division = division
+        parts = self._state.whole()
+        whole = StateLayout.of((n, dtype_name(t), tuple(t.shape)) for n, t in sorted(parts.items()))
+        self._alike = int(whole.digest, 16)
+
+    def look_again(self) -> None:
+        """This rank captures another part of the state from now on."""
+        self._state.look_again()
+
+    def names_of(
+        self, optimizer: torch.optim.Optimizer, parameter: torch.Tensor
+    ) -> tuple[str, str]:
+        """The name of a parameter in snapshots, and what the names of its state begin with."""
+        name = self._state.parameter_name(parameter)
+        return name, f"{self._state.optimizer_name(optimizer)}/state/{name}/"
+
     def agree(self, layouts: Iterable[int]) -> None:
         """These are the layouts of all ranks, in order. Ignored where all hold the same."""
         if self._sharded:
@@ -154,7 +192,12 @@ class Snapshots:
 
     @property
     def layout(self) -> int:
-        """Digest of the layout of the last step captured or restored here; 0 before the first."""
+        """Digest of the layout of the last step captured or restored here; 0 before the first.
+
+        Where ranks capture other parts of what they have alike, of what they have alike.
+        """
+        if self._division is not None:
+            return self._alike
         return int(self._layout.digest, 16) if self._layout else 0
 
     @property
@@ -192,6 +235,10 @@ class Snapshots:
                 reason = "optimizer state appeared: the ranks agree on it in the next vote"
                 self._trace.event("snapshot-skipped", step=step, reason=reason)
                 return
+        elif self._division is not None:
+            share = WHOLE
+            if self._division.torn:
+                return  # it is captured as the next world is entered
         if self._capture is None:
             self._arena = self._make_arena(self._state.picture().layout, world, share)
             self._capture = Capture(self._arena, self._state, self._trace.event)
@@ -222,7 +269,7 @@ class Snapshots:
                 step,
                 world.generation,
                 share=share,
-                layouts=len(self._layouts) or 1,
+                layouts=self._division.layouts if self._division else len(self._layouts) or 1,
                 complete=max(Step(step - SEALED_BEHIND), self._complete),
                 pins=self._due.pins(self._arena, step),
             )
@@ -234,7 +281,9 @@ class Snapshots:
     def _make_arena(self, layout: StateLayout, world: World, share: Share) -> Arena:
         """This seat's arena, with room for `layout`; the snapshots it held before are kept."""
         assert self._control is not None, "asked by a member of a job"
-        room = whole_layout(layout) if self._sharded else layout
+        room = self._state.room() if self._division else layout
+        if self._sharded:
+            room = whole_layout(layout)
         path = self._control.arena(
             room.to_json(), _replicas_after_a_loss(world), gpu_node=_gpu_node()
         )
@@ -268,6 +317,8 @@ class Snapshots:
 
         `steady` leaves out what may change outside the optimizer's step, such as buffers.
         """
+        if self._division is not None:
+            return self._state.whole(steady=steady)
         live = self._state.picture().live
         return {
             item.name: item.tensor
@@ -298,7 +349,7 @@ class Snapshots:
 
         Returns whether there was something to look at.
         """
-        if self._env is None or self._control is None:
+        if self._env is None or self._control is None or self._division is not None:
             return False
         try:
             layout = look_ahead(self._plan(None), secret=bytes.fromhex(self._env.secret))
@@ -339,12 +390,12 @@ class Snapshots:
         self._release()
         self.restores += 1
         deadline = time.monotonic() + self._env.max_stall_s
-        damaged = False
+        damaged, in_parts = False, self._sharded or self._division is not None
         while True:
             if not membership.active or membership.generation != world.generation:
                 raise GenerationAborted(f"generation {world.generation} ended during a restore")
             try:
-                if self._sharded:
+                if in_parts:
                     self._load_shards(step, world, near, patch)
                     return
                 done = execute(
@@ -353,7 +404,7 @@ class Snapshots:
             except IntegrityError as error:
                 if damaged and isinstance(error, Incomplete):
                     raise  # it was whole until we found bytes that are not what was sealed
-                damaged = damaged or (self._sharded and not isinstance(error, Incomplete))
+                damaged = damaged or (in_parts and not isinstance(error, Incomplete))
                 if time.monotonic() > deadline:
                     raise IntegrityError(str(error)) from error
                 logger.debug("step %s is not there yet: %s", step, error)
@@ -392,6 +443,7 @@ class Snapshots:
             patch=patch,
         )
         self.loaded = done
+        self.moved += done.moved
         self._layout, self._complete = done.layout, step
         self._trace.event(
             "restore",
@@ -484,6 +536,22 @@ class Snapshots:
                 except WireError as error:
                     logger.debug("node %s does not answer: %s", other, error)
         return Inventory(copies=tuple(copies))
+
+    def copies_of(self, seat: Seat, node: NodeId) -> list[Copy]:
+        """What the arena of a seat on a node holds. Any thread; WireError: its node does not answer."""
+        assert self._env is not None, "asked by a member of a job"
+        if node == self._env.node:
+            found = local_copies(JobId(self._env.job), Path(self._env.shm_dir), node)
+        else:
+            address = self._servers().get(node)
+            found = list_copies(address, bytes.fromhex(self._env.secret), node) if address else []
+        return [copy for copy in found if copy.seat == seat]
+
+    def opened(self, copy: Copy) -> AbstractContextManager[SnapshotSource]:
+        """A copy to read from. Any thread; raises as `open_copy`."""
+        assert self._env is not None, "asked by a member of a job"
+        server = None if copy.node == self._env.node else self._servers()[copy.node]
+        return open_copy(copy, server, bytes.fromhex(self._env.secret), 10.0)
 
     def _servers(self) -> dict[NodeId, tuple[str, int]]:
         assert self._env is not None, "asked by a member of a job"

@@ -283,6 +283,10 @@ class Step:
         self._parts.injector.at(Point.COMMIT, self._number)
         self._parts.injector.at(Point.OPTIMIZER, self._number)
 
+    def undo(self) -> None:
+        """The step was committed, and then lost: what was loaded instead stays as it is."""
+        self.committed, self._buffers = False, None
+
     def reduce_bucket(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
         """(reducer) Start the canonical reduction of one bucket."""
         inject, last = self._parts.injector.at, self._bucket + 1 == self._loop.reducer.buckets
@@ -554,8 +558,8 @@ class Step:
         self._loop.numbers.committed(self._result, self._number)
         self._loop.replicas.committed()
         self._loop.shard_watch.committed(self._number)
-        # A sharded job may go back by so many steps.
-        kept = SHARDS_BACK if self._loop.sharded else 0
+        # A job in which state is cut over the ranks may go back by so many steps.
+        kept = SHARDS_BACK if self._loop.sharded or self._loop.divided else 0
         self._loop.feed.committed(StepNumber(self._number - kept))
         self._loop.read.clear()
         if parts.membership.active:  # else it is captured on entering the next world

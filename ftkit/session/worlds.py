@@ -19,12 +19,21 @@ from ftkit.checkpoint.ports import BoxSource
 from ftkit.checkpoint.restore_shards import Incomplete, ShardsRestored
 from ftkit.checkpoint.shards import is_dtensor
 from ftkit.collectives.group import Group
-from ftkit.core.errors import GenerationAborted, JobStopped, Unreachable, UsageError, WireError
+from ftkit.core.errors import (
+    GenerationAborted,
+    IntegrityError,
+    JobStopped,
+    Unreachable,
+    UsageError,
+    WireError,
+)
 from ftkit.core.fault_plan import Point
 from ftkit.core.ids import Step
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
 from ftkit.recovery.facts import Allowed
+from ftkit.recovery.promotion import BlocksLost
+from ftkit.session.blocks import Blocks
 from ftkit.session.layers import Layers
 from ftkit.session.membership import Entry, GiveUp, Link, admission
 from ftkit.session.parts import Parts
@@ -43,12 +52,14 @@ class Worlds:
         self._modules: Callable[[], Sequence[torch.nn.Module]] = tuple
         self._snapshots: Snapshots | None = None
         self._build: Callable[[World], None] | None = None
+        self._blocks: Blocks | None = None
         self._layers: Layers | None = None
         self._looked_ahead = False
         self._began = 0.0
         """When this rank began to build and load for the present cut of the state."""
         self.switch_s = 0.0
         """What that took the slowest rank, the last time: the same figure on all."""
+        self._in_step = False
         self._owed: Entry | None = None
         """The world entered before the step loop, when it stands at a step to be loaded."""
 
@@ -59,6 +70,7 @@ class Worlds:
         build: Callable[[World], None] | None = None,
         *,
         layers: Layers | None = None,
+        blocks: Blocks | None = None,
         allow_approximate: bool = False,
     ) -> None:
         """From here on entering a world means to hold its state.
@@ -71,8 +83,10 @@ class Worlds:
           snapshots: where state is kept.
           build: makes the sharded model of a world; None where every rank holds all of it.
           layers: of a pipeline, of which every rank holds other tensors.
+          blocks: where the state of an optimizer is divided among the ranks.
           allow_approximate: whether lost shards may be replaced by what is not the same.
         """
+        self._blocks = blocks
         self._modules, self._snapshots, self._build = modules, snapshots, build
         self._layers = layers
         membership = self._parts.membership
@@ -85,6 +99,8 @@ class Worlds:
             try:
                 if build is not None:
                     build(self._parts.group.world)
+                if not self._settle_blocks(self._parts.group.world, None):
+                    return
                 self._share_initial_state()
                 self._agree()
             except GenerationAborted:
@@ -93,13 +109,15 @@ class Worlds:
         if owed and membership.active and membership.generation == owed.world.generation:
             self._restore(owed)
 
-    def settle(self) -> None:
+    def settle(self, *, in_step: bool = False) -> None:
         """Return once this rank is in a world that goes on. Blocks.
+
+        `in_step`: in the middle of a step that counts, which is captured at its end.
 
         Raises:
           JobStopped: the job is over for this rank.
         """
-        parts = self._parts
+        parts, self._in_step = self._parts, in_step
         while (task := parts.membership.next_task()) is not None:
             parts.recorder.phase(Phase.RECOVERY)
             match task:
@@ -199,7 +217,9 @@ class Worlds:
         has_it = held == step and step > 0 if stepping else step == 0
         has_it = has_it and not (stepping and self._build is not None)
         parts.membership.entered(world, step if has_it else None)
-        if has_it and step > 0 and not entry.admitted:
+        if has_it and stepping and not self._settle_blocks(world, step):
+            return
+        if has_it and step > 0 and not (entry.admitted or self._in_step):
             # Shares of this step are gone with the members that are: take them anew.
             assert self._snapshots is not None, "stepping"
             self._snapshots.begin(step, world)
@@ -213,10 +233,20 @@ class Worlds:
         parts, world, step = self._parts, entry.world, entry.step
         assert self._snapshots is not None, "stepping"
         self._began = time.monotonic()
+        if not self._settle_blocks(world, None):
+            return
         try:
             if self._build is not None:
                 self._build(world)
             if step == 0:
+                if self._blocks is not None and self._blocks.trained:
+                    # What is here is no initial state, and nobody has one.
+                    raise IntegrityError(
+                        "parts of the optimizer's state are lost with all their holders, and no "
+                        "snapshot in memory, parity or a checkpoint is whole: training begins anew, "
+                        "in new processes. Keep parity on other nodes (--parity), or checkpoints "
+                        "(--checkpoint-dir)"
+                    )
                 self._share_initial_state()
             else:
                 patch = None
@@ -233,9 +263,32 @@ class Worlds:
             return
         if parts.membership.restored(world.generation, step):
             parts.trace.event("admit", step=step, generation=world.generation)
-            if step > 0 and self._build is not None:
+            anew = self._build is not None or (self._blocks is not None and not entry.admitted)
+            if step > 0 and anew:
                 # In the shards of this world. Those of the one before are kept until all have it.
                 self._snapshots.begin(step, world)
+
+    def _settle_blocks(self, world: World, step: Step | None) -> bool:
+        """Agree who owns which block of the optimizer's state; False: `world` has ended. Blocks.
+
+        `step`: whose state this rank holds. Where blocks are lost with all their holders, what is
+        left is of no use, and all begin from snapshots.
+        """
+        if self._blocks is None:
+            return True
+        assert self._snapshots is not None, "stepping"
+        try:
+            self._blocks.enter(world, step)
+        except GenerationAborted:
+            return False
+        except BlocksLost as error:
+            self._parts.trace.event(
+                "blocks-lost", step=step, generation=world.generation, reason=str(error)
+            )
+            self._snapshots.give_up()
+            self._parts.membership.forsake(world.generation, str(error))
+            return False
+        return True
 
     def _agree(self) -> None:
         """Tell all ranks the layout of this one's shards, and wait until they have loaded theirs.

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +23,15 @@ from ftkit.checkpoint.restore_shards import (
     with_older,
 )
 from ftkit.checkpoint.sources import SnapshotSource
+from ftkit.checkpoint.standalone import save
 from ftkit.checkpoint.state import ProtectedState
 from ftkit.core.errors import IntegrityError, UsageError
 from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
+from ftkit.recovery.approximation import Approximation
+from ftkit.recovery.policy import Option
 from ftkit.session.mean_stage import MeanStage, layer_of, layers_in
+from ftkit.session.patch import patch_of
 from ftkit.session.raised_rate import raise_rate
 
 JOB, NODE, WIDTH = JobId("mean"), NodeId(0), 6
@@ -145,6 +151,25 @@ def test_a_lost_stage_from_an_older_copy_and_nothing_else_from_it(tmp_path: Path
     # Less than was agreed to be left is not made up for.
     with pytest.raises(Incomplete, match="more than agreed"):
         load(tmp_path, state, Patch(generation=Generation(1), layouts=3, make=make))
+
+
+def test_a_lost_stage_from_a_checkpoint_and_nothing_else_from_it(tmp_path: Path) -> None:
+    captured(tmp_path, 0, Layers(range(2), 0.0), 9)
+    captured(tmp_path, 2, Layers(range(4, 6), 100.0), 9)
+    old = Layers(range(6), 50.0)
+    root = str(tmp_path / "saved")
+    save(root, 3, model=old, optimizer=torch.optim.AdamW(old.parameters(), lr=0.5))
+    taken = Approximation(
+        way=Option.STALE_SHARD, step=Step(9), generation=Generation(1), checkpoint=Step(3),
+        seats=tuple(map(Seat, range(3))), lost=(Seat(1),), layouts=2,
+    )  # fmt: skip
+    parts: Any = SimpleNamespace(env=SimpleNamespace(checkpoint_dir=root))
+    whole = Layers(range(6), -1.0)
+    state, _ = whole.state()
+    done = load(tmp_path, state, patch_of(taken, parts, None))
+    values = [weight[0, 0].item() for weight in whole.weights]
+    assert values == [0.0, 1.0, 52.0, 53.0, 104.0, 105.0]
+    assert done.patched == 2 * 4 * (WIDTH * WIDTH + WIDTH)
 
 
 def test_what_is_damaged_is_not_made_up_for_without_a_word(tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ class Options:
     """Longest gradient; 0 for any."""
     rebalance: bool = False
     """Whether ranks play as many slots as they are fast. No part of the outcome."""
+    zero: bool = False
+    """Whether the optimizer's state is cut over the ranks. No part of the outcome."""
     stages: bool = False
     """Whether the model is a pipeline, one stage on each rank."""
     eval_every: int = 0
@@ -139,6 +141,10 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
     else:
         model = replicated = DistributedDataParallel(GPT(options.model, seed=options.seed))
         optimizer = optimizer_of(model)
+        if options.zero:
+            optimizer = ftkit.ZeroOptimizer(
+                model.parameters(), torch.optim.AdamW, lr=options.learning_rate, foreach=False
+            )
         session.protect(model=model, optimizer=optimizer)
 
     done, loss_value = 0, None
@@ -226,6 +232,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         help="cut the model over all ranks (FSDP2), or each copy of it over RANKS (HSDP)",
     )  # fmt: skip
     parser.add_argument("--rebalance", action="store_true", help="slots to ranks by their speed")
+    parser.add_argument("--zero", action="store_true", help="cut the optimizer's state over ranks")
     parser.add_argument("--stages", action="store_true", help="a pipeline, a stage on each rank")
     parser.add_argument("--clip", type=float, default=0.0, help="longest gradient; 0 for any")
     parser.add_argument(
@@ -245,6 +252,8 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         parser.error(
             "--eval-every is for a model that each rank has whole: one rank evaluates alone"
         )
+    if given.zero and (given.sharded or given.stages):
+        parser.error("--zero is for a model that each rank has whole")
     if not given.lr > 0:
         parser.error(f"--lr must be above 0, got {given.lr}")
     shape = {
@@ -269,6 +278,7 @@ def parse(argv: Sequence[str] | None = None) -> Options:
         sharded=max(given.sharded, 0),
         clip=max(given.clip, 0.0),
         rebalance=given.rebalance,
+        zero=given.zero,
         stages=given.stages,
         eval_every=max(given.eval_every, 0),
         verify_every=given.verify_every,
