@@ -21,7 +21,13 @@ from pathlib import Path
 from ftkit.core.ids import NodeId
 from ftkit.detection.offenders import DAY_S, Offenders, Score
 from ftkit.recovery.costs import Costs
-from ftkit.recovery.exclusion import FAILURES_MIN, NodeAdvice, excluded, swap_cost
+from ftkit.recovery.exclusion import (
+    FAILURES_MIN,
+    FailurePrices,
+    NodeAdvice,
+    excluded,
+    swap_cost,
+)
 from ftkit.recovery.failure_rate import PRIOR_MTBF_S, FailureRate, posterior_share
 from ftkit.recovery.growth import growth
 from ftkit.recovery.intervals import tier_intervals
@@ -186,7 +192,10 @@ class Policy:
         for node in range(scenario.costs.world):
             self._fleet.seen(str(node), 0.0)
         self._looked_s = 0.0
-        self._price_s, self._prices = 0.0, 0
+        self._prices = {False: [0.0, 0.0], True: [0.0, 0.0]}
+        """Of failures that take the node, and of others: lost seconds, and how many."""
+        self._kinds: dict[int, list[int]] = {}
+        """By node: failures, and those that took it."""
         self._reckon_shares()
 
     def choose(self, loss: Loss) -> Option:
@@ -218,22 +227,46 @@ class Policy:
         self._look(failure.at_s)
         self._rate = self._rate.seen(failures=1)
         self._fleet.fault(str(failure.node), failure.at_s)
-        if self._fleet.nodes[str(failure.node)] < FAILURES_MIN or not self._prices:
+        kinds = self._kinds.setdefault(failure.node, [0, 0])
+        kinds[0] += 1
+        kinds[1] += failure.node_lost
+        if self._fleet.nodes[str(failure.node)] < FAILURES_MIN:
             return False
+        prices = self._failure_prices()
         advice = {
-            NodeId(int(s.node)): advice_of(s)
+            NodeId(int(s.node)): replace(advice_of(s), cost_s=self._price_of(int(s.node), prices))
             for s in self._fleet.scores(failure.at_s)
             if s.faults >= FAILURES_MIN
         }
         out = excluded(
             advice,
             nodes=self._scenario.costs.world,
-            cost_s=self._price_s / self._prices,
+            cost_s=prices.process_s,
             spares=self._spares,
             swap_s=swap_cost(self._costs, world_min=self._scenario.world_min),
             remaining_s=self._scenario.span_s - failure.at_s,
+            going={NodeId(failure.node)} if failure.node_lost else (),
         )
         return any(e.node == failure.node for e in out)
+
+    def _failure_prices(self) -> FailurePrices:
+        """As they were; of a kind that there was none of yet, by the model."""
+        means = {
+            lost: total / count
+            if count
+            else choose(Loss(world=self._costs.world, node_lost=lost), self._costs).lost_s
+            for lost, (total, count) in self._prices.items()
+        }
+        failures, nodes = (sum(k[i] for k in self._kinds.values()) for i in (0, 1))
+        return FailurePrices(
+            process_s=means[False],
+            node_s=means[True],
+            node_share=(nodes + 0.5) / (failures + 1),
+        )
+
+    def _price_of(self, node: int, prices: FailurePrices) -> float:
+        failures, nodes = self._kinds.get(node, (0, 0))
+        return prices.of(failures=failures, nodes=nodes)
 
     def _look(self, now: float) -> None:
         """Time without failures says as much as they do, as `DecisionCosts.look` counts it."""
@@ -244,8 +277,9 @@ class Policy:
         if failure.node_lost:
             self._waits.append(wait_s - self._costs.respawn_s)
             self._costs = replace(self._costs, replacement_s=sum(self._waits) / len(self._waits))
-        self._price_s += cost_s
-        self._prices += 1
+        price = self._prices[failure.node_lost]
+        price[0] += cost_s
+        price[1] += 1
 
 
 def advice_of(score: Score) -> NodeAdvice:

@@ -297,6 +297,8 @@ _ACTIONS: Final[Mapping[str, str]] = {
     "form": "to form a world",
     "reform": "to begin again from snapshots",
     "restart": "to start over",
+    "wait": "to wait for the replacement",
+    "go-on": "not to wait for the replacement",
     "join": "to offer a grown world",
     "grown": "to let them in",
     "withdraw": "to withdraw that offer",

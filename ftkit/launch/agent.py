@@ -153,6 +153,8 @@ class Agent:
         self._boot = Boot(secrets.token_hex(8))
         self._plan = Plan()
         self._stores: dict[str, Any] = {}
+        self._saves: object = None
+        """Which steps go to disk, as the coordinator said last; None where the user did."""
         self._coordinator: Line | None = None
         self._coordinator_number = 0
         self._plan_asked = True
@@ -467,12 +469,14 @@ class Agent:
             return
         self._plan_asked = False
         stores = dict(message.get("stores", {}))
-        moved, self._stores = stores != self._stores, stores
+        saves = message.get("saves")
+        moved = (stores, saves) != (self._stores, self._saves)
+        self._stores, self._saves = stores, saves
         is_new = plan.order > self._plan.order
         self._plan = plan if is_new else self._plan
         self._tiers.take(self._plan, message)
         if not is_new:
-            # Nodes come and go without a new plan; ranks read snapshots from them.
+            # Nodes come and go without a new plan, and ranks read snapshots from them.
             if moved:
                 self._roster.send_all(self._told_plan())
             return
@@ -628,6 +632,7 @@ class Agent:
                 "plan": self._plan.to_json() if self._plan_asked else None,
                 "ended": self._stopped or (self._ending_since is not None and self._through()),
                 "draining": self._draining_since is not None,
+                "saves": self._saves,
                 "clock": self._told_clock(),
                 # Of interest before ranks start, and to nobody afterwards.
                 "preflight": self._preflight.result
@@ -659,7 +664,8 @@ class Agent:
         return None if stamps is None else [*stamps, self._wall()]
 
     def _told_plan(self) -> dict[str, object]:
-        return {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores}
+        told = {"type": "plan", "plan": self._plan.to_json(), "stores": self._stores}
+        return told | ({"saves": self._saves} if self._saves else {})
 
     def _send(self, line: Line, message: dict[str, object]) -> bool:
         """Whether it could be sent."""

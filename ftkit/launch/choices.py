@@ -19,3 +19,13 @@ def near(name: str, among: Collection[str]) -> str:
     """The end of a message that refuses `name`: what may have been meant; "" where nothing is."""
     found = difflib.get_close_matches(name.lower(), among, n=1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def steps_or_auto(text: object) -> int | str:
+    """A number of steps, or "auto". UsageError for anything else."""
+    if text == "auto":
+        return "auto"
+    try:
+        return int(str(text))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is neither a number of steps nor auto") from error

@@ -15,6 +15,7 @@ from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch import completion
 from ftkit.launch.bench_command import bench
+from ftkit.launch.choices import steps_or_auto
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.later import Later
 from ftkit.launch.logs import log_to_stderr
@@ -100,6 +101,13 @@ def main() -> None:
     show_default=True,
     help="Memory node of a rank's snapshots: auto (that of its GPU or processors), off or a number.",
 )
+@click.option(
+    "--on-loss",
+    type=click.Choice(["auto", "smaller", "wait"]),
+    default="auto",
+    show_default=True,
+    help="Where both can be done: go on smaller, wait for the replacement, or what loses less.",
+)
 @click.option("--max-restarts", default=100, show_default=True, help="Processes replaced in all.")
 @click.option(
     "--preload/--no-preload",
@@ -114,7 +122,13 @@ def main() -> None:
     help="Record a script's gloo collectives, so that a rank that hangs is named.",
 )
 @click.option("--checkpoint-dir", default="", help="Where checkpoints go: a path or URL.")
-@click.option("--checkpoint-every", default=0, help="Steps between two; 0: the last alone.")
+@click.option(
+    "--checkpoint-every",
+    type=steps_or_auto,
+    metavar="STEPS|auto",
+    default=0,
+    help="Steps between two; 0: the last alone; auto: as often as pays, by what is measured.",
+)
 @click.option(
     "--checkpoint-keep",
     default="last:3",
@@ -161,11 +175,12 @@ def run(
     numa: str,
     run_dir: Path | None,
     shm_root: str,
+    on_loss: str,
     max_restarts: int,
     preload: bool,
     record: bool,
     checkpoint_dir: str,
-    checkpoint_every: int,
+    checkpoint_every: int | str,
     checkpoint_keep: str,
     fresh: bool,
     metrics_port: int,
@@ -213,6 +228,7 @@ def run(
         numa=numa,
         run_dir=str(folder),
         shm_root=shm_root,
+        on_loss=on_loss,
         restarts_max=max_restarts,
         preload=preload,
         record=record,

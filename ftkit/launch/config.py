@@ -19,11 +19,15 @@ from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.detection.config import DetectionConfig
 from ftkit.recovery.budget import BudgetConfig
+from ftkit.recovery.waiting import OnLoss
 
 #: How long the last checkpoint of a job that is told to end may take. Who sends it SIGTERM is
 #: used to give it 30 s.
 PREEMPTED_S = 15.0
 
+
+#: As `checkpoint_every`.
+AUTO = "auto"
 
 #: An agent reports so many times before its node is taken for lost.
 REPORTS = 3
@@ -133,8 +137,9 @@ class JobConfig:
     """Agents and coordinators write errors only, no warnings."""
     checkpoint_dir: str = ""
     """Where checkpoints go and come from: a path, or any URL that fsspec knows; empty: nowhere."""
-    checkpoint_every: int = 0
-    """Steps between two checkpoints; 0 for the one at the end alone."""
+    checkpoint_every: int | str = 0
+    """Steps between two checkpoints; 0 for the one at the end alone; "auto": as often as pays, by what
+    saves are seen to cost and how often ranks fail (`recovery.saving`)."""
     checkpoint_keep: str = "last:3"
     """What to keep of them (`persist.keep.policies`)."""
     checkpoint_fresh: bool = False
@@ -149,6 +154,9 @@ class JobConfig:
     is checked."""
     drills: bool = True
     """Whether who runs the job may drill it while it trains (`ftkit drill plan`)."""
+    on_loss: str = "auto"
+    """What is done about a loss where several ways lead on: "auto" (what loses least, once that was
+    measured), "smaller" or "wait" (`recovery.waiting`)."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 
@@ -181,14 +189,23 @@ class JobConfig:
                 raise UsageError(f"{option} is {cap / 1e6:g} MB/s, must be above 0")
             if self.max_slowdown is None:
                 raise UsageError(f"{option} goes with --max-slowdown: without it nothing is paced")
-        if self.checkpoint_every < 0:
+        if not self.checkpoint_auto and not (
+            isinstance(self.checkpoint_every, int) and self.checkpoint_every >= 0
+        ):
             raise UsageError(
-                f"--checkpoint-every is {self.checkpoint_every}, not a number of steps"
+                f"--checkpoint-every is {self.checkpoint_every}, neither a number of steps nor auto"
             )
         if self.checkpoint_every and not self.checkpoint_dir:
             raise UsageError("--checkpoint-every needs a --checkpoint-dir to write to")
+        if self.on_loss not in list(OnLoss):
+            raise UsageError(f"--on-loss is {self.on_loss!r}, none of {', '.join(OnLoss)}")
         if self.code is not None:
             self.code.check_nodes(self.nodes)
+
+    @property
+    def checkpoint_auto(self) -> bool:
+        """Whether the job decides by itself how often it saves."""
+        return self.checkpoint_every == AUTO
 
     @property
     def code(self) -> Code | None:

@@ -44,10 +44,13 @@ from ftkit.launch.job_preflight import judge as judge_preflight
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.launch.node_advice import advised
 from ftkit.launch.pace import Rest
+from ftkit.launch.replacement_wait import ReplacementWait
 from ftkit.launch.resources import CLOCK_S
+from ftkit.launch.save_interval import SaveInterval
 from ftkit.recovery.facts import ALIVE, JobFacts, MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan, Stop, adopt, first_plan
-from ftkit.recovery.protocol import advance
+from ftkit.recovery.protocol import Decision, advance
+from ftkit.recovery.waiting import OnLoss
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +104,10 @@ class Coordinator:
         self._judge = Judge(config)
         self._rest = Rest(self._times.tick_s)
         self._incidents = Incidents(Path(config.run_dir))
-        self._costs = DecisionCosts(config.seats)
+        self._costs = DecisionCosts(
+            config.seats, ranks=config.nproc, parity=config.code is not None
+        )
+        self._waits = ReplacementWait(OnLoss(config.on_loss))
         self.trace = Trace(
             Path(config.run_dir) / "events" / f"coordinator-{number}.jsonl", coordinator=number
         )
@@ -124,6 +130,9 @@ class Coordinator:
                 tell=self.trace.event,
             )
         self._checkpoints = CheckpointLead(number, self.trace.event)
+        self._saves = SaveInterval(
+            self.trace.event, auto=config.checkpoint_auto, report_s=self._times.report_s
+        )
         self._disk = Disk(
             config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
         )
@@ -244,6 +253,7 @@ class Coordinator:
         for score in scores:
             self._judge.take(score)
             self._scored[score.node] = score
+            self._costs.believe(score)
             self._advised = advised(
                 self._scored.values(),
                 self._costs.costs,
@@ -339,6 +349,7 @@ class Coordinator:
         facts = self._facts(now)
         self._checkpoint(now, facts.nodes_lost)
         self._costs.look(self._plan, facts, now)
+        self._save_as_often_as_pays(now)
         arena, written = facts.snapshots, self._checkpoints.written
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
             self._disk.forget()
@@ -352,8 +363,13 @@ class Coordinator:
             here = {n: r for n, r in self._reports.items() if n not in facts.nodes_lost}
             copies = self._copies(facts.nodes_lost)
             facts = with_remains(facts, self._plan, copies, here, self._costs.costs)
+        waits: list[Decision] = []
+        if self._plan.mode is Mode.FORMING:
+            wait, waits = self._waits.look(self._plan, facts, self._costs, now)
+            facts = replace(facts, wait=wait)
         plan, decisions = advance(self._plan, facts, self._config.budget)
         if not decisions:
+            self._record(waits, now)
             return
         before, self._plan = self._plan, plan
         halting = plan.mode is Mode.HALTING and before.mode is not Mode.HALTING
@@ -367,6 +383,13 @@ class Coordinator:
         decisions = self._costs.explain(
             before, plan, facts, decisions, now=now, arena=arena, written=written
         )
+        self._record([*waits, *decisions], now)
+        if halting:
+            self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
+        if forming:
+            self._lead(now)  # with what is known of snapshots now that nobody writes any
+
+    def _record(self, decisions: Iterable[Decision], now: float) -> None:
         for decision in decisions:
             self.trace.event(
                 "decision", action=decision.action, reason=decision.reason, **decision.fields
@@ -375,10 +398,6 @@ class Coordinator:
             if decision.action in ("resume", "form"):
                 fields = {k: v for k, v in decision.fields.items() if k != "costs"}
                 self.trace.event("resume", **fields)
-        if halting:
-            self.trace.event("halt", generation=plan.halted, reason=decisions[0].reason)
-        if forming:
-            self._lead(now)  # with what is known of snapshots now that nobody writes any
 
     def _waits_for_advice(self, now: float) -> bool:
         """Whether where the first ranks start depends on what is not known yet."""
@@ -427,6 +446,7 @@ class Coordinator:
         if any(c.term for c in copies):
             plan = adopt(copies, term=Term(self._number))
             reason = f"coordinator {self._number} goes on from term {plan.term - 1}"
+            self._saves.adopt(r.get("saves") for r in self._reports.values())
         else:
             plan = first_plan(self._config.nodes, self._config.places, term=Term(self._number))
             reason = "the job begins"
@@ -567,6 +587,19 @@ class Coordinator:
         if self._checkpoints.advance(reports, end, now=now):
             self._send_plan()
 
+    def _save_as_often_as_pays(self, now: float) -> None:
+        """Measure what saves cost; where the interval is left to us, tell it when it changes."""
+        if not self._config.checkpoint_dir or self._plan is None or self._plan.stop is not None:
+            return
+        if self._saves.look(
+            self._plan,
+            self._costs,
+            order=self._checkpoints.order,
+            written=self._checkpoints.written,
+            now=now,
+        ):
+            self._send_plan()
+
     def _awaited(self, lost: frozenset[NodeId]) -> str:
         """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
         assert self._plan is not None, "facts are judged against a plan"
@@ -625,6 +658,7 @@ class Coordinator:
             "stores": stores,
             "checkpoint": order and order.to_json(),
             "checkpoints_over": self._checkpoints.over,
+            "saves": self._saves.told,
         }
         encoded = encode(message)  # once: it grows with the job, and so do those it goes to
         for node, line in list(self._lines.items()):

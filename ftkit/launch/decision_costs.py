@@ -1,18 +1,27 @@
-"""DecisionCosts: the table of costs beside each decision, from what the coordinator has seen.
+"""DecisionCosts: what a job's steps, repairs and failures cost, as the coordinator has seen them.
 
-It explains and does not decide: what is done is the protocol's, and where the cost model would
-have chosen otherwise the event shows both. Costs are measured here as the job runs, steps and
-repairs by the coordinator's own clock; what was never seen is assumed (`recovery.costs`).
+The policy decides by it (`recovery.waiting`, `recovery.saving`), and each decision between several ways
+carries the table of all of them: where the protocol's way is another than the cheapest one, the event shows
+both. Costs are measured here as the job runs, steps and repairs by the coordinator's own clock; what
+was never seen is assumed (`recovery.costs`).
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from ftkit.core.ids import Generation, MemberId, Seat, Step
+from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.detection.offenders import DAY_S
+from ftkit.detection.signals import NodeScored
+from ftkit.launch.pauses import Mean, Pauses
 from ftkit.recovery.costs import Costs
-from ftkit.recovery.facts import JobFacts, Stage
-from ftkit.recovery.failure_rate import FailureRate
+from ftkit.recovery.facts import ALIVE, JobFacts, Stage
+from ftkit.recovery.failure_rate import (
+    PRIOR_FAILURES,
+    PRIOR_MTBF_S,
+    FailureRate,
+    posterior_share,
+)
 from ftkit.recovery.growth import growth
 from ftkit.recovery.plan import Mode, Plan
 from ftkit.recovery.policy import Loss, Option, choose
@@ -22,65 +31,109 @@ from ftkit.recovery.protocol import Decision, gone
 WARM_UP_STEPS = 3
 #: Steps of a world size that must have been timed before its pace is known.
 STEPS_MIN = 5
+#: What is done where parity does not have the state either, and where memory has not.
+BEYOND_PARITY = frozenset({Option.DISK, Option.FRESH, Option.STALE_SHARD, Option.CHECKFREE})
+BEYOND_MEMORY = BEYOND_PARITY | {Option.PARITY}
 
 
-@dataclass(slots=True)
-class _Mean:
-    total: float = 0.0
-    count: int = 0
+def playing(plan: Plan, facts: JobFacts) -> Step | None:
+    """The step that the members of the plan's world play, the furthest of them.
 
-    def add(self, value: float, count: int = 1) -> None:
-        self.total += value
-        self.count += count
-
-    @property
-    def value(self) -> float | None:
-        return self.total / self.count if self.count else None
+    None where there is no world, or not all of it is there and steps.
+    """
+    world = plan.world
+    if world is None:
+        return None
+    at = [
+        f.at_step
+        for m in world.member_ids
+        if (f := facts.members.get(m)) is not None
+        and f.stage is Stage.ACTIVE
+        and f.generation == world.generation
+        and f.at_step
+    ]
+    return max(at) if len(at) == len(world.members) else None
 
 
 class DecisionCosts:
     """Owned by the coordinator's thread. What it knows dies with it; the next one measures anew."""
 
-    def __init__(self, seats: int) -> None:
-        self._seats = seats
-        self._steps: dict[int, _Mean] = defaultdict(_Mean)
-        self._regroup, self._respawn = _Mean(), _Mean()
-        self._rate = FailureRate()
+    def __init__(self, seats: int, *, ranks: int = 1, parity: bool = True) -> None:
+        """Begin with nothing measured.
+
+        Args:
+          seats: of the full world.
+          ranks: of a node: the history tells of nodes.
+          parity: whether there is a tier between memory and the disk.
+        """
+        self._seats, self._ranks, self._parity = seats, ranks, parity
+        self._steps: dict[int, Mean] = defaultdict(Mean)
+        self._regroup = Mean()
+        self._pauses = Pauses()
+        self.rate = FailureRate()
+        """At which one member fails."""
+        self.step: Step | None = None
+        """The step that the world played at the last look; None where not all of it did."""
+        self._believed: dict[NodeId, NodeScored] = {}
+        self._beyond_memory, self._beyond_parity = 0, 0
         self._anchor: tuple[Generation, Step, float | None] | None = None
         """The step that is timed from, and since when; None while the world warms up."""
         self._looked: float | None = None
         self._halted_at: float | None = None
-        self._ordered: dict[Seat, float] = {}
-        """When the process of a seat that is out of the world was ordered."""
 
     @property
     def costs(self) -> Costs:
         """What is known now."""
         steps = {w: m.value for w, m in self._steps.items() if m.value and m.count >= STEPS_MIN}
         return Costs(world=self._seats).with_measured(
-            step_s=steps, regroup_s=self._regroup.value, respawn_s=self._respawn.value
+            step_s=steps, regroup_s=self._regroup.value, **self._pauses.measured
+        )
+
+    @property
+    def saving(self) -> Costs:
+        """The same, with the shares of failures that go beyond memory and parity, for intervals."""
+        costs, failures = self.costs, self.rate.failures
+        memory = min(self._beyond_memory, failures)
+        beyond = posterior_share(costs.beyond_memory, memory, failures)
+        last = beyond
+        if self._parity:
+            parity = min(self._beyond_parity, failures)
+            last = min(beyond, posterior_share(costs.beyond_parity, parity, failures))
+        costs = replace(costs, beyond_memory=beyond, beyond_parity=last)
+        return costs.with_measured(beyond_memory=beyond, beyond_parity=last) if failures else costs
+
+    def believe(self, score: NodeScored) -> None:
+        """Take in what the history of earlier jobs says of a node: what is believed to begin with.
+
+        Once for each node: faults of this job are counted here, and in the history as well.
+        """
+        if score.node in self._believed:
+            return
+        self._believed[score.node] = score
+        per_day = sum(s.rate_per_day for s in self._believed.values()) / len(self._believed)
+        if per_day <= 0:
+            return
+        # Faults that were seen weigh as much as those of this job do.
+        seen = sum(s.faults for s in self._believed.values())
+        self.rate = replace(
+            self.rate,
+            prior_mtbf_s=min(PRIOR_MTBF_S, self._ranks * DAY_S / per_day) if seen else PRIOR_MTBF_S,
+            prior_failures=PRIOR_FAILURES + seen,
         )
 
     def look(self, plan: Plan, facts: JobFacts, now: float) -> None:
         """Measure the pace of the world that trains. At every look of the coordinator."""
         spent_s = now - self._looked if self._looked is not None else 0.0
         self._looked = now
-        world = plan.world
+        world, step = plan.world, playing(plan, facts)
+        self.step = step
+        self._pauses.look(plan, facts, step, self._pace, now)
         if plan.mode is not Mode.RUNNING or world is None:
             self._anchor = None
             return
-        self._rate = self._rate.seen(exposure_s=spent_s * len(world.members))
-        at = [
-            f.at_step
-            for m in world.member_ids
-            if (f := facts.members.get(m)) is not None
-            and f.stage is Stage.ACTIVE
-            and f.generation == world.generation
-            and f.at_step
-        ]
-        if len(at) < len(world.members):
+        self.rate = self.rate.seen(exposure_s=spent_s * len(world.members))
+        if step is None:
             return
-        step = max(at)
         if self._anchor is None or self._anchor[0] != world.generation:
             self._anchor = (world.generation, Step(step + WARM_UP_STEPS), None)
         elif step >= self._anchor[1]:
@@ -89,6 +142,11 @@ class DecisionCosts:
                 self._steps[len(world.members)].add(now - since, step - before)
             if since is None or step > before:
                 self._anchor = (world.generation, step, now)
+
+    def _pace(self, world: int) -> float | None:
+        """Seconds of a step; None where no steps were timed."""
+        costs = self.costs
+        return costs.step_time(world) if costs.step_s else None
 
     def explain(
         self,
@@ -138,18 +196,12 @@ class DecisionCosts:
         match decision.action:
             case "respawn":
                 dead = facts.members.get(MemberId(int(str(decision.fields["dead"]))))
-                self._rate = self._rate.seen(failures=0 if dead and dead.drilled else 1)
-                self._ordered[Seat(int(str(decision.fields["seat"])))] = now
+                self.rate = self.rate.seen(failures=0 if dead and dead.drilled else 1)
+                self._pauses.ordered(Seat(int(str(decision.fields["seat"]))), now)
             case "resume" if self._halted_at is not None:
                 self._regroup.add(now - self._halted_at)
                 self._halted_at = None
-            case "grown":
-                members = decision.fields["members"]
-                assert isinstance(members, list), "the protocol lists the seats"
-                for seat in self._ordered.keys() & set(members):
-                    self._respawn.add(now - self._ordered.pop(seat))
             case "form":
-                self._ordered.clear()
                 self._halted_at = None
 
     def _loss(
@@ -166,30 +218,35 @@ class DecisionCosts:
         if world is None:
             return None
         size, left = len(world.members), 0
-        if action in ("respawn", "resume"):
+        if action != "restart":
             left = sum(
                 not gone(after, facts, m)
                 and (f := facts.members.get(m)) is not None
-                and f.step is not None
+                and (f.step is not None or (f.sharded and f.stage in ALIVE))
                 for m in world.member_ids
             )
         if left == size:
             return None  # a link broke, or a newcomer died: nobody who trained is lost
+        sharded = any(f.sharded for f in facts.members.values())
         step = max([before.step, *(f.step or 0 for f in facts.members.values())])
         nodes = {s.node for s in before.seats if s.member in world.member_ids}
         loss = Loss(
             world=size,
             lost=size - left,
             node_lost=bool(nodes & facts.nodes_lost),
-            in_memory=left > 0,
+            # Shards of the one that is gone are in its arena, or nowhere in memory.
+            in_memory=left > 0 and (bool(arena) or not sharded),
             snapshot_steps=max(0, step - max(arena)) if arena else None,
             parity_steps=0 if facts.awaited else None,
             disk_steps=max(0, step - written) if written is not None else None,
             done_steps=step,
+            spares=sum(f.stage is Stage.LINKED and f.stepping for f in facts.members.values()),
+            waits=sharded,
         )
         mixed = facts.approximation if action == "form" else None
+        taken = _taken(loss)
         if mixed is not None:
-            stale = mixed.way is Option.STALE_SHARD
+            stale, taken = mixed.way is Option.STALE_SHARD, mixed.way
             loss = replace(
                 loss,
                 lost=min(size - 1, len(mixed.lost) or 1),
@@ -197,11 +254,18 @@ class DecisionCosts:
                 stale_steps=mixed.age if stale else None,
                 neighbours_alive=not stale,
             )
+        elif (
+            action == "form" and len(after.world.members if after.world else ()) >= size > left > 0
+        ):
+            taken = Option.WAIT if not loss.spares else Option.SPARE
+        if action == "form":
+            self._beyond_memory += taken in BEYOND_MEMORY
+            self._beyond_parity += taken in BEYOND_PARITY
         costs = self.costs
-        return choose(loss, costs).to_json() | {
-            "taken": _taken(loss).value if mixed is None else mixed.way.value,
-            "measured": sorted(costs.measured),
-        }
+        told = choose(loss, costs).to_json() | {"measured": sorted(costs.measured)}
+        if sharded and left and action != "form":
+            return told  # whether those who are left wait is decided later (`ReplacementWait`)
+        return told | {"taken": taken.value}
 
     def _growth(self, before: Plan, after: Plan) -> dict[str, object] | None:
         world, larger = before.world, after.joining
@@ -212,15 +276,15 @@ class DecisionCosts:
             len(world.members),
             len(larger.members) - len(world.members),
             costs,
-            failures_per_s=self._rate.per_s,
+            failures_per_s=self.rate.per_s,
         )
         return told.to_json() | {"taken": "grow", "measured": sorted(costs.measured)}
 
 
 def _taken(loss: Loss) -> Option:
-    """What the protocol does about it, whatever it costs: the shallowest way that there is."""
-    if loss.survivors:
-        return Option.RESPAWN
+    """What the protocol does about it where it is not told to wait: the shallowest way there is."""
+    if loss.survivors and loss.in_memory:
+        return Option.SPARE if loss.spares >= loss.lost > 0 else Option.RESPAWN
     if loss.snapshot_steps is not None:
         return Option.RESTART_MEMORY
     if loss.parity_steps is not None:

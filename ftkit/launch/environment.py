@@ -68,7 +68,8 @@ def rank_environment(
         local_seat=local,
         max_stall_s=config.max_stall_s,
         checkpoint_dir=config.checkpoint_dir,
-        checkpoint_every=config.checkpoint_every,
+        # Else it comes with the plan.
+        checkpoint_every=config.checkpoint_every if isinstance(config.checkpoint_every, int) else 0,
     )
     return {
         **common_environment(config, inherited=inherited),

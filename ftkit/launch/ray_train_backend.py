@@ -56,8 +56,8 @@ class FtkitConfig(TorchConfig):
     checkpoint_dir: str = ""
     """Where checkpoints go, and where a group of workers that is started anew goes on from; empty: the
     folder `ftkit` of the run in Ray Train's storage, if that is a folder which all workers share."""
-    checkpoint_every: int = 0
-    """Steps between two checkpoints; 0 for the one at the end alone."""
+    checkpoint_every: int | str = 0
+    """Steps between two checkpoints; 0 for the one at the end alone, "auto" for as often as pays."""
     run_dir: str = ""
     """Each job writes its events into a folder of its name there; empty: a temporary directory."""
     shm_root: str = "/dev/shm"

@@ -84,6 +84,8 @@ class RunView:
     ended: bool = False
     outcome: str | None = None
     reason: str = ""
+    saves: str = ""
+    """How often the job saves and why, where it decides that itself."""
 
     @property
     def world_size(self) -> int:
@@ -99,7 +101,7 @@ class RunView:
             "ended": self.ended,
             "incidents": [story.sentence() for story in self.stories],
             "approximate": self.approximate,
-        }
+        } | ({"checkpoints": self.saves} if self.saves else {})
 
     def feed(self, event: Mapping[str, Any]) -> Story | None:
         """Take one event, roughly in order of time; an event that lacks a field is passed over.
@@ -135,6 +137,8 @@ class RunView:
                 return self._exit(mono, event)
             case "verdict" if str(event["fault"]) in EVICT:
                 return self._accused(mono, event)
+            case "checkpoint-interval":
+                self.saves = f"every {event['every']} steps: {event['reason']}"
             case "end":
                 self.ended, self.outcome = True, str(event["outcome"])
                 self.reason = str(event.get("reason", ""))

@@ -47,6 +47,7 @@ def run_costs(events: Iterable[Event]) -> tuple[Costs, FailureRate]:
         snapshot_block_s=_median(_blocked(kinds["snapshot"])),
         parity_round_s=_median([e.get("seconds") for e in kinds["parity"]]),
         clock_gain=_median([_raised(e) for e in kinds["clock-set"]]),
+        checkpoint_block_s=_median([e.get("held_s") for e in kinds["checkpoint-cost"]]),
         checkpoint_write_s=_median([e.get("seconds") for e in kinds["checkpoint"]]),
     )
     failures = sum(len(i.culprits) for i in found)

@@ -13,6 +13,7 @@ from ftkit.core.inventory import Copy, Inventory
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.judge import Judge
 from ftkit.launch.pace import Rest
+from ftkit.launch.replacement_wait import ReplacementWait
 from ftkit.launch.simulator_glance import Glance
 from ftkit.launch.simulator_rank import SimRank
 from ftkit.recovery.facts import JobFacts, MemberFacts, Stage
@@ -163,6 +164,7 @@ class SimCoordinator:
         self.sim, self.term = sim, term
         self._judge = Judge(sim.config)
         self._costs = DecisionCosts(sim.config.seats)
+        self._waits = ReplacementWait()
         self._evictions: Mapping[MemberId, str] = {}
         self.alive = True
         self.plan: Plan | None = None
@@ -232,7 +234,10 @@ class SimCoordinator:
         if before.mode is Mode.ENDED:
             return
         facts = self._facts()
-        after = before
+        wait, waits = self._waits.look(before, facts, self._costs, self.sim.now)
+        for decision in waits:
+            self.sim.note(decision.action, None, decision.reason)
+        facts = replace(facts, wait=wait)
         after, decisions = advance(before, facts, self.sim.budget)
         self._costs.look(before, facts, self.sim.now)
         if after is before:

@@ -32,6 +32,8 @@ class StorageStory:
     """Steps that were given up, and why."""
     skipped: tuple[int, ...] = ()
     """Steps that were due while an older one was still being written."""
+    intervals: tuple[tuple[int, str], ...] = ()
+    """Steps between two and the reason, as the job decided them one after another."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -52,6 +54,13 @@ class StorageStory:
                 f"{len(self.checkpoints)} checkpoints went to disk, the newest of step "
                 f"{self.checkpoints[-1]}: {readable_size(self.stored_bytes)} in {self.writing_s:.2f} s, "
                 f"{readable_size(rate)}/s ({shares})."
+            )
+        if self.intervals:
+            every, reason = self.intervals[-1]
+            before = " → ".join(str(steps) for steps, _ in self.intervals[:-1])
+            told.append(
+                f"The job chose to save every {every} steps ({reason})"
+                + (f", after {before} steps." if before else ".")
             )
         for step, reason in self.failures.items():
             told.append(f"That of step {step} was given up: {reason.rstrip('.')}.")
@@ -83,6 +92,11 @@ def storage_story(events: Iterable[Event]) -> StorageStory:
         parts_s={name: sum(float(e[key]) for e in written) for key, name in PARTS.items()},
         failures=failed,
         skipped=tuple(sorted(skipped)),
+        intervals=tuple(
+            (int(e["every"]), str(e["reason"]))
+            for e in events
+            if e["kind"] == "checkpoint-interval"
+        ),
     )
 
 

@@ -167,5 +167,7 @@ class JobFacts:
     """Nodes that are about to be taken away: their members are to leave at the end of a step."""
     interrupted: str = ""
     """Why the user or the cluster wants the job to end; empty while nobody does."""
+    wait: str = ""
+    """Why those who are left of shards stand still until every seat is filled; empty: they go on."""
     refused: str = ""
     """Why the job must not begin: what it was to go on from cannot be used; else empty."""

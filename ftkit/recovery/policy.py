@@ -87,6 +87,9 @@ class Loss:
     remaining_s: float | None = None
     """Training still to do; None: not known."""
     allow_approximate: bool = False
+    waits: bool = True
+    """Whether a replacement can be taken in from standing still, as where the state is in shards;
+    where each holds all of it, it is let in by a vote of those who train."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.lost <= self.world or self.world < 1:
@@ -174,6 +177,13 @@ def choose(loss: Loss, costs: Costs, *, spent: Collection[Option] = ()) -> Choic
     return Choice(option=best.option, reason=reason, table=table)
 
 
+def price(option: Option, loss: Loss, costs: Costs) -> Price:
+    """What one way costs, or why it cannot be taken."""
+    if why := barred(option, loss):
+        return Price(option=option, barred=why)
+    return Price(option=option, terms=_terms(option, loss, costs))
+
+
 def barred(option: Option, loss: Loss) -> str:
     """Why `option` cannot be taken; empty when it can."""
     left = loss.survivors
@@ -190,6 +200,8 @@ def barred(option: Option, loss: Loss) -> str:
             not loss.in_memory
         ):
             return "survivors do not have the whole state"
+        case Option.WAIT if not loss.waits:
+            return "every rank holds the whole state: a replacement is let in by those who train"
         case Option.SPARE if loss.spares < loss.lost:
             return f"{loss.spares} spares are ready, {loss.lost} are needed"
         case Option.RESPAWN | Option.CONTINUE_SMALLER if left < loss.world_min:

@@ -352,7 +352,9 @@ def _form(plan: Plan, facts: JobFacts, budget: BudgetConfig) -> Move | None:
             reason=f"members {sorted(f.member for f in returned)} come from an older world, "
             "or from setting up in the last one",
         )
-    ready = _reshaped(plan, facts) or _all_ready(plan, facts)
+    ready = _reshaped(plan, facts)
+    if not ready or (facts.wait and len(ready) < (facts.world_max or len(plan.seats))):
+        ready = _all_ready(plan, facts)
     if not ready or facts.awaited:
         return None
     seated, ready = len(ready), _chosen(plan, facts, ready)

@@ -12,6 +12,7 @@ from ftkit.core.errors import CapacityError, WireError
 from ftkit.core.rank_env import RankEnv
 from ftkit.core.wire import Line, connect
 from ftkit.recovery.plan import Plan
+from ftkit.recovery.saving import Schedule
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class Control:
         )
         self._closing = False
         self._stores: Mapping[str, Any] = {}
+        self._saves: Schedule | None = None
         self._answers: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -86,6 +88,11 @@ class Control:
         """Where each node serves its arenas: node number as text to [host, port]."""
         return self._stores
 
+    @property
+    def saves(self) -> Schedule | None:
+        """Which steps go to disk, where the job decides that itself; None before it has."""
+        return self._saves
+
     def close(self) -> None:
         """Hang up. The agent will see this process end, or not, as it pleases."""
         self._closing = True
@@ -100,6 +107,8 @@ class Control:
                 match message.get("type"):
                     case "plan":
                         self._stores = message.get("stores", {})
+                        if (saves := message.get("saves")) is not None:
+                            self._saves = Schedule.from_json(saves)
                         take_plan(Plan.from_json(message["plan"]))
                     case "arena":
                         self._answers.put(message)

@@ -5,6 +5,8 @@ agent has seen it. The newest wins: one that has waited until then is due no mor
 being written none is marked: the arena has one slab for it.
 """
 
+from collections.abc import Callable
+
 from ftkit.checkpoint.arena import Arena
 from ftkit.checkpoint.ports import TraceHook
 from ftkit.checkpoint.slabs import Pin, Sealed
@@ -14,16 +16,16 @@ from ftkit.core.ids import Step
 class DueMark:
     """Of one rank. It moves in two strokes round the start of a capture: `pins`, or `undo`."""
 
-    def __init__(self, every: int, tell: TraceHook) -> None:
-        """Mark every so many steps; 0 for none. `tell` is told of steps that are passed over."""
-        self._every = every
+    def __init__(self, due: Callable[[Step], bool], tell: TraceHook) -> None:
+        """Mark the steps that are `due`. `tell` is told of those that are passed over."""
+        self._due = due
         self._tell = tell
         self._moved: list[Sealed] = []
 
     def pins(self, arena: Arena, step: Step) -> list[Pin]:
         """The pins for the capture of `step`, which is about to start; older marks are taken off."""
         self._moved = []
-        if not self._every or step % self._every:
+        if not self._due(step):
             return []
         held = [(s, arena.pins(slab)) for slab, s in enumerate(arena.slabs()) if s is not None]
         for sealed, pins in held:

@@ -48,6 +48,7 @@ from ftkit.core.errors import (
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Inventory
 from ftkit.core.world import World
+from ftkit.recovery.saving import Schedule
 from ftkit.session.due import DueMark
 from ftkit.session.membership import Membership
 from ftkit.session.parts import Parts
@@ -115,7 +116,7 @@ class Snapshots:
         self._control = parts.control
         self._trace = parts.trace
         self._layout: StateLayout | None = None
-        self._due = DueMark(self._env.checkpoint_every if self._env else 0, self._trace.event)
+        self._due = DueMark(self._goes_to_disk, self._trace.event)
         self._capture: Capture | None = None
         self._arena: Arena | None = None
         self.restores = 0
@@ -289,6 +290,13 @@ class Snapshots:
         arena = Arena.open(Path(path), writable=True)
         arena.reserve(share.bytes_max(layout.total_bytes, arena.geometry.chunk_bytes))
         return arena
+
+    def _goes_to_disk(self, step: Step) -> bool:
+        """Whether `step` is due: by what the job has decided, else by the interval it was given."""
+        decided = self._control.saves if self._control is not None else None
+        if decided is None:
+            decided = Schedule(every=self._env.checkpoint_every if self._env else 0)
+        return decided.due(step)
 
     def _is_agreed(self) -> bool:
         """Whether all ranks know of the layout that the state has now."""

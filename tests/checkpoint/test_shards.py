@@ -94,6 +94,8 @@ def test_fresh_memory_is_placed_as_what_it_is_like(mesh_shape, placements):
         like = distribute_tensor(torch.zeros(7, 5), mesh, placements, src_data_rank=None)
         made = fresh_like(like, torch.float64)
         wanted = torch.empty_like(like, dtype=torch.float64, requires_grad=False)
+        assert isinstance(made, DTensor)
+        assert isinstance(wanted, DTensor)
         assert (made.dtype, made.shape, made.stride()) == (
             wanted.dtype,
             wanted.shape,

@@ -1,13 +1,17 @@
 """A simulated job of sharded state: what is whole, and what becomes of the job where nothing is."""
 
+from functools import partial
+
 import pytest
 
 from ftkit.core.ids import Generation, NodeId, Seat, Step
-from ftkit.launch import simulator
+from ftkit.launch import simulator, simulator_hosts
+from ftkit.launch.replacement_wait import ReplacementWait
 from ftkit.launch.simulator import SimulatedEnd, Simulation
 from ftkit.launch.simulator_checks import SHARDS_GONE, TrainingState
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.launch.simulator_shards import SHARDS_KEPT, Shard
+from ftkit.recovery.waiting import OnLoss
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +80,12 @@ def test_only_what_all_shards_are_left_of_is_whole() -> None:
             NodeId(0), Seat(2), Shard(state=state, generation=Generation(1), rank=2, size=3)
         )
     assert shards.find(Step(1)) is None, "the arena has no room for it any more"
+
+
+@pytest.mark.parametrize("seed", [4, 33, 44, *range(50, 70)])
+def test_who_waits_for_replacements_whatever_happens_comes_to_an_end(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the first three, newcomers are ready that have not begun to step: all together they will do."""
+    monkeypatch.setattr(simulator_hosts, "ReplacementWait", partial(ReplacementWait, OnLoss.WAIT))
+    Simulation(seed).run()

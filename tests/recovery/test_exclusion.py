@@ -1,10 +1,18 @@
 """Which nodes a job is better off without, at the rates that detection gives."""
 
+from dataclasses import replace
+
 import pytest
 
 from ftkit.core.ids import NodeId
 from ftkit.recovery.costs import Costs
-from ftkit.recovery.exclusion import Exclusion, NodeAdvice, excluded, swap_cost
+from ftkit.recovery.exclusion import (
+    Exclusion,
+    FailurePrices,
+    NodeAdvice,
+    excluded,
+    swap_cost,
+)
 
 DAY = 86_400.0
 #: Of the other nodes: one failure in a month.
@@ -99,3 +107,29 @@ def test_a_swap_costs_the_wait_at_the_smaller_world() -> None:
     assert swap_cost(TEN) == pytest.approx(360)
     # With fewer nobody trains.
     assert swap_cost(TEN, world_min=10) == pytest.approx(3600)
+
+
+def test_a_node_is_priced_by_what_its_own_failures_take_with_them() -> None:
+    prices = FailurePrices(process_s=20, node_s=14_000, node_share=0.3)
+    # One that lost ten processes and never itself, and one that was lost ten times.
+    assert prices.of(failures=10, nodes=0) < 0.06 * 14_000
+    assert prices.of(failures=10, nodes=10) > 0.9 * 14_000
+    assert prices.of(failures=0, nodes=0) == pytest.approx(0.3 * 14_000 + 0.7 * 20)
+    assert FailurePrices(process_s=20, node_s=9, node_share=0).of(failures=3, nodes=0) == 20
+
+
+def test_a_price_of_its_own_counts_instead_of_everybodys() -> None:
+    one = {n: replace(a, cost_s=20.0) for n, a in advice({7: 11}).items()}
+    more = {"nodes": 63, "cost_s": 600.0, "remaining_s": 20 * DAY}
+    assert names(excluded(advice({7: 11}), swap_s=900, **more)) == [7]  # type: ignore[arg-type]
+    assert not excluded(one, swap_s=900, **more)  # type: ignore[arg-type]
+
+
+def test_a_node_that_is_lost_as_it_is_goes_for_nothing() -> None:
+    more = {"nodes": 63, "cost_s": 1.0, "swap_s": 900.0, "remaining_s": 20 * DAY}
+    assert not excluded(advice({7: 11}), **more)  # type: ignore[arg-type]
+    going = {NodeId(7)}
+    assert names(excluded(advice({7: 11}), going=going, **more)) == [7]  # type: ignore[arg-type]
+    # Bad luck it may have been all the same.
+    unlucky = advice({7: 2.9}, sure=False)
+    assert not excluded(unlucky, going=going, **more)  # type: ignore[arg-type]

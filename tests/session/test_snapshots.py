@@ -47,7 +47,7 @@ class Rig:
             checkpoint_dir="",
         )
         trace = SimpleNamespace(event=lambda kind, **fields: self.events.append((kind, fields)))
-        control = SimpleNamespace(arena=self.make, stores={})
+        control = SimpleNamespace(arena=self.make, stores={}, saves=None)
         parts: Any = SimpleNamespace(env=env, control=control, trace=trace)
         self.snapshots = Snapshots(
             model=[self.training.model],

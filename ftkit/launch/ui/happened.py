@@ -10,7 +10,7 @@ TOLD = frozenset(
         "resume", "restore", "drain", "drained", "blind", "sighted", "diverged", "repaired",
         "approximate", "averaged", "rebuild", "rebuild-failed", "scrub", "parity-failed", "snapshot-failed",
         "checkpoint", "checkpoint-failed", "checkpoint-unread", "history-failed", "metrics-failed",
-        "rebalance", "self-check", "preflight", "probed", "end",
+        "checkpoint-interval", "rebalance", "self-check", "preflight", "probed", "end",
     }
 )  # fmt: skip
 
