@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.elastic import COPIES, RANKS, STEPS, Loss, fault, read_loss
+from benchmarks.elastic import COPIES, LOSS_SIZES, RANKS, STEPS, Loss, fault, read_loss
 from benchmarks.figures import Figure, Report, as_samples, finish, parser, say
 from benchmarks.jobs import Event, Job, JobFailed, params_of, scratch
 from ftkit.launch.workload.gpt import GPT
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _options(argv)
     rng = random.Random(options.seed)
     model = tuple(options.model.split())
-    more = ("--clip", "1.0", "--short-handed-s", "0.2")
+    more = (*LOSS_SIZES, "--clip", "1.0")
     problems = list[str]()
     with scratch("zero") as folder:
         blocks = Job(nproc=RANKS, steps=STEPS, model=(*model, *more, "--zero"))
