@@ -56,6 +56,8 @@ NAME_VARIABLE = "FTKIT_NODE_NAME"
 
 #: The longest a replacement is held back in favour of the survivors' repair.
 SPAWN_LATEST_S = 0.5
+#: By then a world that those who are left can form is formed.
+FORMED_S = 0.05
 
 #: The longest that ranks are held back for the fork server to have imported torch.
 PRELOAD_LATEST_S = 30.0
@@ -204,6 +206,8 @@ class Agent:
         )
         self._ending_since: float | None = None
         self._missing_since: float | None = None
+        self._plan_at = float("-inf")
+        """When the newest plan came."""
         self._draining_since: float | None = None
         """When it was said that this node is about to be taken away."""
         self._unused_since: float | None = None
@@ -473,7 +477,8 @@ class Agent:
         moved = (stores, saves) != (self._stores, self._saves)
         self._stores, self._saves = stores, saves
         is_new = plan.order > self._plan.order
-        self._plan = plan if is_new else self._plan
+        if is_new:
+            self._plan, self._plan_at = plan, self._clock.now()
         self._tiers.take(self._plan, message)
         if not is_new:
             # Nodes come and go without a new plan, and ranks read snapshots from them.
@@ -512,9 +517,12 @@ class Agent:
         importing = self._forks is not None and self._forks.state is State.STARTING
         if importing and waited < PRELOAD_LATEST_S:
             return
-        repairing = between_worlds(self._plan, self._roster.facts.values())
-        if repairing and waited < SPAWN_LATEST_S:
-            return
+        if between_worlds(self._plan, self._roster.facts.values()):
+            planned = self._clock.now() - self._plan_at
+            # A world that is not formed at once waits for just this replacement.
+            forming = self._plan.mode is Mode.FORMING
+            if (planned < FORMED_S) if forming else (waited < SPAWN_LATEST_S):
+                return
         for seat in missing:
             if self._roster.vacant(seat.seat):
                 self._spawn(seat)
