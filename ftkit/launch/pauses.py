@@ -36,6 +36,8 @@ class Pauses:
         """When the process of a seat that is out of the world was ordered."""
         self._at: tuple[Generation, Step, float] | None = None
         """The world that trains, the step it played last, and since when it did."""
+        self._grown: tuple[Generation, float] | None = None
+        """A world that grew from one of which no step was seen, and when."""
 
     @property
     def measured(self) -> dict[str, float | None]:
@@ -70,7 +72,13 @@ class Pauses:
             self._at = None
             return
         if step is None:
+            if self._at is None and world.generation != plan.resumed:
+                known = self._grown is not None and self._grown[0] == world.generation
+                self._grown = self._grown if known else (world.generation, now)
             return
+        if self._at is None and self._grown is not None and self._grown[0] == world.generation:
+            self._grow.add(now - self._grown[1])
+        self._grown = None
         if self._at is not None:
             generation, before, since = self._at
             # One that was resumed stood still for a loss; others grew, by a vote at the end of a step.
