@@ -36,8 +36,6 @@ class Pauses:
         """When the process of a seat that is out of the world was ordered."""
         self._at: tuple[Generation, Step, float] | None = None
         """The world that trains, the step it played last, and since when it did."""
-        self._grown: tuple[Generation, float] | None = None
-        """A world that grew from one of which no step was seen, and when."""
 
     @property
     def measured(self) -> dict[str, float | None]:
@@ -71,22 +69,24 @@ class Pauses:
         if plan.mode is not Mode.RUNNING or world is None:
             self._at = None
             return
-        if step is None:
-            if self._at is None and world.generation != plan.resumed:
-                known = self._grown is not None and self._grown[0] == world.generation
-                self._grown = self._grown if known else (world.generation, now)
+        if self._at is None and world.generation != plan.resumed:
+            # It grew before a step was seen in the world that was resumed.
+            played = (facts.members[m].at_step for m in world.member_ids if m in facts.members)
+            self._at = plan.resumed, max(played, default=Step(0)), now
+        here = [f for m in world.member_ids if (f := facts.members.get(m)) is not None]
+        # What those show who still load their state is a step of the world before.
+        if step is None or any(f.step is None for f in here):
             return
-        if self._at is None and self._grown is not None and self._grown[0] == world.generation:
-            self._grow.add(now - self._grown[1])
-        self._grown = None
         if self._at is not None:
             generation, before, since = self._at
             # One that was resumed stood still for a loss; others grew, by a vote at the end of a step.
             grew = generation != world.generation != plan.resumed
-            if grew and step == before:
+            if grew and step <= before:
                 return
-            step_s = pace(len(world.members)) if grew and step > before else None
-            if step_s is not None:
+            if grew:
+                step_s = pace(len(world.members))
+                if step_s is None:
+                    return  # it is known a few steps later
                 self._grow.add(max(0.0, now - since - (step - before) * step_s))
         if self._at is None or self._at[:2] != (world.generation, step):
             self._at = world.generation, step, now

@@ -122,7 +122,7 @@ def test_how_long_a_newcomer_takes_and_what_letting_it_in_costs() -> None:
         told.story.says(m, Stage.ACTIVE, at_step=Step(20))
     told.at(now + 4.5)
     for m in (1, 2, 3):
-        told.story.says(m, Stage.ACTIVE, generation=Generation(3), at_step=Step(21))
+        told.story.says(m, Stage.ACTIVE, generation=Generation(3), step=Step(20), at_step=Step(21))
     told.at(now + 7.0)  # "grown"
     told.at(now + 7.0)
     # One step of it is a step; for the rest everybody stood still.
