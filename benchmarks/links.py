@@ -52,11 +52,7 @@ class Links:
 
     def carried(self, rank: int) -> int:
         """Bytes that left `rank` so far."""
-        shown = subprocess.run(
-            ["ip", "-n", f"{self._name}n{rank}", "-s", "-j", "link", "show", "dev", self.device(rank)],
-            capture_output=True, check=True, text=True,
-        )  # fmt: skip
-        return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
+        return sent_bytes(f"{self._name}n{rank}", self.device(rank))
 
     def __enter__(self) -> Self:
         try:
@@ -95,6 +91,15 @@ class Links:
         for name, device in ((node, near), (switch, far)):
             limit = f"qdisc add dev {device} root tbf rate {self._rate} burst 256kb latency 200ms"
             _run("tc", "-n", name, *limit.split())
+
+
+def sent_bytes(namespace: str, device: str) -> int:
+    """Bytes that a device of a network namespace has sent so far."""
+    shown = subprocess.run(
+        ["ip", "-n", namespace, "-s", "-j", "link", "show", "dev", device],
+        capture_output=True, check=True, text=True,
+    )  # fmt: skip
+    return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
 
 
 def _ip(namespace: str, command: str) -> None:

@@ -1,12 +1,13 @@
 """Wires: hosts as network namespaces with a wire of its own between each two. Needs root."""
 
 import itertools
-import json
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
+
+from benchmarks.links import sent_bytes
 
 #: What a wire may send at once before its rate counts, and how long it may queue.
 _BURST, _QUEUE = "128kb", "400ms"
@@ -50,12 +51,7 @@ class Wires:
 
     def carried(self, here: int, there: int) -> int:
         """Bytes that left one host for another so far."""
-        device = f"{self._names[here]}{there}"
-        shown = subprocess.run(
-            ["ip", "-n", self._names[here], "-s", "-j", "link", "show", "dev", device],
-            capture_output=True, check=True, text=True,
-        )  # fmt: skip
-        return int(json.loads(shown.stdout)[0]["stats64"]["tx"]["bytes"])
+        return sent_bytes(self._names[here], f"{self._names[here]}{there}")
 
     def __enter__(self) -> Self:
         try:

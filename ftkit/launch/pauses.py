@@ -69,11 +69,10 @@ class Pauses:
         if plan.mode is not Mode.RUNNING or world is None:
             self._at = None
             return
+        here = [f for m in world.member_ids if (f := facts.members.get(m)) is not None]
         if self._at is None and world.generation != plan.resumed:
             # It grew before a step was seen in the world that was resumed.
-            played = (facts.members[m].at_step for m in world.member_ids if m in facts.members)
-            self._at = plan.resumed, max(played, default=Step(0)), now
-        here = [f for m in world.member_ids if (f := facts.members.get(m)) is not None]
+            self._at = plan.resumed, max((f.at_step for f in here), default=Step(0)), now
         # What those show who still load their state is a step of the world before.
         if step is None or any(f.step is None for f in here):
             return
