@@ -34,6 +34,17 @@ class Hosts:
         """`command`, to be run on a host."""
         return ["ip", "netns", "exec", self._names[host], *command]
 
+    def pids(self, host: int) -> list[int]:
+        """What runs on a host."""
+        told = subprocess.run(
+            ["ip", "netns", "pids", self._names[host]], capture_output=True, check=True, text=True
+        )
+        return [int(pid) for pid in told.stdout.split()]
+
+    def cut(self, host: int, *, whole: bool = False) -> None:
+        """Cut the host's link, or make it whole again: neither end is told."""
+        _ip("-n", self._switch, "link", "set", f"{self._names[host]}f", "up" if whole else "down")
+
     def __enter__(self) -> Self:
         try:
             _ip("netns", "add", self._switch)

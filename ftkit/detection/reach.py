@@ -1,4 +1,4 @@
-"""Reach: whether others reach a node of which the coordinator hears nothing. Pure.
+"""Reach: whether a node of which the coordinator hears nothing is gone. Pure.
 
 That nothing comes from a node may be the fault of the path from it to the coordinator. Before it
 is taken for lost, two other nodes are asked to connect to its agent: the indirect probe of SWIM
@@ -7,9 +7,14 @@ is taken for lost, two other nodes are asked to connect to its agent: the indire
     silent for node_s / 2    two others are asked, and again every node_s / 4
     for node_s               lost, unless one of them has reached it lately
     for node_s * 3 / 2       lost, whoever reaches it: nobody can give it orders
+    refused twice            lost at once, unless somebody has reached it lately
 
 So a node that is gone is taken for lost as soon as without this, and no node later than half of
 `node_s` beyond that.
+
+A refused connection is no silence but an answer: the machine's kernel says that nobody listens where
+the agent did, so the agent is dead, and its ranks with it. One refusal has two others ask at once,
+and a second one, whoever gets it, is proof: what a firewall refuses to one, it may let others do.
 """
 
 from collections.abc import Collection, Mapping
@@ -24,6 +29,8 @@ VIA: Final = 2
 #: In parts of node_s: silence after which others are asked, and between two questions; how long
 #: an answer counts; and by how much it puts off the end.
 _ASK, _AGAIN, _COUNTS, _LONGER = 0.5, 0.25, 0.5, 0.5
+#: So many refusals, since the node was last connected, prove its agent's death.
+_PROOF: Final = 2
 #: Nobody takes longer than this to answer.
 _LIMIT_S: Final = 5.0
 
@@ -50,6 +57,15 @@ class Reach:
         self._asked: dict[NodeId, float] = {}
         self._reached: dict[NodeId, float] = {}
         """When somebody was asked who then reached it: the moment that surely counts."""
+        self._refusals: dict[NodeId, int] = {}
+
+    def connected(self, node: NodeId) -> None:
+        """The coordinator has a connection to it: what was refused before says nothing now."""
+        self._refusals.pop(node, None)
+
+    def refused(self, node: NodeId) -> None:
+        """The coordinator, which hears others, tried to connect to it and was refused."""
+        self._refusals[node] = self._refusals.get(node, 0) + 1
 
     def orders(
         self, silent: Mapping[NodeId, float], others: Collection[NodeId], now: float
@@ -66,7 +82,7 @@ class Reach:
         found = list[ReachOrder]()
         for node, spent in silent.items():
             again = now - self._asked.get(node, float("-inf")) >= _AGAIN * self._node_s
-            if spent <= _ASK * self._node_s or not again:
+            if not again or (spent <= _ASK * self._node_s and node not in self._refusals):
                 continue
             # The next ones by number, so that many silent nodes do not all ask the same two.
             nearest = sorted((n for n in others if n != node), key=lambda n: (n < node, n))
@@ -81,14 +97,27 @@ class Reach:
     def take(self, seen: ReachSeen) -> None:
         """One that was asked has answered. Whoever was not is passed over."""
         node, asked = self._open.pop(seen.order, (None, 0.0))
-        if node == seen.node and seen.reached:
-            self._reached[seen.node] = max(asked, self._reached.get(seen.node, asked))
+        if node != seen.node:
+            return
+        if seen.reached:
+            self._reached[node] = max(asked, self._reached.get(node, asked))
+        elif seen.refused and node in self._refusals:
+            self.refused(node)
 
     def lost(self, silent: Mapping[NodeId, float], now: float) -> frozenset[NodeId]:
         """The nodes that are taken for lost, of those that are silent for so long."""
-        return frozenset(n for n, spent in silent.items() if spent > self._allowed_s(n, now))
+        return frozenset(
+            n
+            for n, spent in silent.items()
+            if spent > self._allowed_s(n, now) or self.is_proved(n, now)
+        )
+
+    def is_proved(self, node: NodeId, now: float) -> bool:
+        """Whether it is known, and not only to be feared, that the agent there is dead."""
+        return self._refusals.get(node, 0) >= _PROOF and not self._is_reached(node, now)
 
     def _allowed_s(self, node: NodeId, now: float) -> float:
-        reached_at = self._reached.get(node, float("-inf"))
-        reached = now - reached_at <= _COUNTS * self._node_s
-        return (1 + _LONGER) * self._node_s if reached else self._node_s
+        return (1 + _LONGER) * self._node_s if self._is_reached(node, now) else self._node_s
+
+    def _is_reached(self, node: NodeId, now: float) -> bool:
+        return now - self._reached.get(node, float("-inf")) <= _COUNTS * self._node_s

@@ -252,12 +252,16 @@ class ReachSeen:
     reached: bool
     error: str = ""
     """Why not."""
+    refused: bool = False
+    """Why not: its machine answered that nobody listens there."""
 
     def __post_init__(self) -> None:
         # Of what a peer says nothing is taken on trust.
-        if self.reached not in (True, False):
-            raise ValueError(f"reached is {self.reached!r}, must be true or false")
-        object.__setattr__(self, "reached", bool(self.reached))
+        for name in ("reached", "refused"):
+            value = getattr(self, name)
+            if value not in (True, False):
+                raise ValueError(f"{name} is {value!r}, must be true or false")
+            object.__setattr__(self, name, bool(value))
         object.__setattr__(self, "error", str(self.error)[:200])
         for name in ("order", "node", "via"):
             object.__setattr__(self, name, int(getattr(self, name)))

@@ -178,7 +178,8 @@ class Agent:
         self._blind = False
         """Whether the coordinator, connected, has not been heard of for too long."""
         self._resources: Resources | None = None
-        self._metrics = Metrics(config.job, node)
+        self.metrics = Metrics(config.job, node)
+        """What it knows, kept up to date by its thread."""
         self._metrics_server = self._serve_metrics()
         self._preflight = None
         if config.preflight:
@@ -187,7 +188,7 @@ class Agent:
             config,
             node,
             self._arenas,
-            self._metrics,
+            self.metrics,
             self.trace,
             self._clock,
             signals=self._signals,
@@ -350,9 +351,9 @@ class Agent:
                 self._signals.extend(to_json(seen) for seen in self._tiers.io())
                 self._watch_coordinator()
                 heard = self._coordinator is not None and not self._blind
-                self._metrics.set("ftkit_agent_coordinator_connected", heard)
+                self.metrics.set("ftkit_agent_coordinator_connected", heard)
                 paths = {self._config.run_dir: "run", self._config.checkpoint_dir: "checkpoint"}
-                self._metrics.take_node(value, paths)
+                self.metrics.take_node(value, paths)
             case "drain":
                 self._begin_drain()
             case "stop":
@@ -601,8 +602,8 @@ class Agent:
         ) or now - self._roster.halted_at < HALTED_S
         rows = self._arenas.rows(facts, tails=stands)
         tiers = self._tiers.facts()
-        self._metrics.take_rows(rows)
-        self._metrics.take_tiers(tiers)
+        self.metrics.take_rows(rows)
+        self.metrics.take_tiers(tiers)
         return rows, tiers
 
     def _gather(self, now: float) -> None:
@@ -611,7 +612,7 @@ class Agent:
         finished = self._arenas.steps(alive)
         self._signals.extend(finished)
         self._signals.extend(self._arenas.comm(alive, now=now))
-        self._metrics.take_steps(finished)
+        self.metrics.take_steps(finished)
 
     def _tell_coordinator(self) -> None:
         """Report; without a coordinator only look, for metrics are read all the same."""
@@ -660,7 +661,7 @@ class Agent:
         # Several nodes of one machine share its address.
         port += self._node if self._host.startswith("127.") else 0
         try:
-            return MetricsServer(self._metrics, self._host, port)
+            return MetricsServer(self.metrics, self._host, port)
         except OSError as error:
             self.trace.event("metrics-failed", port=port, reason=str(error))
             logger.warning("no metrics are served at port %s: %s", port, error)

@@ -195,10 +195,16 @@ class Coordinator:
                 self._dialling.discard(node)
                 if value is not None:
                     self._lines[node] = value
+                    self._judge.reach.connected(node)
                     self._note_return(node)
                     self._silent_since.pop(node, None)
                     self._heard[node] = self._clock.now()
                     self._send_plan(node)
+            case "refused" if node is not None:
+                self._dialling.discard(node)
+                if self._lines:  # else whoever is refused may be us
+                    self._judge.reach.refused(node)
+                    self._ask_others(self._clock.now())
             case "facts" if node is not None:
                 self._take_facts(node, value)
             case "gone" if node is not None:
@@ -206,6 +212,7 @@ class Coordinator:
                     self._lines.pop(node).close()
                     self._silent_since[node] = self._clock.now()
                     self._judge.node_gone(node, self._clock.now())
+                    self._dial_missing()  # at once: who is refused knows more than who hears nothing
             case "scored":
                 self._take_scores([value])
             case "interrupt":
@@ -323,7 +330,8 @@ class Coordinator:
             line = connect(address, self._secret, hello=hello, timeout_s=2.0, dial=dial)
         except WireError as error:
             logger.debug("node %s cannot be reached: %s", node, error)
-            self._inbox.put(("line", node, None))
+            refused = isinstance(error.__cause__, ConnectionRefusedError)
+            self._inbox.put(("refused" if refused else "line", node, None))
             return
         self._inbox.put(("line", node, line))
         try:

@@ -335,11 +335,12 @@ class Judge:
             if m.node not in away or m.member in named:
                 continue
             silent_s = lost.get(m.node)
-            what = (
-                f"the connection to the agent of node {m.node} broke"
-                if silent_s is None
-                else f"nothing was heard of node {m.node} for {silent_s:.1f} s"
-            )
+            if silent_s is None:
+                what = f"the connection to the agent of node {m.node} broke"
+            elif self.reach.is_proved(m.node, now):
+                what = f"the agent of node {m.node} is dead, for its machine refuses connections"
+            else:
+                what = f"nothing was heard of node {m.node} for {silent_s:.1f} s"
             found.append(
                 Verdict(
                     fault=Fault.NODE_LOST,

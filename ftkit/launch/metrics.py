@@ -102,10 +102,14 @@ class Metrics:
         if facts.get("persister"):
             self.set("ftkit_checkpoint_written_bytes", facts["persister"]["written"])
 
+    def values(self) -> dict[tuple[str, Labels], float]:
+        """All of it now, by name and labels."""
+        with self._lock:
+            return dict(self._values)
+
     def render(self) -> str:
         """All of it in Prometheus' text format, version 0.0.4."""
-        with self._lock:
-            values = dict(self._values)
+        values = self.values()
         lines = list[str]()
         for name, (kind, text) in CATALOGUE.items():
             mine = sorted((labels, value) for (n, labels), value in values.items() if n == name)

@@ -101,7 +101,7 @@ class Prober:
     def _reach(
         self, number: int, node: NodeId, other: NodeId, address: tuple[str, int], limit_s: float
     ) -> None:
-        error = ""
+        error, refused = "", False
         try:
             detour = Detour.of_control(self._environ, agent_end(node))
             if detour is None:
@@ -115,6 +115,7 @@ class Prober:
                 )
         except (WireError, OSError) as failed:
             error = str(failed)[:200] or type(failed).__name__
+            refused = isinstance(failed, ConnectionRefusedError)
         finally:
             self._slots.release()
         seen = ReachSeen(
@@ -124,6 +125,7 @@ class Prober:
             at=self._clock.now(),
             reached=not error,
             error=error,
+            refused=refused,
         )
         self._report(to_json(seen))
 

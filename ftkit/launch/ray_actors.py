@@ -1,7 +1,7 @@
 """The two actors of the Ray engine: hosts for an agent and for a coordinator.
 
-Plain classes that know nothing of Ray; `ray_engine` makes actors of them. The job's secret
-comes in a method call, never in a constructor: Ray's control store keeps constructor
+Plain classes, to which Ray tells the machine's address and takes metrics; `ray_engine` makes actors
+of them. The job's secret comes in a method call, never in a constructor: Ray's control store keeps constructor
 arguments, while those of a call go straight from process to process.
 """
 
@@ -72,7 +72,7 @@ class AgentHost:
           config: the job, as `JobConfig.to_json`.
           node: this node's number.
           secret: the job's secret in hexadecimal.
-          host: the address to listen on.
+          host: the address to listen on; empty for the one by which Ray knows this machine.
           port: the port the agent before this one had, taken if it is free; 0 takes any.
           environ: the driver's environment.
           python: the driver's interpreter; where the job's command begins with it, this
@@ -90,6 +90,7 @@ class AgentHost:
                 f"node {node} ({socket.gethostname()}) has no directory {job.cwd}; start from a "
                 "file system that all nodes share, or by `ray job submit --working-dir`"
             )
+        host = host or _ray_address()
         shared = marker(Path(job.run_dir), job.job).exists()
         if job.command[0] == python:
             job = replace(job, command=(sys.executable, *job.command[1:]))
@@ -144,7 +145,13 @@ class AgentHost:
             os.setpriority(os.PRIO_PROCESS, 0, 0)
         except PermissionError:
             pass  # only root may; `RAY_worker_niceness=0` at `ray start` does it for others
-        agent.run()
+        from ftkit.launch.ray_metrics import RayMetrics
+
+        told = RayMetrics(agent.metrics.values)
+        try:
+            agent.run()
+        finally:
+            told.close()
 
 
 class CoordinatorHost:
@@ -203,6 +210,12 @@ def rank_inheritance(node: Mapping[str, str], driver: Mapping[str, str]) -> dict
         if not name.startswith("RAY_")
         and not (name == "PYTHONBREAKPOINT" and value.startswith("ray."))
     }
+
+
+def _ray_address() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 def _is_free(host: str, port: int) -> bool:

@@ -256,7 +256,9 @@ class RayEngine:
             self._config.to_json(),
             node,
             self._secret,
-            host=self._address_of(node),
+            # Where its bundle is then, the agent sees for itself: a node that is lost may come back
+            # on another machine, in a quarter of a minute or when there is one.
+            host=LOOPBACK if self._alone else "",
             port=known[1] if known else 0,
             environ=dict(os.environ),
             python=sys.executable,
@@ -329,7 +331,8 @@ class RayEngine:
             name=f"ftkit-{self._config.job}-coordinator-{self._number}",
         )
         self._coordinator_pid = self._coordinator.pid.remote()
-        addresses = [(a.started.host, a.started.port) for a in self._agents.values() if a.started]
+        # Of one whose machine is gone, the last: the job goes on without it meanwhile.
+        addresses = [a.known for a in self._agents.values() if a.known]
         assert len(addresses) == self._config.agents, "a coordinator starts after all agents"
         self._running = self._coordinator.run.remote(
             self._config.to_json(), self._secret, addresses, self._number
@@ -352,8 +355,7 @@ class RayEngine:
             ray.kill(self._coordinator)
         except ray_errors.RayActorError:
             logger.warning("coordinator %s is gone; starting another", self._number)
-        if all(a.started for a in self._agents.values()):
-            self._start_coordinator()
+        self._start_coordinator()
         return None
 
     # Ray.

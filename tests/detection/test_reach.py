@@ -97,8 +97,42 @@ def test_who_was_not_asked_is_not_heard() -> None:
     assert silence.run(NODE_S + 1, answers=False) == {2: NODE_S + TICK_S}
 
 
+def test_two_refusals_prove_that_an_agent_is_dead() -> None:
+    reach, others = Reach(NODE_S), NODES[:5]
+    unheard = {NodeId(5): 0.1}
+    reach.refused(NodeId(5))
+    assert not reach.lost(unheard, 0.1), "one is an answer of whoever answers"
+    orders = reach.orders(unheard, others, 0.1)
+    assert [o.via for o in orders] == [0, 1], "so others are asked at once"
+    reach.take(refusal(orders[0]))
+    assert reach.lost(unheard, 0.1) == {5}
+    assert reach.is_proved(NodeId(5), 0.1)
+    reach.connected(NodeId(5))
+    assert not reach.lost({NodeId(5): 0.0}, 0.2), "another agent is there"
+    reach.take(refusal(orders[1]))
+    assert not reach.lost({NodeId(5): 0.0}, 0.2), "what came late was said of the last one"
+
+
+def test_nobody_is_dead_whom_others_reach() -> None:
+    reach, unheard = Reach(NODE_S), {NodeId(5): 1.0}
+    reach.refused(NodeId(5))
+    order, _ = reach.orders(unheard, NODES[:5], 1.0)
+    seen = ReachSeen(order=order.number, node=NodeId(5), via=order.via, at=1.0, reached=True)
+    reach.take(seen)
+    reach.refused(NodeId(5))
+    assert not reach.lost(unheard, 1.5), "a firewall refuses the coordinator alone"
+    assert reach.lost({NodeId(5): 1.5 * NODE_S + 1}, 1.5 * NODE_S + 1) == {5}, "not for ever"
+
+
+def refusal(order: ReachOrder) -> ReachSeen:
+    return ReachSeen(
+        order=order.number, node=order.node, via=order.via, at=0.1, reached=False, refused=True
+    )
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"reached": "yes"}, {"reached": None}, {"node": "x"}, {"at": []}]
+    "wrong",
+    [{"reached": "yes"}, {"reached": None}, {"refused": "no"}, {"node": "x"}, {"at": []}],
 )
 def test_what_is_no_answer_is_refused_where_it_comes_in(wrong: dict[str, object]) -> None:
     said = ReachSeen(order=1, node=NodeId(2), via=NodeId(3), at=1.0, reached=True)
