@@ -64,6 +64,26 @@ def main() -> None:
     "--engine", type=click.Choice(["embedded", "ray"]), help="Default: Ray if there is one."
 )
 @click.option(
+    "--resources",
+    default="",
+    metavar="NAME=AMOUNT,...",
+    help="With Ray: what each node books, such as GPU=8. Default: a GPU a rank, if there are enough.",
+)
+@click.option(
+    "--placement",
+    type=click.Choice(["auto", "spread", "strict-spread", "pack"]),
+    default="auto",
+    show_default=True,
+    help="With Ray: whether nodes share machines; auto: where there are too few.",
+)
+@click.option(
+    "--placement-timeout",
+    "placement_s",
+    default=300.0,
+    show_default=True,
+    help="With Ray: seconds that the cluster may take to make room, as by starting machines.",
+)
+@click.option(
     "--max-stall",
     "max_stall_s",
     default=30.0,
@@ -166,6 +186,9 @@ def run(
     spares: int,
     spare_nodes: int,
     engine: str | None,
+    resources: str,
+    placement: str,
+    placement_s: float,
     max_stall_s: float,
     alarms_per_day: float,
     parity: str,
@@ -212,6 +235,12 @@ def run(
     log_to_stderr(quiet=quiet)
     job = new_job_id()
     folder = (run_dir or RUNS / job).resolve()
+    engine = engine or default_engine()
+    if engine != "ray" and (resources or placement != "auto"):
+        raise UsageError(
+            "--resources and --placement say where a Ray cluster puts the job's nodes, and this one "
+            f"runs on the engine {engine}; give --engine ray, or set RAY_ADDRESS"
+        )
     config = JobConfig(
         job=job,
         command=python_command(script, arguments),
@@ -219,6 +248,9 @@ def run(
         nproc=nproc,
         spares=spares,
         spare_nodes=spare_nodes,
+        resources=resources,
+        placement=placement,
+        placement_s=placement_s,
         max_stall_s=max_stall_s,
         alarms_per_day=alarms_per_day,
         parity=parity,
@@ -270,7 +302,7 @@ def run(
             for follow in followers:
                 follow()
 
-        stop = run_job(config, engine=engine or default_engine(), on_poll=poll)
+        stop = run_job(config, engine=engine, on_poll=poll)
     if as_json:
         told = {"code": stop.code, "reason": stop.reason, "run_dir": str(folder)}
         click.echo(json.dumps(told | ({"last_checkpoint": last.told} if last.told else {})))

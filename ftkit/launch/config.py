@@ -18,6 +18,7 @@ from ftkit.checkpoint.numa import check_setting
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.detection.config import DetectionConfig
+from ftkit.launch.ray_placement import AUTO_PLACEMENT, STRATEGIES, parse_resources
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.waiting import OnLoss
 
@@ -157,6 +158,12 @@ class JobConfig:
     on_loss: str = "auto"
     """What is done about a loss where several ways lead on: "auto" (what loses least, once that was
     measured), "smaller" or "wait" (`recovery.waiting`)."""
+    resources: str = ""
+    """(Ray) What each node books: NAME=AMOUNT, with commas; empty: GPUs for its ranks if there are."""
+    placement: str = AUTO_PLACEMENT
+    """(Ray) How nodes are put on machines: "auto", "spread", "strict-spread" or "pack"."""
+    placement_s: float = 300.0
+    """(Ray) How long the cluster may take to make room, by starting machines if it does."""
     checkpoint_ignore: tuple[str, ...] = ()
     """Checkpoints of before a fresh start, by their identity."""
 
@@ -197,6 +204,12 @@ class JobConfig:
             )
         if self.checkpoint_every and not self.checkpoint_dir:
             raise UsageError("--checkpoint-every needs a --checkpoint-dir to write to")
+        parse_resources(self.resources)
+        if self.placement not in (AUTO_PLACEMENT, *STRATEGIES):
+            known = ", ".join((AUTO_PLACEMENT, *STRATEGIES))
+            raise UsageError(f"--placement is {self.placement!r}, none of {known}")
+        if not self.placement_s > 0:
+            raise UsageError(f"--placement-timeout is {self.placement_s:g}, must be above 0")
         if self.on_loss not in list(OnLoss):
             raise UsageError(f"--on-loss is {self.on_loss!r}, none of {', '.join(OnLoss)}")
         if self.code is not None:

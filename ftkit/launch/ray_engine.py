@@ -43,6 +43,7 @@ from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig
 from ftkit.launch.coordinator import read_result
 from ftkit.launch.ray_actors import AgentHost, CoordinatorHost, Started, marker
+from ftkit.launch.ray_placement import bundle, parse_resources, shortage, show, strategy
 from ftkit.launch.tail import RankOutput
 from ftkit.recovery.plan import Stop
 
@@ -53,17 +54,12 @@ LOOPBACK = "127.0.0.1"
 #: A cluster that is there answers in a fraction of this; one that hangs is not waited for
 #: (`ray.init` alone would wait for minutes, deaf to signals).
 CONNECT_S = 15.0
-#: For the cluster to make room, by starting machines if it does.
-PLACEMENT_S = 300.0
 #: For an actor's process to start and its agent to listen: importing Ray takes seconds.
 START_S = 120.0
 #: Coordinators that end by an error before we give up.
 COORDINATOR_TRIES = 10
 #: Between two questions which machines are about to be taken away.
 NOTICE_S = 1.0
-#: Share of a CPU that Ray books for an agent: a bundle may not be empty, and ranks are
-#: wanted even where Ray counts fewer CPUs than there are ranks.
-AGENT_CPUS = 0.01
 
 
 @dataclass(slots=True, kw_only=True)
@@ -89,6 +85,8 @@ class RayEngine:
         self._config = replace(config, cwd=config.cwd or os.getcwd())
         self._secret = secret
         self._group: Any = None
+        self._shape: dict[str, float] = {}
+        """What an agent books."""
         self._alone = False
         self._agents: dict[int, _Agent] = {}
         self._coordinator: Any = None
@@ -109,16 +107,17 @@ class RayEngine:
         if not run_dir.is_dir():
             raise UsageError(f"the run directory {run_dir} does not exist")
         self._connected = connect(os.environ)
-        alive = _alive_nodes()
-        self._place(alive)
+        self._place(_alive_nodes())
         if self._is_interrupted():
             return
+        alive = _alive_nodes()  # more than before, where machines were started for us
+        self._alone = len(alive) == 1
         mark = marker(run_dir, self._config.job)
         mark.parent.mkdir(exist_ok=True)
         mark.touch()
         if not self._config.rank_logs:
             self._output = RankOutput(run_dir / "logs", self._config.nodes * self._config.places)
-        self._find_master(alive)
+        self._find_master()
         for node in range(self._config.agents):
             self._start_agent(node)
         deadline = time.monotonic() + START_S
@@ -214,28 +213,34 @@ class RayEngine:
     # Agents.
 
     def _place(self, alive: list[dict[str, Any]]) -> None:
-        """Book a bundle for each agent, each on a node of its own where there are enough."""
-        wanted = self._config.agents
-        self._alone = len(alive) == 1
-        if len(alive) < wanted:
+        """Book a bundle for each agent. While it is pending, Ray's autoscaler sees what is wanted."""
+        wanted, asked = self._config.agents, parse_resources(self._config.resources)
+        how = strategy(self._config.placement, nodes=wanted, alive=len(alive))
+        self._shape = bundle(alive, nodes=wanted, nproc=self._config.places, wanted=asked)
+        lacking = shortage(alive, self._shape, nodes=wanted, how=how)
+        if lacking:
+            logger.warning(
+                "%s; waiting %g s for machines that join", lacking, self._config.placement_s
+            )
+        elif len(alive) < wanted:
             logger.warning(
                 "the cluster has %s node(s) and the job asks for %s: agents share a machine, "
                 "and are lost together with it",
                 len(alive),
                 wanted,
             )
-        strategy = "STRICT_SPREAD" if len(alive) >= wanted > 1 else "SPREAD"
-        shape = bundle(alive, nodes=wanted, nproc=self._config.places)
-        self._group = placement_group([shape] * wanted, strategy=strategy)
-        deadline = time.monotonic() + PLACEMENT_S
+        self._group = placement_group([self._shape] * wanted, strategy=how)
+        deadline = time.monotonic() + self._config.placement_s
         while not self._group.wait(timeout_seconds=0.5) and not self._is_interrupted():
             if time.monotonic() > deadline:
+                why = shortage(_alive_nodes(), self._shape, nodes=wanted, how=how)
                 raise CapacityError(
-                    f"the cluster found no room for {wanted} x {shape} ({strategy}) within "
-                    f"{PLACEMENT_S:g} s; `ray status` shows what is free"
+                    f"the cluster found no room for {wanted} nodes of {show(self._shape)} ({how}) "
+                    f"within {self._config.placement_s:g} s (--placement-timeout): "
+                    + (why or "others use it; `ray status` shows what is free")
                 )
 
-    def _find_master(self, alive: list[dict[str, Any]]) -> None:
+    def _find_master(self) -> None:
         """Settle MASTER_ADDR and MASTER_PORT, which on several machines are node 0's."""
         if self._alone or "MASTER_ADDR" in self._config.env:
             return
@@ -251,7 +256,7 @@ class RayEngine:
     def _start_agent(self, node: int) -> None:
         before = self._agents.get(node)
         known = before.known if before is not None else None
-        actor = self._actor(AgentHost, self._on_bundle(node))
+        actor = self._actor(AgentHost, self._on_bundle(node), takes=self._shape)
         pending = actor.start.remote(
             self._config.to_json(),
             node,
@@ -360,13 +365,20 @@ class RayEngine:
 
     # Ray.
 
-    def _actor(self, kind: type, where: Any, name: str | None = None) -> Any:
+    def _actor(
+        self, kind: type, where: Any, name: str | None = None, takes: Mapping[str, float] = {}
+    ) -> Any:
         """An actor on its way: at most this many calls at once, no restarts by Ray."""
+        # A process sees the accelerators that it takes, and no others.
+        special = {n: v for n, v in takes.items() if n not in ("CPU", "GPU", "memory")}
         return (
             ray.remote(kind)
             .options(
                 name=name,
                 num_cpus=0,
+                num_gpus=takes.get("GPU", 0),
+                memory=takes.get("memory"),
+                resources=special,
                 max_concurrency=4,
                 runtime_env=_runtime_env(),
                 scheduling_strategy=where,
@@ -470,12 +482,6 @@ def draining_nodes() -> frozenset[str]:
     except (AttributeError, RuntimeError, ray_errors.RayError) as error:
         logger.debug("Ray tells nothing of machines that go: %s", error)
         return frozenset()
-
-
-def bundle(alive: list[dict[str, Any]], *, nodes: int, nproc: int) -> dict[str, float]:
-    """What each agent books: a GPU for each rank where enough machines have them."""
-    fitting = sum(int(n["Resources"].get("GPU", 0)) // nproc for n in alive)
-    return {"CPU": AGENT_CPUS, **({"GPU": nproc} if fitting >= nodes else {})}
 
 
 def _runtime_env() -> dict[str, Any]:

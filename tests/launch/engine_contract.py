@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -182,7 +183,7 @@ class Jobs:
         self.engines: list[Engine] = []
         self.configs: list[JobConfig] = []
 
-    def engine(self, script: str, **settings: int) -> Engine:
+    def engine(self, script: str, **settings: Any) -> Engine:
         """An engine, not started, whose ranks run `script` with this folder as argument."""
         path = self.folder / "script.py"
         path.write_text(textwrap.dedent(script))
@@ -192,7 +193,7 @@ class Jobs:
             run_dir=str(self.folder / "run"),
             rank_logs=True,
             max_stall_s=10.0,
-            **settings,  # type: ignore[arg-type]
+            **settings,
         )
         Path(config.run_dir).mkdir()
         engine = self._make(config, new_secret())
@@ -200,12 +201,12 @@ class Jobs:
         self.configs.append(config)
         return engine
 
-    def start(self, script: str, **settings: int) -> Engine:
+    def start(self, script: str, **settings: Any) -> Engine:
         engine = self.engine(script, **settings)
         engine.start()
         return engine
 
-    def run(self, script: str, **settings: int) -> Stop:
+    def run(self, script: str, **settings: Any) -> Stop:
         return drive(self.start(script, **settings))
 
     def pids(self, ranks: int) -> list[tuple[int, int]]:

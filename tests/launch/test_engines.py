@@ -4,12 +4,14 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import textwrap
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +21,14 @@ import psutil
 import pytest
 
 from ftkit.core import exit_codes
-from ftkit.core.errors import UsageError
+from ftkit.core.errors import CapacityError, UsageError
 from ftkit.core.trace import read_run
 from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig
 from ftkit.launch.embedded import EmbeddedEngine
 from ftkit.launch.engine import Engine
 from ftkit.launch.ray_actors import rank_inheritance
+from ftkit.launch.ray_placement import AGENT_CPUS, bundle, parse_resources, shortage, strategy
 from ftkit.launch.store_drills import OnDisk
 from ftkit.launch.tail import RankOutput
 from tests.drills.jobs import TRAINING, run
@@ -88,10 +91,10 @@ class Cluster:
         )
 
     @contextmanager
-    def machine(self) -> Iterator[None]:
-        """Another machine of the cluster, as far as Ray knows."""
+    def machine(self, *options: str) -> Iterator[None]:
+        """Another machine of the cluster, as far as Ray knows; `options` are `ray start`'s."""
         command = ["ray", "start", f"--address={self.address}", "--block", "--disable-usage-stats"]
-        command += ["--num-cpus=2", "--object-store-memory=100000000"]
+        command += ["--num-cpus=2", "--object-store-memory=100000000", *options]
         with (self._folder / "machine.log").open("wb") as log:
             process = subprocess.Popen(
                 command, env=self.environ, stdout=log, stderr=log, start_new_session=True
@@ -335,6 +338,65 @@ class TestRay(EngineContract):
         assert sorted(step for step, _ in votes) == list(range(1, 201)), "no step was played twice"
         assert len(done.params) == 1
 
+    def test_metrics_of_a_job_are_where_ray_has_its_own(self, jobs: Jobs) -> None:
+        import ray
+
+        engine = jobs.start(WAIT)
+        jobs.pids(1)
+        (machine,) = [n for n in ray.nodes() if n["Alive"]]
+        url = f"http://127.0.0.1:{machine['MetricsExportPort']}/metrics"
+        wanted = rf'^ray_ftkit_rank_starts_total{{.*job="{jobs.configs[0].job}".*}} 1\.0$'
+        deadline = time.monotonic() + 60  # Ray passes on what it has every ten seconds
+        while not re.search(wanted, said := told(url), re.MULTILINE):
+            assert engine.poll() is None
+            assert time.monotonic() < deadline, said
+            time.sleep(0.5)
+        assert re.search(r'^ray_ftkit_rank_step{.*rank="0".*} 0\.0$', said, re.MULTILINE)
+        (jobs.folder / "go").touch()
+        assert drive(engine).code == 0
+
+    def test_what_no_machine_has_is_named(self, jobs: Jobs) -> None:
+        settings: dict[str, Any] = {"resources": "lamp=1", "placement_s": 1.0}
+        with pytest.raises(
+            CapacityError, match=r"no room .*: no machine .* has lamp: they have CPU"
+        ):
+            jobs.start(WAIT, **settings)
+
+    @pytest.mark.timeout(240)  # a second raylet, and a cluster that is busy for it
+    def test_a_job_waits_for_a_machine_that_has_what_it_books(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        from ray.autoscaler.v2.sdk import get_cluster_status
+
+        (tmp_path / "train.py").write_text(
+            "import os; print('sees', os.environ['CUDA_VISIBLE_DEVICES'], flush=True)"
+        )
+        command = [*CLI, "run", "--engine", "ray", "--resources", "lamp=1,GPU=2", "train.py"]
+        with subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=cluster.environ | {"RAY_ADDRESS": cluster.address},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as job:
+            try:
+                deadline, pending = time.monotonic() + 60, list[Any]()
+                while not pending:  # what Ray's autoscaler goes by
+                    assert job.poll() is None
+                    assert time.monotonic() < deadline
+                    time.sleep(0.5)
+                    status = get_cluster_status(cluster.address)
+                    pending = status.resource_demands.placement_group_demand
+                assert "lamp" in str(pending[0])
+                with cluster.machine("--num-gpus=2", '--resources={"lamp": 1}'):
+                    out, err = job.communicate(timeout=100)
+            finally:
+                job.kill()
+        assert job.returncode == 0, out + err
+        assert "sees 0,1" in out
+        assert "has lamp" in err
+
     def test_a_drill_programme_takes_a_node_of_a_running_job(self, tmp_path: Path) -> None:
         folder, script, told = tmp_path / "run", tmp_path / "train.py", tmp_path / "told"
         script.write_text(textwrap.dedent(PACED))
@@ -438,16 +500,43 @@ def test_a_peer_that_says_nothing_is_given_up_on(tmp_path: Path) -> None:
 
 
 def test_a_gpu_is_booked_for_each_rank_only_where_there_are_enough() -> None:
-    from ftkit.launch.ray_engine import AGENT_CPUS, bundle
-
-    def machine(**resources: float) -> dict[str, Any]:
-        return {"Resources": {"CPU": 8.0, **resources}}
-
     cpu_only = {"CPU": AGENT_CPUS}
     assert bundle([machine()], nodes=1, nproc=2) == cpu_only
     assert bundle([machine(GPU=4.0)], nodes=2, nproc=2) == cpu_only | {"GPU": 2}
     assert bundle([machine(GPU=1.0), machine(GPU=1.0)], nodes=1, nproc=2) == cpu_only
     assert bundle([machine(GPU=8.0), machine()], nodes=2, nproc=8) == cpu_only
+
+
+@pytest.mark.parametrize("text", ["GPU", "GPU=", "=1", "GPU=x", "GPU=0", "GPU=nan", "GPU=1,GPU=2"])
+def test_resources_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"--resources has .* write it as in"):
+        JobConfig(job="a", command=("x",), resources=text)
+    assert parse_resources("GPU=8, lamp=0.5") == {"GPU": 8.0, "lamp": 0.5}
+    assert bundle([], nodes=1, nproc=2, wanted={"GPU": 8.0}) == {"CPU": AGENT_CPUS, "GPU": 8.0}
+
+
+def test_what_a_cluster_lacks_is_said() -> None:
+    alive = [machine(GPU=8.0), machine(GPU=4.0, **{"node:10.0.0.1": 1.0})]
+
+    def lacking(shape: dict[str, float], nodes: int, how: str = "SPREAD") -> str:
+        return shortage(alive, shape, nodes=nodes, how=how)
+
+    assert lacking({"TPU": 1.0}, 1) == "no machine of the cluster has TPU: they have CPU, GPU"
+    assert lacking({"GPU": 9.0}, 1) == "no machine of the cluster has 9 GPU: the most of one is 8"
+    assert lacking({"GPU": 4.0}, 3) == ""
+    said = lacking({"GPU": 4.0}, 3, "STRICT_SPREAD")
+    assert said == "the cluster has room for 2 of 3 nodes of GPU=4, each on a machine of its own"
+    assert "for 3 of 4 nodes" in lacking({"GPU": 4.0}, 4)
+
+
+def test_nodes_are_apart_where_there_are_machines_for_it() -> None:
+    assert strategy("auto", nodes=2, alive=2) == "STRICT_SPREAD"
+    assert strategy("auto", nodes=2, alive=1) == strategy("auto", nodes=1, alive=4) == "SPREAD"
+    assert strategy("strict-spread", nodes=2, alive=1) == "STRICT_SPREAD"
+
+
+def machine(**resources: float) -> dict[str, Any]:
+    return {"Resources": {"CPU": 8.0, **resources}}
 
 
 def test_ranks_inherit_the_drivers_environment_and_the_nodes_devices() -> None:
@@ -482,6 +571,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def told(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            text: str = answer.read().decode()
+            return text
+    except OSError as error:
+        return str(error)
 
 
 def answers(port: int) -> bool:
