@@ -351,7 +351,7 @@ class TestRay(EngineContract):
             assert engine.poll() is None
             assert time.monotonic() < deadline, said
             time.sleep(0.5)
-        assert re.search(r'^ray_ftkit_rank_step{.*rank="0".*} 0\.0$', said, re.MULTILINE)
+        assert re.search(r"^ray_ftkit_info{.*} 1\.0$", said, re.MULTILINE)
         (jobs.folder / "go").touch()
         assert drive(engine).code == 0
 
