@@ -7,7 +7,7 @@ what does not fit takes longer, and training does not; `forecast` says how long.
 
 Pacing needs to know that a piece has *arrived*: TCP takes what fits its buffers at once, and a
 sender that counts that as sent is blind (on 1 Gbit/s: 3.6 % of slow-down, against 1.2 % with an
-acknowledgement for every piece, and at most two on their way).
+acknowledgement for every piece, and few on their way).
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,13 @@ SAVED_S = 1.0
 #: What fits a window that was there lately waits so long for the next one.
 SOON_S = 1.0
 
-#: A new measurement of the rate counts so much.
-_NEWS = 0.25
+#: A new measurement of the rate counts so much. One that says that the link is slower by more than
+#: this factor is believed bit by bit: a piece may have waited for a process that did not run.
+_NEWS, _SLOWER_MAX = 0.25, 8.0
+
+#: A piece takes about so long: long beside a request for it, short beside a window. Whatever of
+#: training's comes unforeseen waits for those on their way.
+PIECE_S = 0.002
 
 #: A byte that is sent is read, and written to a buffer of the kernel's.
 TOUCHES = 2.0
@@ -40,11 +45,11 @@ class TrafficLimits:
     """Bytes a second, on average over a second; None for what the link gives."""
     memory_rate_max: float | None = None
     """Bytes a second read from and written to memory, on average over a second; None for no cap."""
-    piece_bytes_min: int = 256 << 10
+    piece_bytes_min: int = 64 << 10
     """Smaller pieces cost more than they carry."""
     piece_bytes_max: int = 4 << 20
     """Whatever comes up meanwhile waits for one."""
-    unacknowledged_max: int = 2
+    unacknowledged_max: int = 3
     """Pieces on their way at once."""
     rate_guess: float = 100e6
     """Bytes a second, until one has been measured."""
@@ -149,6 +154,8 @@ class Governor:
         self._wanted_since: float | None = None
         """Since when something has been wanted, and nothing granted."""
         self._rate = limits.rate_guess
+        self._came = limits.rate_guess * PIECE_S, PIECE_S
+        """Bytes of the pieces that came lately, and seconds that they took."""
         self._link = _Cap(limits.rate_max, now, "the cap of the link") if limits.rate_max else None
         memory = limits.memory_rate_max
         self._memory = _Cap(memory, now, "the cap of memory bandwidth") if memory else None
@@ -181,7 +188,8 @@ class Governor:
         if len(self._flying) >= limits.unacknowledged_max:
             return Pause(self._look_s, "pieces on their way are not acknowledged")
         least = wanted if whole else min(wanted, limits.piece_bytes_min)
-        most = wanted if whole else min(wanted, limits.piece_bytes_max)
+        cut = min(limits.piece_bytes_max, int(self._rate * PIECE_S))
+        most = wanted if whole else max(least, min(wanted, cut))
         for cap, times in self._caps(touches):
             if pause := cap.pause(now, least * times, self._look_s):
                 return pause
@@ -213,7 +221,12 @@ class Governor:
             self.given_up(grant)
         nbytes = sum(grant.bytes for grant in grants)
         if nbytes and seconds > 0:
-            self._rate += _NEWS * (nbytes / seconds - self._rate)
+            # Not the mean of rates: of two that are taken in late one after the other, the second
+            # seems to come at once.
+            news = nbytes, min(seconds, _SLOWER_MAX * nbytes / self._rate)
+            came = [old + _NEWS * (new - old) for old, new in zip(self._came, news, strict=True)]
+            self._came = came[0], came[1]
+            self._rate = came[0] / came[1]
 
     def given_up(self, grant: Grant) -> None:
         """Nobody will say when this piece arrives; it counts as gone, and holds nobody back."""
