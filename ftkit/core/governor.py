@@ -23,13 +23,14 @@ SAVED_S = 1.0
 #: What fits a window that was there lately waits so long for the next one.
 SOON_S = 1.0
 
-#: A new measurement of the rate counts so much. One that says that the link is slower by more than
-#: this factor is believed bit by bit: a piece may have waited for a process that did not run.
-_NEWS, _SLOWER_MAX = 0.25, 8.0
+#: A new measurement of the rate counts like its bytes beside so many, or more. One that says that the
+#: link is slower by more than this factor is believed bit by bit: a piece may have waited for a
+#: process that did not run.
+_OLD_BYTES, _NEWS_MIN, _SLOWER_MAX = 3 << 20, 0.1, 8.0
 
-#: A piece takes about so long: long beside a request for it, short beside a window. Whatever of
-#: training's comes unforeseen waits for those on their way.
-PIECE_S = 0.002
+#: A piece takes at most this part of the room that a window has: they get smaller towards its end,
+#: which is not known exactly.
+_PART = 0.25
 
 #: A byte that is sent is read, and written to a buffer of the kernel's.
 TOUCHES = 2.0
@@ -154,8 +155,6 @@ class Governor:
         self._wanted_since: float | None = None
         """Since when something has been wanted, and nothing granted."""
         self._rate = limits.rate_guess
-        self._came = limits.rate_guess * PIECE_S, PIECE_S
-        """Bytes of the pieces that came lately, and seconds that they took."""
         self._link = _Cap(limits.rate_max, now, "the cap of the link") if limits.rate_max else None
         memory = limits.memory_rate_max
         self._memory = _Cap(memory, now, "the cap of memory bandwidth") if memory else None
@@ -188,8 +187,7 @@ class Governor:
         if len(self._flying) >= limits.unacknowledged_max:
             return Pause(self._look_s, "pieces on their way are not acknowledged")
         least = wanted if whole else min(wanted, limits.piece_bytes_min)
-        cut = min(limits.piece_bytes_max, int(self._rate * PIECE_S))
-        most = wanted if whole else max(least, min(wanted, cut))
+        most = wanted if whole else min(wanted, limits.piece_bytes_max)
         for cap, times in self._caps(touches):
             if pause := cap.pause(now, least * times, self._look_s):
                 return pause
@@ -197,7 +195,8 @@ class Governor:
         # What is on its way uses the same window.
         room = self.windows.left(now) * self._rate - sum(g.bytes for g in self._flying)
         if room >= least:
-            return self._grant(now, Grant(int(min(most, room))), touches)
+            part = room if whole else max(least, room * _PART)
+            return self._grant(now, Grant(int(min(most, part))), touches)
         needs_s = least / self._rate
         # Each node would take what is allowed, and each delays all: not for what soon has a window.
         if self._wanted_since is None:
@@ -223,10 +222,9 @@ class Governor:
         if nbytes and seconds > 0:
             # Not the mean of rates: of two that are taken in late one after the other, the second
             # seems to come at once.
-            news = nbytes, min(seconds, _SLOWER_MAX * nbytes / self._rate)
-            came = [old + _NEWS * (new - old) for old, new in zip(self._came, news, strict=True)]
-            self._came = came[0], came[1]
-            self._rate = came[0] / came[1]
+            slowness = 1 / self._rate
+            news = min(seconds / nbytes, _SLOWER_MAX * slowness) - slowness
+            self._rate = 1 / (slowness + max(_NEWS_MIN, nbytes / (nbytes + _OLD_BYTES)) * news)
 
     def given_up(self, grant: Grant) -> None:
         """Nobody will say when this piece arrives; it counts as gone, and holds nobody back."""

@@ -147,9 +147,8 @@ def test_the_next_piece_is_asked_for_before_the_last_is_there() -> None:
         bytes(block) for block in feed(link, gate).ranges(line(link, data), {}, 7, len(data), MB)
     )
     assert got == data[7:]
-    assert gate.flying_max == link.governor.limits.unacknowledged_max
+    assert 1 < gate.flying_max <= link.governor.limits.unacknowledged_max
     assert gate.flying == 0
-    assert max(gate.pieces) <= 0.003 * link.rate
 
 
 def test_ranges_of_several_lines_share_the_gate_and_none_waits_for_ever() -> None:
