@@ -197,6 +197,10 @@ class JobConfig:
             )
         if self.checkpoint_every and not self.checkpoint_dir:
             raise UsageError("--checkpoint-every needs a --checkpoint-dir to write to")
+        if self.checkpoint_fresh and not self.checkpoint_dir:
+            raise UsageError(
+                "--fresh goes with --checkpoint-dir: without one every job begins at step 0"
+            )
         if self.on_loss not in list(OnLoss):
             raise UsageError(f"--on-loss is {self.on_loss!r}, none of {', '.join(OnLoss)}")
         if self.code is not None:

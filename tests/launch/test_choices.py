@@ -6,6 +6,7 @@ import pytest
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.choices import chosen, near, steps_or_auto
+from ftkit.launch.cli import absolute
 from ftkit.launch.drill_plan import choose
 from ftkit.launch.job import python_command
 from ftkit.launch.run_folder import newest_run
@@ -48,6 +49,16 @@ def test_nothing_is_suggested_where_nothing_is_near() -> None:
         choose("kill", "x", seed=0, nproc=3, steps=100)
 
 
+def test_a_url_with_one_slash_is_no_folder_here() -> None:
+    with pytest.raises(
+        UsageError, match=r"s3:/bucket/ck is neither .* did you mean s3://bucket/ck"
+    ):
+        absolute("s3:/bucket/ck")
+    assert absolute("s3://bucket/ck") == "s3://bucket/ck"
+    assert absolute("") == ""
+    assert absolute("runs/ck") == str(Path("runs/ck").resolve())
+
+
 def test_a_script_a_run_and_an_interval_that_there_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +71,7 @@ def test_a_script_a_run_and_an_interval_that_there_are_not(
         python_command("trian.py", ())
     with pytest.raises(UsageError, match=r"; did you mean jobs/pretrain.py\?"):
         python_command("jobs/pretrian.py", ())
-    with pytest.raises(UsageError, match="the name of a module$"):
+    with pytest.raises(UsageError, match=r"the name of a module$"):
         python_command("nowhere/else.py", ())
     with pytest.raises(UsageError, match=r"; did you mean monday\?"):
         newest_run(Path("modnay"))
