@@ -18,7 +18,7 @@ from ftkit.core.governor import Grant, Pause
 
 #: Pieces on their way at once. A governor allows one more: whoever else asks it, such as what writes
 #: checkpoints, finds room between two of ours.
-FLYING_MAX = 2
+FLYING_MAX = 3
 
 
 class Feed:
