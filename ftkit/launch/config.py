@@ -210,6 +210,10 @@ class JobConfig:
             raise UsageError(f"--placement is {self.placement!r}, none of {known}")
         if not self.placement_s > 0:
             raise UsageError(f"--placement-timeout is {self.placement_s:g}, must be above 0")
+        if self.checkpoint_fresh and not self.checkpoint_dir:
+            raise UsageError(
+                "--fresh goes with --checkpoint-dir: without one every job begins at step 0"
+            )
         if self.on_loss not in list(OnLoss):
             raise UsageError(f"--on-loss is {self.on_loss!r}, none of {', '.join(OnLoss)}")
         if self.code is not None:
