@@ -490,6 +490,7 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
 @click.option("--stale-steps", type=click.IntRange(min=0), help="Age of the lost shard's copy.")
 @click.option("--done-steps", type=click.IntRange(min=0), default=0, help="Steps so far.")
 @click.option("--neighbours", is_flag=True, help="The lost are a stage whose neighbours live.")
+@click.option("--swapped", is_flag=True, help="The lost is an outer stage, with a stand-in.")
 @click.option("--remaining-s", type=click.FloatRange(min=0), help="Training still to do.")
 @click.option("--allow-approximate", is_flag=True, help="Ways that change the result, too.")
 @click.option("--step-s", type=click.FloatRange(min=0, min_open=True), help="A step, full world.")
