@@ -52,29 +52,43 @@ class Ends:
         }
         heard = [json.loads(one) for one in group.exchange(json.dumps(told).encode()).wait()]
         self._out = [
-            (keepers[layer][1], tensor) for layer, tensors in mine.items() for _, tensor in tensors
+            (keepers[layer][1], _tag(layer, i), tensor)
+            for layer, tensors in mine.items()
+            for i, (_, tensor) in enumerate(tensors)
         ]
         self.kept: dict[str, torch.Tensor] = {}
         """Copies, by name; captured with this rank's state."""
-        self._in = list[tuple[int, torch.Tensor, torch.Tensor]]()
+        self._in = list[tuple[int, int, torch.Tensor, torch.Tensor]]()
         for layer, (owner, keeper) in keepers.items():
             if keeper != rank:
                 continue
-            for name, dtype, shape in heard[owner].get(str(layer), ()):
+            for i, (name, dtype, shape) in enumerate(heard[owner].get(str(layer), ())):
                 kept = self.kept[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
-                self._in.append((owner, torch.zeros_like(kept), kept))
+                self._in.append((owner, _tag(layer, i), torch.zeros_like(kept), kept))
         optimizer.register_step_post_hook(self._take)
 
     def travel(self) -> list[dist.Work]:
         """Begin to send and to receive: to be waited for before the step's end. Does not block."""
-        works = [
-            dist.isend(t.detach().cpu().contiguous(), to, tag=i)
-            for i, (to, t) in enumerate(self._out)
-        ]
-        works += [dist.irecv(into, of, tag=i) for i, (of, into, _) in enumerate(self._in)]
+        works = [dist.isend(t.detach().cpu().contiguous(), to, tag=tag) for to, tag, t in self._out]
+        works += [dist.irecv(into, of, tag=tag) for of, tag, into, _ in self._in]
         return [work for work in works if work is not None]
 
+    def settle(self) -> None:
+        """Have copies of what was built or loaded just now, before anything captures them. Blocks.
+
+        Raises:
+          GenerationAborted: the world ended meanwhile.
+        """
+        for work in self.travel():
+            work.wait()
+        self._take()
+
     @torch.no_grad()
-    def _take(self, *_: Any) -> None:
-        for _, came, kept in self._in:
-            kept.copy_(came)
+    def _take(self, *_hook: Any) -> None:
+        for _, _, fresh, kept in self._in:
+            kept.copy_(fresh)
+
+
+def _tag(layer: int, tensor: int) -> int:
+    """Of a message with a tensor of the first layer, or of the last; below `SwappedSchedule`'s."""
+    return 2 * tensor + (layer > 0)

@@ -99,8 +99,12 @@ class MeanStage:
         self.first = 0 if before is None else numbers[0][-1] + 1
         self.end = layers_in(copies)[-1] + 1 if behind is None and copies else numbers[-1][0]
         """The lost layers: [first, end)."""
+        kept = layers_in(copies) if len(sides) == 1 else []
+        first, end = self.first + (self.first in kept), self.end - (self.end - 1 in kept)
         self.made_of = dict[int, int]()
-        """Where there is one neighbour: its layer that each lost one is, but for those copied."""
+        """Where there is one neighbour: its layer that each lost one is, of those this rank holds."""
+        self.copied = set[int]()
+        """Of these, the lost ones that are copies."""
         self._sides: list[BoxSource] = [*sides]
         left, right = norms
         share = share_of((0.0, 0.0) if left is None or right is None else (left, right))
@@ -115,10 +119,11 @@ class MeanStage:
             if len(sides) == 1 and name in copies:
                 at, copied, self._groups[name] = copies[name]
                 self._made[name] = kind, [_Part(at, copied, 1.0)]
+                self.copied.add(found[1])
                 continue
             made = list[_Part]()
             for at, (theirs, weight) in enumerate(zip(held, shares, strict=True)):
-                partner = _partner(*found, kind, theirs, self.first, self.end)
+                partner = _partner(*found, kind, theirs, first, end)
                 if partner is None:
                     side = "before" if sides[at] is before else "behind"
                     raise UsageError(

@@ -95,19 +95,28 @@ def _mean(
         at = taken.seats.index(seat)
         before = taken.seats[at - 1] if at else None
         after = taken.seats[at + 1] if at + 1 < len(taken.seats) else None
-        beside = [left[s] if s is not None else None for s in (before, after)]
-        both = tuple(norms.get(s) if s is not None else None for s in (before, after))
-        mean = MeanStage(*beside, wanted, norms=both, stage=at)
+        one = None if before is None else left[before]
+        other = None if after is None else left[after]
+        both = tuple(None if s is None else norms.get(s) for s in (before, after))
+        mean = MeanStage(one, other, wanted, norms=(both[0], both[1]), stage=at)
         made.append(mean)
-        nearest = beside[0] or beside[1]
+        nearest = one or other
         assert nearest is not None, "a stage that is lost alone has a neighbour"
         smalls.append(mean.small(nearest.head.small))
         layers.raised |= set(range(mean.first, mean.end))
         held = [mean.first, mean.end]
-        if None not in beside:
+        if one is not None and other is not None:
             parts.trace.event("averaged", stage=at, norms=both, layers=held)
             continue
         swap, pairs = layers.swap, sorted(mean.made_of.items())
-        learned = swap is not None and all(swap.learned(*pair) for pair in pairs)
-        parts.trace.event("taken-over", stage=at, layers=held, made_of=pairs, learned=learned)
+        if not pairs and not mean.copied:
+            continue
+        parts.trace.event(
+            "taken-over",
+            stage=at,
+            layers=held,
+            made_of=pairs,
+            copied=sorted(mean.copied),
+            learned=swap is not None and all(swap.learned(*pair) for pair in pairs),
+        )
     return Older(sources=made, smalls=smalls)

@@ -299,6 +299,8 @@ class Worlds:
         if self._build is None:
             return
         assert self._snapshots is not None, "stepping"
+        if self._layers is not None and self._layers.ends is not None:
+            self._layers.ends.settle()
         mine = {
             "layout": self._snapshots.layout,
             "threads": torch.get_num_threads(),
