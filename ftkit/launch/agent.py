@@ -500,8 +500,9 @@ class Agent:
     def _spawn_missing(self) -> None:
         """Start the members the plan wants this agent to start, and that never ran.
 
-        A replacement waits until the survivors on this node are in their new world and have its
-        state, or for `SPAWN_LATEST_S`: starting Python takes a core, and they need it now.
+        A replacement waits until the survivors on this node are in their new world, have its state
+        and have let their spares in, or for `SPAWN_LATEST_S`: starting Python takes a core, and
+        they need it now.
         """
         missing = [
             s

@@ -9,7 +9,8 @@ from ftkit.recovery.plan import Mode, Plan
 def between_worlds(plan: Plan, members: Iterable[MemberFacts]) -> bool:
     """Whether some of `members` are between two worlds, or in one without its state yet.
 
-    A job of shards is formed anew after a loss; one of whole models only when nobody has any.
+    So are those that let somebody in by their next vote: a spare links and reads their state then,
+    and the step after it is the first that is not short-handed. A job of shards is formed anew after a loss; one of whole models only when nobody has any.
     """
     world = plan.world
     if world is None:
@@ -23,7 +24,7 @@ def between_worlds(plan: Plan, members: Iterable[MemberFacts]) -> bool:
         case _:
             return any(
                 f.generation < world.generation or (f.sharded and f.step is None) for f in of
-            )
+            ) or (plan.joining is not None and bool(of))
 
 
 def _plays(member: MemberFacts) -> bool:

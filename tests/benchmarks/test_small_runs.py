@@ -54,6 +54,7 @@ SMALL = {
     "policy": ["--days", "2", "--histories", "1"],
     "capture": ["--mib", "1", "--rounds", "1"],
     "scale": ["--sizes", "64", "128", "--steps", "2", "--faults", "1"],
+    "simulation": ["--seeds", "20", "--large", "1", "--ranks", "50"],
     "detection": [
         *("--trials", "1", "--rank-steps", "1e6", "--repetitions", "1", "--sizes", "50"),
     ],

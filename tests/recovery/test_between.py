@@ -50,5 +50,13 @@ def test_survivors_are_between_worlds_until_they_have_their_state(
     assert between_worlds(Plan(mode=mode, world=world(2, 0, 1)), members) == wanted
 
 
+def test_who_lets_a_spare_in_is_not_disturbed_by_the_next_one() -> None:
+    member = rank(0, Stage.ACTIVE, generation=NEW)
+    letting_in = Plan(mode=Mode.RUNNING, world=world(2, 0, 1), joining=world(3, 0, 1, 2))
+    assert between_worlds(letting_in, [member])
+    assert not between_worlds(letting_in.revised(joining=None), [member])
+    assert not between_worlds(letting_in, [rank(9, Stage.ACTIVE, generation=NEW)])
+
+
 def test_at_the_start_of_a_job_nobody_is_waited_for() -> None:
     assert not between_worlds(Plan(mode=Mode.FORMING), [rank(0, Stage.READY, **SHARDED)])
