@@ -1,6 +1,6 @@
 """Fetch: a snapshot in another node's arena, read through its byte server and checked here."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -12,6 +12,9 @@ from ftkit.core.ids import Generation, NodeId, Seat, Step
 from ftkit.core.inventory import Copy, Part
 
 HEAD_BYTES_MAX = 256 << 20
+
+#: Reads ranges over a line: (line, request, first, end, stride), as `ByteLine.ranges`.
+Ranges = Callable[[ByteLine, Mapping[str, object], int, int, int], Iterator[memoryview]]
 
 
 class Remote:
@@ -66,7 +69,7 @@ def checked(
     chunks: range,
     range_bytes: int = RANGE_BYTES_MAX,
     *,
-    ahead: bool = True,
+    ranges: Ranges = ByteLine.ranges,
 ) -> Iterator[memoryview]:
     """Chunks of a part as `Remote.blocks`, over any connection.
 
@@ -76,13 +79,13 @@ def checked(
       head: what the part must be; that of another step fits none of its chunks.
       chunks: counted from the part's first.
       range_bytes: of a range.
-      ahead: as in `ByteLine.ranges`.
+      ranges: how they are read.
     """
     size = head.sealed.chunk_bytes
     end = min(chunks.stop * size, head.sealed.data_bytes)
     stride = max(1, range_bytes // size) * size
     chunk = chunks.start
-    for data in line.ranges({**part, "op": "data"}, chunk * size, end, stride, ahead=ahead):
+    for data in ranges(line, {**part, "op": "data"}, chunk * size, end, stride):
         for at in range(0, len(data), size):
             block = data[at : at + size]
             head.check(chunk, block)

@@ -13,9 +13,10 @@ GATED_BYTES = 1 << 20
 class Gate(Protocol):
     """Asked before bytes travel, told what became of them. Any thread."""
 
-    def ask(self, nbytes: int, *, touches: float = TOUCHES) -> Grant | Pause:
-        """Whether so many bytes may go, all of them or none; granted, they count as gone.
+    def ask(self, nbytes: int, *, whole: bool = True, touches: float = TOUCHES) -> Grant | Pause:
+        """Whether so many bytes may go; granted, they count as gone.
 
+        All of them or none; but as many of them as there is room for, without `whole`.
         `touches`: how often each is read or written in memory on its way.
         """
 
@@ -32,7 +33,7 @@ class Gate(Protocol):
 class OpenGate:
     """Lets everything through at once."""
 
-    def ask(self, nbytes: int, *, touches: float = TOUCHES) -> Grant | Pause:
+    def ask(self, nbytes: int, *, whole: bool = True, touches: float = TOUCHES) -> Grant | Pause:
         return Grant(nbytes)
 
     def withdraw(self) -> None:

@@ -109,7 +109,8 @@ class ByteLine:
     def __init__(self, sock: socket.socket) -> None:
         """Take over `sock`, authenticated."""
         self._sock = sock
-        self._owed = False
+        self._owed = 0
+        """Messages, and runs of bytes that one announced, which have not come yet."""
         # Used again for each range: fresh pages would cost more than what travels into them.
         self._range = bytearray()
 
@@ -149,7 +150,7 @@ class ByteLine:
             reply = receive_message(self._sock)
         except OSError as error:
             raise WireError(f"byte server is gone or silent: {error}") from error
-        self._owed = bool(reply.get("working"))
+        self._owed -= not reply.get("working")
         if "error" in reply:
             kind = IntegrityError if reply.get("lost") is True else ProtocolError
             raise kind(f"byte server: {reply['error']!s:.500}")
@@ -168,32 +169,32 @@ class ByteLine:
         first: int,
         end: int,
         stride: int,
-        *,
-        ahead: bool = True,
     ) -> Iterator[memoryview]:
         """Bytes `first` to `end`, at most `stride` at a time, each valid until the next; as `ask`.
 
-        The next range travels while this one is used; without `ahead`, not before it is wanted.
+        The next range travels while this one is used.
         """
         spans = [(at, min(stride, end - at)) for at in range(first, end, stride)]
-        if spans and ahead:
-            self._ask_for(request, spans[0])
-        for index, span in enumerate(spans):
-            count = span[1]
-            if not ahead:
-                self._ask_for(request, span)
-            if (announced := self._announced(count)) != count:
-                raise ProtocolError(f"asked for {count} bytes, got {announced}")
+        if spans:
+            self.ask_for(request, *spans[0])
+        for index, (_, count) in enumerate(spans):
             if len(self._range) < count:
                 self._range = bytearray(count)
             data = memoryview(self._range)[:count]
-            self._receive(data)
-            if ahead and index + 1 < len(spans):
-                self._ask_for(request, spans[index + 1])
+            self.take_in(data)
+            if index + 1 < len(spans):
+                self.ask_for(request, *spans[index + 1])
             yield data
 
-    def _ask_for(self, request: Mapping[str, object], span: tuple[int, int]) -> None:
-        self._send({**request, "at": span[0], "bytes": span[1]})
+    def ask_for(self, request: Mapping[str, object], at: int, count: int) -> None:
+        """Ask for a range, which `take_in` receives; several, in their order. WireError."""
+        self._send({**request, "at": at, "bytes": count})
+
+    def take_in(self, into: memoryview) -> None:
+        """The range that was asked for first, of this size. Blocks; as `ask`."""
+        if (announced := self._announced(len(into))) != len(into):
+            raise ProtocolError(f"asked for {len(into)} bytes, got {announced}")
+        self._receive(into)
 
     @property
     def is_idle(self) -> bool:
@@ -222,7 +223,7 @@ class ByteLine:
         self.close()
 
     def _send(self, request: Mapping[str, object]) -> None:
-        self._owed = True
+        self._owed += 1
         try:
             send_message(self._sock, request)
         except OSError as error:
@@ -231,7 +232,7 @@ class ByteLine:
     def _announced(self, bytes_max: int) -> int:
         """How many bytes follow."""
         count = self.hear().get("bytes")
-        self._owed = True
+        self._owed += 1
         if type(count) is not int or not 0 <= count <= bytes_max:
             raise ProtocolError(
                 f"byte server announces {count!r:.20} bytes, at most {bytes_max} are allowed"
@@ -248,4 +249,4 @@ class ByteLine:
                 view = view[got:]
         except OSError as error:
             raise WireError(f"byte server is gone or silent: {error}") from error
-        self._owed = False
+        self._owed -= 1

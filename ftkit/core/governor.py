@@ -7,7 +7,7 @@ what does not fit takes longer, and training does not; `forecast` says how long.
 
 Pacing needs to know that a piece has *arrived*: TCP takes what fits its buffers at once, and a
 sender that counts that as sent is blind (on 1 Gbit/s: 3.6 % of slow-down, against 1.2 % with an
-acknowledgement for every piece, and at most two on their way).
+acknowledgement for every piece, and few on their way).
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,14 @@ SAVED_S = 1.0
 #: What fits a window that was there lately waits so long for the next one.
 SOON_S = 1.0
 
-#: A new measurement of the rate counts so much.
-_NEWS = 0.25
+#: A new measurement of the rate counts like its bytes beside so many, or more. One that says that the
+#: link is slower by more than this factor is believed bit by bit: a piece may have waited for a
+#: process that did not run.
+_OLD_BYTES, _NEWS_MIN, _SLOWER_MAX = 3 << 20, 0.1, 8.0
+
+#: A piece takes at most this part of the room that a window has: they get smaller towards its end,
+#: which is not known exactly.
+_PART = 0.25
 
 #: A byte that is sent is read, and written to a buffer of the kernel's.
 TOUCHES = 2.0
@@ -40,11 +46,11 @@ class TrafficLimits:
     """Bytes a second, on average over a second; None for what the link gives."""
     memory_rate_max: float | None = None
     """Bytes a second read from and written to memory, on average over a second; None for no cap."""
-    piece_bytes_min: int = 256 << 10
+    piece_bytes_min: int = 64 << 10
     """Smaller pieces cost more than they carry."""
     piece_bytes_max: int = 4 << 20
     """Whatever comes up meanwhile waits for one."""
-    unacknowledged_max: int = 2
+    unacknowledged_max: int = 3
     """Pieces on their way at once."""
     rate_guess: float = 100e6
     """Bytes a second, until one has been measured."""
@@ -189,7 +195,8 @@ class Governor:
         # What is on its way uses the same window.
         room = self.windows.left(now) * self._rate - sum(g.bytes for g in self._flying)
         if room >= least:
-            return self._grant(now, Grant(int(min(most, room))), touches)
+            part = room if whole else max(least, room * _PART)
+            return self._grant(now, Grant(int(min(most, part))), touches)
         needs_s = least / self._rate
         # Each node would take what is allowed, and each delays all: not for what soon has a window.
         if self._wanted_since is None:
@@ -213,7 +220,11 @@ class Governor:
             self.given_up(grant)
         nbytes = sum(grant.bytes for grant in grants)
         if nbytes and seconds > 0:
-            self._rate += _NEWS * (nbytes / seconds - self._rate)
+            # Not the mean of rates: of two that are taken in late one after the other, the second
+            # seems to come at once.
+            slowness = 1 / self._rate
+            news = min(seconds / nbytes, _SLOWER_MAX * slowness) - slowness
+            self._rate = 1 / (slowness + max(_NEWS_MIN, nbytes / (nbytes + _OLD_BYTES)) * news)
 
     def given_up(self, grant: Grant) -> None:
         """Nobody will say when this piece arrives; it counts as gone, and holds nobody back."""

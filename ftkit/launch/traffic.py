@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 #: Between two looks at the rings of collectives: what they say changes with the model, not within.
 RELEARN_S = 0.25
 
+#: Between two looks of who waits for training's transfers to end. A look takes some 50 us.
+LOOK_S = 0.001
+
 #: A piece that waits for so long is news, once a minute.
 SAY_AFTER_S, SAY_EVERY_S = 2.0, 60.0
 
@@ -49,7 +52,7 @@ class TrafficGate:
         self._lock = threading.Lock()
         # ---- under the lock ----
         now = self._clock.now()
-        self._governor = Governor(limits, self._windows, now)
+        self._governor = Governor(limits, self._windows, now, look_s=LOOK_S)
         self._relearn_at = now
         self._open = True
         self._waiting: dict[int, float] = {}
@@ -61,7 +64,7 @@ class TrafficGate:
             self._open = open_
             self._waiting.clear()
 
-    def ask(self, nbytes: int, *, touches: float = TOUCHES) -> Grant | Pause:
+    def ask(self, nbytes: int, *, whole: bool = True, touches: float = TOUCHES) -> Grant | Pause:
         """As `Gate.ask`."""
         with self._lock:
             if self._open:
@@ -73,7 +76,7 @@ class TrafficGate:
                 self._windows.relearn(transfers, keep_after=keep_after)
             busy, since = self._arenas.transferring(now)
             self._windows.look(busy=busy, since=since)
-            decision = self._governor.decide(now, nbytes, whole=True, touches=touches)
+            decision = self._governor.decide(now, nbytes, whole=whole, touches=touches)
             me = threading.get_ident()
             if isinstance(decision, Grant):
                 self._waiting.pop(me, None)

@@ -164,11 +164,14 @@ def test_a_server_that_reads_nothing_is_not_waited_for_for_ever(tmp_path):
     lines.close()
 
 
-def test_without_ahead_a_range_is_asked_for_when_it_is_wanted(server, lines):
+def test_a_line_is_not_idle_before_all_that_was_asked_for_has_come(server, lines):
     with lines.borrow(server.address) as first:
-        ranges = first.ranges({"op": "numbers"}, 0, 30, 10, ahead=False)
-        assert len(next(ranges)) == 10
-        assert first.is_idle, "nothing is on its way"
-        assert [len(more) for more in ranges] == [10, 10]
+        into = memoryview(bytearray(10))
+        for at in (0, 10):
+            first.ask_for({"op": "numbers"}, at, 10)
+        first.take_in(into)
+        assert not first.is_idle, "an answer is on its way"
+        first.take_in(into)
+        assert first.is_idle
     with lines.borrow(server.address) as again:
         assert again is first

@@ -199,7 +199,7 @@ def test_pieces_of_files_pass_the_gate(tmp_path: Path, monkeypatch: pytest.Monke
             self.asked = list[tuple[int, float]]()
             self.given_up_bytes = 0
 
-        def ask(self, nbytes: int, *, touches: float = 0.0) -> Grant:
+        def ask(self, nbytes: int, *, whole: bool = True, touches: float = 0.0) -> Grant:
             self.asked.append((nbytes, touches))
             return Grant(nbytes)
 

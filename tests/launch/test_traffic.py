@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from ftkit.checkpoint.gate import GATED_BYTES, OpenGate, go_through
-from ftkit.checkpoint.parity.combine import Pace, Superseded
-from ftkit.checkpoint.parity.streams import RANGE_BYTES
+from ftkit.checkpoint.gate import go_through
+from ftkit.checkpoint.parity.combine import Superseded
 from ftkit.core.clock import ManualClock
 from ftkit.core.errors import UsageError
 from ftkit.core.governor import Grant, Pause, TrafficLimits
@@ -174,44 +173,6 @@ def test_the_slow_down_that_is_allowed_gets_it_through(tmp_path: Path) -> None:
         assert 13.4 < node.clock.now() - 100.0 < 13.4 + 1
     finally:
         node.close()
-
-
-def test_a_pace_asks_before_a_window_and_tells_when_it_is_there() -> None:
-    now = [0.0]
-    asked: list[Any] = []
-
-    class Slow(OpenGate):
-        def ask(self, nbytes: int, *, touches: float = 0.0) -> Grant | Pause:
-            asked.append(nbytes)
-            return Grant(nbytes) if len(asked) % 3 == 0 else Pause(0.5, "busy")
-
-        def arrived(self, grant: Grant, seconds: float) -> None:
-            asked.append((grant.bytes, seconds))
-
-        def given_up(self, grant: Grant) -> None:
-            asked.append(-grant.bytes)
-
-    def rest(seconds: float) -> None:
-        now[0] += seconds
-
-    pace = Pace(share=1.0, gate=Slow(), clock=lambda: now[0], rest=rest)
-    assert (pace.window_bytes, Pace().window_bytes) == (GATED_BYTES, RANGE_BYTES)
-    pace.admit(MB)
-    assert now[0] == 1.0
-    now[0] += 0.25
-    pace.pause()
-    pace.pause()
-    assert asked == [MB, MB, MB, (MB, 0.25)]
-    asked.clear()
-    pace.admit(MB)
-    pace.give_up()  # a shard was lost meanwhile
-    pace.give_up()
-    assert asked == [MB, MB, MB, -MB]
-    asked.clear()
-    given_up = Pace(lambda: False, gate=Slow(), clock=lambda: now[0], rest=rest)
-    with pytest.raises(Superseded):
-        given_up.admit(MB)
-    go_through(OpenGate(), MB)
 
 
 def test_a_slow_down_that_is_none_is_refused() -> None:

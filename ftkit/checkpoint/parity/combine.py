@@ -8,11 +8,13 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from ftkit.checkpoint.erasure import Codec
-from ftkit.checkpoint.gate import GATED_BYTES, Gate, go_through
+from ftkit.checkpoint.fetch import Ranges
+from ftkit.checkpoint.gate import GATED_BYTES, Gate
+from ftkit.checkpoint.lines import ByteLine
+from ftkit.checkpoint.parity.feed import Feed
 from ftkit.checkpoint.parity.streams import RANGE_BYTES, Open, Stream
 from ftkit.checkpoint.stripes import Place, Stripe
 from ftkit.core.errors import FtkitError, IntegrityError, WireError
-from ftkit.core.governor import Grant
 
 #: Niceness of whoever computes parity: training and communication go first.
 NICE = 10
@@ -82,40 +84,33 @@ class Pace:
         Args:
           wanted: whether the work is still to be done; asked between two windows.
           share: of the time, that work may take; 1 for as fast as can be.
-          gate: asked before each window's bytes travel, and enough by itself; None for no such thing.
+          gate: asked before bytes travel, and enough by itself; None for no such thing.
           clock: seconds.
           rest: sleeps.
         """
         self._wanted, self._share = wanted, share
         self._clock, self._rest = clock, rest
-        self._gate = gate
-        self._let_through: Grant | None = None
+        self._feed: Feed | None = None
+        if gate is not None:
+            self._feed = Feed(
+                gate, touches=TOUCHES_OF_PARITY, check=self._check, clock=clock, rest=rest
+            )
         self._since = clock()
 
     @property
     def window_bytes(self) -> int:
-        """Of a shard, so much is asked for at once: less where it must fit between transfers."""
-        return RANGE_BYTES if self._gate is None else GATED_BYTES
+        """Of a shard, so much is worked on at once: less where it comes in pieces."""
+        return RANGE_BYTES if self._feed is None else GATED_BYTES
 
     @property
-    def ahead(self) -> bool:
-        """Whether the next window's bytes may travel while one is worked on: not before a gate."""
-        return self._gate is None
-
-    def admit(self, nbytes: int) -> None:
-        """Before a window: wait until so many bytes may travel. Raises Superseded, as `pause`."""
-        if self._gate is not None:
-            self.give_up()
-            self._let_through = go_through(
-                self._gate, nbytes, touches=TOUCHES_OF_PARITY, check=self._check, rest=self._rest
-            )
-            self._since = self._clock()
+    def ranges(self) -> Ranges:
+        """How the bytes of shards are read; through the gate it raises Superseded, as `pause`."""
+        return ByteLine.ranges if self._feed is None else self._feed.ranges
 
     def give_up(self) -> None:
-        """A window that was admitted will not come; without one, nothing happens."""
-        if self._gate is not None and self._let_through is not None:
-            self._gate.given_up(self._let_through)
-            self._let_through = None
+        """Nobody reads on; may be called at any time."""
+        if self._feed is not None:
+            self._feed.give_up()
 
     def pause(self) -> None:
         """After some work: rest as long as its share asks for.
@@ -123,12 +118,9 @@ class Pace:
         Raises:
           Superseded: it is not wanted any more.
         """
-        spent = self._clock() - self._since
-        if self._gate is not None and self._let_through is not None:
-            self._gate.arrived(self._let_through, spent)
-            self._let_through = None
         self._check()
-        if self._gate is None and self._share < 1:
+        if self._feed is None and self._share < 1:
+            spent = self._clock() - self._since
             self._rest(min(REST_S, spent * (1 - self._share) / self._share))
         self._since = self._clock()
 
@@ -177,7 +169,6 @@ def combine(
             with _blamed(Place(number, shard)):
                 streams[shard] = open_shard(Place(number, shard), opened)
         for at in range(0, stripe.length, window):
-            pace.admit(sum(_within(stripe.shard_bytes(s), at, window) for s in streams))
             given = dict[int, memoryview](empty)
             for shard, stream in streams.items():
                 given[shard] = buffers[shard][: _within(stripe.shard_bytes(shard), at, window)]

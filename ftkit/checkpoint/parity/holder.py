@@ -243,7 +243,7 @@ class Holder:
         peers, round_ = self.peers(), stripes.round
         pace = self.make_pace(lambda: self._is_wanted(round_))
         heads = self.heads(stripes, peers)
-        opener = open_shard(peers, stripes, heads, pace.window_bytes, ahead=pace.ahead)
+        opener = open_shard(peers, stripes, heads, pace.window_bytes, ranges=pace.ranges)
         count = 0
         for place, memory in buffer.begin(stripes, heads, self.node).items():
             stripe = stripes.plan.stripes[place.stripe]

@@ -114,7 +114,7 @@ def mend(
             number: _Target(directory, head, node, number, slabs, opened, in_place=in_place)
             for number in missing
         }
-        opener = open_shard(peers, stripes, head.heads, pace.window_bytes, ahead=pace.ahead)
+        opener = open_shard(peers, stripes, head.heads, pace.window_bytes, ranges=pace.ranges)
         for number, stripe in enumerate(stripes.plan.stripes):
             for shard, piece in enumerate(stripe.data):
                 if piece.node == node and any(span.part in parts for span in piece.spans):

@@ -42,7 +42,7 @@ def scrub(holder: Holder, stripes: StripeSet) -> list[Wrong]:
     peers = holder.peers()
     pace = holder.make_pace(lambda: holder.is_whole(stripes.round))
     opener = open_shard(
-        peers, stripes, holder.heads(stripes, peers), pace.window_bytes, ahead=pace.ahead
+        peers, stripes, holder.heads(stripes, peers), pace.window_bytes, ranges=pace.ranges
     )
     wrong = list[Wrong]()
     for place in head.shards:

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 
 from ftkit.checkpoint.chunks import CHUNK_BYTES, chunk_count
-from ftkit.checkpoint.fetch import HEAD_BYTES_MAX, checked
+from ftkit.checkpoint.fetch import HEAD_BYTES_MAX, Ranges, checked
 from ftkit.checkpoint.lines import ByteLine, Lines
 from ftkit.checkpoint.parity.buffer import Heads, ParityHead
 from ftkit.checkpoint.parity.rounds import PartRef, RoundId, StripeSet
@@ -90,7 +90,7 @@ def open_shard(
     heads: Heads,
     range_bytes: int = RANGE_BYTES,
     *,
-    ahead: bool = True,
+    ranges: Ranges = ByteLine.ranges,
 ) -> Open:
     """How shards of a set are read from the nodes that hold them.
 
@@ -99,7 +99,7 @@ def open_shard(
       stripes: the set.
       heads: of its parts, checked; what the nodes hold now must be what these say.
       range_bytes: so much is asked for at once.
-      ahead: whether the next range travels while one is used.
+      ranges: how they are read.
 
     Returns:
       A function that raises IntegrityError where a shard is not what it was, and WireError or
@@ -112,11 +112,11 @@ def open_shard(
         node = stripe.nodes[place.shard]
         if place.shard < len(stripe.data):
             line = opened.enter_context(peers.line(node))
-            return Stream(_piece(line, stripes, heads, place, range_bytes, ahead))
+            return Stream(_piece(line, stripes, heads, place, range_bytes, ranges))
         if node not in read:
             read[node] = peers.parity_head(node, stripes.round)
         line = opened.enter_context(peers.line(node))
-        return Stream(_parity(line, read[node], place, stripe.length, range_bytes, ahead))
+        return Stream(_parity(line, read[node], place, stripe.length, range_bytes, ranges))
 
     return open_it
 
@@ -127,7 +127,7 @@ def _piece(
     heads: Heads,
     place: Place,
     range_bytes: int,
-    ahead: bool,
+    ranges: Ranges,
 ) -> Iterator[memoryview]:
     piece = stripes.plan.stripes[place.stripe].data[place.shard]
     for span in piece.spans:
@@ -137,7 +137,7 @@ def _piece(
         )
         # Whatever else has taken its place by now fails its digest.
         head = Head.parse(heads[piece.node][span.part])
-        yield from checked(line, _request(part), head, chunks, range_bytes, ahead=ahead)
+        yield from checked(line, _request(part), head, chunks, range_bytes, ranges=ranges)
 
 
 def _request(part: PartRef) -> dict[str, object]:
@@ -145,11 +145,16 @@ def _request(part: PartRef) -> dict[str, object]:
 
 
 def _parity(
-    line: ByteLine, head: ParityHead, place: Place, length: int, range_bytes: int, ahead: bool
+    line: ByteLine,
+    head: ParityHead,
+    place: Place,
+    length: int,
+    range_bytes: int,
+    ranges: Ranges,
 ) -> Iterator[memoryview]:
     request = {"op": "parity-data", "round": head.stripes.round, "place": place}
     chunk = 0
-    for data in line.ranges(request, 0, length, range_bytes, ahead=ahead):
+    for data in ranges(line, request, 0, length, range_bytes):
         for at in range(0, len(data), CHUNK_BYTES):
             block = data[at : at + CHUNK_BYTES]
             head.check(place, chunk, block)
