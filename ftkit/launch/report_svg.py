@@ -84,7 +84,9 @@ def timeline_plot(timeline: Timeline) -> str:
             f"<title>rank {span.seat} {span.doing} for {took:.0f} ms</title></rect>"
         )
     labelled: set[int] = set()
-    for mark in timeline.commits:
+    # Closer than this, ticks would be all that is seen of a row.
+    room = len(timeline.commits) <= len(tops) * _PLOT_WIDTH / 3
+    for mark in timeline.commits if room else ():
         if mark.seat not in tops:
             continue
         y = tops[mark.seat]

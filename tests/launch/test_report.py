@@ -195,3 +195,28 @@ def test_the_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         write_report(path, [], None, OUTCOME)
     assert path.read_text(encoding="utf-8") == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- a run that was no drill
+
+
+def test_a_run_from_which_nothing_was_expected_neither_passes_nor_fails() -> None:
+    events = [e for e in disturbed() if e["kind"] != "drill"]
+    told = render(events, None, None)
+    assert "Drill" not in told
+    assert "no undisturbed run to compare with" not in told
+    assert "<h1>ftkit run, " in told
+    assert "ranks lost</td><td>1<" in told
+    cut = [e for e in events if e["kind"] != "end"]
+    assert "no end was written" in render(cut, None, None)
+
+
+def test_ticks_closer_than_they_are_wide_are_left_out() -> None:
+    def steps(many: int) -> list[Event]:
+        return [
+            event(10 + i / 10, "commit", seat=0, member=0, step=i, generation=1, loss=1.0)
+            for i in range(1, many)
+        ]
+
+    assert 'class="commit"' in timeline_plot(read_timeline(steps(100)))
+    assert 'class="commit"' not in timeline_plot(read_timeline(steps(1000)))

@@ -1,40 +1,24 @@
-"""What the pages show can be typed: commands, options, drills, names and arguments exist.
-
-Blocks that belong to a larger script are not run: they are parsed, and what they say of ftkit is
-looked up. Whole scripts are run by test_examples.
-"""
+"""What a piece of code says of ftkit that is not so: names, arguments, commands, options, paths."""
 
 import ast
 import inspect
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import click
-import pytest
 
 import ftkit
 from ftkit.core.fault_plan import Point
 from ftkit.launch.cli import main
 from ftkit.launch.drill_catalogue import CATALOGUE, NODE_CATALOGUE
+from tests.docs.blocks import ROOT
 
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^( *)```(python|sh|bash)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
-#: A command within a sentence, with nothing in it that stands for something else.
-INLINE = re.compile(r"`(ftkit [a-z][^`…\[|<]*)`")
 #: Needed by pages about them, and not installed everywhere.
 FRAMEWORKS = {"transformers", "accelerate", "lightning", "ray", "pandas", "cloudpickle"}
-
-
-def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """(language, text) of each block of code."""
-    for indent, language, text in BLOCK.findall(page.read_text()):
-        yield language, textwrap.indent(text, "", lambda _: True).replace(f"\n{indent}", "\n")
 
 
 def usual() -> dict[str, Any]:
@@ -151,7 +135,7 @@ def wrong_in_shell(text: str) -> list[str]:
     wrong = []
     for line in text.replace("\\\n", " ").splitlines():
         # Of `ray job submit ... -- ftkit run ...` and of a chain of commands, ftkit's.
-        command = re.sub(r"^.*?\s--\s+(?=ftkit )", "", line.strip())
+        command = re.sub(r"^.*?\s--\s+(?=ftkit )", "", line.strip().removeprefix("$ "))
         command = re.split(r"\|\||&&|[|;&]", command)[0]
         if command.startswith("ftkit "):
             wrong += wrong_in_command(command)
@@ -161,55 +145,3 @@ def wrong_in_shell(text: str) -> list[str]:
             if not (ROOT / path).exists()
         ]
     return wrong
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_what_a_page_shows_is_there(page: Path) -> None:
-    wrong = []
-    for language, text in blocks(page):
-        wrong += wrong_in_python(text) if language == "python" else wrong_in_shell(text)
-    for command in INLINE.findall(page.read_text()):
-        wrong += wrong_in_command(" ".join(command.split()), whole=False)
-    assert wrong == []
-
-
-def test_blocks_are_found() -> None:
-    found = {page.stem: [language for language, _ in blocks(page)] for page in PAGES}
-    assert found["README"].count("sh") >= 5
-    assert found["overlap"].count("python") >= 6
-    assert found["quickstart"].count("python") >= 2
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        "import ftkit\nsession = ftkit.initialize()",
-        "session.protekt(model=model)",
-        "for step in session.steps(dataset, slot=8):\n    pass",
-        "with step:\n    step.clip_grad_norm(1.0)",
-        "from ftkit.checkpoint import FtkitReader",
-        "from ftkit.no_such_room import anything",
-        "from ftkit.collectives.overlap import ContextParallel\nContextParallel(lenght=8)",
-        "with step\n    pass",
-    ],
-)
-def test_python_that_is_wrong_is_noticed(block: str) -> None:
-    assert wrong_in_python(block)
-
-
-@pytest.mark.parametrize(
-    "block",
-    [
-        "ftkit run --nprc 3 train.py",
-        "ftkit rnu train.py",
-        "ftkit drill run kil",
-        "ftkit drill run kill --at nowhere",
-        "ftkit ckpt ls --jsn",
-        "ray job submit -- ftkit run --engin ray train.py",
-        "ftkit run \\\n  --nope train.py",
-        "./scripts/dmo",
-        "ftkit run examples/no_such.py",
-    ],
-)
-def test_shell_that_is_wrong_is_noticed(block: str) -> None:
-    assert wrong_in_shell(block)

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
-PAGE = (Path(__file__).parents[1] / "docs" / "cluster.md").read_text()
+from tests.docs.blocks import PAGES, ROOT, blocks
+from tests.docs.lookup import wrong_in_command
+
+PAGE = ROOT / "docs" / "cluster.md"
 
 #: Fields of KubeRay's API ray.io/v1, by its reference; below a template they are Kubernetes'.
 JOB = {
@@ -34,15 +37,20 @@ CONTAINER = {
     "args", "command", "env", "envFrom", "image", "imagePullPolicy", "lifecycle", "name", "ports",
     "resources", "securityContext", "volumeMounts", "workingDir",
 }  # fmt: skip
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
+#: Long options of sbatch, by its manual (Slurm 25.05), which one may want for such a job.
+SBATCH = {
+    "account", "array", "begin", "chdir", "comment", "constraint", "cpus-per-gpu", "cpus-per-task",
+    "dependency", "error", "exclude", "exclusive", "export", "gpu-bind", "gpus", "gpus-per-node",
+    "gpus-per-task", "gres", "hint", "job-name", "kill-on-invalid-dep", "mail-type", "mail-user",
+    "mem", "mem-per-cpu", "mem-per-gpu", "no-kill", "no-requeue", "nodelist", "nodes", "ntasks",
+    "ntasks-per-node", "open-mode", "output", "partition", "qos", "requeue", "reservation",
+    "signal", "switches", "time", "time-min", "wait-all-nodes",
+}  # fmt: skip
 
 
 def manifests() -> list[Any]:
     yaml = pytest.importorskip("yaml", reason="PyYAML, which comes with Ray, is missing")
-    return [yaml.safe_load(block) for block in blocks("yaml")]
+    return [yaml.safe_load(block.text) for block in blocks(PAGE, "yaml")]
 
 
 def unknown(manifest: Mapping[str, Any]) -> set[str]:
@@ -71,10 +79,22 @@ def test_the_ray_job_has_the_fields_that_its_api_has() -> None:
     assert scrape["scrape_configs"][0]["honor_labels"] is True
 
 
+def test_other_pages_have_no_manifests() -> None:
+    assert [page.stem for page in PAGES if blocks(page, "yaml")] == ["cluster"]
+
+
+def test_the_batch_scripts_options_are_sbatchs() -> None:
+    (script,) = blocks(PAGE, "bash")
+    given = re.findall(r"^#SBATCH +--([\w-]+)", script.text, re.MULTILINE)
+    assert len(given) >= 5
+    assert set(given) <= SBATCH
+
+
 def test_the_ray_job_fits_together() -> None:
     spec = manifests()[0]["spec"]
     cluster = spec["rayClusterSpec"]
     (workers,) = cluster["workerGroupSpecs"]
+    assert wrong_in_command(spec["entrypoint"]) == []
     words = spec["entrypoint"].split()
     assert int(words[words.index("--nodes") + 1]) == workers["replicas"]
     (worker,) = workers["template"]["spec"]["containers"]
@@ -107,9 +127,9 @@ class Slurm:
             path = folder / name
             path.write_text(f"{STAND_IN}{body}\n")
             path.chmod(path.stat().st_mode | stat.S_IXUSR)
-        (script,) = blocks("bash")
+        (script,) = blocks(PAGE, "bash")
         self.script = folder / "job.sh"
-        self.script.write_text(script)
+        self.script.write_text(script.text)
         self.environ = os.environ | {
             "PATH": f"{folder}:{os.environ['PATH']}",
             "CALLS": str(self.calls),
