@@ -15,7 +15,7 @@ from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch import completion
 from ftkit.launch.bench_command import bench
-from ftkit.launch.choices import steps_or_auto
+from ftkit.launch.choices import seconds_or_auto, steps_or_auto
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.later import Later
 from ftkit.launch.logs import log_to_stderr
@@ -78,6 +78,13 @@ def main() -> None:
 )
 @click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
+)
+@click.option(
+    "--parity-every",
+    type=seconds_or_auto,
+    metavar="SECONDS|auto",
+    default=0,
+    help="Between two rounds; 0: each follows the one before; auto: as often as pays.",
 )
 @click.option(
     "--max-slowdown",
@@ -169,6 +176,7 @@ def run(
     max_stall_s: float,
     alarms_per_day: float,
     parity: str,
+    parity_every: float | str,
     max_slowdown: float | None,
     link_cap: float | None,
     memory_cap: float | None,
@@ -222,6 +230,7 @@ def run(
         max_stall_s=max_stall_s,
         alarms_per_day=alarms_per_day,
         parity=parity,
+        parity_every=parity_every,
         max_slowdown=max_slowdown,
         link_cap=None if link_cap is None else link_cap * 1e6,
         memory_cap=None if memory_cap is None else memory_cap * 1e6,

@@ -11,7 +11,7 @@ TOLD = frozenset(
         "approximate", "averaged", "taken-over", "rebuild", "rebuild-failed", "scrub", "parity-failed",
         "snapshot-failed",
         "checkpoint", "checkpoint-failed", "checkpoint-unread", "history-failed", "metrics-failed",
-        "checkpoint-interval", "rebalance", "self-check", "preflight", "probed", "end",
+        "checkpoint-interval", "parity-interval", "rebalance", "self-check", "preflight", "probed", "end",
     }
 )  # fmt: skip
 
