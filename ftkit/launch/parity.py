@@ -173,9 +173,9 @@ class ParityTier:
         if plan.mode is Mode.FORMING and plan.world is not None:
             self._recovery.look(plan, self._peers(), self._is_forming)
         elif plan.mode is Mode.RUNNING and plan.world is not None:
-            if nodes and nodes[0] == self._node and len(nodes) >= sum(self._code):
-                if self._is_due(plan.world.generation, every_s):
-                    self._lead()
+            leads = nodes and nodes[0] == self._node and len(nodes) >= sum(self._code)
+            if leads and self._is_due(plan.world.generation, every_s):
+                self._lead()
             self._scrub_if_due()
 
     def _is_due(self, generation: Generation, every_s: float) -> bool:
