@@ -134,7 +134,7 @@ def swapped(place: Place) -> Iterator[Names]:
             self.layers = nn.ModuleDict({str(i): nn.Linear(2, 1 if i == 5 else 2) for i in held})
 
     class Left(ftkit.Session):
-        seats = 4  # type: ignore[assignment]
+        seats = 4
 
     session = ftkit.init()
     session.__class__ = Left

@@ -22,7 +22,7 @@ class Job:
 
     def __init__(self, *, auto: bool = True, mtbf_s: float = 3600.0) -> None:
         self.events: list[dict[str, Any]] = []
-        self.parity = ParityInterval(lambda kind, **fields: self.events.append(fields), auto=auto)
+        self.parity = ParityInterval(self.tell, auto=auto)
         self.known: Any = SimpleNamespace(
             saving=Costs(world=3).with_measured(step_s={3: 0.5}),
             rate=FailureRate(prior_mtbf_s=mtbf_s),
@@ -30,6 +30,9 @@ class Job:
         )
         self.plan, self.now = training(step=1).plan, 0.0
         self.report: dict[str, Any] = {"making": False, "round_s": None, "every_s": None}
+
+    def tell(self, kind: str, /, **fields: object) -> None:
+        self.events.append(fields)
 
     def train(self, steps: int) -> bool:
         changed = False

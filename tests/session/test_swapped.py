@@ -67,11 +67,12 @@ def test_every_other_slot_meets_the_layers_of_the_outer_stages_in_the_other_orde
         for i in ODD if slot % 2 else EVEN:
             y = plain[i](y)
         loss = mse(y, target)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         assert torch.equal(losses[slot], loss.detach())
     for i, module in held.items():
         for mine, his in zip(module.parameters(), plain[i].parameters(), strict=True):
             assert mine.grad is not None
+            assert his.grad is not None
             assert torch.equal(mine.grad, his.grad)
     layers.look(None)
 
