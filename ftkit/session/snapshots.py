@@ -59,6 +59,9 @@ logger = logging.getLogger(__name__)
 #: Between two looks for a snapshot that is still being captured by a peer.
 LOOK_S = 0.002
 
+#: In multiples of `max_stall_s`: a peer that stopped before it sealed is named within one.
+PATIENCE_WITH_PEERS = 2.0
+
 #: A vote for step s passes once all have sealed this many steps before it: each of them has
 #: gated the snapshot of step s - 2 before it committed step s - 1.
 SEALED_BEHIND = 2
@@ -387,14 +390,16 @@ class Snapshots:
           GenerationAborted: `world` ended meanwhile.
           Incomplete: of sharded state; a part was damaged, and there is no other. Another step must
             be chosen.
-          IntegrityError: after `max_stall_s` the step is still not whole.
+          IntegrityError: after `max_stall_s` the step is still not whole; where peers are to seal
+            it, after twice that, for the one that does not is found and replaced before.
           StateChanged: this process built another model than the snapshot is of.
         """
         if self._env is None or self._control is None:
             raise IntegrityError("a rank that is alone has nothing to restore from")
         self._release()
         self.restores += 1
-        deadline = time.monotonic() + self._env.max_stall_s
+        patience = PATIENCE_WITH_PEERS if admitted else 1.0
+        deadline = time.monotonic() + patience * self._env.max_stall_s
         damaged, in_parts = False, self._sharded or self._division is not None
         while True:
             if not membership.active or membership.generation != world.generation:

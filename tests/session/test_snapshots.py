@@ -1,5 +1,6 @@
 """Shares of several members in one process: no job, real arenas, real state."""
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ from tests.checkpoint.helpers import Training, assert_same
 JOB, NODE = JobId("t"), NodeId(0)
 #: Small chunks, so that a small state has something to share.
 CHUNK_BYTES = 1024
+STALL_S = 0.05
 
 
 class Rig:
@@ -42,7 +44,7 @@ class Rig:
             node=NODE,
             secret="",
             shm_dir=folder,
-            max_stall_s=0.05,
+            max_stall_s=STALL_S,
             checkpoint_every=every,
             checkpoint_dir="",
         )
@@ -70,9 +72,11 @@ class Rig:
         self.training.update()
         self.snapshots.begin(Step(number), world)
 
-    def restore(self, step: int, world: World) -> None:
+    def restore(
+        self, step: int, world: World, *, wait: Callable[[float], None] = lambda seconds: None
+    ) -> None:
         membership: Any = SimpleNamespace(
-            active=True, generation=world.generation, wait_changed=lambda seconds: None
+            active=True, generation=world.generation, wait_changed=wait
         )
         self.snapshots.restore(Step(step), world, membership, admitted=True)
 
@@ -126,6 +130,34 @@ def test_three_thirds_make_a_whole_and_a_newcomer_reads_each_once(three, tmp_pat
     ((_, told),) = [e for e in late.events if e[0] == "restore"]
     assert told["source"].count("this node") == 3
     assert late.snapshots.layout == three[0].snapshots.layout
+    late.snapshots.close()
+
+
+@pytest.mark.parametrize("looks", [6, 10])
+def test_a_newcomer_waits_longer_for_its_peers_than_it_takes_to_find_one_that_hangs(
+    three, monkeypatch, looks
+):
+    """Else it would die of a peer that stopped in its capture, and be taken for another fault."""
+    waited: list[float] = []
+    monkeypatch.setattr(snapshots, "time", SimpleNamespace(monotonic=lambda: sum(waited)))
+    for rig in three:
+        rig.training.forward_backward(4)
+        rig.training.update()
+
+    def wait(seconds: float) -> None:
+        waited.append(STALL_S / 4)
+        if len(waited) == looks:
+            for rig in three:
+                rig.snapshots.begin(Step(4), world_of(1, 0, 1, 2))
+                rig.snapshots.gate()
+
+    late, world = Rig(three[0].folder, 3, seed=9), world_of(2, 0, 1, 2, 3)
+    if looks / 4 < snapshots.PATIENCE_WITH_PEERS:
+        late.restore(4, world, wait=wait)
+        assert_same(late.snapshots._state, three[0].snapshots._state)
+    else:
+        with pytest.raises(IntegrityError, match="step 4 is not complete"):
+            late.restore(4, world, wait=wait)
     late.snapshots.close()
 
 
