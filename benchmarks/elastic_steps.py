@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ftkit.collectives import backend
 from ftkit.collectives.sharded import ShardedReducer, assign_rounds
+from ftkit.collectives.sharded_unit import Pending
 from ftkit.launch.workload.gpt import GPT, next_byte_loss
 from ftkit.launch.workload.train import Options, parse, shard
 
@@ -70,8 +71,10 @@ class Way:
         return time.perf_counter() - start
 
 
-def _exchange(out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
-    dist.all_to_all_single(out, rows)
+def _exchange(out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> Pending:
+    work: Pending | None = dist.all_to_all_single(out, rows, async_op=True)
+    assert work is not None, "every rank is in the world"
+    return work
 
 
 def timed(what: Callable[[], None]) -> float:

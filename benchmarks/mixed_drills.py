@@ -18,9 +18,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from benchmarks.done_before import DoneBefore
-from benchmarks.drills import Judged, conditions, figures, run_all, samples, series_parser, unpassed
+from benchmarks.drills import (
+    Judged,
+    conditions,
+    figures,
+    interval,
+    run_all,
+    samples,
+    series_parser,
+    unpassed,
+)
 from benchmarks.figures import Figure, Report, finish
 from benchmarks.jobs import python_path, scratch
+from ftkit.launch.checker import Answer
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import choose
 from ftkit.launch.mixed_drills import MIXED, RANKS_MIN
@@ -57,13 +67,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def report(
     judged: Mapping[str, Sequence[Judged]], params: Mapping[str, str], options: Mapping[str, object]
 ) -> Report:
-    """Counts of each series; pure."""
+    """Counts of all drills and of each series; pure."""
+    answers = [j.outcome.outcome for each in judged.values() for j in each]
+    passed = answers.count(Answer.PASS)
     struck = Counter(
         j.drill.mixed.count for each in judged.values() for j in each if j.drill.mixed is not None
     )
     return Report(
         name="mixed_drills",
         figures=[
+            Figure(
+                name="passed of all",
+                value=passed,
+                unit="",
+                at_least=len(answers),
+                against=interval(passed, len(answers)),
+            ),
             *(
                 Figure(name=f"drills with {n} fault{'s' * (n > 1)}", value=struck[n], unit="")
                 for n in sorted(struck)

@@ -182,9 +182,7 @@ def figures_of(
             slow = {m: 100 * (s[m] / s["none"] - 1) for m in ("block", "blast", "governed")}
             took = median(max(f["took"]) for f in found)
             assert mbit is not None, "the rate is known"
-            step = s["none"] / 12
-            idle = found[0]["window_s"] * took / step
-            used = found[0]["bytes"] / (mbit * 125e3) / idle
+            used = found[0]["bytes"] / (mbit * 125e3 * found[0]["idle_share"] * took)
             return [
                 figure(
                     "DDP beside a snapshot, governed: slow-down", slow["governed"], "%", at_most=1.5

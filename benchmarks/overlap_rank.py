@@ -5,11 +5,11 @@ The line holds, for each case, the seconds of every round by side, and digests o
 
 import argparse
 import json
-import math
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any, cast
@@ -29,7 +29,7 @@ from ftkit.collectives.overlap import (
     context_parallel_attention,
     linear_reduce_scatter,
 )
-from ftkit.core.governor import TrafficLimits
+from ftkit.collectives.overlap.traffic import LIMITS
 
 Sides = dict[str, Callable[[], object]]
 
@@ -238,10 +238,7 @@ def traffic(rounds: Rounds, rate: float) -> dict[str, Any]:
     steps, nbytes = 12, 72 << 20
     peer = (dist.get_rank() + 1) % dist.get_world_size()
     model = sleeping()
-    limits = TrafficLimits(
-        piece_bytes_max=256 << 10, unacknowledged_max=3, rate_guess=rate, max_slowdown=0.005
-    )
-    governor = TrafficGovernor(limits=limits)
+    governor = TrafficGovernor(limits=replace(LIMITS, rate_guess=rate, max_slowdown=0.005))
     governor.attach(model)
     snapshot = torch.full((nbytes,), dist.get_rank(), dtype=torch.uint8)
     copy = torch.empty_like(snapshot)
@@ -284,12 +281,11 @@ def traffic(rounds: Rounds, rate: float) -> dict[str, Any]:
             copy.zero_()
             several(mode)
             found.append(ended.pop())
-    idle = math.fsum(governor.windows) / max(1, len(governor.windows))
     return {
         "times": times,
         "took": aside_s["governed"],
         "bytes": nbytes,
-        "window_s": idle,
+        "idle_share": governor.idle_share,
         "forecast": str(governor.forecast(nbytes, within_s=steps * times["none"][0] / steps)),
     }
 

@@ -14,26 +14,33 @@ micro-batch. ::
 Until the last round the unit's output is zeros, then it is the sum over all slots, scaled. With
 replicas (HSDP) a part is cut once more, each replica sums its cut, and FSDP2's own all-reduce of
 disjoint cuts, zeros elsewhere, puts the part together.
+
+On the CPU nobody waits in the backward pass for what was just sent: the output is filled two units
+later, or at the end of the step, where an exchange that failed is noticed too. What FSDP2 makes of it
+by then is a view. So it takes the all-reduce of replicas from us, and where it would not be content
+with a view (another dtype, parameters elsewhere, hooks that look at gradients) we wait.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import xxhash
 from torch import nn
 
 from ftkit.collectives.gradients import norm_of
-from ftkit.collectives.slots import Subtree, leaf, parent, siblings
+from ftkit.collectives.sharded_unit import AHEAD, Flying, Pending, Unit
 from ftkit.core.errors import StateChanged, UsageError
 
 
 class Exchange(Protocol):
     """Gives every rank its rows: row r of `rows` goes to rank r, row r of `out` came from it."""
 
-    def __call__(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
-        """Blocks. `last`: no gradient of this step comes after it. JobFault when it was cut."""
+    def __call__(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> Pending:
+        """Start it. `last`: no gradient of this step comes after it. JobFault as for `Pending`."""
 
 
 def rounds_of(slots: int, world_size: int) -> int:
@@ -98,7 +105,13 @@ class ShardedReducer:
         self._exchange = exchange
         self.scale = 1.0 / (weights or slots) if mean else 1.0
         self._params = _sharded(modules, world_size)
-        self._scratch: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        self._scratch: dict[tuple[str, int, torch.dtype], torch.Tensor] = {}
+        self._turn = 0
+        self._flying: deque[Flying] = deque()
+        self.unfilled: torch.Tensor | None = None
+        """The output of the newest exchange, where FSDP2 has it before it is filled."""
+        self._adding: list[Pending] = []
+        """All-reduces of replicas."""
         self._slot, self._last, self._weight = 0, False, 1
         self._called = 0
         self._units = [self._take_over(*found) for found in sharded_units(modules)]
@@ -134,6 +147,11 @@ class ShardedReducer:
 
     def begin(self) -> None:
         """A new attempt: forget whatever an earlier one left, clean `.grad`."""
+        if self._flying:
+            # Left without waiting: what still comes in must not come into memory that is used.
+            self._scratch.clear()
+        self._flying.clear()
+        self._adding.clear()
         for unit in self._units:
             unit.forget()
         self.drop()
@@ -141,19 +159,26 @@ class ShardedReducer:
     def start_slot(self, slot: int, *, last: bool, weight: int = 1) -> None:
         """Backward of this round's slot comes next; its gradients count `weight` times in the sum."""
         self._slot, self._last, self._called, self._weight = slot, last, 0, weight
+        # Zeros so far. Without them FSDP2 takes the output as it is, filled or not, and adds nothing.
+        self.drop()
 
     def end_slot(self) -> None:
         """Backward of the slot is over; FSDP2 has reduced what it made."""
 
     def finish(self, *, held: int) -> int:
-        """Check that all slots of all ranks are in `.grad`.
+        """Wait until all slots of all ranks are in `.grad`. Blocks.
 
         Returns:
           A 64-bit digest of the reduced shards, equal on ranks that hold the same ones.
 
         Raises:
+          JobFault: an exchange was cut.
           UsageError: a slot was left out, or a parameter took part in some slots only.
         """
+        self.settle()
+        for adding in self._adding:
+            adding.wait()
+        self._adding.clear()
         if odd := [unit for unit in self._units if unit.seen not in (0, self._slots)]:
             raise UsageError(
                 f"{len(odd)} of {len(self._units)} sharded units had gradients in some slots and "
@@ -175,16 +200,18 @@ class ShardedReducer:
         """Give up what was kept. The model is not to be trained any more."""
         self._units.clear()
         self._scratch.clear()
+        self._flying.clear()
+        self._adding.clear()
 
     def scratch(self, use: str, numel: int, like: torch.Tensor) -> torch.Tensor:
-        """Memory that the next unit uses again."""
-        key = use, like.dtype
+        """Memory that a unit uses again once this one's exchange has ended."""
+        key = use, self._turn, like.dtype
         kept = self._scratch.get(key)
         if kept is None or kept.numel() < numel or kept.device != like.device:
             kept = self._scratch[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
         return kept[:numel]
 
-    def weigh(self, unit: "_Unit", gradient: torch.Tensor) -> None:
+    def weigh(self, unit: Unit, gradient: torch.Tensor) -> None:
         """(unit) Look at a slot's gradient and weigh it; what a rank without a slot makes is dropped."""
         if self._slot >= self._slots:
             return
@@ -197,152 +224,42 @@ class ShardedReducer:
             gradient.mul_(self._weight)
         unit.norms.append(norm_of(gradient))
 
-    def gather_rows(self, out: torch.Tensor, rows: torch.Tensor) -> None:
-        """(unit) Move one unit's rows of this round."""
+    def settle(self, unit: Unit | None = None, *, most: int = 0) -> None:
+        """(unit) Wait until so many exchanges are under way at most, and none of this unit's."""
+        while len(self._flying) > most or any(f.unit is unit for f in self._flying):
+            flying = self._flying.popleft()
+            flying.exchange.wait()
+            flying.unit.fill(flying)
+
+    def gather_rows(
+        self, unit: Unit, came: torch.Tensor, rows: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """(unit) Begin to move its rows of this round; `fill` follows."""
         self._called += 1
         last = self._last and self._called == len(self._units)
-        self._exchange(out, rows, last=last)
+        exchange = self._exchange(came, rows, last=last)
+        self._flying.append(Flying(unit, exchange, came, rows, out, self.unfilled is not None))
+        self._turn = (self._turn + 1) % AHEAD
 
-    def _take_over(self, module: Any, own: list[torch.Tensor]) -> "_Unit":
-        unit = _Unit(self, own, slots=self._slots, world_size=self._size, rank=self._rank)
+    def add_replicas(self, out: torch.Tensor, group: Any) -> None:
+        """(unit) Begin to add up what replicas have of a part."""
+        work = dist.all_reduce(out, group=group, async_op=True)
+        assert work is not None, "replicas of this rank's part"
+        self._adding.append(work)
+
+    def _take_over(self, module: Any, own: list[torch.Tensor]) -> Unit:
+        unit = Unit(self, own, slots=self._slots, world_size=self._size, rank=self._rank)
         try:
             # Ours divides by the slots; an all-reduce of replicas adds, it does not average.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_custom_reduce_scatter(unit)
+            unit.stand_in_for_replicas(module)
             if self._size == 1:  # alone, FSDP2 has nothing to reduce and calls nobody but this
                 module.set_all_reduce_hook(unit.reduce_alone)
         except ValueError as error:
             raise UsageError(f"this sharding is not supported: {error}") from error
         return unit
-
-
-class _Unit:
-    """The reduction of one unit, in the shape of FSDP2's ReduceScatter."""
-
-    def __init__(
-        self,
-        owner: ShardedReducer,
-        params: Sequence[torch.Tensor],
-        *,
-        slots: int,
-        world_size: int,
-        rank: int,
-    ) -> None:
-        self._owner = owner
-        self.params = params
-        self.norms: list[torch.Tensor] = []
-        """Of what this rank adds, slot by slot."""
-        self._slots, self._size, self._rank = slots, world_size, rank
-        self._stack: list[_Sum] = []
-        self._spare: list[torch.Tensor] = []
-        self.seen = 0
-        """Slots pushed in this attempt."""
-
-    def forget(self) -> None:
-        """Begin a step anew."""
-        self._free(self._stack)
-        self._stack.clear()
-        self.norms.clear()
-        self.seen = 0
-
-    def allocate(
-        self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device
-    ) -> torch.Tensor:
-        """(FSDP2) Memory for one call's input or output."""
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: Any,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        """(FSDP2) A micro-batch's flat gradient of the unit, row s for the owner of part s."""
-        self._owner.weigh(self, input_tensor)
-        replicas = self._size // group.size()
-        part = -(-output_tensor.numel() // replicas)
-        rows = input_tensor if replicas == 1 else self._cut(input_tensor, group.size(), part)
-        came = self._owner.scratch("came", self._size * part, rows)
-        self._owner.gather_rows(came, rows)
-        total = self._push(came.view(self._size, part))
-        if replicas == 1:
-            _finish(total, output_tensor, self._owner.scale)
-            return
-        output_tensor.zero_()
-        if total is not None:
-            mine = output_tensor[self._rank // group.size() * part :][:part]
-            _finish(total[: mine.numel()], mine, self._owner.scale)
-
-    def reduce_alone(self, gradient: torch.Tensor) -> None:
-        """(FSDP2) As the call, in a world of one, in place."""
-        self._owner.weigh(self, gradient)
-        total = self._push(
-            self._owner.scratch("came", gradient.numel(), gradient).copy_(gradient)[None]
-        )
-        _finish(total, gradient, self._owner.scale)
-
-    def _cut(self, flat: torch.Tensor, shards: int, part: int) -> torch.Tensor:
-        """Rows by rank: replica i of shard s is to have cut i of part s."""
-        replicas = self._size // shards
-        rows = self._owner.scratch("rows", self._size * part, flat).view(replicas, shards, part)
-        parts = flat.view(shards, -1)
-        for i in range(replicas):
-            piece = parts[:, i * part : (i + 1) * part]
-            rows[i, :, : piece.shape[1]] = piece
-            rows[i, :, piece.shape[1] :] = 0
-        return rows.reshape(-1)
-
-    def _push(self, rows: torch.Tensor) -> torch.Tensor | None:
-        """Sum a round's rows into the tree; the sum of all slots once they are all in.
-
-        The rows are changed; afterwards they belong to whoever gave them, except that the sum,
-        when there is one, may lie in them.
-        """
-        if self._stack and self._stack[0].value.numel() != rows.shape[1]:
-            raise UsageError(
-                f"a sharded unit had {self._stack[0].value.numel()} gradients in one slot and "
-                f"{rows.shape[1]} in another: use every parameter of the model in every batch"
-            )
-        for row in rows[: self._slots - self.seen]:
-            top = _Sum(leaf(self.seen, self._slots), row, False)
-            self.seen += 1
-            while self._stack and siblings(self._stack[-1].node, top.node):
-                left = self._stack.pop()
-                left.value.add_(top.value)
-                self._free([top])
-                top = _Sum(parent(left.node, self._slots), left.value, left.own)
-            self._stack.append(top)
-        if self.seen == self._slots:
-            (total,) = self._stack
-            return total.value
-        for at, top in enumerate(self._stack):
-            if not top.own:
-                mine = self._spare.pop() if self._spare else torch.empty_like(top.value)
-                self._stack[at] = _Sum(top.node, mine.copy_(top.value), True)
-        return None
-
-    def _free(self, sums: Iterable["_Sum"]) -> None:
-        self._spare += [s.value for s in sums if s.own]
-
-
-class _Sum(NamedTuple):
-    """The value of a node of the tree."""
-
-    node: Subtree
-    value: torch.Tensor
-    own: bool
-    """Whether it lies in memory of the unit, rather than in this round's rows."""
-
-
-def _finish(total: torch.Tensor | None, out: torch.Tensor, scale: float) -> None:
-    if total is None:
-        out.zero_()
-    else:
-        # Whether zeros were added to it must not show: -0.0 becomes 0.0.
-        torch.mul(total, scale, out=out).add_(0.0)
 
 
 def _sharded(modules: Iterable[nn.Module], world_size: int) -> list[torch.Tensor]:

@@ -50,7 +50,7 @@ class TrafficLimits:
     """Smaller pieces cost more than they carry."""
     piece_bytes_max: int = 4 << 20
     """Whatever comes up meanwhile waits for one."""
-    unacknowledged_max: int = 3
+    unacknowledged_max: int = 4
     """Pieces on their way at once."""
     rate_guess: float = 100e6
     """Bytes a second, until one has been measured."""

@@ -38,4 +38,7 @@ def steps_or_auto(text: object) -> int | str:
     try:
         return int(str(text))
     except ValueError as error:
-        raise UsageError(f"{text!r} is neither a number of steps nor auto") from error
+        raise UsageError(
+            f"--checkpoint-every: {text!r} is neither a number of steps nor auto"
+            f"{near(str(text), ['auto'])}"
+        ) from error

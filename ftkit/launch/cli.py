@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -289,7 +290,14 @@ def run(
 
 
 def absolute(url: str) -> str:
-    """A path made absolute, as the job's processes may run elsewhere; URLs as they are."""
+    """A path made absolute, as the job's processes may run elsewhere; URLs as they are.
+
+    Raises:
+      UsageError: it has one slash of a URL's two, and would become a folder named s3: here.
+    """
+    if re.match(r"[a-z][a-z0-9+.]+:/(?!/)", url):
+        meant = url.replace(":/", "://", 1)
+        raise UsageError(f"{url} is neither a path nor a URL; did you mean {meant}?")
     return url if not url or "://" in url else str(Path(url).resolve())
 
 

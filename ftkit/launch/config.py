@@ -206,6 +206,10 @@ class JobConfig:
             raise UsageError(f"--parity-every is {self.parity_every}, neither seconds nor auto")
         if self.parity_every and not self.parity:
             raise UsageError("--parity-every needs --parity, which says what is made")
+        if self.checkpoint_fresh and not self.checkpoint_dir:
+            raise UsageError(
+                "--fresh goes with --checkpoint-dir: without one every job begins at step 0"
+            )
         if self.on_loss not in list(OnLoss):
             raise UsageError(f"--on-loss is {self.on_loss!r}, none of {', '.join(OnLoss)}")
         if self.code is not None:

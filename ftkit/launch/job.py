@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from ftkit.core.errors import UsageError
+from ftkit.launch.choices import near
 from ftkit.launch.config import JobConfig, new_secret
 from ftkit.launch.disk import give_back, refuse_or_take
 from ftkit.launch.drill_access import remove_access, write_access
@@ -63,9 +64,15 @@ def python_command(script: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     if not Path(script).is_file():
         raise UsageError(
             f"there is no script {script!r} in {os.getcwd()}; give the path of a Python file, "
-            "or -m and the name of a module"
+            f"or -m and the name of a module{near(script, beside(script))}"
         )
     return (sys.executable, "-u", script, *arguments)
+
+
+def beside(script: str) -> list[str]:
+    """The Python files in the folder of `script`, as a person would type them."""
+    folder = Path(script).parent
+    return [str(folder / path.name) for path in sorted(folder.glob("*.py"))]
 
 
 def run_job(

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ftkit.core.errors import UsageError
+from ftkit.launch.choices import near
 
 #: Where runs lie that no --run-dir puts elsewhere.
 RUNS = Path("runs")
@@ -16,9 +17,14 @@ def newest_run(run_dir: Path | None) -> Path:
                 return folder
         raise UsageError(
             f"{run_dir} is not a run's folder: it has no events/. Give the folder of one, or its name "
-            f"under {RUNS}/; a job makes it as it starts"
+            f"under {RUNS}/; a job makes it as it starts{near(run_dir.name, runs())}"
         )
-    found = [p for p in RUNS.glob("*") if (p / "events").is_dir()]
+    found = runs()
     if not found:
         raise UsageError(f"no run was found under {RUNS}/; give the folder of one")
-    return max(found, key=lambda p: p.stat().st_mtime)
+    return max(found.values(), key=lambda p: p.stat().st_mtime)
+
+
+def runs() -> dict[str, Path]:
+    """The runs under runs/, by name."""
+    return {p.name: p for p in RUNS.glob("*") if (p / "events").is_dir()}

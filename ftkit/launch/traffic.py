@@ -22,7 +22,7 @@ RELEARN_S = 0.25
 #: Between two looks of who waits for training's transfers to end. A look takes some 50 us.
 LOOK_S = 0.001
 
-#: A piece that waits for so long is news, once a minute.
+#: Who finds no window for so long is news, once a minute.
 SAY_AFTER_S, SAY_EVERY_S = 2.0, 60.0
 
 
@@ -78,13 +78,17 @@ class TrafficGate:
             self._windows.look(busy=busy, since=since)
             decision = self._governor.decide(now, nbytes, whole=whole, touches=touches)
             me = threading.get_ident()
-            if isinstance(decision, Grant):
+            if isinstance(decision, Grant) and not decision.intrudes:
                 self._waiting.pop(me, None)
                 return decision
+            # Small pieces go one by one within the slow-down that is allowed: that is waiting, too.
             waited = now - self._waiting.setdefault(me, now)
             if waited > SAY_AFTER_S and now >= self._say_at:
                 self._say_at = now + SAY_EVERY_S
-                self._say(nbytes, touches, decision.reason)
+                said = (
+                    decision.reason if isinstance(decision, Pause) else "no window is long enough"
+                )
+                self._say(nbytes, touches, said)
             return decision
 
     def withdraw(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from ftkit.checkpoint.shards import register_shards
 from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.sharded import ShardedReducer, assign_rounds
+from ftkit.collectives.sharded_unit import Pending
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.collectives.staged import StageReducer
 from ftkit.core.errors import NotDeterministic, StateChanged, StepRolledBack, UsageError
@@ -235,10 +236,10 @@ class Loop:
         if group.size > 1:
             group.abort(group.world.generation, f"an exception ended an attempt at {step.index}")
 
-    def _exchange(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
+    def _exchange(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> Pending:
         if self.current is None:
             raise UsageError("sharded models are trained inside `with step:` only")
-        self.current.exchange_rows(out, rows, last=last)
+        return self.current.exchange_rows(out, rows, last=last)
 
     def _reduce(self, nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Waitable:
         if self.current is None:

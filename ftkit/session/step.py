@@ -22,6 +22,7 @@ import torch.distributed as dist
 from ftkit.collectives.gradients import GradientReducer, Waitable
 from ftkit.collectives.handle import finished
 from ftkit.collectives.running_sum import by_rank
+from ftkit.collectives.sharded_unit import Pending
 from ftkit.collectives.slot_tree import SlotNode
 from ftkit.core.errors import (
     GenerationAborted,
@@ -322,18 +323,18 @@ class Step:
             fewer, out[:half], slots=self._loop.slots, scale=scale, division=self._division
         )
 
-    def exchange_rows(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> None:
-        """(sharded reducer) Give each rank the gradients of what it owns. Blocks."""
+    def exchange_rows(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> Pending:
+        """(sharded reducer) Begin to give each rank the gradients of what it owns."""
         inject = self._parts.injector.at
         inject(Point.BACKWARD, self._number, bucket=self._bucket, last=last)
         self._check()
         nbytes = out.numel() * out.element_size()
         inject(Point.IN_COLLECTIVE, self._number, bucket=self._bucket, last=last, nbytes=nbytes)
-        work = dist.all_to_all_single(out, rows, async_op=True)
+        work: Pending | None = dist.all_to_all_single(out, rows, async_op=True)
         assert work is not None, "every rank is in the world"
         inject(Point.ALL_REDUCE, self._number, bucket=self._bucket, last=last)
         self._bucket += 1
-        work.wait()
+        return work
 
     @property
     def _rank(self) -> int:

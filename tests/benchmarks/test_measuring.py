@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import against_torchft, drills, hang, quantized, repair, respawn, step_time
+from benchmarks import (
+    against_torchft,
+    drills,
+    hang,
+    mixed_drills,
+    quantized,
+    repair,
+    respawn,
+    step_time,
+)
 from benchmarks.faults import POINTS, follow, median_step, plan_faults, step_times, steps_for
 from benchmarks.series import Series, next_size
 from ftkit.core.fault_plan import Kind, Point
@@ -231,6 +240,21 @@ def test_a_series_that_all_survived_says_how_little_that_rules_out():
     passed = drills.interval(200, 200)
     assert passed == "100.0% of 200, 95 % in [98.1%, 100.0%]"
     assert drills.interval(0, 0) == ""
+
+
+def test_mixed_drills_are_counted_together_and_by_series():
+    drill = choose("mixed", None, seed=5, nproc=4, steps=60)
+    good = drills.Judged(drill=drill, outcome=outcome(Answer.PASS))
+    bad = drills.Judged(drill=drill, outcome=outcome(Answer.UNKNOWN))
+    options: dict[str, object] = {"nproc": 4, "steps": 60, "max_stall": 5.0}
+    found = mixed_drills.report({"DDP": [good] * 3, "FSDP2": [bad]}, {"DDP": "aa"}, options)
+    told = {f.name: f for f in found.figures}
+    assert (told["passed of all"].value, told["passed of all"].holds) == (3, False)
+    assert told["passed of all"].against == drills.interval(3, 4)
+    assert (told["DDP: passed"].value, told["FSDP2: passed"].value) == (3, 0)
+    (note,) = found.notes
+    assert note.startswith("FSDP2: unknown: ftkit drill run mixed --seed 5 ")
+    assert "--sharded" in note
 
 
 def test_torchft_is_repaired_when_each_survivor_committed_the_victims_step_or_a_later_one():

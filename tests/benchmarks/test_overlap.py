@@ -64,12 +64,12 @@ def test_rings_are_held_against_one_way_or_against_the_better_way() -> None:
 
 def test_a_snapshot_is_held_against_training_alone_and_the_windows() -> None:
     seconds = told(none=[4.0], block=[4.8], blast=[4.4], governed=[4.04])
-    one = {**seconds, "took": [2.0], "bytes": 75_000_000, "window_s": 0.15}
+    one = {**seconds, "took": [2.0], "bytes": 75_000_000, "idle_share": 0.45}
     governed, blast, block, used = figures_of("traffic", 1000, [one], wires=False)
     assert [f.value for f in (governed, blast, block)] == [
         pytest.approx(1.0), pytest.approx(10.0), pytest.approx(20.0),
     ]  # fmt: skip
-    # Six windows of 150 ms passed meanwhile, and 600 ms of bytes went through them.
+    # Windows of 900 ms passed meanwhile, and 600 ms of bytes went through them.
     assert used.value == pytest.approx(100 * 0.6 / 0.9, rel=0.01)
 
 

@@ -1,6 +1,7 @@
 """A woven stack of layers computes what the plain one does; what it hides, and when it does not."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -360,11 +361,24 @@ def test_halves_that_turn_out_slower_are_given_up() -> None:
         if ask := tuner.note(0.1, 1.99 if tuner.split else 2.0):
             break
     assert turns == [True, False, True, False, True, False, True]
-    assert ask == [2.0, 1.99]
+    assert ask == [2.0, 1.99, 2.0, 1.99]
     tuner.agree(ask)
     assert tuner.settled
     assert not tuner.split
     assert tuner.note(1.0, 1.0) == []
+
+
+@pytest.mark.parametrize(("halves_s", "split"), [([1.5, 2.1, 2.1], False), ([1.8, 1.8, 2.5], True)])
+def test_one_lucky_call_does_not_make_halves_faster(halves_s: list[float], split: bool) -> None:
+    tuner, left = SplitTuner(), deque(halves_s)
+    for _ in range(3):
+        ask = tuner.note(0.5, 2.0)
+    tuner.agree(ask)
+    tuner.note(0.1, 9.0)  # the first in halves warms up
+    while not (ask := tuner.note(0.1, left.popleft() if tuner.split else 2.0)):
+        pass
+    tuner.agree(ask)
+    assert tuner.split is split
 
 
 def test_a_fault_on_the_way_ends_it_on_all_ranks() -> None:

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from ftkit.collectives.norm import clip_factor, norm_of
-from ftkit.collectives.sharded import _Unit, assign_rounds, rounds_of
+from ftkit.collectives.sharded import ShardedReducer, assign_rounds, rounds_of
+from ftkit.collectives.sharded_unit import AHEAD, Unit
 from ftkit.collectives.slot_tree import SlotTree
 from ftkit.collectives.slots import Take, fold_plan
-from ftkit.core.errors import UsageError
+from ftkit.core.errors import GenerationAborted, UsageError
 
 LENGTH = 6
 
@@ -61,7 +62,7 @@ def test_the_sum_is_the_same_for_any_number_of_ranks(slots: int) -> None:
     expected = canonical(leaves)
     for size in range(1, min(slots, 8) + 1):
         memory = Memory()
-        unit = _Unit(memory, [], slots=slots, world_size=size, rank=0)  # type: ignore[arg-type]
+        unit = Unit(memory, [], slots=slots, world_size=size, rank=0)  # type: ignore[arg-type]
         for attempt in range(3):
             unit.forget()
             rounds = rounds_of(slots, size)
@@ -73,7 +74,7 @@ def test_the_sum_is_the_same_for_any_number_of_ranks(slots: int) -> None:
 
 
 def test_a_unit_with_other_gradients_in_another_slot_is_refused() -> None:
-    unit = _Unit(Memory(), [], slots=3, world_size=1, rank=0)  # type: ignore[arg-type]
+    unit = Unit(Memory(), [], slots=3, world_size=1, rank=0)  # type: ignore[arg-type]
     unit._push(torch.ones(1, 4))
     with pytest.raises(UsageError, match="4 gradients in one slot and 5 in another"):
         unit._push(torch.ones(1, 5))
@@ -130,3 +131,88 @@ def test_clipping_shortens_and_never_lengthens() -> None:
     assert clip_factor(0.5, 1.0) == 1.0
     assert clip_factor(0.0, 1.0) == 1.0
     assert clip_factor(math.inf, 1.0) == 0.0
+
+
+class Rank:
+    """A reducer of a rank whose exchanges end when somebody waits for them."""
+
+    def __init__(self, size: int, slots: int, units: int) -> None:
+        self.log: list[str] = []
+        self.reducer = ShardedReducer(
+            [], slots=slots, world_size=size, rank=0, exchange=self.exchange, mean=False
+        )
+        made = [
+            Unit(self.reducer, [torch.zeros(1)], slots=slots, world_size=size, rank=0)
+            for _ in range(units)
+        ]
+        self.reducer._units = made
+        self.units = made
+        self.fails = False
+
+    def exchange(self, out: torch.Tensor, rows: torch.Tensor, *, last: bool) -> Any:
+        number = len(self.log)
+        self.log.append(f"start {number}" + " last" * last)
+        out.fill_(math.nan)
+
+        class Started:
+            def wait(_) -> None:  # noqa: N805
+                self.log.append(f"wait {number}")
+                if self.fails:
+                    raise GenerationAborted("cut")
+                # Every rank has given what we gave.
+                out.copy_(rows.view(self.reducer._size, -1)[0].repeat(self.reducer._size))
+
+        return Started()
+
+    def backward(self, slot: int, values: list[float], *, last: bool) -> list[torch.Tensor]:
+        self.reducer.start_slot(slot, last=last)
+        outs = [torch.full((LENGTH,), math.nan) for _ in values]
+        for unit, out, value in zip(reversed(self.units), outs, values, strict=True):
+            size = self.reducer._size
+            unit(out, torch.full((size * LENGTH,), value), Group(size), None)
+        return outs
+
+
+class Group:
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def size(self) -> int:
+        return self._size
+
+
+def test_a_backward_pass_waits_for_the_exchange_before_the_last_and_outputs_come_at_the_end() -> (
+    None
+):
+    rank = Rank(size=2, slots=4, units=3)
+    first = rank.backward(0, [1.0, 2.0, 3.0], last=False)
+    assert all(out.eq(0).all() for out in first), "FSDP2 may add them up"
+    starts = [i for i, said in enumerate(rank.log) if said.startswith("start")]
+    assert rank.log[: starts[AHEAD - 1] + 1] == ["start 0", "start 1"], "nobody waited"
+    second = rank.backward(2, [1.0, 2.0, 3.0], last=True)
+    assert second[-1].eq(0).all(), "on its way"
+    rank.reducer.finish(held=2)
+    for out, value in zip(second, (1.0, 2.0, 3.0), strict=True):
+        assert out.eq(4 * value).all()
+
+
+def test_an_exchange_that_was_cut_is_told_at_the_end_and_nothing_of_it_is_in_the_next_attempt() -> (
+    None
+):
+    rank = Rank(size=2, slots=2, units=2)
+    rank.backward(0, [1.0, 2.0], last=True)
+    rank.fails = True
+    with pytest.raises(GenerationAborted):
+        rank.reducer.finish(held=1)
+    rank.fails = False
+    rank.reducer.begin()
+    outs = rank.backward(0, [5.0, 6.0], last=True)
+    rank.reducer.finish(held=1)
+    assert [float(out[0]) for out in outs] == [10.0, 12.0]
+
+
+def test_where_fsdp_takes_no_view_the_pass_waits() -> None:
+    rank = Rank(size=2, slots=2, units=1)
+    rank.units[0].params = [torch.zeros(1, dtype=torch.float64)]
+    (out,) = rank.backward(0, [1.0], last=True)
+    assert out.eq(2.0).all()

@@ -1,10 +1,15 @@
 """Names that a person types: what is refused, and what may have been meant."""
 
+from pathlib import Path
+
 import pytest
 
 from ftkit.core.errors import UsageError
-from ftkit.launch.choices import chosen, near
+from ftkit.launch.choices import chosen, near, steps_or_auto
+from ftkit.launch.cli import absolute
 from ftkit.launch.drill_plan import choose
+from ftkit.launch.job import python_command
+from ftkit.launch.run_folder import newest_run
 
 
 def test_names_are_taken_once_in_the_order_given() -> None:
@@ -42,3 +47,33 @@ def test_a_phase_that_there_is_not(at: str, meant: str) -> None:
 def test_nothing_is_suggested_where_nothing_is_near() -> None:
     with pytest.raises(UsageError, match=r"in-collective, .*recovery$"):
         choose("kill", "x", seed=0, nproc=3, steps=100)
+
+
+def test_a_url_with_one_slash_is_no_folder_here() -> None:
+    with pytest.raises(
+        UsageError, match=r"s3:/bucket/ck is neither .* did you mean s3://bucket/ck"
+    ):
+        absolute("s3:/bucket/ck")
+    assert absolute("s3://bucket/ck") == "s3://bucket/ck"
+    assert absolute("") == ""
+    assert absolute("runs/ck") == str(Path("runs/ck").resolve())
+
+
+def test_a_script_a_run_and_an_interval_that_there_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.py").touch()
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "pretrain.py").touch()
+    (tmp_path / "runs" / "monday" / "events").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"no script 'trian.py' in .*; did you mean train.py\?"):
+        python_command("trian.py", ())
+    with pytest.raises(UsageError, match=r"; did you mean jobs/pretrain.py\?"):
+        python_command("jobs/pretrian.py", ())
+    with pytest.raises(UsageError, match=r"the name of a module$"):
+        python_command("nowhere/else.py", ())
+    with pytest.raises(UsageError, match=r"; did you mean monday\?"):
+        newest_run(Path("modnay"))
+    with pytest.raises(UsageError, match=r"--checkpoint-every: 'atuo' .*; did you mean auto\?"):
+        steps_or_auto("atuo")

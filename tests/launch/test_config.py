@@ -102,5 +102,7 @@ def test_checkpoints_need_an_interval_that_is_one_and_a_place() -> None:
         JobConfig(job="a", command=("x",), checkpoint_dir="/d", checkpoint_every=-1)
     with pytest.raises(UsageError, match="needs a --checkpoint-dir"):
         JobConfig(job="a", command=("x",), checkpoint_every=5)
+    with pytest.raises(UsageError, match="--fresh goes with --checkpoint-dir"):
+        JobConfig(job="a", command=("x",), checkpoint_fresh=True)
     config = JobConfig(job="a", command=("x",), checkpoint_dir="/d", checkpoint_ignore=("ab",))
     assert JobConfig.from_json(config.to_json()) == config

@@ -161,6 +161,26 @@ def test_what_never_fits_is_told_once_with_numbers(node: Node) -> None:
     assert 0.7 < fields["idle_share"] < 0.9
 
 
+def test_pieces_that_go_without_a_window_are_told_of_too(tmp_path: Path) -> None:
+    node = Node(tmp_path, TrafficLimits(rate_guess=RATE, max_slowdown=0.05))
+    try:
+        went = 0
+        for _ in range(400):  # buckets one right after the other
+            node.bucket()
+            node.rank.enter(0, node.seq, "all_reduce", MB)
+            decision = node.gate.ask(MB, whole=False)
+            if isinstance(decision, Grant):
+                went += decision.bytes
+                node.gate.arrived(decision, decision.bytes / RATE)
+            node.rank.leave(0, node.seq, True)
+            node.seq += 1
+        assert went, "slowly"
+        (said,) = node.told
+        assert said[0] == "traffic-stretched"
+    finally:
+        node.close()
+
+
 def test_the_slow_down_that_is_allowed_gets_it_through(tmp_path: Path) -> None:
     node = Node(tmp_path, TrafficLimits(rate_guess=RATE, max_slowdown=0.05))
     try:

@@ -16,6 +16,10 @@ from ftkit.checkpoint.lines import ByteLine
 from ftkit.core.errors import FtkitError
 from ftkit.core.governor import Grant, Pause
 
+#: Pieces on their way at once. A governor allows one more: whoever else asks it, such as what writes
+#: checkpoints, finds room between two of ours.
+FLYING_MAX = 3
+
 
 class Feed:
     """Reads from lines as `ByteLine.ranges` does, through a gate. One thread's object."""
@@ -77,10 +81,10 @@ class Feed:
         self._flying.clear()
 
     def _ask(self, run: "_Range", limit: int) -> Grant | Pause | None:
-        """Ask for the next piece before `limit`, if there is one and it may travel."""
+        """Ask for the next piece before `limit`, if it may travel; None where none is to be asked for."""
         # A piece lies in one of the two buffers.
         until = min(limit, run.asked - (run.asked - run.first) % run.stride + run.stride)
-        if run.asked >= until:
+        if run.asked >= until or len(self._flying) >= FLYING_MAX:
             return None
         decision = self._gate.ask(until - run.asked, whole=False, touches=self._touches)
         if isinstance(decision, Grant):

@@ -24,8 +24,9 @@ from ftkit.core.idle_windows import IdleWindows
 _PIECE, _ACK = 0x7F20_0000, 0x7F20_0001
 
 
-#: Small pieces: acknowledgements queue behind what goes the other way.
-LIMITS = TrafficLimits(piece_bytes_max=256 << 10, unacknowledged_max=3)
+#: Small pieces, and many on their way: an acknowledgement queues behind all that goes the other way,
+#: so of n pieces each way at most n / (n + 1) of the link's time is used.
+LIMITS = TrafficLimits(piece_bytes_max=256 << 10, unacknowledged_max=6)
 
 
 class _Flying:
@@ -131,6 +132,12 @@ class TrafficGovernor:
         """The idle windows of the last steps, in seconds."""
         with self._lock:
             return self._windows.lengths
+
+    @property
+    def idle_share(self) -> float:
+        """The part of the time that training leaves the network alone, by the last steps."""
+        with self._lock:
+            return self._windows.idle_share()
 
     @property
     def granted(self) -> int:

@@ -13,6 +13,7 @@ alike: what one measured is agreed on by the maximum over ranks, at calls that t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from ftkit.collectives.overlap.parts import graded
 
@@ -140,7 +141,8 @@ class SplitTuner:
 
     A call takes C to compute and W to wait for what it sends. In halves, one half's sending hides
     behind the other's computing, except at both ends. Where even all of W hidden would be no gain,
-    halves are not tried; otherwise both take turns.
+    halves are not tried; otherwise both take turns. Halves are kept where both the fastest and the
+    median of them are faster: the fastest alone may be one lucky call, and they are to cost nothing.
     """
 
     def __init__(self) -> None:
@@ -170,16 +172,19 @@ class SplitTuner:
             return []
         (_, *warm), self._noted = self._noted, []
         if self._tries:
-            return [
-                min(total for split, _, total in warm if split is which) for which in (False, True)
+            took = [
+                [total for split, _, total in warm if split is which] for which in (False, True)
             ]
+            return [*map(min, took), *map(median, took)]
         return [min(waited for _, waited, _ in warm), min(total for _, _, total in warm)]
 
     def agree(self, values: Sequence[float]) -> None:
         """As `ChunkTuner.agree`."""
         if self._tries:
-            whole_s, halves_s = values
-            self._plan, self._calls = [halves_s < (1 - GAIN) * whole_s], 1
+            whole_s, halves_s, whole_median_s, halves_median_s = values
+            gains = halves_s < (1 - GAIN) * whole_s
+            gains &= halves_median_s < (1 - GAIN) * whole_median_s
+            self._plan, self._calls = [gains], 1
             return
         waited_s, total_s = values
         if waited_s > 2 * GAIN * total_s:
