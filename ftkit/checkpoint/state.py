@@ -88,6 +88,7 @@ class ProtectedState:
         self._optimizers: list[OptimizerWalk] = []
         self._others: dict[str, Stateful] = {}
         self._optional: dict[str, Stateful] = {}
+        self._beside: Mapping[str, torch.Tensor] = {}
         for name, value in named.items():
             if "/" in name:
                 raise UsageError(f"{name!r} cannot name protected state: it contains '/'")
@@ -122,6 +123,14 @@ class ProtectedState:
         `value` left as it is; one with it is loaded where nobody asks for it. No tensors.
         """
         self._optional[name] = value
+
+    def beside(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Capture these with the rest from here on: copies of what others hold, by name.
+
+        They are never loaded, change in the optimizer's step alone, and stay the same objects.
+        """
+        self._beside = tensors
+        self._watch = None
 
     def layout(self) -> StateLayout:
         """Accept the state as it is now, and say how it is laid out.
@@ -291,6 +300,8 @@ class ProtectedState:
             live = list(of_rows(live, cut))
         for optimizer in self._optimizers:
             live += optimizer.live()
+        for name, tensor in self._beside.items():
+            live += live_boxes(name, tensor, early=False)
         live.sort(key=lambda item: item.key)
         self._lazy = tuple(item for item in live if not item.early)
         self._lazy_signatures = [item.signature for item in self._lazy]

@@ -21,6 +21,16 @@ def near(name: str, among: Collection[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
+def seconds_or_auto(text: object) -> float | str:
+    """A number of seconds, or "auto". UsageError for anything else."""
+    if text == "auto":
+        return "auto"
+    try:
+        return float(str(text))
+    except ValueError as error:
+        raise UsageError(f"{text!r} is neither a number of seconds nor auto") from error
+
+
 def steps_or_auto(text: object) -> int | str:
     """A number of steps, or "auto". UsageError for anything else."""
     if text == "auto":

@@ -16,7 +16,7 @@ from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch import completion
 from ftkit.launch.bench_command import bench
-from ftkit.launch.choices import steps_or_auto
+from ftkit.launch.choices import seconds_or_auto, steps_or_auto
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.later import Later
 from ftkit.launch.logs import log_to_stderr
@@ -99,6 +99,13 @@ def main() -> None:
 )
 @click.option(
     "--parity", default="", help="k+m: any m nodes of a group of k + m may vanish together."
+)
+@click.option(
+    "--parity-every",
+    type=seconds_or_auto,
+    metavar="SECONDS|auto",
+    default=0,
+    help="Between two rounds; 0: each follows the one before; auto: as often as pays.",
 )
 @click.option(
     "--max-slowdown",
@@ -193,6 +200,7 @@ def run(
     max_stall_s: float,
     alarms_per_day: float,
     parity: str,
+    parity_every: float | str,
     max_slowdown: float | None,
     link_cap: float | None,
     memory_cap: float | None,
@@ -255,6 +263,7 @@ def run(
         max_stall_s=max_stall_s,
         alarms_per_day=alarms_per_day,
         parity=parity,
+        parity_every=parity_every,
         max_slowdown=max_slowdown,
         link_cap=None if link_cap is None else link_cap * 1e6,
         memory_cap=None if memory_cap is None else memory_cap * 1e6,
@@ -530,6 +539,7 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
 @click.option("--stale-steps", type=click.IntRange(min=0), help="Age of the lost shard's copy.")
 @click.option("--done-steps", type=click.IntRange(min=0), default=0, help="Steps so far.")
 @click.option("--neighbours", is_flag=True, help="The lost are a stage whose neighbours live.")
+@click.option("--swapped", is_flag=True, help="The lost is an outer stage, with a stand-in.")
 @click.option("--remaining-s", type=click.FloatRange(min=0), help="Training still to do.")
 @click.option("--allow-approximate", is_flag=True, help="Ways that change the result, too.")
 @click.option("--step-s", type=click.FloatRange(min=0, min_open=True), help="A step, full world.")

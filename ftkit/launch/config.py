@@ -105,6 +105,9 @@ class JobConfig:
     """Further nodes, with an agent and no ranks until another node is to be left."""
     parity: str = ""
     """k+m: any m nodes of a group of k + m may vanish together; empty for none."""
+    parity_every: float | str = 0
+    """Seconds from the begin of a round of parity to the next one's, at least; 0: each follows the one
+    before; "auto": as often as pays, by what rounds are seen to cost and how often ranks fail."""
     max_slowdown: float | None = None
     """Parity and checkpoints travel while training does not, and beyond that take at most this part
     of the time; None: as fast as they can."""
@@ -210,6 +213,12 @@ class JobConfig:
             raise UsageError(f"--placement is {self.placement!r}, none of {known}")
         if not self.placement_s > 0:
             raise UsageError(f"--placement-timeout is {self.placement_s:g}, must be above 0")
+        if self.parity_every != AUTO and not (
+            isinstance(self.parity_every, int | float) and 0 <= self.parity_every < math.inf
+        ):
+            raise UsageError(f"--parity-every is {self.parity_every}, neither seconds nor auto")
+        if self.parity_every and not self.parity:
+            raise UsageError("--parity-every needs --parity, which says what is made")
         if self.checkpoint_fresh and not self.checkpoint_dir:
             raise UsageError(
                 "--fresh goes with --checkpoint-dir: without one every job begins at step 0"

@@ -32,7 +32,7 @@ from ftkit.detection.signals import ClockSeen, NodeGap, NodeScored
 from ftkit.launch.approximate_lead import tell_approximation, with_remains
 from ftkit.launch.checkpoint_lead import CheckpointLead
 from ftkit.launch.checkpointing import Report
-from ftkit.launch.config import JobConfig
+from ftkit.launch.config import AUTO, JobConfig
 from ftkit.launch.decision_costs import DecisionCosts
 from ftkit.launch.disk import Disk
 from ftkit.launch.ending import End
@@ -44,6 +44,7 @@ from ftkit.launch.job_preflight import judge as judge_preflight
 from ftkit.launch.judge import Judge, rows_from_json
 from ftkit.launch.node_advice import advised
 from ftkit.launch.pace import Rest
+from ftkit.launch.parity_interval import ParityInterval
 from ftkit.launch.replacement_wait import ReplacementWait
 from ftkit.launch.resources import CLOCK_S
 from ftkit.launch.save_interval import SaveInterval
@@ -133,6 +134,7 @@ class Coordinator:
         self._saves = SaveInterval(
             self.trace.event, auto=config.checkpoint_auto, report_s=self._times.report_s
         )
+        self._parity = ParityInterval(self.trace.event, auto=config.parity_every == AUTO)
         self._disk = Disk(
             config, self.trace.event, changed=lambda: self._inbox.put(("disk", None, None))
         )
@@ -358,6 +360,7 @@ class Coordinator:
         self._checkpoint(now, facts.nodes_lost)
         self._costs.look(self._plan, facts, now)
         self._save_as_often_as_pays(now)
+        self._make_parity_as_often_as_pays(now)
         arena, written = facts.snapshots, self._checkpoints.written
         if self._plan.mode is not Mode.FORMING or facts.snapshots:
             self._disk.forget()
@@ -455,6 +458,7 @@ class Coordinator:
             plan = adopt(copies, term=Term(self._number))
             reason = f"coordinator {self._number} goes on from term {plan.term - 1}"
             self._saves.adopt(r.get("saves") for r in self._reports.values())
+            self._parity.adopt(r.get("parity") for r in self._reports.values())
         else:
             plan = first_plan(self._config.nodes, self._config.places, term=Term(self._number))
             reason = "the job begins"
@@ -608,6 +612,14 @@ class Coordinator:
         ):
             self._send_plan()
 
+    def _make_parity_as_often_as_pays(self, now: float) -> None:
+        """Tell how often parity is made, where that is left to us and it changes."""
+        if self._config.code is None or self._plan is None or self._plan.stop is not None:
+            return
+        told = [r["parity"] for r in self._reports.values()]
+        if self._parity.look(self._plan, self._costs, told, now=now):
+            self._send_plan()
+
     def _awaited(self, lost: frozenset[NodeId]) -> str:
         """What is worth waiting for before a world is formed from snapshots; "" for nothing."""
         assert self._plan is not None, "facts are judged against a plan"
@@ -667,6 +679,7 @@ class Coordinator:
             "checkpoint": order and order.to_json(),
             "checkpoints_over": self._checkpoints.over,
             "saves": self._saves.told,
+            "parity_s": self._parity.told,
         }
         encoded = encode(message)  # once: it grows with the job, and so do those it goes to
         for node, line in list(self._lines.items()):

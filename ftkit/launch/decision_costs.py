@@ -24,7 +24,7 @@ from ftkit.recovery.failure_rate import (
 )
 from ftkit.recovery.growth import growth
 from ftkit.recovery.plan import Mode, Plan
-from ftkit.recovery.policy import Loss, Option, choose
+from ftkit.recovery.policy import APPROXIMATE, Loss, Option, choose
 from ftkit.recovery.protocol import Decision, gone
 
 #: Steps of a generation that are not timed: they warm caches up, and connect.
@@ -32,7 +32,7 @@ WARM_UP_STEPS = 3
 #: Steps of a world size that must have been timed before its pace is known.
 STEPS_MIN = 5
 #: What is done where parity does not have the state either, and where memory has not.
-BEYOND_PARITY = frozenset({Option.DISK, Option.FRESH, Option.STALE_SHARD, Option.CHECKFREE})
+BEYOND_PARITY = APPROXIMATE | {Option.DISK, Option.FRESH}
 BEYOND_MEMORY = BEYOND_PARITY | {Option.PARITY}
 
 
@@ -252,7 +252,8 @@ class DecisionCosts:
                 lost=min(size - 1, len(mixed.lost) or 1),
                 allow_approximate=True,
                 stale_steps=mixed.age if stale else None,
-                neighbours_alive=not stale,
+                neighbours_alive=taken is Option.CHECKFREE,
+                swapped=taken is Option.CHECKFREE_PLUS,
             )
         elif (
             action == "form" and len(after.world.members if after.world else ()) >= size > left > 0

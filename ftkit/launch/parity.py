@@ -25,10 +25,10 @@ from ftkit.checkpoint.parity.streams import Peers
 from ftkit.checkpoint.serve import Operation
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import FtkitError
-from ftkit.core.ids import JobId, NodeId
+from ftkit.core.ids import Generation, JobId, NodeId
 from ftkit.core.trace import Trace
 from ftkit.launch.arenas import Arenas
-from ftkit.launch.config import JobConfig
+from ftkit.launch.config import AUTO, JobConfig
 from ftkit.launch.parity_recovery import Recovery
 from ftkit.recovery.plan import Mode, Plan
 
@@ -85,10 +85,16 @@ class ParityTier:
         self._ballot = NOBODY
         self._said = ""
         self._recovery = Recovery(self._holder, arenas, self._job, trace, self._ended)
+        self._given_s = 0.0 if config.parity_every == AUTO else float(config.parity_every)
+        self._led: tuple[float, Generation] | None = None
+        """When the last round that was made began, and of which world it is."""
+        self._round_s: float | None = None
+        self._making = False
         self._scrubbed: tuple[RoundId | None, float] = None, 0.0
         self._lock = threading.Lock()
         # ---- under the lock ----
         self._plan = Plan()
+        self._every_s: float | None = None
         self._stores: dict[NodeId, tuple[str, int]] = {}
 
     @property
@@ -100,11 +106,16 @@ class ParityTier:
         """Begin to look for something to do."""
         self._thread.start()
 
-    def take(self, plan: Plan, stores: Mapping[str, Sequence[Any]]) -> None:
-        """The newest plan, and where each node that lives serves its arenas. Does not block."""
+    def take(
+        self, plan: Plan, stores: Mapping[str, Sequence[Any]], every_s: float | None = None
+    ) -> None:
+        """The newest plan, and where each node that lives serves its arenas. Does not block.
+
+        `every_s`: between the begins of two rounds, where the job has decided that.
+        """
         known = {NodeId(int(n)): (str(a[0]), int(a[1])) for n, a in stores.items()}
         with self._lock:
-            self._plan, self._stores = plan, known
+            self._plan, self._stores, self._every_s = plan, known, every_s
         self._lines.only(known.values())
 
     def report(self) -> dict[str, object]:
@@ -113,6 +124,9 @@ class ParityTier:
             "holds": [h.to_json() for h in self._holder.holdings()],
             "given_up": list(self._recovery.given_up),
             "checked": self._recovery.checked,
+            "making": self._making,
+            "round_s": self._round_s,
+            "every_s": self._every_s,
         }
 
     def good(self, copies: list[dict[str, object]]) -> list[dict[str, object]]:
@@ -155,19 +169,32 @@ class ParityTier:
         self._holder.repin()
         with self._lock:
             plan, nodes = self._plan, sorted(self._stores)
+            every_s = self._given_s if self._every_s is None else self._every_s
         if plan.mode is Mode.FORMING and plan.world is not None:
             self._recovery.look(plan, self._peers(), self._is_forming)
-        elif plan.mode is Mode.RUNNING:
-            if nodes and nodes[0] == self._node and len(nodes) >= sum(self._code):
+        elif plan.mode is Mode.RUNNING and plan.world is not None:
+            leads = nodes and nodes[0] == self._node and len(nodes) >= sum(self._code)
+            if leads and self._is_due(plan.world.generation, every_s):
                 self._lead()
             self._scrub_if_due()
 
+    def _is_due(self, generation: Generation, every_s: float) -> bool:
+        """Whether to lead a round: of a world that has none yet at once."""
+        if self._led is None or self._led[1] != generation:
+            return True
+        return time.monotonic() - self._led[0] >= every_s
+
     def _lead(self) -> None:
-        done, self._ballot = lead_round(self._peers(), self._node, self._code, self._ballot)
+        began, self._making = time.monotonic(), True
+        try:
+            done, self._ballot = lead_round(self._peers(), self._node, self._code, self._ballot)
+        finally:
+            self._making = False
         if done.broken:
             self._say(done.broken)
         elif done.made is not None:
             self._said = ""
+            self._led, self._round_s = (began, done.made.generation), done.seconds
             self._trace.event(
                 "parity",
                 step=done.made.step,

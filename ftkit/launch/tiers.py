@@ -119,7 +119,7 @@ class Tiers:
             self._persister.take_message(message.get("checkpoint"), stores)
         self._over = bool(message.get("checkpoints_over"))
         if self._parity is not None:
-            self._parity.take(plan, stores)
+            self._parity.take(plan, stores, message.get("parity_s"))
 
     def facts(self) -> dict[str, object]:
         """What the coordinator is told: what is here, where it is served, how far the rest is."""

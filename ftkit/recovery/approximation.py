@@ -8,8 +8,10 @@ hold stays as it is, and the lost shards come from elsewhere. In the order of pr
     stale shard      the lost shards alone from an older copy of theirs: in another node's memory,
                      or in the checkpoint, whichever is newer
     CheckFree        a lost stage in the middle of a pipeline, from its two neighbours
+    CheckFree+       the first or the last as well, from the one beside it, in a pipeline that has
+                     them change places on every other micro-batch
 
-The last two are weighed in steps: a checkpoint costs those that are played again, an approximation
+The last three are weighed in steps: a checkpoint costs those that are played again, an approximation
 those that it sets training back by, in effect (`Costs.stale_lost_steps`, `checkfree_lost_steps`; a
 copy that is younger than that sets back by its age at most). Of equal costs the exact way wins.
 """
@@ -54,7 +56,7 @@ class Approximation:
     """Where each part of the state comes from, as all ranks are told in the plan."""
 
     way: Option
-    """`STALE_SHARD` or `CHECKFREE`."""
+    """`STALE_SHARD`, `CHECKFREE` or, where an outer stage is among the lost, `CHECKFREE_PLUS`."""
     step: Step
     """Of what is left: where the job goes on."""
     generation: Generation
@@ -83,6 +85,11 @@ class Approximation:
         which = f"the shards of seats {list(self.lost)}" if self.lost else "lost shards"
         if self.way is Option.CHECKFREE:
             return f"{which} are averaged from their neighbours (CheckFree): an approximation"
+        if self.way is Option.CHECKFREE_PLUS:
+            return (
+                f"{which} are taken over from their neighbours, of which the outer ones' have learned "
+                "their parts (CheckFree+): an approximation"
+            )
         where = f"checkpoint {self.checkpoint}" if self.checkpoint else "other nodes' memory"
         return f"{which} are {self.age} steps older, from {where}: an approximation"
 
@@ -214,8 +221,9 @@ def judge(
     if why := _no_average(allowed, seats, lost):
         barred.append(why)
     else:
-        mean = Approximation(way=Option.CHECKFREE, **base)
-        ways.append((costs.checkfree_lost_steps, mean))
+        outer = {seats[0], seats[-1]} & set(lost)
+        mean = Option.CHECKFREE_PLUS if outer else Option.CHECKFREE
+        ways.append((costs.checkfree_lost_steps, Approximation(way=mean, **base)))
     back = None if checkpoint is None else max(0, left.step - checkpoint)
     loses, way = min(ways, key=lambda w: w[0], default=(None, None))
     if way is None or loses is None:
@@ -256,17 +264,20 @@ def _stale(
 
 def _no_average(allowed: Allowed, seats: Sequence[Seat], lost: Sequence[Seat]) -> str:
     """Why the lost shards cannot be made of their neighbours; empty when they can."""
-    if allowed is not Allowed.STAGES:
+    if allowed not in (Allowed.STAGES, Allowed.SWAPPED):
         return "CheckFree is for the stages of a pipeline"
     if not lost:
         return "CheckFree needs to know which stages are lost, and nobody does any more"
     ranks = [seats.index(s) for s in lost]
     if any(abs(a - b) == 1 for a in ranks for b in ranks):
         return f"CheckFree cannot: stages {ranks} are neighbours, each lacks one of its own"
-    if edges := [r for r in ranks if r in (0, len(seats) - 1)]:
+    edges = [r for r in ranks if r in (0, len(seats) - 1)]
+    if edges and len(seats) == 1:
+        return "CheckFree cannot: there was one stage, and it has no neighbour"
+    if edges and allowed is not Allowed.SWAPPED:
         return (
             f"CheckFree cannot: stage {edges[0]} is the {'first' if edges[0] == 0 else 'last'}, with "
-            "one neighbour; CheckFree+ would need micro-batches that run the outer stages swapped, and "
-            "copied embeddings, which a 1F1B schedule has not"
+            "one neighbour; CheckFree+ needs micro-batches that run the outer stages swapped: "
+            'allow_approximate="checkfree+"'
         )
     return ""

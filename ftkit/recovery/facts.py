@@ -47,6 +47,9 @@ class Allowed(StrEnum):
     """A part of each tensor."""
     STAGES = "stages"
     """Some layers of a pipeline."""
+    SWAPPED = "swapped"
+    """The same, of one whose outer stages change places on every other micro-batch, and whose first
+    and last layer are copied beside (`recovery.swapped`)."""
 
 
 #: Stages of a process that still runs.

@@ -46,11 +46,13 @@ class Option(StrEnum):
     """Only the lost shard, from its older snapshot; nobody else goes back. Approximate."""
     CHECKFREE = "checkfree"
     """A lost pipeline stage from its neighbours' weights. Approximate."""
+    CHECKFREE_PLUS = "checkfree+"
+    """A lost first or last stage from the one beside, which has learned its part. Approximate."""
     FRESH = "fresh"
     """Begin again."""
 
 
-APPROXIMATE = frozenset({Option.STALE_SHARD, Option.CHECKFREE})
+APPROXIMATE = frozenset({Option.STALE_SHARD, Option.CHECKFREE, Option.CHECKFREE_PLUS})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +80,8 @@ class Loss:
     """Age of the newest copy of the lost shard alone; None: nobody has one."""
     neighbours_alive: bool = False
     """Whether the lost ranks are pipeline stages whose neighbours live."""
+    swapped: bool = False
+    """Whether the outer stages change places on every other micro-batch, so that each has a stand-in."""
     spares: int = 0
     """Hot spares that are ready."""
     world_min: int = 1
@@ -212,16 +216,20 @@ def barred(option: Option, loss: Loss) -> str:
             return "no parity that could rebuild what is lost"
         case Option.DISK if loss.disk_steps is None:
             return "there is no checkpoint"
-        case Option.STALE_SHARD | Option.CHECKFREE if exact:
+        case Option.STALE_SHARD | Option.CHECKFREE | Option.CHECKFREE_PLUS if exact:
             return f"{exact} has the state as it was"
-        case Option.STALE_SHARD | Option.CHECKFREE if not loss.allow_approximate:
+        case Option.STALE_SHARD | Option.CHECKFREE | Option.CHECKFREE_PLUS if (
+            not loss.allow_approximate
+        ):
             return "it changes the result; allow_approximate is off"
-        case Option.STALE_SHARD | Option.CHECKFREE if not left:
+        case Option.STALE_SHARD | Option.CHECKFREE | Option.CHECKFREE_PLUS if not left:
             return "nobody is left to go on"
         case Option.STALE_SHARD if loss.stale_steps is None:
             return "nobody has an older copy of the lost shard"
         case Option.CHECKFREE if not loss.neighbours_alive:
             return "it needs both neighbours of a lost pipeline stage"
+        case Option.CHECKFREE_PLUS if not loss.swapped:
+            return "it needs a pipeline that swaps its outer stages"
     return ""
 
 
@@ -285,7 +293,7 @@ def _terms(option: Option, loss: Loss, costs: Costs) -> dict[str, float]:
         case Option.STALE_SHARD:
             terms |= {"regroup": costs.regroup_s, "transfer": fetch_s} | joining
             terms |= {"recompute": again + costs.stale_lost_steps * step_s}
-        case Option.CHECKFREE:
+        case Option.CHECKFREE | Option.CHECKFREE_PLUS:
             terms |= {"regroup": costs.regroup_s} | joining
             terms |= {"recompute": again + costs.checkfree_lost_steps * step_s}
         case Option.FRESH:

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -13,9 +13,15 @@ from torch import nn
 
 from ftkit.collectives.group import Group
 from ftkit.collectives.staged import StageReducer
+from ftkit.core.errors import UsageError
 from ftkit.core.trace import Trace
 from ftkit.recovery.data_cursor import derive
+from ftkit.recovery.recut import Layer, Stage, recut
 from ftkit.recovery.stages import Told, agree
+from ftkit.recovery.swapped import Swap
+
+if TYPE_CHECKING:
+    from ftkit.session.ends import Ends
 
 #: Passes of a layer that its time is the median of.
 _PASSES = 32
@@ -38,6 +44,16 @@ class Layers:
         """Layers that were averaged once: they learn a little faster (`approximate.LR_RAISE`)."""
         self.norm_wanted = False
         """Whether `grad_norm` is looked at."""
+        self.swap_wanted = False
+        """Whether every other slot must be played with the outer stages swapped (CheckFree+)."""
+        self.swap: Swap | None = None
+        """The layers that change places, once a cut is agreed; the same in every world."""
+        self.swapped = False
+        """Whether the open step's slots were played so."""
+        self.ends: Ends | None = None
+        """Copies of the first layer and the last, of the present world."""
+        self.bounds: tuple[int, ...] = ()
+        """The cut that was agreed last."""
         self.grad_norm: float | None = None
         """Of this stage at its last step; None where nobody looks at it, or before the first."""
         self.target: tuple[int, ...] | None = None
@@ -67,12 +83,25 @@ class Layers:
             self._heard.update(told)
 
     def look(self, reducer: object) -> None:
-        """The gradients of this stage are there: note what is wanted of them."""
+        """The gradients of this stage are there: note what is wanted of them.
+
+        Raises:
+          UsageError: the slots were to be played by `Session.swapped`, and were not.
+        """
+        if self.swap_wanted and not self.swapped:
+            raise UsageError(
+                'allow_approximate="checkfree+" needs a pipeline that swaps its outer stages, or '
+                "nobody learns their part: play the slots by session.swapped(...).play(...)"
+            )
+        self.swapped = False
         if self.norm_wanted and isinstance(reducer, StageReducer):
             self.grad_norm = reducer.grad_norm
 
     def cut(self, costs: list[float]) -> tuple[int, ...]:
         """Agree with all ranks which layers each holds. Blocks. As `Session.cut`."""
+        if self.swap_wanted:
+            layers = [Layer(seconds=cost, state_bytes=1) for cost in costs]
+            self.swap = Swap.of(recut(layers, [Stage()] * self._seats).bounds)
         mine = Told(
             seconds={**self._heard, **self.seconds},
             held=self._held,
@@ -90,7 +119,7 @@ class Layers:
             moved=agreed.moved,
             reason=agreed.reason,
         )
-        self._held = range(bounds[rank], bounds[rank + 1])
+        self._held, self.bounds = range(bounds[rank], bounds[rank + 1]), bounds
         self._forward.clear()
         self._backward.clear()
         self._modules.clear()

@@ -30,7 +30,7 @@ def patch_of(taken: Approximation, parts: Parts, layers: Layers | None) -> Patch
       GenerationAborted: the world ended meanwhile.
     """
     make = partial(_stale, taken, parts)
-    if taken.way is Option.CHECKFREE:
+    if taken.way is not Option.STALE_SHARD:
         assert layers is not None, "only pipelines allow it"
         told = parts.group.exchange(json.dumps([parts.seat, layers.grad_norm]).encode()).wait()
         norms = {Seat(seat): norm for seat, norm in map(json.loads, told) if norm is not None}
@@ -93,11 +93,30 @@ def _mean(
     smalls = list[Mapping[str, Any]]()
     for seat in taken.lost:
         at = taken.seats.index(seat)
-        before, after = taken.seats[at - 1], taken.seats[at + 1]
-        both = norms.get(before), norms.get(after)
-        mean = MeanStage(left[before], left[after], wanted, norms=both, stage=at)
+        before = taken.seats[at - 1] if at else None
+        after = taken.seats[at + 1] if at + 1 < len(taken.seats) else None
+        one = None if before is None else left[before]
+        other = None if after is None else left[after]
+        both = tuple(None if s is None else norms.get(s) for s in (before, after))
+        mean = MeanStage(one, other, wanted, norms=(both[0], both[1]), stage=at)
         made.append(mean)
-        smalls.append(mean.small(left[before].head.small))
+        nearest = one or other
+        assert nearest is not None, "a stage that is lost alone has a neighbour"
+        smalls.append(mean.small(nearest.head.small))
         layers.raised |= set(range(mean.first, mean.end))
-        parts.trace.event("averaged", stage=at, norms=both, layers=[mean.first, mean.end])
+        held = [mean.first, mean.end]
+        if one is not None and other is not None:
+            parts.trace.event("averaged", stage=at, norms=both, layers=held)
+            continue
+        swap, pairs = layers.swap, sorted(mean.made_of.items())
+        if not pairs and not mean.copied:
+            continue
+        parts.trace.event(
+            "taken-over",
+            stage=at,
+            layers=held,
+            made_of=pairs,
+            copied=sorted(mean.copied),
+            learned=swap is not None and all(swap.learned(*pair) for pair in pairs),
+        )
     return Older(sources=made, smalls=smalls)

@@ -25,10 +25,12 @@ from ftkit.core.trace import Trace
 from ftkit.core.world import Member, World
 from ftkit.detection.row import Phase
 from ftkit.recovery.clocks import ClockGovernor
+from ftkit.recovery.facts import Allowed
 from ftkit.session.blocks import Blocks
 from ftkit.session.builder import Build, Builder
 from ftkit.session.clock import Clock
 from ftkit.session.consistency import Consistency, cut_refusal, refusal
+from ftkit.session.ends import Ends
 from ftkit.session.feed import Feed, LoaderFeed, MapStyle, feed_of
 from ftkit.session.layers import Layers
 from ftkit.session.loop import Loop
@@ -42,6 +44,7 @@ from ftkit.session.schedulers import Schedulers
 from ftkit.session.shards_digest import shards_digest
 from ftkit.session.snapshots import Snapshots
 from ftkit.session.step import Step
+from ftkit.session.swapped import SwappedSchedule
 from ftkit.session.verify import Verification, verify
 from ftkit.session.warm_up import warm_up
 from ftkit.session.worlds import Worlds
@@ -63,7 +66,7 @@ class Session:
         self._layers: Layers | None = None
         self._blocks: Blocks | None = None
         self._recut = True
-        self._allow_approximate = False
+        self._allowed = Allowed.NOTHING
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._digest_of_all: str | None = None
         self._consistency = Consistency.BITWISE
@@ -166,7 +169,7 @@ class Session:
         shards: int | None = None,
         stages: bool = False,
         recut: bool = True,
-        allow_approximate: bool = False,
+        allow_approximate: bool | str = False,
         consistency: str = "bitwise",
         device: str | None = None,
         **extra: object,
@@ -198,7 +201,9 @@ class Session:
             changed; the bits stay the same.
           allow_approximate: with `build`: whether the job may go on where part of its state is lost beyond
             memory and parity, with older or averaged values in its place; always told, never
-            silent: docs/approximate.md.
+            silent: docs/approximate.md. "checkfree+", of a pipeline: its first and last stages, too, from
+            the stages beside, which learn their parts as `session.swapped` plays the slots. That costs
+            progress at every step, failure or not.
           consistency: "bitwise" promises the undisturbed run's bits and refuses what would make them
             depend on the world; "scaled" the same samples, random numbers and weights, in
             micro-batches that are resized, equal but for rounding; "best_effort", with
@@ -213,7 +218,7 @@ class Session:
         if self._snapshots is not None:
             raise UsageError("session.protect() may be called once")
         self._consistency = Consistency.of(consistency)
-        self._recut, self._allow_approximate = recut, allow_approximate
+        self._recut, self._allowed = recut, _allowed(allow_approximate, stages=stages)
         if build is not None:
             if model != () or optimizer != () or scheduler is not None:
                 raise UsageError(
@@ -279,7 +284,8 @@ class Session:
         )
         if builder.stages:
             self._layers = Layers(self._parts.group, self.trace, self.seats)
-            self._layers.norm_wanted = self._allow_approximate
+            self._layers.norm_wanted = bool(self._allowed)
+            self._layers.swap_wanted = self._allowed is Allowed.SWAPPED
         self._watch_optimizers()
 
     def _rebuild(self, world: World) -> None:
@@ -292,9 +298,16 @@ class Session:
         self._builder.make(world)
         model, optimizer = self.model, self.optimizer
         self._modules = [model]
-        if self._layers is not None and self._allow_approximate:
+        beside = dict[str, torch.Tensor]()
+        if self._layers is not None and self._allowed:
             raise_rate(model, optimizer, self._layers.raised)
-        self._snapshots.adopt(model, optimizer, self._builder.scheduler)
+            if self._layers.swap_wanted:
+                bounds = self._layers.bounds
+                if not bounds:
+                    raise UsageError("build asks session.cut() which layers this rank holds")
+                ends = Ends(self._parts.group, model, optimizer, bounds=bounds)
+                self._layers.ends, beside = ends, ends.kept
+        self._snapshots.adopt(model, optimizer, self._builder.scheduler, beside)
         self._loop.adopt(model, self._builder.scheduler)
         self._optimizers.clear()
         self._optimizers.add(optimizer)
@@ -461,6 +474,42 @@ class Session:
         except ValueError as error:
             raise UsageError(str(error)) from error
 
+    def swapped(
+        self,
+        layers: Mapping[int, torch.nn.Module],
+        *,
+        hidden: torch.Tensor,
+        loss_fn: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> SwappedSchedule:
+        """A schedule that runs the outer stages swapped on every odd slot. For `build`, after `cut`.
+
+        In place of `torch.distributed.pipelining`'s: docs/approximate.md. The first layer and the last
+        stay where they are, and are copied to the ranks beside at each step.
+
+        Args:
+          layers: those of this rank, by their numbers in the whole model.
+          hidden: shaped, typed and placed as what each layer but the last gives of a slot; its values do
+            not matter.
+          loss_fn: a slot's loss, of the last layer's output and the target.
+
+        Raises:
+          UsageError: without `allow_approximate="checkfree+"`, or the layers are not those of the cut.
+        """
+        if self._layers is None or self._layers.swap is None:
+            raise UsageError(
+                'session.swapped() is for protect(..., stages=True, allow_approximate="checkfree+"), '
+                "in build(mesh), after session.cut()"
+            )
+        assert self._loop is not None, "built in the step loop"
+        return SwappedSchedule(
+            self._layers,
+            layers,
+            hidden=hidden,
+            loss_fn=loss_fn,
+            rank=self.rank,
+            slots=self._loop.slots,
+        )
+
     def verify(self, *, repair: bool = False) -> Verification:
         """Whether all ranks hold the same protected tensors, bit for bit; if not, who differs.
 
@@ -566,7 +615,7 @@ class Session:
             build,
             layers=self._layers,
             blocks=self._blocks,
-            allow_approximate=self._allow_approximate,
+            allowed=self._allowed,
         )
         while True:
             self._worlds.settle()
@@ -636,3 +685,16 @@ def _built(found: Any, what: str) -> Any:
             "session.steps(...)`, anew in each step"
         )
     return found
+
+
+def _allowed(given: bool | str, *, stages: bool) -> Allowed:
+    """Which approximations a script allows. UsageError: there is no such way."""
+    if given == "checkfree+" and stages:
+        return Allowed.SWAPPED
+    if not isinstance(given, bool):
+        raise UsageError(
+            f'allow_approximate is {given!r}: give True, or "checkfree+" with stages=True'
+        )
+    if not given:
+        return Allowed.NOTHING
+    return Allowed.STAGES if stages else Allowed.SHARDS

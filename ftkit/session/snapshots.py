@@ -162,11 +162,16 @@ class Snapshots:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         scheduler: object | None,
+        beside: Mapping[str, torch.Tensor] = {},
     ) -> None:
-        """Protect what was built for another world, from here on. Its layout is not agreed yet."""
+        """Protect what was built for another world, from here on. Its layout is not agreed yet.
+
+        `beside`: copies of what others hold, to be captured with it and never loaded.
+        """
         assert self._sharded, "whole state stays the same objects"
         self._release()
         self._protect([model], [optimizer], scheduler)
+        self._state.beside(beside)
         self._optimizers = [optimizer]
         self._layout, self._layouts = self._state.layout(), frozenset()
 

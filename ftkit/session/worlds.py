@@ -71,7 +71,7 @@ class Worlds:
         *,
         layers: Layers | None = None,
         blocks: Blocks | None = None,
-        allow_approximate: bool = False,
+        allowed: Allowed = Allowed.NOTHING,
     ) -> None:
         """From here on entering a world means to hold its state.
 
@@ -84,15 +84,12 @@ class Worlds:
           build: makes the sharded model of a world; None where every rank holds all of it.
           layers: of a pipeline, of which every rank holds other tensors.
           blocks: where the state of an optimizer is divided among the ranks.
-          allow_approximate: whether lost shards may be replaced by what is not the same.
+          allowed: by what that is not the same lost shards may be replaced.
         """
         self._blocks = blocks
         self._modules, self._snapshots, self._build = modules, snapshots, build
         self._layers = layers
         membership = self._parts.membership
-        allowed = Allowed.NOTHING
-        if allow_approximate:
-            allowed = Allowed.SHARDS if layers is None else Allowed.STAGES
         membership.ready(stepping=True, sharded=build is not None, allowed=allowed)
         self._began = time.monotonic()
         if membership.active and membership.step == 0:
@@ -302,6 +299,8 @@ class Worlds:
         if self._build is None:
             return
         assert self._snapshots is not None, "stepping"
+        if self._layers is not None and self._layers.ends is not None:
+            self._layers.ends.settle()
         mine = {
             "layout": self._snapshots.layout,
             "threads": torch.get_num_threads(),

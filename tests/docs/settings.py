@@ -125,6 +125,23 @@ def approximate(place: Place) -> Iterator[Names]:
     yield {"session": ftkit.init(), "build": lambda mesh: None}
 
 
+def swapped(place: Place) -> Iterator[Names]:
+    """On the one rank that is left of four."""
+
+    class Stage(nn.Module):
+        def __init__(self, held: range) -> None:
+            super().__init__()
+            self.layers = nn.ModuleDict({str(i): nn.Linear(2, 1 if i == 5 else 2) for i in held})
+
+    class Left(ftkit.Session):
+        seats = 4
+
+    session = ftkit.init()
+    session.__class__ = Left
+    names = common() | {"session": session, "Stage": Stage, "COSTS": [0.5, 1, 1, 1, 1, 0.5]}
+    yield names | {"SLOT_SIZE": 2, "WIDTH": 2, "loss_fn": functional.mse_loss}
+
+
 def sharded(place: Place) -> Iterator[Names]:
     from torch.distributed.fsdp import fully_shard
 
@@ -373,7 +390,7 @@ def ray_trainer(place: Place) -> Iterator[Names]:
 #: By page, for each of its scripts: the setting, and how many processes execute it.
 SETTINGS: dict[str, list[tuple[Setting, int]]] = {
     "quickstart": [(quickstart, 1)],
-    "approximate": [(approximate, 1)],
+    "approximate": [(approximate, 1), (swapped, 1)],
     "architecture": [(shared_state, 3)],
     "checkpoints": [(standalone, 1)],
     "data": [(stream, 1)],

@@ -1,9 +1,10 @@
 """A pipeline of eight small layers, some of which take their time. For drills of stages that move.
 
-    pipeline.py STEPS MS_OF_EACH_LAYER [fixed|approximate]
+    pipeline.py STEPS MS_OF_EACH_LAYER [fixed|approximate|swapped]
 
 "0,0,20,20,0,0,0,0": layers 2 and 3 sleep 20 ms a slot. `fixed`: no layers move while it trains; nor with
-`approximate`, which allows approximate recovery.
+`approximate`, which allows approximate recovery. `swapped`: the same with the outer stages swapped on every
+other slot (CheckFree+).
 """
 
 import sys
@@ -73,18 +74,28 @@ def main() -> None:
         model = Stage(range(bounds[rank], bounds[rank + 1]), seconds)
         first = torch.zeros(SLOT_SIZE, WIDTH)
         hidden = torch.zeros(SLOT_SIZE, WIDTH, requires_grad=True)
+        if mode == "swapped":
+            held = {int(i): module for i, module in model.layers.items()}
+            schedule = session.swapped(held, hidden=hidden, loss_fn=nn.functional.mse_loss)
+            return finish(model)
         stage = PipelineStage(
             model, rank, size, torch.device("cpu"),
             input_args=first if rank == 0 else hidden, output_args=hidden,
         )  # fmt: skip
         schedule = Schedule1F1B(stage, SLOTS, loss_fn=nn.functional.mse_loss, scale_grads=False)
+        return finish(model)
+
+    def finish(model: Stage) -> Any:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.99**n)
         return model, optimizer, decay
 
     mode = sys.argv[3] if len(sys.argv) > 3 else ""
     session.protect(
-        build=build, stages=True, recut=not mode, allow_approximate=mode == "approximate"
+        build=build,
+        stages=True,
+        recut=not mode,
+        allow_approximate="checkfree+" if mode == "swapped" else mode == "approximate",
     )
     for step in session.steps(Points(), slots=SLOTS, slot_size=SLOT_SIZE, until=steps):
         model: Any = session.model
@@ -96,7 +107,10 @@ def main() -> None:
             more: dict[str, Any] = {}
             if session.rank == session.world_size - 1:
                 more = {"target": torch.cat([y for _, y in batches]), "losses": losses}
-            schedule.step(*inputs, **more, return_outputs=False)
+            if mode == "swapped":
+                losses = schedule.play(step, [x for x, _ in batches], [y for _, y in batches])
+            else:
+                schedule.step(*inputs, **more, return_outputs=False)
             for slot, loss in enumerate(losses):
                 step.record(loss, slot=slot)
             step.clip_grad_norm_(1.0)

@@ -70,7 +70,7 @@ def copies_go(shm: Path, node: int) -> Callable[[], None]:
 
 
 def job(strike: Strike, shm: Path, mode: str = "approximate", *, nodes: int = 2) -> Run:
-    """Four stages on two nodes, or one on each of three."""
+    """Four stages on two nodes, or one on each of three or four."""
     return run(
         strike.folder, HERE / "pipeline.py", [str(STEPS), EACH_LAYER, mode],
         nproc=2 if nodes == 2 else 1, nodes=nodes, max_stall_s=6.0, on_poll=strike, shm_root=shm,
@@ -118,6 +118,23 @@ def test_a_lost_stage_is_averaged_where_nothing_older_is_left(tmp_path: Path, sh
     assert averaged
     assert all(norm > 0 for e in averaged for norm in e["norms"])
     assert len({tuple(e["norms"]) for e in averaged}) == 1
+
+
+def test_a_lost_first_stage_is_taken_over_by_the_one_that_learned_its_part(
+    tmp_path: Path, shm: Path
+) -> None:
+    """Its node, all it held, and what others kept of it are gone; its embedding was copied."""
+    strike = Strike(tmp_path / "run", node=0, first=copies_go(shm, 1))
+    done = job(strike, shm, "swapped", nodes=4)
+    told = went_on(done, "checkfree+")
+    assert told["stages"] == [0]
+    over = done.of("taken-over")
+    assert over
+    assert all(e["learned"] and e["layers"] == [0, 2] for e in over)
+    assert [e["made_of"] for e in over if e["made_of"]] == [[[1, 2]]]
+    assert [e["copied"] for e in over if e["copied"]] == [[0]]
+    losses = {e["step"]: e["loss"] for e in done.of("commit") if e.get("loss") is not None}
+    assert losses[STEPS] < 2 * losses[told["step"]], "it did not begin anew"
 
 
 def test_a_job_that_does_not_allow_it_ends_with_the_reason(tmp_path: Path, shm: Path) -> None:

@@ -70,6 +70,19 @@ def test_layers_move_while_it_trains(still: Run, tmp_path: Path) -> None:
     assert {e["generation"] for e in done.of("commit")} == {1}, "the same world all along"
 
 
+def test_a_pipeline_that_swaps_its_outer_stages_has_the_same_bits_on_any_cut(
+    tmp_path: Path,
+) -> None:
+    arguments = ["16", EVEN, "swapped"]
+    whole = run(tmp_path / "reference", MOVING, arguments, nproc=4)
+    lost = fault(Kind.KILL, Point.FORWARD, 0, 5)
+    done = run(tmp_path / "run", MOVING, arguments, nproc=4, faults=[lost])
+    assert whole.stop.code == done.stop.code == 0, f"{whole.log}\n{done.log}"
+    assert 4 in {len(e["bounds"]) for e in done.of("cut")}, "three went on"
+    assert not done.of("approximate"), "its shards were in memory"
+    assert done.params == whole.params
+
+
 @pytest.mark.parametrize(
     ("kind", "stage", "seat"),
     [(Kind.KILL, 1, 0), (Kind.STOP, 3, 1)],

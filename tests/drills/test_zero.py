@@ -108,6 +108,22 @@ def test_two_nodes_are_lost_with_their_memory(whole: Run, tmp_path: Path) -> Non
     assert {e["seat"] for e in done.of("restore")} == {0, 1, 2, 3}
 
 
+def test_all_nodes_are_lost_with_their_memory(whole: Run, tmp_path: Path) -> None:
+    """Nothing is left but the disk: in new processes all begin from its newest whole step."""
+    lose = Loser(tmp_path / "run" / "events", [0, 1], after="checkpoint")
+    disk = tmp_path / "disk"
+    more = {"checkpoint_dir": str(disk), "checkpoint_every": 4, "env": {PAUSE: "0.1"}}
+    done = run(tmp_path / "run", JOB, nproc=1, nodes=2, on_poll=lose, settings=more)
+    assert lose.struck
+    assert_same(done, whole)
+    loads = [e for e in done.of("restore") if e["source"] == str(disk)]
+    assert {e["seat"] for e in loads} == {0, 1}
+    (step,) = {e["step"] for e in loads}
+    assert step % 4 == 0
+    assert step in {e["step"] for e in done.of("checkpoint")}
+    assert not done.of("promote"), "nobody was left to take over"
+
+
 class Loser:
     """Takes nodes away, once, after the first has committed some steps, and `after` has come."""
 

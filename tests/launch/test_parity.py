@@ -80,9 +80,10 @@ class Job:
         self.nodes = [Node(self.config, n, self.trace) for n in range(3)]
         self.tell(RUNNING)
 
-    def tell(self, plan: Plan) -> None:
+    def tell(self, plan: Plan, every_s: float | None = None) -> None:
+        stores = {str(n.node): list(n.server.address) for n in self.nodes}
         for node in self.nodes:
-            node.tier.take(plan, {str(n.node): list(n.server.address) for n in self.nodes})
+            node.tier.take(plan, stores, every_s)
 
     def replace(self, node: int) -> None:
         self.nodes[node].close()
@@ -129,6 +130,29 @@ def test_the_lowest_node_leads_and_the_next_when_it_is_gone(job: Job) -> None:
     job.nodes[1].tier.take(RUNNING, stores)
     job.nodes[1].tier.look()
     assert len(job.events("parity")) == 1, "two nodes are too few for 2+1"
+
+
+def test_rounds_are_as_far_apart_as_they_are_told_to_be(job: Job) -> None:
+    job.tell(RUNNING, 3600.0)
+    publish(job, 1)
+    for node in job.nodes:
+        node.write(2)
+    job.look()
+    assert [e["step"] for e in job.events("parity")] == [1], "an hour has not passed"
+    report = job.nodes[0].tier.report()
+    assert report["every_s"] == 3600.0
+    assert report["round_s"] is not None
+    assert report["making"] is False
+    # What was made for another world does not count in this one, nor for longer than is said now.
+    again = World.of(Generation(2), list(WORLD.members))
+    job.tell(replace(RUNNING, world=again), 3600.0)
+    job.look()
+    assert [e["step"] for e in job.events("parity")] == [1, 2]
+    for node in job.nodes:
+        node.write(3)
+    job.tell(RUNNING, 0.0)
+    job.look()
+    assert [e["step"] for e in job.events("parity")] == [1, 2, 3]
 
 
 def test_arenas_have_room_for_what_parity_pins(job: Job) -> None:

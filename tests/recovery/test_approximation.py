@@ -120,6 +120,20 @@ def test_an_outer_stage_has_one_neighbour_only(stage: int, which: str) -> None:
     assert from_copy.taken.way is Option.STALE_SHARD
 
 
+@pytest.mark.parametrize("stages", [(0,), (4,), (0, 2), (0, 4)])
+def test_an_outer_stage_that_changed_places_has_a_stand_in(stages: tuple[int, ...]) -> None:
+    found = judged(*stages, allowed=Allowed.SWAPPED)
+    assert found.taken is not None
+    assert (found.taken.way, found.taken.lost) == (Option.CHECKFREE_PLUS, stages)
+    assert "CheckFree+" in found.reason
+    inner = judged(2, allowed=Allowed.SWAPPED)
+    assert inner.taken is not None
+    assert inner.taken.way is Option.CHECKFREE
+    assert judged(0, 1, allowed=Allowed.SWAPPED).taken is None, "each lacks the other"
+    alone = judge(left_of(1), allowed=Allowed.SWAPPED, seats=SEATS[:1], costs=COSTS)
+    assert alone.taken is None
+
+
 def test_neighbours_are_never_made_of_each_other() -> None:
     refused = judged(1, 2, kept=(old(2, 150),))
     assert refused.taken is None

@@ -105,6 +105,8 @@ def test_an_approximation_is_taken_where_it_loses_less() -> None:
     alone = replace(asked, stale_steps=None)
     assert choose(alone, EXAMPLE).option is Option.CHECKFREE  # 600 s of steps, against 670 s
     assert choose(replace(alone, disk_steps=50), EXAMPLE).option is Option.DISK
+    outer = replace(alone, neighbours_alive=False, swapped=True)
+    assert choose(outer, EXAMPLE).option is Option.CHECKFREE_PLUS
 
 
 def test_nothing_left_begins_again() -> None:
@@ -153,6 +155,7 @@ losses = st.builds(
     disk_steps=st.none() | st.integers(0, 500),
     stale_steps=st.none() | st.integers(0, 500),
     neighbours_alive=st.booleans(),
+    swapped=st.booleans(),
     spares=st.integers(0, 2),
     world_min=st.integers(1, 8),
     remaining_s=st.none() | st.floats(0, 1e6),

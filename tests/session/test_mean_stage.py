@@ -30,7 +30,7 @@ from ftkit.core.ids import Generation, JobId, NodeId, Seat, Step
 from ftkit.core.inventory import Inventory
 from ftkit.recovery.approximation import Approximation
 from ftkit.recovery.policy import Option
-from ftkit.session.mean_stage import MeanStage, layer_of, layers_in
+from ftkit.session.mean_stage import MeanStage, copied_name, layer_of, layers_in
 from ftkit.session.patch import patch_of
 from ftkit.session.raised_rate import raise_rate
 
@@ -71,8 +71,11 @@ def stepped(stage: Layers) -> ProtectedState:
     return state
 
 
-def captured(folder: Path, seat: int, stage: Layers, step: int) -> Path:
+def captured(
+    folder: Path, seat: int, stage: Layers, step: int, beside: Mapping[str, torch.Tensor] = {}
+) -> Path:
     path, state = arena_path(JOB, Seat(seat), folder), stepped(stage)
+    state.beside(beside)
     with (
         ensure_arena(path, state.layout(), chunk_bytes=4096) as arena,
         Capture(arena, state) as capture,
@@ -127,6 +130,52 @@ def test_a_lost_stage_is_the_mean_of_its_neighbours_layer_by_layer(tmp_path: Pat
     assert done.patched == 2 * 4 * (WIDTH * WIDTH + WIDTH)
     with_moments = [p in optimizer.state for p in whole.parameters()]
     assert with_moments == [True] * 4 + [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("end", "held", "made_of"),
+    [(0, range(3, 6), {1: 3, 2: 4}), (5, range(3), {3: 0, 4: 1})],
+    ids=["first", "last"],
+)
+def test_a_lost_outer_stage_is_its_neighbour_and_the_copies_it_kept(
+    tmp_path: Path, end: int, held: range, made_of: dict[int, int]
+) -> None:
+    """The outermost layer is of a shape of its own, and was in the optimizer's second group."""
+    names = [f"model/layers.{end}.{part}" for part in ("weight", "bias")]
+    shapes = [(2, WIDTH), (2,)]
+    copies = {copied_name(n, 1): torch.full(s, 7.0) for n, s in zip(names, shapes, strict=True)}
+    captured(tmp_path, 1, Layers(held, 10.0), 9, copies)
+    whole = Layers(range(6), -1.0)
+    whole.layers[str(end)] = nn.Linear(WIDTH, 2)
+    state, optimizer = whole.state()
+
+    def make(
+        state: ProtectedState, left: Mapping[Seat, SnapshotSource], opened: ExitStack
+    ) -> Older:
+        one, other = (None, left[Seat(1)]) if end == 0 else (left[Seat(1)], None)
+        wanted = state.targets().wanted({}, None)
+        mean = MeanStage(one, other, wanted, norms=(None, None), stage=0)
+        assert (mean.copied, mean.made_of) == ({end}, made_of)
+        small = left[Seat(1)].head.small
+        (name,) = small["optimizers"]
+        group = small["optimizers"][name]["groups"][0]
+        two = {"groups": [group, {**group, "params": []}], "other": {}}
+        made = mean.small({"optimizers": {name: two}})["optimizers"][name]["groups"]
+        assert sorted(made[1]["params"]) == sorted(names)
+        assert len(made[0]["params"]) == 4
+        both = {"groups": [{**group, "params": [n for g in made for n in g["params"]]}]}
+        return Older(
+            sources=[mean], smalls=[{**small, "optimizers": {name: {**both, "other": {}}}}]
+        )
+
+    load(tmp_path, state, Patch(generation=Generation(1), layouts=1, make=make))
+    weights: dict[int, Any] = {int(i): layer.weight for i, layer in whole.layers.items()}
+    values = {i: weight[0, 0].item() for i, weight in weights.items()}
+    expected = {i: 10.0 + i for i in held} | {i: 10.0 + of for i, of in made_of.items()}
+    assert values == expected | {end: 7.0}
+    fresh = [*made_of, end]
+    for i, weight in weights.items():
+        assert (weight in optimizer.state) == (i not in fresh), "moments begin anew"
 
 
 def test_a_lost_stage_from_an_older_copy_and_nothing_else_from_it(tmp_path: Path) -> None:

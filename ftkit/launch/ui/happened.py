@@ -8,9 +8,10 @@ TOLD = frozenset(
     {
         "drill", "healed", "verdict", "suspicion", "verdict-over", "exit", "halt", "decision",
         "resume", "restore", "drain", "drained", "blind", "sighted", "diverged", "repaired",
-        "approximate", "averaged", "rebuild", "rebuild-failed", "scrub", "parity-failed", "snapshot-failed",
+        "approximate", "averaged", "taken-over", "rebuild", "rebuild-failed", "scrub", "parity-failed",
+        "snapshot-failed",
         "checkpoint", "checkpoint-failed", "checkpoint-unread", "history-failed", "metrics-failed",
-        "checkpoint-interval", "rebalance", "self-check", "preflight", "probed", "end",
+        "checkpoint-interval", "parity-interval", "rebalance", "self-check", "preflight", "probed", "end",
     }
 )  # fmt: skip
 
