@@ -18,8 +18,9 @@ from benchmarks.children import Children, python
 from benchmarks.jobs import JobFailed, ended_by_sigterm
 from ftkit.checkpoint.serve import ArenaServer
 from ftkit.checkpoint.stripes import Code
-from ftkit.core.ids import JobId, NodeId
+from ftkit.core.ids import Generation, JobId, MemberId, NodeId, Seat
 from ftkit.core.trace import Trace
+from ftkit.core.world import Member, World
 from ftkit.launch.arenas import Arenas
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.parity import ParityTier
@@ -109,6 +110,11 @@ def main() -> None:
     code = config.code
     assert isinstance(code, Code), "nodes() is given one"
     arenas = Arenas(config, node)
+    members = [
+        Member(member=MemberId(n), seat=Seat(n), node=NodeId(n), host="", port=0)
+        for n in range(config.nodes)
+    ]
+    plan = Plan(mode=Mode.RUNNING, world=World.of(Generation(1), members))
     try:
         with ended_by_sigterm(), Trace(folder / f"events-{node}") as trace:
             tier = ParityTier(config, code, node, SECRET, arenas, trace)
@@ -125,7 +131,7 @@ def main() -> None:
                 if (now := _addresses(folder)) != known:
                     known = now
                     stores = {str(n): address for n, address in known.items()}
-                    tier.take(Plan(mode=Mode.RUNNING), stores)
+                    tier.take(plan, stores)
                 time.sleep(0.05)
             server.close()
             tier.close()
