@@ -74,14 +74,14 @@ def test_metrics_go_on_while_no_coordinator_is_connected(agent, monkeypatch) -> 
     step = {"seat": 0, "waited_s": 0.1, "gc_s": 0.0, "seconds": {}, "loss": None, "grad_norm": None}
     monkeypatch.setattr(agent._arenas, "steps", lambda alive: [step])
     agent._tell_coordinator()
-    assert "ftkit_rank_steps_total" in agent._metrics.render()
+    assert "ftkit_rank_steps_total" in agent.metrics.render()
 
 
 def test_steps_are_read_at_every_tick_though_reports_are_far_apart(agent, monkeypatch) -> None:
     sound, left = Connection(broken=False), [[GAP], [GAP, GAP], []]
     agent._coordinator_connected(1, sound)
     monkeypatch.setattr(agent._arenas, "steps", lambda alive: left.pop(0))
-    monkeypatch.setattr(agent._metrics, "take_steps", lambda steps: None)
+    monkeypatch.setattr(agent.metrics, "take_steps", lambda steps: None)
     agent._gather(1.0)  # the ring of a rank holds the last steps alone
     agent._gather(1.5)
     agent._tell_coordinator()
