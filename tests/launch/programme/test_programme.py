@@ -71,7 +71,8 @@ def example() -> list[list[str]]:
     """The commands of docs/drills.md, in order: a job, a drill of it, and the certificate."""
     text = (ROOT / "docs" / "drills.md").read_text()
     section = text[text.index("## Drills of a job in production") :]
-    lines = "".join(re.findall(r"```sh\n(.*?)```", section, re.DOTALL)).splitlines()
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    lines = "".join(blocks[:2]).splitlines()  # those after it strike for hours
     commands = [shlex.split(line) for line in lines]
     assert [c[:3] for c in commands] == [
         ["ftkit", "run", "--nproc"],
