@@ -1,9 +1,12 @@
 """Choices: names that a person types, each of which has to be one of some."""
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import TypeVar
 
 from ftkit.core.errors import UsageError
+
+N = TypeVar("N", int, float)
 
 
 def chosen(text: str, among: Collection[str], *, option: str) -> list[str]:
@@ -22,23 +25,21 @@ def near(name: str, among: Collection[str]) -> str:
 
 
 def seconds_or_auto(text: object) -> float | str:
-    """A number of seconds, or "auto". UsageError for anything else."""
-    if text == "auto":
-        return "auto"
-    try:
-        return float(str(text))
-    except ValueError as error:
-        raise UsageError(f"{text!r} is neither a number of seconds nor auto") from error
+    """(--parity-every) A number of seconds, or "auto". UsageError for anything else."""
+    return _or_auto(text, float, "--parity-every", "seconds")
 
 
 def steps_or_auto(text: object) -> int | str:
-    """A number of steps, or "auto". UsageError for anything else."""
+    """(--checkpoint-every) A number of steps, or "auto". UsageError for anything else."""
+    return _or_auto(text, int, "--checkpoint-every", "steps")
+
+
+def _or_auto(text: object, kind: Callable[[str], N], option: str, unit: str) -> N | str:
     if text == "auto":
         return "auto"
     try:
-        return int(str(text))
+        return kind(str(text))
     except ValueError as error:
         raise UsageError(
-            f"--checkpoint-every: {text!r} is neither a number of steps nor auto"
-            f"{near(str(text), ['auto'])}"
+            f"{option}: {text!r} is neither a number of {unit} nor auto{near(str(text), ['auto'])}"
         ) from error
