@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -163,6 +164,15 @@ class Layers:
 
 def seed_all(key: int) -> None:
     """Have torch, numpy and random draw from `key`, of 63 bits."""
-    torch.manual_seed(key)
+    if _has_devices():
+        torch.manual_seed(key)
+    else:
+        # That would note down the stack for each kind of device that may come: a millisecond a slot.
+        torch.default_generator.manual_seed(key)
     random.seed(key)
     numpy.random.seed(key & 0xFFFFFFFF)
+
+
+@cache
+def _has_devices() -> bool:
+    return torch.accelerator.is_available()
