@@ -84,7 +84,7 @@ class Unit:
         """
         state = getattr(module, "_get_fsdp_state", lambda: None)()
         for group in getattr(state, "_fsdp_param_groups", ()):
-            info = getattr(group, "mesh_info", None)
+            info: Any = getattr(group, "mesh_info", None)
             real = getattr(info, "replicate_process_group", None)
             if isinstance(real, _Replicas):  # several units have one mesh
                 self._replicas, real.owner = real.group, self._owner

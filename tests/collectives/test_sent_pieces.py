@@ -9,6 +9,7 @@ import torch
 from ftkit.collectives.canonical import reduce_slots
 from ftkit.collectives.link import Ticket
 from ftkit.collectives.op import SENT_PIECE_BYTES, empty
+from ftkit.collectives.slot_tree import SlotTree
 
 from .worlds import in_one_process
 
@@ -55,7 +56,7 @@ class ByHand:
 def test_a_sum_goes_out_before_the_other_s_last_piece_has_come():
     op, out = ByHand(), np.zeros(128, np.uint8)
     node = np.arange(32, dtype=np.float32)
-    program = reduce_slots([node.view(np.uint8)], out, torch.float32, 2, 0.5)(op)
+    program = reduce_slots([node.view(np.uint8)], out, torch.float32, 2, 0.5)(op)  # type: ignore[arg-type]
     next(program)
     assert op.sent == [(NODE, part) for part in range(4)]
     assert {key for key in op.awaited if key[0] == NODE} == {(NODE, part) for part in range(4)}
@@ -75,6 +76,26 @@ def test_pieces_are_smaller_between_hosts(transport, most):
     try:
         seen = [group.channel.issue("look", look, nbytes=0) for group in groups]
         assert [one.wait(20) for one in seen] == [most, most]
+    finally:
+        for group in groups:
+            group.close()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_sums_of_many_pieces_are_right(size):
+    elements = size * 9 * (SENT_PIECE_BYTES // 8) + 5
+    groups = in_one_process(size)
+    try:
+        values = [torch.arange(elements, dtype=torch.float32) % 97 + rank for rank in range(size)]
+        outs = [torch.zeros(elements) for _ in groups]
+        handles = []
+        for rank, group in enumerate(groups):
+            tree = SlotTree(size)
+            tree.push(rank, values[rank].clone())
+            handles.append(group.reduce_slots(tree.nodes, outs[rank], slots=size, scale=1.0))
+        for handle in handles:
+            handle.wait(60)
+        assert all(torch.equal(out, sum(values)) for out in outs)
     finally:
         for group in groups:
             group.close()

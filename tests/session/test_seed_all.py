@@ -30,6 +30,11 @@ def test_no_stack_is_noted_down_for_devices_that_are_not_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     noted: list[object] = []
-    monkeypatch.setattr(traceback, "format_stack", lambda *_: noted.append(1) or [])
+
+    def note(*_: object) -> list[str]:
+        noted.append(1)
+        return []
+
+    monkeypatch.setattr(traceback, "format_stack", note)
     seed_all(3)
     assert not noted

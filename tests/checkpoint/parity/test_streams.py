@@ -9,7 +9,7 @@ from ftkit.core.errors import IntegrityError
 
 def blocks(*sizes: int) -> list[memoryview]:
     whole = np.arange(sum(sizes), dtype=np.uint8)
-    return [memoryview(part) for part in np.split(whole, np.cumsum(sizes)[:-1])]
+    return [part.data for part in np.split(whole, np.cumsum(sizes)[:-1])]
 
 
 def test_what_lies_in_one_block_is_not_copied() -> None:
