@@ -133,14 +133,13 @@ def test_tensors_whose_names_do_not_tell_their_layer_are_refused_at_once(
 ) -> None:
     layers, held = stand_in(), modules()
     model = nn.Module()
-    if name == "blocks.0":
-        inner = nn.ModuleDict({str(i): m for i, m in held.items()})
-        model.blocks = nn.ModuleList([inner])
-    else:
-        model.layers = nn.ModuleDict({str(i): m for i, m in held.items()})
     if name == "embedding":
         held[0] = model.embedding = nn.Linear(3, 3)
-        del model.layers["0"]
+    numbered = nn.ModuleDict({str(i): m for i, m in held.items()})
+    if name == "blocks.0":
+        model.blocks = nn.ModuleList([numbered])
+    else:
+        model.layers = numbered
     if name == "norm":
         model.norm = nn.LayerNorm(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
