@@ -51,6 +51,8 @@ class Layers:
         """The layers that change places, once a cut is agreed; the same in every world."""
         self.swapped = False
         """Whether the open step's slots were played so."""
+        self.numbers: dict[int, int] = {}
+        """Layer of each tensor, by its id, as `Session.swapped` was told after the present cut."""
         self.ends: Ends | None = None
         """Copies of the first layer and the last, of the present world."""
         self.bounds: tuple[int, ...] = ()
@@ -124,6 +126,7 @@ class Layers:
         self._forward.clear()
         self._backward.clear()
         self._modules.clear()
+        self.numbers = {}
         if self.on_cut is not None:
             self.on_cut(bounds)
         return bounds
