@@ -133,6 +133,8 @@ class Judge:
         self._waited_since = 0.0
         """When the newest world was to be entered, with every node of it in reach."""
         self._halting_since: float | None = None
+        self._stood_since: float | None = None
+        """Since when no world trains, where one did."""
 
     def observer_woke(self, *, late_by_s: float, at: float) -> None:
         """The coordinator's own clock tick came late: it may not accuse others of lateness."""
@@ -176,6 +178,10 @@ class Judge:
             self._halting_since = None
         elif self._halting_since is None:
             self._halting_since = at
+        if plan.mode is Mode.RUNNING or plan.world is None:
+            self._stood_since = None
+        elif self._stood_since is None:
+            self._stood_since = at
 
     def take_report(
         self,
@@ -301,17 +307,8 @@ class Judge:
             goes = verdict.evicts and verdict.fault is not Fault.NODE_LOST
             if goes and self._plain_world is None:
                 findings.evictions[verdict.member] = verdict.reason
-        if self._halting_since is not None and now - self._halting_since > self._times.halt_s:
-            # A member that cannot even say where it stands keeps everybody waiting.
-            for member in members.values():
-                silent = member.stage in ANSWERING and (
-                    member.stage is Stage.ACTIVE or member.generation < plan.halted
-                )
-                if silent and plan.seat_of(member.member):
-                    findings.evictions.setdefault(
-                        member.member,
-                        f"did not stand still within {self._times.halt_s:g} s of being told to",
-                    )
+        if plan.mode is not Mode.RUNNING:
+            findings.evictions = {**self._restless(plan, members, now), **findings.evictions}
         if plan.mode is Mode.RUNNING and plan.world is not None:
             findings.evictions = {
                 **self._latecomers(plan.world, members, now),
@@ -369,6 +366,37 @@ class Judge:
         ]
         self._plain_world = World.of(generation, members)
         self._ingest(WorldChanged(world=self._plain_world, at=now))
+
+    def _restless(
+        self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float
+    ) -> dict[MemberId, str]:
+        """Members for whom a job that stands still waits in vain.
+
+        The detector does not judge them: the others wait in no collective. One cannot even say
+        where it stands. Another has, and keeps its shards, which only its training thread can let
+        go of (I8): that hangs. While its node is out of reach it cannot have heard.
+        """
+        late: dict[MemberId, str] = {}
+        halting = self._halting_since
+        if halting is not None and now - halting > self._times.halt_s:
+            late |= {
+                m.member: f"did not stand still within {self._times.halt_s:g} s of being told to"
+                for m in members.values()
+                if m.stage is Stage.ACTIVE or (m.stage in ANSWERING and m.generation < plan.halted)
+            }
+        limit_s = self._detector.limit_s
+        stood = self._stood_since
+        if stood is not None and now - max(stood, self._waited_since) > limit_s:
+            late |= {
+                m.member: f"did not let go of its shards within {limit_s:g} s of being told to"
+                for m in members.values()
+                if m.stage is Stage.HALTED
+                and m.sharded
+                and m.stepping
+                and m.member not in late
+                and m.node not in self._gone_nodes
+            }
+        return {m: reason for m, reason in late.items() if plan.seat_of(m)}
 
     def _latecomers(
         self, world: World, members: Mapping[MemberId, MemberFacts], now: float

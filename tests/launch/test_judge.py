@@ -120,6 +120,37 @@ def test_nobody_is_late_for_a_world_while_a_node_of_it_is_out_of_reach() -> None
     assert "did not enter generation 1" in late[MemberId(7)]
 
 
+@pytest.mark.parametrize("mode", [Mode.HALTING, Mode.FORMING])
+def test_who_keeps_its_shards_from_a_job_that_stands_still_has_to_go(mode: Mode) -> None:
+    # Its control thread has told where it stands; its training thread hangs in the user's code.
+    judging = judge()
+    limit_s = judging._detector.limit_s
+    halted = {
+        MemberId(n): member(
+            n,
+            seat=Seat(n - 7),
+            node=NodeId(n - 7),
+            stage=stage,
+            generation=Generation(1),
+            step=Step(13),
+            sharded=True,
+            stepping=True,
+        )
+        for n, stage in ((7, Stage.READY), (8, Stage.HALTED))
+    }
+    standing = replace(plan(), mode=mode, halted=Generation(1))
+    judging.take_plan(standing, at=100.0)
+    assert judging.verdicts(standing, halted, 100.0 + 0.9 * limit_s).evictions == {}
+    late = judging.verdicts(standing, halted, 100.0 + 1.1 * limit_s).evictions
+    assert late == {
+        MemberId(8): f"did not let go of its shards within {limit_s:g} s of being told to"
+    }
+    judging.node_gone(NodeId(1), 140.0)
+    assert judging.verdicts(standing, halted, 100.0 + 2 * limit_s).evictions == {}, "not told yet"
+    whole = {m: replace(f, sharded=False) for m, f in halted.items()}
+    assert judging.verdicts(standing, whole, 100.0 + 2 * limit_s).evictions == {}
+
+
 def test_a_node_out_of_reach_stays_so_while_the_world_about_it_grows() -> None:
     judging = judge()
     judging.take_plan(plan(), at=100.0)
