@@ -72,7 +72,7 @@ class Engine:
         self.member = member
         self.config = config
         self.recorder = recorder
-        self.world = world
+        self._set_world(world)
         self._word = word
         self._on_fault = on_fault
         self._on_tell = on_tell
@@ -231,13 +231,6 @@ class Engine:
         self._closing = "this process was forked from the one that is a member"
         self._commands.let_go()
         self.net.let_go()
-
-    @property
-    def on_one_host(self) -> bool:
-        """Whether all members of the world name the same host: decided alike by all."""
-        return self.config.transport is not Transport.TCP and (
-            len({member.host for member in self.world.members}) <= 1
-        )
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -493,6 +486,14 @@ class Engine:
                     self.net.queue(link, flood, memoryview(payload))
         self.runner.end(self._channels.values(), reason)
 
+    def _set_world(self, world: World) -> None:
+        self.world = world
+        self.on_one_host = (
+            self.config.transport is not Transport.TCP
+            and len({member.host for member in world.members}) <= 1
+        )
+        """Whether all members name the same host: decided alike by all."""
+
     def _bye(self) -> Header:
         return Header(Kind.BYE, 0, 0, self.world.generation, 0, 0, 0, self.member, 0, 0, 0)
 
@@ -513,7 +514,7 @@ class Engine:
         self.transfers.purge(world.generation - 1)
         self.transfers.memory.generation = world.generation
         with self._lock:
-            self.world = world
+            self._set_world(world)
             self._generation = world.generation
             self._stopped = None
             self._abort_told = None

@@ -20,8 +20,12 @@ from ftkit.collectives.resident import find
 from ftkit.core.errors import ProtocolError
 
 _AHEAD = 2
+#: The same of pieces that are sent: what comes before it is awaited is copied once more.
+_SENT_AHEAD = 4
 #: Pieces of a chunk that are staged before the first of them has been read.
 _SHOWN_AHEAD = 2
+#: The same of pieces that are sent: what comes before it is awaited is copied once more.
+_SENT_AHEAD = 4
 
 
 def pieces_of(chunk: Bytes, step: int) -> list[Bytes]:
@@ -122,7 +126,7 @@ class Inflow:
         self._pulls = bool(nbytes) and op.pulls(source, nbytes)
         self._ahead: deque[tuple[Ticket, Bytes | None]] = deque()
         self._posted = 0
-        for _ in range(_AHEAD):
+        for _ in range(_AHEAD if self._pulls else _SENT_AHEAD):
             self._post()
 
     def piece(self, index: int) -> Generator[Wait, None, Piece]:

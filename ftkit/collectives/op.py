@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 Wait: TypeAlias = Ticket | Iterable[Ticket] | None
 Program: TypeAlias = Callable[["Op"], Generator[Wait, None, Any]]
 
+#: Between hosts a piece is folded while the next one travels: a link that waits for a fold is idle.
+SENT_PIECE_BYTES = 512 << 10
+
 
 class Op:
     """One operation in flight. Everything but the constructor is the communication thread's."""
@@ -96,7 +99,8 @@ class Op:
     @property
     def piece(self) -> int:
         """Bytes of a piece of a flow."""
-        return self.engine.config.piece_bytes
+        most = self.engine.config.piece_bytes
+        return most if self.engine.on_one_host else min(most, SENT_PIECE_BYTES)
 
     def others(self) -> list[int]:
         """The other ranks, beginning with the one after us, so that not all talk to rank 0."""

@@ -77,15 +77,23 @@ class Unit:
         """The group of those who hold the same part, where it is for us to add up."""
 
     def stand_in_for_replicas(self, module: Any) -> None:
-        """Take over FSDP2's all-reduce of replicas, where it has one and this is how to get at it."""
-        for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
-            info = group.mesh_info
+        """Take over FSDP2's all-reduce of replicas, where it has one and this is how to get at it.
+
+        These places are torch's own. Where they are not, FSDP2 adds replicas up itself, and each
+        exchange is waited for.
+        """
+        state = getattr(module, "_get_fsdp_state", lambda: None)()
+        for group in getattr(state, "_fsdp_param_groups", ()):
+            info: Any = getattr(group, "mesh_info", None)
             real = getattr(info, "replicate_process_group", None)
             if isinstance(real, _Replicas):  # several units have one mesh
                 self._replicas, real.owner = real.group, self._owner
             elif real is not None:
-                self._replicas = real
-                info.replicate_process_group = _Replicas(self._owner, real)
+                info.replicate_process_group = ours = _Replicas(self._owner, real)
+                if getattr(group, "_all_reduce_process_group", None) is ours:
+                    self._replicas = real
+                else:  # FSDP2 asks another
+                    info.replicate_process_group = real
 
     def forget(self) -> None:
         """Begin a step anew."""

@@ -23,6 +23,9 @@ SAVED_S = 1.0
 #: What fits a window that was there lately waits so long for the next one.
 SOON_S = 1.0
 
+#: The longest pause while training sends; it is looked up again when a transfer may have ended.
+REST_S = 0.05
+
 #: A new measurement of the rate counts like its bytes beside so many, or more. One that says that the
 #: link is slower by more than this factor is believed bit by bit: a piece may have waited for a
 #: process that did not run.
@@ -208,8 +211,10 @@ class Governor:
                 self._saving_s = 0.0
             return self._grant(now, Grant(least, intrudes=True), touches)
         self._saving_s = max(self._saving_s, needs_s)
-        busy = self.windows.busy
-        return Pause(self._look_s, "training sends" if busy else "the window is too short")
+        if not self.windows.busy:
+            return Pause(self._look_s, "the window is too short")
+        rest_s = min(self.windows.busy_for(now), REST_S)
+        return Pause(max(self._look_s, rest_s), "training sends")
 
     def arrived(self, *grants: Grant, seconds: float) -> None:
         """These pieces are where they were to go, and took so many seconds together.

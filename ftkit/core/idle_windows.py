@@ -26,8 +26,12 @@ class IdleWindows:
     def __init__(self, keep: int = KEEP) -> None:
         """Know nothing: until a first transfer ends, all time is idle."""
         self._windows: deque[tuple[float, float]] = deque(maxlen=keep)
+        self._transfers: deque[float] = deque(maxlen=keep)
+        """How long the ones between the windows were, in seconds."""
         self._busy = 0
         self._since: float | None = None
+        self._began: float | None = None
+        """Since when transfers are under way, as far as is known."""
 
     @property
     def busy(self) -> bool:
@@ -43,10 +47,14 @@ class IdleWindows:
         """A transfer began. Several may be under way at once."""
         if not self._busy and self._since is not None and now > self._since:
             self._windows.append((self._since, now))
+        if not self._busy:
+            self._began = now
         self._busy += 1
 
     def end(self, now: float) -> None:
         """A transfer ended. One that was never seen to begin ends nothing."""
+        if self._busy == 1 and self._began is not None:
+            self._transfers.append(now - self._began)
         self._busy = max(0, self._busy - 1)
         if not self._busy:
             self._since = now
@@ -56,8 +64,10 @@ class IdleWindows:
 
         Args:
           busy: whether one is under way.
-          since: when the last one ended, where none is.
+          since: when that began; when the last one ended, where none is.
         """
+        if busy and not self._busy:
+            self._began = since
         self._busy = int(busy)
         if not busy:
             self._since = since
@@ -73,14 +83,16 @@ class IdleWindows:
             further back than those of others, and what looks idle may only be forgotten.
         """
         self._windows.clear()
+        self._transfers.clear()
         self._busy, self._since = 0, None
         for begin, end in merged(transfers):
             if self._since is not None and self._since >= keep_after:
                 self._windows.append((self._since, begin))
             if end is None:
-                self._busy = 1
+                self._busy, self._began = 1, begin
             else:
                 self._since = end
+                self._transfers.append(end - begin)
 
     def left(self, now: float) -> float:
         """Seconds that the window we are in will last yet; 0 when there is none.
@@ -98,6 +110,13 @@ class IdleWindows:
         if not longer:
             return float("inf") if lasted > FREE * lengths[-1] else 0.0
         return longer[int((1 - SURE) * len(longer))] - lasted
+
+    def busy_for(self, now: float) -> float:
+        """Seconds that transfers will go on at least, if they are like one remembered; 0: unknown."""
+        if not self._busy or self._began is None:
+            return 0.0
+        lasted = now - self._began
+        return min((t - lasted for t in self._transfers if t > lasted), default=0.0)
 
     def had(self, seconds: float) -> bool:
         """Whether one of the windows remembered was so long."""

@@ -12,11 +12,9 @@ the next update rather than after the optimizer, so that a rank which is restore
 snapshot goes on where the framework's next update begins.
 """
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy
 import torch
 import xxhash
 
@@ -26,6 +24,7 @@ from ftkit.core.ids import Step as StepNumber
 from ftkit.recovery.data_cursor import derive
 from ftkit.session import Session
 from ftkit.session.feed import digest_of
+from ftkit.session.layers import seed_all
 from ftkit.session.step import Step
 
 #: Plays one batch: forward and backward. Returns the loss, if there was one.
@@ -127,10 +126,7 @@ class Updates:
         self._open = step
         self._index = step.index
         # What the framework draws until the next update, all ranks draw alike.
-        key = derive(self._seed, "between", step.index)
-        torch.manual_seed(key)
-        random.seed(key)
-        numpy.random.seed(key & 0xFFFFFFFF)
+        seed_all(derive(self._seed, "between", step.index))
         return step.loss
 
     def close(self) -> None:

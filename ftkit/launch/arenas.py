@@ -184,12 +184,12 @@ class Arenas:
         }
 
     def transferring(self, now: float) -> tuple[bool, float]:
-        """Whether a rank is in a collective, and since when none is. Costs a few microseconds.
+        """Whether a rank is in a collective, and since when one or none is. Costs a few microseconds.
 
         One that is pending for much longer than any took lately moves nothing: somebody is late,
         or gone. The first long one of a run is not known yet, and counts as busy for `PENDING_S`.
         """
-        busy, since = False, 0.0
+        busy, begun, since = False, now, 0.0
         for local in range(self._seats):
             try:
                 stands = self._board.standing(local)
@@ -199,11 +199,11 @@ class Arenas:
                 continue
             entered = stands.t_enter_ns / 1e9
             if stands.t_enter_ns and now - entered < self._pending_s:
-                busy = True
+                busy, begun = True, min(begun, entered)
             else:
                 # Not the row's last change: a phase that begins in an idle window is not its begin.
                 since = max(since, stands.t_moved_ns / 1e9)
-        return busy, since
+        return busy, begun if busy else since
 
     def transfers(self, now: float) -> tuple[list[tuple[float, float | None]], float]:
         """The newest collectives of all ranks, (begin, end) each in the board's seconds.

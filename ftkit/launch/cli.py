@@ -569,7 +569,7 @@ def plan(
 
     if run_dir is not None:
         run_dir = newest_run(run_dir)
-    costs, rate = gather(
+    costs, rate, chosen = gather(
         run_dir, world=world, step_s=step_s, slots=slots, given=given, mtbf_h=mtbf_h
     )
     try:
@@ -582,7 +582,7 @@ def plan(
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    show(lost, costs, rate, as_json=as_json)
+    show(lost, costs, rate, chosen, as_json=as_json)
 
 
 @main.command()

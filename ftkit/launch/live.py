@@ -143,6 +143,7 @@ class _Bar:
         )
         stories = [Text(story.sentence()) for story in view.stories[-_STORIES_SHOWN:]]
         stories += [Text(sentence, style="yellow") for sentence in view.approximate]
+        stories += [Text(f"{what} {often}", style="dim") for what, often in view.chosen.items()]
         self._live.update(Group(self._progress, *stories), refresh=True)
 
 
@@ -153,6 +154,7 @@ class _Lines:
         self._console, self._title, self._steps = console, title, steps
         self._every = max(1, (steps or 1000) // 10)
         self._told = self._approximate = 0
+        self._chosen = dict[str, str]()
 
     def __enter__(self) -> Self:
         return self
@@ -168,6 +170,9 @@ class _Lines:
         for sentence in view.approximate[self._approximate :]:
             self._print(sentence)
         self._approximate = len(view.approximate)
+        for what, often in view.chosen.items() - self._chosen.items():
+            self._print(f"{what} {often}")
+        self._chosen = dict(view.chosen)
         if view.step // self._every > self._told // self._every:
             self._told = view.step
             of = f" of {self._steps}" if self._steps else ""

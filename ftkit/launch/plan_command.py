@@ -9,6 +9,7 @@ import click
 
 from ftkit.core.errors import UsageError
 from ftkit.core.trace import read_run
+from ftkit.launch.report_view import RunView
 from ftkit.launch.run_costs import run_costs
 from ftkit.recovery.costs import Costs
 from ftkit.recovery.failure_rate import FailureRate
@@ -34,8 +35,8 @@ def gather(
     slots: int | None,
     given: Iterable[str],
     mtbf_h: float | None,
-) -> tuple[Costs, FailureRate]:
-    """The costs to plan with: those of a run where one is given, and what the user says.
+) -> tuple[Costs, FailureRate, Mapping[str, str]]:
+    """The costs to plan with, those of a run where one is given, and what intervals that has chosen.
 
     Args:
       run_dir: a run to measure; None for none.
@@ -48,12 +49,15 @@ def gather(
     Raises:
       UsageError: a cost is unknown, no number, or cannot be.
     """
-    costs, rate = Costs(world=world or 2), FailureRate()
+    costs, rate, view = Costs(world=world or 2), FailureRate(), RunView()
     if run_dir is not None:
+        events = list(read_run(run_dir))
         try:
-            costs, rate = run_costs(read_run(run_dir))
+            costs, rate = run_costs(events)
         except ValueError as error:
             raise UsageError(f"{run_dir}: {error}") from error
+        for event in events:
+            view.feed(event)
     values: dict[str, object] = {}
     for text in given:
         name, _, number = text.partition("=")
@@ -72,10 +76,12 @@ def gather(
             rate = FailureRate(prior_mtbf_s=mtbf_h * 3600)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return costs, rate
+    return costs, rate, view.chosen
 
 
-def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
+def show(
+    loss: Loss, costs: Costs, rate: FailureRate, chosen: Mapping[str, str], *, as_json: bool
+) -> None:
     """Print the choice, whether to grow back afterwards, and the intervals."""
     choice = choose(loss, costs)
     back = None
@@ -96,6 +102,7 @@ def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
                     "choice": choice.to_json(),
                     "growth": back.to_json() if back else None,
                     "intervals": [_interval_json(i) for i in copies],
+                    "chosen": chosen,
                     "placements": [p.to_json() for p in placed],
                     "mtbf_s": rate.mtbf_s(costs.world),
                     "costs": costs.to_json(),
@@ -103,7 +110,8 @@ def show(loss: Loss, costs: Costs, rate: FailureRate, *, as_json: bool) -> None:
             )
         )
         return
-    for line in (*_lines(choice, back, copies, costs, rate), *_placed(placed, costs)):
+    said = (f"The job itself chose {what} {often}." for what, often in chosen.items())
+    for line in (*_lines(choice, back, copies, costs, rate), *said, *_placed(placed, costs)):
         click.echo(line)
 
 

@@ -53,6 +53,8 @@ class FtkitConfig(TorchConfig):
     """How long a rank may keep the others waiting; a worker of which nothing is heard, twice that."""
     parity: str = ""
     """k+m: any m workers of a group of k + m may vanish together."""
+    parity_every: float | str = 0
+    """Seconds between the begins of two rounds of parity, at least; "auto" for as often as pays."""
     checkpoint_dir: str = ""
     """Where checkpoints go, and where a group of workers that is started anew goes on from; empty: the
     folder `ftkit` of the run in Ray Train's storage, if that is a folder which all workers share."""
@@ -104,6 +106,7 @@ class FtkitConfig(TorchConfig):
             nproc=self.nproc,
             spares=self.spares,
             parity=self.parity,
+            parity_every=self.parity_every,
             max_stall_s=self.max_stall_s,
             run_dir=str(root / name),
             shm_root=self.shm_root,

@@ -84,8 +84,8 @@ class RunView:
     ended: bool = False
     outcome: str | None = None
     reason: str = ""
-    saves: str = ""
-    """How often the job saves and why, where it decides that itself."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """How often the job makes "checkpoints" and "parity", and why, where it decides that itself."""
 
     @property
     def world_size(self) -> int:
@@ -101,7 +101,8 @@ class RunView:
             "ended": self.ended,
             "incidents": [story.sentence() for story in self.stories],
             "approximate": self.approximate,
-        } | ({"checkpoints": self.saves} if self.saves else {})
+            **self.chosen,
+        }
 
     def feed(self, event: Mapping[str, Any]) -> Story | None:
         """Take one event, roughly in order of time; an event that lacks a field is passed over.
@@ -138,7 +139,9 @@ class RunView:
             case "verdict" if str(event["fault"]) in EVICT:
                 return self._accused(mono, event)
             case "checkpoint-interval":
-                self.saves = f"every {event['every']} steps: {event['reason']}"
+                self.chosen["checkpoints"] = f"every {event['every']} steps: {event['reason']}"
+            case "parity-interval":
+                self.chosen["parity"] = f"every {duration(event['seconds'])}: {event['reason']}"
             case "end":
                 self.ended, self.outcome = True, str(event["outcome"])
                 self.reason = str(event.get("reason", ""))

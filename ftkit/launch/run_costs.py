@@ -46,6 +46,11 @@ def run_costs(events: Iterable[Event]) -> tuple[Costs, FailureRate]:
         disk_bps=_median([_rate(e) for e in disk]),
         snapshot_block_s=_median(_blocked(kinds["snapshot"])),
         parity_round_s=_median([e.get("seconds") for e in kinds["parity"]]),
+        parity_block_s=_median(
+            e.get("held_s")
+            for e in kinds["parity-interval"]
+            if "parity_block_s" in e.get("measured", ())
+        ),
         clock_gain=_median([_raised(e) for e in kinds["clock-set"]]),
         checkpoint_block_s=_median([e.get("held_s") for e in kinds["checkpoint-cost"]]),
         checkpoint_write_s=_median([e.get("seconds") for e in kinds["checkpoint"]]),

@@ -1,6 +1,6 @@
 """Where the time of a run's snapshots and checkpoints went, from its events (pure)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -34,6 +34,8 @@ class StorageStory:
     """Steps that were due while an older one was still being written."""
     intervals: tuple[tuple[int, str], ...] = ()
     """Steps between two and the reason, as the job decided them one after another."""
+    parity_intervals: tuple[tuple[float, str], ...] = ()
+    """Seconds between the begins of two rounds of parity and the reason, likewise."""
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -56,12 +58,9 @@ class StorageStory:
                 f"{readable_size(rate)}/s ({shares})."
             )
         if self.intervals:
-            every, reason = self.intervals[-1]
-            before = " → ".join(str(steps) for steps, _ in self.intervals[:-1])
-            told.append(
-                f"The job chose to save every {every} steps ({reason})"
-                + (f", after {before} steps." if before else ".")
-            )
+            told.append(_chosen("save", "steps", self.intervals))
+        if self.parity_intervals:
+            told.append(_chosen("make parity", "s", self.parity_intervals))
         for step, reason in self.failures.items():
             told.append(f"That of step {step} was given up: {reason.rstrip('.')}.")
         if self.skipped:
@@ -97,7 +96,19 @@ def storage_story(events: Iterable[Event]) -> StorageStory:
             for e in events
             if e["kind"] == "checkpoint-interval"
         ),
+        parity_intervals=tuple(
+            (float(e["seconds"]), str(e["reason"]))
+            for e in events
+            if e["kind"] == "parity-interval"
+        ),
     )
+
+
+def _chosen(what: str, unit: str, intervals: Sequence[tuple[float, str]]) -> str:
+    every, reason = intervals[-1]
+    before = " → ".join(str(each) for each, _ in intervals[:-1])
+    after = f", after {before} {unit}" if before else ""
+    return f"The job chose to {what} every {every} {unit} ({reason}){after}."
 
 
 def readable_size(count: float) -> str:

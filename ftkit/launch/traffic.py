@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 #: Between two looks at the rings of collectives: what they say changes with the model, not within.
 RELEARN_S = 0.25
 
-#: Between two looks of who waits for training's transfers to end. A look takes some 50 us.
+#: At least between two looks of who waits for training's transfers to end. A look takes some 50 us.
 LOOK_S = 0.001
 
 #: Who finds no window for so long is news, once a minute.

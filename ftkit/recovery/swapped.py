@@ -117,10 +117,10 @@ def orders(
     made: list[list[Pass]] = [[] for _ in range(ranks)]
     while done < len(chains):
         ready = list[tuple[float, bool, Pass]]()
-        for slot, chain in enumerate(chains[: done + depth]):
-            if at[slot] == len(chain):
+        for slot in range(done, min(done + depth, len(chains))):
+            if at[slot] == len(chains[slot]):
                 continue
-            each = chain[at[slot]]
+            each = chains[slot][at[slot]]
             segment = routes[slot][each.hop]
             if all(played.get((layer, each.backward), 0) == slot for layer in segment.layers):
                 start = max(free[segment.rank], ends[slot])

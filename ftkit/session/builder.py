@@ -20,6 +20,7 @@ from ftkit.core.errors import UsageError
 from ftkit.core.world import World
 from ftkit.recovery.data_cursor import derive
 from ftkit.session.consistency import Consistency, refusal
+from ftkit.session.zero import ZeroOptimizer
 
 #: Gives (model, optimizer) or (model, optimizer, scheduler), sharded over the mesh it is given.
 Build = Callable[[Any], Sequence[Any]]
@@ -83,6 +84,11 @@ class Builder:
             raise UsageError(
                 f"build(mesh) must return a module and its optimizer, not a {type(model).__name__} "
                 f"and a {type(optimizer).__name__}"
+            )
+        if isinstance(optimizer, ZeroOptimizer):
+            raise UsageError(
+                "build(mesh) must return an optimizer of the parts that this rank holds: a ZeroOptimizer "
+                "cuts the state of a model that every rank holds whole, for protect(model=, optimizer=)"
             )
         if reason := refusal(self._consistency, [model], [optimizer], sharded=True):
             raise UsageError(reason)

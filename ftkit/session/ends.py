@@ -7,7 +7,7 @@ capture reads it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from ftkit.checkpoint.walk import dtype_name, named_tensors
 from ftkit.collectives.group import Group
+from ftkit.core.errors import UsageError
 from ftkit.session.mean_stage import copied_name, layer_of
 
 
@@ -24,7 +25,13 @@ class Ends:
     """What this rank sends of them, and what it keeps. The training thread's."""
 
     def __init__(
-        self, group: Group, model: nn.Module, optimizer: Optimizer, *, bounds: Sequence[int]
+        self,
+        group: Group,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        bounds: Sequence[int],
+        numbers: Mapping[int, int],
     ) -> None:
         """Tell the ranks beside what is coming. Blocks until all ranks have.
 
@@ -33,8 +40,10 @@ class Ends:
           model: this rank's stage.
           optimizer: of that; copies take their places as it steps.
           bounds: how the layers are cut.
+          numbers: the layer of each tensor, by its id; none where the slots are not played by layers.
 
         Raises:
+          UsageError: a tensor's name does not tell its layer, by which it would be found after a loss.
           GenerationAborted: the world ended meanwhile.
         """
         rank, size = group.rank, group.size
@@ -43,6 +52,12 @@ class Ends:
         mine = dict[int, list[tuple[str, torch.Tensor]]]()
         for name, tensor, _ in named_tensors("model", model):
             found = layer_of(name)
+            if numbers and (found is None or numbers.get(id(tensor)) != found[1]):
+                raise UsageError(
+                    f"{name} is {_of_layer(numbers.get(id(tensor)))} given to session.swapped(): the "
+                    "first number in a name must be its layer's, or a lost stage could not be made of "
+                    "those beside it. Name them so, as in ModuleDict({'0': embedding, '1': block, ...})"
+                )
             if found is not None and keepers.get(found[1], (-1, -1))[0] == rank:
                 copied = copied_name(name, groups.get(id(tensor), 0))
                 mine.setdefault(found[1], []).append((copied, tensor))
@@ -87,6 +102,10 @@ class Ends:
     def _take(self, *_hook: Any) -> None:
         for _, _, fresh, kept in self._in:
             kept.copy_(fresh)
+
+
+def _of_layer(number: int | None) -> str:
+    return "of no layer" if number is None else f"of layer {number} as"
 
 
 def _tag(layer: int, tensor: int) -> int:

@@ -5,6 +5,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -50,6 +51,8 @@ class Layers:
         """The layers that change places, once a cut is agreed; the same in every world."""
         self.swapped = False
         """Whether the open step's slots were played so."""
+        self.numbers: dict[int, int] = {}
+        """Layer of each tensor, by its id, as `Session.swapped` was told after the present cut."""
         self.ends: Ends | None = None
         """Copies of the first layer and the last, of the present world."""
         self.bounds: tuple[int, ...] = ()
@@ -123,6 +126,7 @@ class Layers:
         self._forward.clear()
         self._backward.clear()
         self._modules.clear()
+        self.numbers = {}
         if self.on_cut is not None:
             self.on_cut(bounds)
         return bounds
@@ -163,6 +167,15 @@ class Layers:
 
 def seed_all(key: int) -> None:
     """Have torch, numpy and random draw from `key`, of 63 bits."""
-    torch.manual_seed(key)
+    if _has_devices():
+        torch.manual_seed(key)
+    else:
+        # That would note down the stack for each kind of device that may come: a millisecond a slot.
+        torch.default_generator.manual_seed(key)
     random.seed(key)
     numpy.random.seed(key & 0xFFFFFFFF)
+
+
+@cache
+def _has_devices() -> bool:
+    return torch.accelerator.is_available()

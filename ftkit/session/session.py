@@ -305,7 +305,13 @@ class Session:
                 bounds = self._layers.bounds
                 if not bounds:
                     raise UsageError("build asks session.cut() which layers this rank holds")
-                ends = Ends(self._parts.group, model, optimizer, bounds=bounds)
+                ends = Ends(
+                    self._parts.group,
+                    model,
+                    optimizer,
+                    bounds=bounds,
+                    numbers=self._layers.numbers,
+                )
                 self._layers.ends, beside = ends, ends.kept
         self._snapshots.adopt(model, optimizer, self._builder.scheduler, beside)
         self._loop.adopt(model, self._builder.scheduler)

@@ -42,6 +42,9 @@ class SwappedSchedule:
                 f"{list(held)}: key them by their numbers in the whole model"
             )
         self._layers, self._modules = layers, dict(modules)
+        self._numbers = layers.numbers = {
+            id(t): i for i, m in modules.items() for t in (*m.parameters(), *m.buffers())
+        }
         self._hidden, self._loss_fn = hidden.detach(), loss_fn
         routes = [segments(swap.route(bounds[-1], odd=odd), bounds) for odd in (False, True)]
         self._routes: list[Sequence[Segment]] = [routes[slot % 2] for slot in range(slots)]
@@ -61,10 +64,22 @@ class SwappedSchedule:
           On the last layer's rank the loss of each slot, detached, for `step.record`; else nothing.
 
         Raises:
-          UsageError: a layer's output is not shaped as `hidden` is.
+          UsageError: the pipeline was built anew since, a slot lacks what this rank reads, or a
+            layer's output is not shaped as `hidden` is.
           JobFault: the job failed; leave it to `with step:`.
         """
         assert self._layers.ends is not None, "built"
+        if self._layers.numbers is not self._numbers:
+            raise UsageError(
+                "this schedule is that of a world that is over: play the one that session.swapped() "
+                "gave in the last build(mesh)"
+            )
+        slots, last_layer = len(self._routes), self._layers.bounds[-1] - 1
+        for given, layer, what in ((inputs, 0, "inputs"), (targets, last_layer, "targets")):
+            if layer in self._modules and len(given) != slots:
+                raise UsageError(
+                    f"play() is given {len(given)} {what}, and a step has {slots} slots"
+                )
         sent = self._layers.ends.travel()
         under_way = dict[tuple[int, int], tuple[Tensor, Tensor]]()
         losses = dict[int, Tensor]()

@@ -163,6 +163,12 @@ class ZeroOptimizer(Optimizer):
         for group, own in zip(self.param_groups, self.inner.param_groups, strict=True):
             own.update({key: value for key, value in group.items() if key != "params"})
 
+    def _look_where_parameters_are(self) -> None:
+        """`model.to(...)` puts other memory behind a parameter: rows are views of what it has now."""
+        for piece in self._pieces:
+            if _memory(piece.rows) != _memory(piece.parameter):
+                piece.rows.data = piece.parameter.detach()[piece.box.slices]
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the rows held here, and take those of the others. Blocks for both.
@@ -175,6 +181,7 @@ class ZeroOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.follow()
+        self._look_where_parameters_are()
         if self.session is not None:
             self.session.before()
         held = [piece for piece in self._pieces if piece.block in self._held]
@@ -213,6 +220,11 @@ def gradient_of(piece: Piece) -> torch.Tensor | None:
     """The gradient of its rows: a view."""
     whole = piece.parameter.grad
     return None if whole is None else whole[piece.box.slices]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    # Rows keep what they view: as long as they do, nothing else is at this address.
+    return tensor.untyped_storage().data_ptr()
 
 
 def _piece(block: int, parameter: torch.Tensor, first: int, end: int) -> Piece:

@@ -319,6 +319,16 @@ def test_tokens_first() -> None:
         assert through.profile(block, x.clone().requires_grad_()).rows == 128
 
 
+@pytest.mark.parametrize("block", [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH, bias=False)])
+def test_a_block_may_begin_with_a_linear_layer(block: nn.Module) -> None:
+    """Which saves other tensors of rows that are not packed, as those of two sequences are not."""
+    x = tokens(2, 256)
+    wanted = results([block], x)
+    with offload_activations(0.5) as through:
+        assert equal(results([block], x, through), wanted)
+        assert through.profile(block, x.clone().requires_grad_()).rows == 128
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
 def test_a_fraction_is_one(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):

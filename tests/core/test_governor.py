@@ -40,6 +40,42 @@ def test_nothing_known_means_free_and_a_transfer_means_busy() -> None:
     assert windows.left(2.1) == float("inf")  # one transfer is no pattern
 
 
+def test_who_waits_for_a_bucket_looks_again_when_one_may_have_ended() -> None:
+    """Not every millisecond: each look takes the processor from training."""
+    windows, at = learnt(), transfers(3)[-1][1] + LONG_S
+    governor = Governor(TrafficLimits(max_slowdown=0.0), windows, at, look_s=0.001)
+    windows.begin(at)
+    now, looks = at, 0
+    while now < at + BUCKET_S - 1e-9:
+        decision = governor.decide(now, 1 << 20)
+        assert isinstance(decision, Pause)
+        now, looks = now + decision.seconds, looks + 1
+    assert looks <= 2
+    assert now == pytest.approx(at + BUCKET_S, abs=0.001)
+
+
+def test_a_vote_is_not_taken_for_a_bucket() -> None:
+    windows, at = learnt(), 10.0
+    windows.begin(at - 1.0)
+    windows.end(at - 0.9995)  # a vote
+    windows.begin(at)
+    assert windows.busy_for(at) == pytest.approx(0.0005)
+    assert windows.busy_for(at + 0.001) == pytest.approx(BUCKET_S - 0.001)
+    assert windows.busy_for(at + 1.0) == 0.0  # longer than any
+
+
+def test_what_is_learnt_anew_knows_how_long_transfers_take_too() -> None:
+    windows = IdleWindows()
+    windows.relearn([(0.0, 0.02), (0.01, 0.03), (0.1, None)], keep_after=0.0)
+    assert windows.busy_for(0.11) == pytest.approx(0.02)
+    windows.look(busy=True, since=0.105)  # seen later: it is the same
+    assert windows.busy_for(0.11) == pytest.approx(0.02)
+    windows.look(busy=False, since=0.13)
+    assert windows.busy_for(0.14) == 0.0
+    windows.look(busy=True, since=0.2)
+    assert windows.busy_for(0.21) == pytest.approx(0.02)
+
+
 def test_overlapping_transfers_are_one_and_a_stray_end_is_none() -> None:
     windows = IdleWindows()
     windows.end(0.0)

@@ -128,6 +128,7 @@ def test_a_script_runs_as_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ({"backend": "nccl"}, "no backend, init_method or timeout_s"),
         ({"nproc": 0}, "count from 1"),
         ({"parity": "two"}, "k\\+m"),
+        ({"parity_every": 5}, "needs --parity"),
         ({"checkpoint_every": 5}, "needs a --checkpoint-dir"),
         ({"max_stall_s": 0.0}, "max-stall"),
     ],
@@ -140,10 +141,13 @@ def test_a_config_that_makes_no_sense_is_refused_in_the_driver(
 
 
 def test_a_config_makes_a_job_of_its_workers(backend: Any, tmp_path: Path) -> None:
-    made = backend.FtkitConfig(nproc=2, spares=1, parity="1+1", run_dir=str(tmp_path))
+    made = backend.FtkitConfig(
+        nproc=2, spares=1, parity="1+1", parity_every="auto", run_dir=str(tmp_path)
+    )
     config = pickle.loads(pickle.dumps(made))
     one, other = config.job(nodes=3), config.job(nodes=2)
     assert (one.nodes, one.nproc, one.spares, one.parity) == (3, 2, 1, "1+1")
+    assert one.parity_every == "auto"
     assert one.job != other.job
     assert Path(one.run_dir) == tmp_path / one.job
     with pytest.raises(UsageError, match="parity"):

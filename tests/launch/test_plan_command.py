@@ -122,3 +122,27 @@ def test_it_shows_what_both_placements_of_shards_move() -> None:
     )
     assert "blocks      nothing before training goes on" in text
     assert not plan("--world", "4", "--lost", "2")["placements"]
+
+
+def test_what_a_job_chose_by_itself_is_shown_wherever_one_looks(run_dir: Path) -> None:
+    chosen = [
+        event(4.0, "parity-interval", seconds=9.5, before=None, reason="assumed", held_s=0.002,
+              measured=[]),
+        event(6.0, "parity-interval", seconds=42.0, before=9.5, reason="it pays", held_s=0.01,
+              measured=["parity_block_s"]),
+        event(6.5, "checkpoint-interval", every=80, reason="so it does"),
+    ]  # fmt: skip
+    with (run_dir / "events" / "all.jsonl").open("a") as file:
+        file.writelines(json.dumps(e) + "\n" for e in chosen)
+    both = {"parity": "every 42 s: it pays", "checkpoints": "every 80 steps: so it does"}
+    told = plan(str(run_dir))
+    assert told["chosen"] == both
+    assert told["costs"]["parity_block_s"] == 0.01
+    assert "The job itself chose parity every 42 s: it pays." in ftkit("plan", str(run_dir))
+    state = json.loads(ftkit("status", str(run_dir), "--json"))
+    assert both.items() <= state.items()
+    watched = ftkit("status", str(run_dir))
+    assert all(f"{what} {often}\n" in watched for what, often in both.items())
+    assert "The job chose to make parity every 42.0 s (it pays), after 9.5 s." in ftkit(
+        "explain", str(run_dir)
+    )

@@ -1,13 +1,15 @@
 """What protect(build=...) makes, and what it refuses; and that a digest of shards adds up."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import ftkit
 from ftkit.core.errors import UsageError
-from ftkit.session.builder import mesh_shape
+from ftkit.session.builder import Builder, mesh_shape
 from ftkit.session.consistency import breaks_bits
 from ftkit.session.shards_digest import _mix, _signed, shards_digest
 from tests.session.alone import Points, alone
@@ -104,3 +106,17 @@ def test_a_digest_of_shards_is_that_of_names_places_and_bits() -> None:
 
 def test_words_are_mixed_as_splitmix64_does() -> None:
     assert int(_mix(torch.tensor(0))) == _signed(0xE220A8397B1DCDAF)
+
+
+def test_an_optimizer_that_cuts_by_itself_is_none_of_a_sharded_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *_, **__: None)
+    model = nn.Linear(2, 2)
+    optimizer = ftkit.ZeroOptimizer(model.parameters(), torch.optim.AdamW)
+    builder = Builder(
+        lambda mesh: (model, optimizer), shards=None, consistency="bitwise", device=None
+    )
+    world: Any = SimpleNamespace(size=2)
+    with pytest.raises(UsageError, match="a ZeroOptimizer cuts the state of a model"):
+        builder.make(world)

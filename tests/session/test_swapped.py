@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ftkit.collectives.handle import finished
 from ftkit.core.errors import UsageError
+from ftkit.session.ends import Ends
 from ftkit.session.layers import Layers
 from ftkit.session.session import _allowed
 from ftkit.session.swapped import SwappedSchedule
@@ -94,6 +95,65 @@ def test_layers_of_another_cut_are_refused() -> None:
         made(layers, held)
     with pytest.raises(ValueError, match="CheckFree"):
         layers.cut([9.0, 1, 1, 1, 1, 9.0])
+
+
+def test_a_slot_that_lacks_its_input_or_target_is_refused() -> None:
+    layers, step = stand_in(), Played()
+    layers.cut(COSTS)
+    schedule = made(layers, modules())
+    x = [torch.randn(2, 3) for _ in range(SLOTS)]
+    for inputs, targets, said in ((x[:2], x, "2 inputs"), (x, [*x, x[0]], "4 targets")):
+        with pytest.raises(UsageError, match=f"{said}, and a step has 3 slots"):
+            schedule.play(step, inputs, targets)  # type: ignore[arg-type]
+    assert not step.layers
+
+
+def test_the_schedule_of_a_world_that_is_over_is_refused() -> None:
+    layers, step = stand_in(), Played()
+    layers.cut(COSTS)
+    old = made(layers, modules())
+    layers.cut(COSTS)
+    made(layers, modules())
+    x = [torch.randn(2, 3) for _ in range(SLOTS)]
+    with pytest.raises(UsageError, match="a world that is over"):
+        old.play(step, x, x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("layers", ""),
+        ("blocks.0", "of layer 1 as given"),  # the first number in a name is not the layer's
+        ("embedding", "embedding.weight is of layer 0 as given"),
+        ("norm", "norm.weight is of no layer"),
+    ],
+)
+def test_tensors_whose_names_do_not_tell_their_layer_are_refused_at_once(
+    name: str, said: str
+) -> None:
+    layers, held = stand_in(), modules()
+    model = nn.Module()
+    if name == "embedding":
+        held[0] = model.embedding = nn.Linear(3, 3)
+    numbered = nn.ModuleDict({str(i): m for i, m in held.items()})
+    if name == "blocks.0":
+        model.blocks = nn.ModuleList([numbered])
+    else:
+        model.layers = numbered
+    if name == "norm":
+        model.norm = nn.LayerNorm(3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def built() -> None:
+        layers.cut(COSTS)
+        made(layers, held)
+        Ends(layers._group, model, optimizer, bounds=layers.bounds, numbers=layers.numbers)
+
+    if not said:
+        built()
+        return
+    with pytest.raises(UsageError, match=said):
+        built()
 
 
 def test_it_has_to_be_asked_for() -> None:

@@ -122,6 +122,19 @@ def test_alone_it_is_the_optimizer_it_is_made_of() -> None:
     assert bits(model) == reference
 
 
+def test_rows_follow_a_parameter_that_is_given_other_memory() -> None:
+    """As by `model.to(...)`, after the optimizer was made."""
+    reference, _ = whole(3)
+    model = layers()
+    optimizer = ZeroOptimizer(groups(model), torch.optim.AdamW, lr=0.05)
+    for step in range(3):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+        draw(model, step)
+        optimizer.step()
+    assert bits(model) == bits(reference)
+
+
 def test_schedulers_and_the_script_set_hyperparameters() -> None:
     model = layers()
     optimizer = ZeroOptimizer(groups(model), torch.optim.SGD, lr=1.0)

@@ -159,7 +159,6 @@ def combine(
     k = len(stripe.data)
     codec = Codec(k, len(stripe.parity))
     window = min(pace.window_bytes, stripe.length)
-    buffers = {shard: memoryview(bytearray(window)) for shard in sources}
     empty = {i: memoryview(b"") for i, piece in enumerate(stripe.data) if not piece.count}
     read = 0
     with ExitStack() as opened:
@@ -171,9 +170,8 @@ def combine(
         for at in range(0, stripe.length, window):
             given = dict[int, memoryview](empty)
             for shard, stream in streams.items():
-                given[shard] = buffers[shard][: _within(stripe.shard_bytes(shard), at, window)]
                 with _blamed(Place(number, shard)):
-                    stream.fill(given[shard])
+                    given[shard] = stream.take(_within(stripe.shard_bytes(shard), at, window))
                 read += len(given[shard])
             counts = {i: _within(stripe.shard_bytes(i), at, window) for i in outputs}
             codec.rebuild(given, {i: out.window(at, counts[i]) for i, out in outputs.items()})

@@ -60,24 +60,41 @@ class Stream:
     def __init__(self, blocks: Iterable[memoryview]) -> None:
         self._blocks = iter(blocks)
         self._left = memoryview(b"")
+        self._joined = bytearray()
 
-    def fill(self, out: memoryview) -> None:
-        """Read the next `len(out)` bytes. Raises what the blocks raise.
+    def take(self, count: int) -> memoryview:
+        """The next `count` bytes, valid until more are taken. Raises what the blocks raise.
+
+        Not copied where they lie in one block.
 
         Raises:
           IntegrityError: the shard ends before.
         """
-        at = 0
-        while at < len(out):
+        if count and not self._left:
+            self._go_on(count)
+        if len(self._left) < count:
+            return self._join(count)
+        found, self._left = self._left[:count], self._left[count:]
+        return found
+
+    def _join(self, count: int) -> memoryview:
+        if len(self._joined) < count:
+            self._joined = bytearray(count)
+        out, at = memoryview(self._joined)[:count], 0
+        while at < count:
             if not self._left:
-                block = next(self._blocks, None)
-                if block is None:
-                    raise IntegrityError(f"a shard ends {len(out) - at} bytes too early")
-                self._left = block
-            count = min(len(self._left), len(out) - at)
-            out[at : at + count] = self._left[:count]
-            self._left = self._left[count:]
-            at += count
+                self._go_on(count - at)
+            size = min(len(self._left), count - at)
+            out[at : at + size] = self._left[:size]
+            self._left = self._left[size:]
+            at += size
+        return out
+
+    def _go_on(self, missing: int) -> None:
+        block = next(self._blocks, None)
+        if block is None:
+            raise IntegrityError(f"a shard ends {missing} bytes too early")
+        self._left = block
 
 
 Open = Callable[[Place, ExitStack], Stream]

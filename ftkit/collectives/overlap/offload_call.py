@@ -18,6 +18,7 @@ from ftkit.collectives.overlap.offload_trace import (
     Block,
     Cut,
     Key,
+    input_rows,
     not_kept,
     output_rows,
     same_memory,
@@ -156,8 +157,7 @@ class OffloadedCall:
         inputs = []
         for parcel, grad in zip(self._inputs, self._grads, strict=True):
             x = parcel.there(self._mover, self._device)
-            part = x.narrow(self._dim, rows, self._profile.tokens - rows)
-            inputs.append(part.detach().requires_grad_(grad))
+            inputs.append(input_rows(x, self._dim, rows, grad=grad))
         outputs, numbers, attentions = iter(self._outputs), count(), count()
 
         def take(key: Key, tensor: Tensor) -> None:

@@ -17,6 +17,7 @@ from ftkit.collectives.overlap.offload_trace import (
     BlockTrace,
     Cut,
     Key,
+    input_rows,
     nbytes_of,
     trace_block,
     worth_sending,
@@ -145,11 +146,7 @@ class Profiler:
         return True
 
     def _from(self, inputs: Sequence[Tensor], first: int) -> list[Tensor]:
-        found = []
-        for x in inputs:
-            rows = x.detach().narrow(self.dim, first, x.shape[self.dim] - first)
-            found.append(rows.requires_grad_(x.requires_grad))
-        return found
+        return [input_rows(x, self.dim, first, grad=x.requires_grad) for x in inputs]
 
 
 def _cuts(

@@ -177,6 +177,13 @@ def worth_sending(tensor: Tensor | SavedTensor) -> bool:
     return nbytes_of(tensor.shape, tensor.dtype) >= SMALL and not spread
 
 
+def input_rows(x: Tensor, dim: int, first: int, *, grad: bool) -> Tensor:
+    """An input's tokens from `first` on, packed as all of them are: a linear layer goes by that."""
+    rows = x.detach().narrow(dim, first, x.shape[dim] - first)
+    rows = rows.contiguous() if x.is_contiguous() else rows
+    return rows.detach().requires_grad_(grad)
+
+
 def output_rows(output: Tensor, first: int, qkv: Sequence[Tensor]) -> Tensor:
     """The output of attention (..., tokens, width) from a token on, as if it had been computed."""
     rows = output.detach().narrow(-2, first, output.shape[-2] - first)
