@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ftkit.checkpoint.box import Box, TensorBox
-from ftkit.checkpoint.walk import Live, OptimizerWalk, check_kind, dtype_name
+from ftkit.checkpoint.walk import Live, OptimizerWalk, check_kind, dtype_name, state_device
 from ftkit.core.errors import StateChanged, UsageError
 
 
@@ -129,20 +129,14 @@ class CutWalk(OptimizerWalk):
         parameters: Mapping[str, tuple[torch.Tensor, dict[str, Any]]],
     ) -> torch.Tensor:
         """See `OptimizerWalk.prepare`. What comes back has no memory: `boxes` has."""
-        name, key = self._split(entry)
-        if name not in parameters:
-            raise StateChanged(
-                f"the snapshot has {key!r} of parameter {name!r}, which {self.name} does not train"
-            )
-        parameter, group = parameters[name]
+        key, parameter, group = self._trained(entry, parameters)
         by_row = shape == tuple(parameter.shape) and key != "step"
         if shape and not by_row:
             raise StateChanged(
                 f"{entry} is {list(shape)} and its parameter {list(parameter.shape)}: it was saved "
                 f"by an optimizer that {self.name} is not"
             )
-        in_kernel = bool(group.get("capturable") or group.get("fused"))
-        device = parameter.device if key != "step" or in_kernel else torch.device("cpu")
+        device = state_device(key, parameter, group)
         self._goals[entry] = [
             (piece, torch.empty(piece.box.shape if by_row else (), dtype=dtype, device=device))
             for piece in self.cut.pieces

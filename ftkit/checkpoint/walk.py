@@ -283,13 +283,7 @@ class OptimizerWalk:
           StateChanged: no parameter of this optimizer has the entry's name, or it cannot be
             told how to shard it.
         """
-        name, key = self._split(entry)
-        try:
-            parameter, group = parameters[name]
-        except KeyError:
-            raise StateChanged(
-                f"the snapshot has {key!r} of parameter {name!r}, which {self.name} does not train"
-            ) from None
+        key, parameter, group = self._trained(entry, parameters)
         value = self.optimizer.state.get(parameter, {}).get(key)
         if (
             isinstance(value, torch.Tensor)
@@ -306,10 +300,18 @@ class OptimizerWalk:
                 f"how {self.name} shards it is not known before it made it. Take one step with "
                 "the optimizer before loading"
             )
-        # Optimizers keep step counts in host memory unless a kernel reads them.
-        in_kernel = bool(group.get("capturable") or group.get("fused"))
-        on_device = key != "step" or in_kernel
-        return torch.empty(shape, dtype=dtype, device=parameter.device if on_device else "cpu")
+        return torch.empty(shape, dtype=dtype, device=state_device(key, parameter, group))
+
+    def _trained(
+        self, entry: str, parameters: Mapping[str, tuple[torch.Tensor, dict[str, Any]]]
+    ) -> tuple[str, torch.Tensor, dict[str, Any]]:
+        """What an entry is of its parameter, the parameter, and its group. See `prepare`."""
+        name, key = self._split(entry)
+        if name not in parameters:
+            raise StateChanged(
+                f"the snapshot has {key!r} of parameter {name!r}, which {self.name} does not train"
+            )
+        return key, *parameters[name]
 
     def _state_name(self, parameter: str, key: object) -> str:
         if not isinstance(key, str) or "/" in key:
@@ -325,6 +327,12 @@ def _clean(name: str) -> str:
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")
     return name
+
+
+def state_device(key: str, parameter: torch.Tensor, group: Mapping[str, Any]) -> torch.device:
+    """Where an optimizer keeps `key`: step counts in host memory, unless a kernel reads them."""
+    in_kernel = bool(group.get("capturable") or group.get("fused"))
+    return parameter.device if key != "step" or in_kernel else torch.device("cpu")
 
 
 def live_boxes(name: str, tensor: torch.Tensor, *, early: bool) -> Iterator[Live]:

@@ -17,12 +17,13 @@ from torch import nn
 from torch._C._distributed_c10d import HashStore
 from torch.nn.parallel import DistributedDataParallel
 
+from ftkit.checkpoint.cut_walk import CutWalk
 from ftkit.checkpoint.layout import StateLayout
 from ftkit.checkpoint.memory import LiveMemory, as_numpy
 from ftkit.checkpoint.plain import decode, encode
 from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.state import ProtectedState
-from ftkit.checkpoint.walk import unwrap
+from ftkit.checkpoint.walk import OptimizerWalk, unwrap
 from ftkit.core.errors import IntegrityError, StateChanged, UsageError
 
 from .helpers import Training, assert_same, contents
@@ -365,6 +366,14 @@ from ftkit.checkpoint.capture import Capture
 with Capture(arena, training.state) as capture:
     capture.begin(7, 2)
 """
+
+
+@pytest.mark.parametrize("kind", [OptimizerWalk, CutWalk])
+def test_state_of_a_parameter_that_is_not_trained_is_refused(kind):
+    trained = nn.Parameter(torch.ones(2))
+    walk = kind("optimizer", torch.optim.SGD([trained]), lambda _: "w")
+    with pytest.raises(StateChanged, match=r"has 'm' of parameter 'x', which optimizer does not"):
+        walk.prepare("optimizer/state/x/m", torch.float32, (2,), walk.parameters())
 
 
 @pytest.mark.multiproc

@@ -43,16 +43,13 @@ def main(mode: str) -> None:
     model = nn.Linear(width, 1)
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
     session.protect(model=model, optimizer=optimizer)
-    if mode == "outside":
-        optimizer.step()
     source: Any = Line()
     if mode == "sharded":
         source = RankDependent()
     if mode == "shuffled":
         source = DataLoader(source, batch_size=2, shuffle=True)
-    slots = 1 if mode == "crowded" else 4
     size = None if mode in ("sharded", "shuffled") else 2
-    for step in session.steps(source, slots=slots, slot_size=size, until=STEPS):
+    for step in session.steps(source, slots=4, slot_size=size, until=STEPS):
         with step:
             for batch in step.batches():
                 x = batch.expand(-1, width) if mode == "huge" else batch.reshape(-1, width)

@@ -6,6 +6,7 @@ While a seat is empty the steps are slow, so that its next process is back befor
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import nn
 
 import ftkit
+from ftkit.session.session import Session
+from ftkit.session.step import Step
 from tests.drills.training import Curve
 
 #: Neither 2, 3 nor 4 ranks divide it.
@@ -43,14 +46,17 @@ def build(mesh: Any) -> tuple[nn.Module, torch.optim.Optimizer, Any]:
     return model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.99)
 
 
-def main(shards: int, steps: int) -> None:
+def begin() -> Session:
+    """Join the job; in a lost one's place, late."""
     torch.set_num_threads(1)
     if os.environ.get("FTKIT_MEMBER") != os.environ.get("FTKIT_SEAT"):
         time.sleep(float(os.environ.get(LATE, "0")))
-    session = ftkit.init()
-    session.protect(build=build, shards=shards or None)
-    seats = int(os.environ.get("WORLD_SIZE", "1"))
-    for step in session.steps(Curve(), slots=SLOTS, slot_size=SLOT_SIZE, until=steps):
+    return ftkit.init()
+
+
+def steps(session: Session, until: int) -> Iterator[Step]:
+    """Train; gives every step when it has been played."""
+    for step in session.steps(Curve(), slots=SLOTS, slot_size=SLOT_SIZE, until=until):
         with step:
             for x, y in step.batches():
                 loss = nn.functional.mse_loss(session.model(x), y)
@@ -59,7 +65,14 @@ def main(shards: int, steps: int) -> None:
             step.clip_grad_norm_(0.1)
             session.optimizer.step()
             session.scheduler.step()
-        if session.world_size < seats:
+        yield step
+
+
+def main(shards: int, until: int) -> None:
+    session = begin()
+    session.protect(build=build, shards=shards or None)
+    for _ in steps(session, until):
+        if session.world_size < session.seats:
             time.sleep(WAITING_S)
 
 

@@ -28,6 +28,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return done
 
 
+@pytest.fixture(scope="module")
+def long(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same for more steps."""
+    folder = tmp_path_factory.mktemp("sharded") / "long"
+    done = run(folder, JOB, ["0", str(LONG)], nproc=1)
+    assert done.stop.code == 0, done.log
+    return done
+
+
 def assert_pass(done: Run, reference: Run, *, seats: int) -> None:
     expected = Expectation(
         fault="drill", phase="any", seed=0, world_size=seats, steps=STEPS, slots=SLOTS,
@@ -75,10 +84,8 @@ def test_a_survivor_whose_build_raises_is_replaced(whole: Run, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("shards", ["0", "2"])
-def test_a_node_is_lost_with_its_shards(tmp_path: Path, shards: str) -> None:
+def test_a_node_is_lost_with_its_shards(long: Run, tmp_path: Path, shards: str) -> None:
     """FSDP2, where parity has them; HSDP, where another copy has."""
-    long = ["0", str(LONG)]
-    reference = run(tmp_path / "reference", JOB, long, nproc=1)
     lose = Loser(tmp_path / "run" / "events", node=2)
     more = {"parity": "3+1"} if shards == "0" else {}
     done = run(
@@ -86,7 +93,7 @@ def test_a_node_is_lost_with_its_shards(tmp_path: Path, shards: str) -> None:
     )
     assert lose.struck
     assert done.stop.code == 0, f"{done.stop}\n{done.log}"
-    assert done.params == reference.params
+    assert done.params == long.params
     losses = {(e["step"], e["loss"]) for e in done.of("commit")}
     assert {step for step, _ in losses} == set(range(1, LONG + 1)), "every step, and none lost"
 

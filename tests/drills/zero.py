@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ftkit
-from tests.drills.sharded import LATE, SLOT_SIZE, SLOTS, WAITING_S, network
+from tests.drills.sharded import SLOT_SIZE, SLOTS, WAITING_S, begin, network
 from tests.drills.training import Curve
 
 #: A variable: seconds that every step takes at least, so that tiers below have their time.
@@ -19,10 +19,7 @@ PAUSE = "TEST_PAUSE_S"
 
 
 def main(steps: int) -> None:
-    torch.set_num_threads(1)
-    if os.environ.get("FTKIT_MEMBER") != os.environ.get("FTKIT_SEAT"):
-        time.sleep(float(os.environ.get(LATE, "0")))
-    session = ftkit.init()
+    session = begin()
     torch.manual_seed(0)
     model = network()
     optimizer = ftkit.ZeroOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)

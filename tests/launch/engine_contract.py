@@ -1,7 +1,8 @@
 """What every engine keeps: the tests that embedded and Ray pass alike.
 
-Subclass `EngineContract` and say how to make an engine. Scripts import no torch, so that a
-job takes about a second; the jobs are real processes all the same.
+Subclass `EngineContract` and say how to make an engine. Scripts import no torch, and neither do
+their agents but where forked ranks are the matter, so that a job takes about a second; the jobs
+are real processes all the same.
 """
 
 import json
@@ -86,7 +87,7 @@ class EngineContract:
             found["ray"] = [n for n in os.environ if n.startswith("RAY_")] + ["ray" in sys.modules]
             Path(sys.argv[1], "env" + os.environ["RANK"]).write_text(json.dumps(found))
         """
-        assert jobs.run(script, nodes=2, nproc=2, master_port=29123).code == 0
+        assert jobs.run(script, nodes=2, nproc=2, master_port=29123, preload=True).code == 0
         for rank in range(4):
             found = json.loads((jobs.folder / f"env{rank}").read_text())
             assert found.pop("ray") == [False]
@@ -101,7 +102,7 @@ class EngineContract:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setenv("OURS", "as exported")
         script = "import os; assert os.environ['OURS'] == 'as exported'; open('here', 'x').close()"
-        stop = jobs.run(script)
+        stop = jobs.run(script, preload=True)
         assert (stop.code, stop.reason) == (0, "every rank finished")
         assert (tmp_path / "here").exists()
 
@@ -152,7 +153,7 @@ class EngineContract:
         assert drive(engine) == Stop(code=0, reason="every rank finished")
 
     def test_a_killed_agent_takes_its_ranks_with_it_and_is_replaced(self, jobs: "Jobs") -> None:
-        engine = jobs.start(WAIT)
+        engine = jobs.start(WAIT, preload=True)
         ((pid, agent),) = jobs.pids(1)
         os.kill(agent, signal.SIGKILL)
         deadline = time.monotonic() + LIMIT_S
@@ -166,7 +167,7 @@ class EngineContract:
         assert drive(engine) == Stop(code=0, reason="every rank finished")
 
     def test_closing_in_the_middle_leaves_nothing(self, jobs: "Jobs") -> None:
-        engine = jobs.start(WAIT, nproc=2)
+        engine = jobs.start(WAIT, nproc=2, preload=True)
         pids = [pid for pid, _ in jobs.pids(2)]
         engine.close()
         assert leftovers(jobs.configs[0].job) == []
@@ -193,7 +194,7 @@ class Jobs:
             run_dir=str(self.folder / "run"),
             rank_logs=True,
             max_stall_s=10.0,
-            **settings,
+            **{"preload": False, **settings},
         )
         Path(config.run_dir).mkdir()
         engine = self._make(config, new_secret())

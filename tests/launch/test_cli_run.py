@@ -11,11 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from ftkit.launch.cli import main
 from tests.launch.engine_contract import WAIT, leftovers, runs
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 60.0
+
+#: For ranks that need no torch: nothing waits until it is imported.
+FROM_SCRATCH = "--no-preload"
 
 pytestmark = pytest.mark.multiproc
 
@@ -102,18 +107,29 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
     ],
 )
 def test_what_cannot_work_is_refused_with_words(
-    cli: Cli, arguments: list[str], code: int, words: str
+    arguments: list[str], code: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found, out, err = cli.run(*arguments)
-    assert (found, out) == (code, "")
-    assert words in err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (tmp_path / "train.py").touch()
+    done = CliRunner().invoke(main, ["run", *arguments], prog_name="ftkit")
+    assert isinstance(done.exception, SystemExit), done.exc_info
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert words in done.stderr
+
+
+def test_a_refusal_is_a_message_and_an_exit_code(cli: Cli) -> None:
+    code, out, err = cli.run("nowhere.py")
+    assert (code, out) == (64, "")
+    assert err.startswith("ftkit: there is no script 'nowhere.py' in ")
 
 
 # ---- how it ends
 
 
 def test_the_scripts_own_exit_code_and_a_reason(cli: Cli) -> None:
-    code, out, err = cli.run("train.py", "7", script="import sys; sys.exit(int(sys.argv[1]))")
+    script = "import sys; sys.exit(int(sys.argv[1]))"
+    code, out, err = cli.run(FROM_SCRATCH, "train.py", "7", script=script)
     assert (code, out) == (7, "")
     assert "seat 0 exited with 7" in err
     assert "(events in " in err
@@ -121,14 +137,14 @@ def test_the_scripts_own_exit_code_and_a_reason(cli: Cli) -> None:
 
 def test_quiet_hides_no_error(cli: Cli) -> None:
     script = "import sys; print('from the rank'); sys.exit('the rank gives up')"
-    code, out, err = cli.run("--quiet", "train.py", script=script)
+    code, out, err = cli.run(FROM_SCRATCH, "--quiet", "train.py", script=script)
     assert (code, out) == (1, "from the rank\n")
     assert "the rank gives up" in err
     assert "ftkit: the process in seat 0 exited with 1" in err
 
 
 def test_json_is_one_object_at_the_end(cli: Cli) -> None:
-    code, out, _ = cli.run("--json", "train.py", script="print('from the rank')")
+    code, out, _ = cli.run(FROM_SCRATCH, "--json", "train.py", script="print('from the rank')")
     *lines, last = out.splitlines()
     assert code == 0
     assert lines == ["from the rank"]
@@ -142,7 +158,7 @@ def test_json_is_one_object_at_the_end(cli: Cli) -> None:
 def test_a_module_runs_as_a_script_does(cli: Cli) -> None:
     (cli.folder / "package").mkdir()
     (cli.folder / "package" / "job.py").write_text("import sys; print(__name__, sys.argv[1:])")
-    code, out, _ = cli.run("-m", "package.job", "--steps", "3")
+    code, out, _ = cli.run(FROM_SCRATCH, "-m", "package.job", "--steps", "3")
     assert (code, out) == (0, "__main__ ['--steps', '3']\n")
 
 
@@ -182,7 +198,7 @@ def test_a_killed_command_takes_everything_with_it(cli: Cli) -> None:
         time.sleep(0.02)
     assert [left for left in leftovers(job) if not left.startswith("/dev/shm")] == []
     # The next job on this machine clears it away.
-    assert cli.run("--run-dir", "next", "train.py", script="pass")[0] == 0
+    assert cli.run(FROM_SCRATCH, "--run-dir", "next", "train.py", script="pass")[0] == 0
     assert leftovers(job, wait_s=0.0) == []
 
 

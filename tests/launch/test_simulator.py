@@ -1,6 +1,7 @@
 """The whole job, simulated: whatever breaks, nothing wrong is committed, and it recovers."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from ftkit.launch.simulator import HEALED_S, SimulatedEnd, Simulation
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.launch.simulator_network import Exchange
-from ftkit.launch.simulator_seeds import main
+from ftkit.launch.simulator_seeds import main, play_all
 from ftkit.recovery import plan as plan_module
 from ftkit.recovery import protocol
 from ftkit.recovery.budget import BudgetConfig
@@ -26,7 +27,11 @@ def play(seeds: range) -> list[SimulatedEnd]:
 
 
 def test_a_thousand_seeds_hold() -> None:
-    ended = play(range(1000))
+    processors = len(os.sched_getaffinity(0))
+    played = dict(play_all(range(1000), ranks=None, processes=processors))
+    assert {seed: said for seed, said in played.items() if isinstance(said, str)} == {}
+    ended = [outcome for outcome in played.values() if isinstance(outcome, SimulatedEnd)]
+    assert len(ended) == 1000
     # One in nine has no fault in its schedule, others end before the first one is due.
     assert sum(o.faults > 0 for o in ended) > 700
     assert sum(o.restarts for o in ended) > 500
