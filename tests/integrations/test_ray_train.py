@@ -1,7 +1,6 @@
 """Ray Train: what runs in ranks, what they report, and a backend that is told of the end.
 
-A real run, with a rank and a worker killed, is in `tests/launch/test_engines.py`, whose cluster it
-shares.
+A real run, with a rank and a worker killed, is in `test_ray_train_run.py`.
 """
 
 import inspect

@@ -71,7 +71,7 @@ def test_accelerate(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_ray_train_s_loop_and_its_trainer(
     in_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a cluster, which `test_engines` has: the loop in this process, the trainer unfitted."""
+    """Without a cluster, which `test_ray_train_run` has: the loop in this process, the trainer unfitted."""
     script, reported = play("ray_train_ddp", "ray_train_ddp"), list[dict[str, Any]]()
     monkeypatch.setattr(ray_train, "report", reported.append)
     script["train"]({"lr": 1e-2, "steps": 150})

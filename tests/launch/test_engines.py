@@ -1,11 +1,9 @@
 """Both engines against one contract, and what only Ray does."""
 
-import importlib.util
 import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from ftkit.core import exit_codes
@@ -32,12 +29,10 @@ from ftkit.launch.ray_placement import AGENT_CPUS, bundle, parse_resources, shor
 from ftkit.launch.store_drills import OnDisk
 from ftkit.launch.tail import RankOutput
 from tests.drills.jobs import TRAINING, run
-from tests.integrations import ray_train_job
 from tests.launch.engine_contract import WAIT, EngineContract, Jobs, drive, leftovers
+from tests.launch.ray_cluster import ROOT, Cluster, free_port, running_cluster
 
-ROOT = Path(__file__).resolve().parents[2]
 CLI = (sys.executable, "-m", "ftkit.launch.cli")
-START_LIMIT_S = 90.0
 
 
 @pytest.mark.multiproc
@@ -68,100 +63,10 @@ PACED = """
 """
 
 
-class Cluster:
-    """A Ray head of our own on free ports, and everything below it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.gcs, self.dashboard, client = (free_port() for _ in range(3))
-        environ = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
-        self.environ = environ | {
-            "PYTHONPATH": str(ROOT),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}",
-        }
-        self.address = f"127.0.0.1:{self.gcs}"
-        command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
-        command += ["--node-ip-address=127.0.0.1", f"--port={self.gcs}", f"--temp-dir={folder}"]
-        command += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={client}"]
-        command += ["--object-store-memory=100000000"]
-        self._log = (folder / "head.log").open("wb")
-        self.process = subprocess.Popen(
-            command, env=self.environ, stdout=self._log, stderr=self._log, start_new_session=True
-        )
-
-    @contextmanager
-    def machine(self, *options: str) -> Iterator[None]:
-        """Another machine of the cluster, as far as Ray knows; `options` are `ray start`'s."""
-        command = ["ray", "start", f"--address={self.address}", "--block", "--disable-usage-stats"]
-        command += ["--num-cpus=2", "--object-store-memory=100000000", *options]
-        with (self._folder / "machine.log").open("wb") as log:
-            process = subprocess.Popen(
-                command, env=self.environ, stdout=log, stderr=log, start_new_session=True
-            )
-            below: list[psutil.Process] = []
-            try:
-                deadline = time.monotonic() + START_LIMIT_S
-                while b"runtime started" not in (said := Path(log.name).read_bytes()):
-                    assert process.poll() is None, said
-                    assert time.monotonic() < deadline, said
-                    time.sleep(0.1)
-                below = psutil.Process(process.pid).children(recursive=True)
-                yield
-            finally:
-                process.terminate()
-                process.wait(timeout=20)
-                for left in psutil.wait_procs(below, timeout=10)[1]:
-                    left.kill()
-
-    def drain(self, machine: str) -> None:
-        """Tell Ray that a machine is about to be taken away, as a cloud's notice does."""
-        command = ["ray", "drain-node", f"--address={self.address}", f"--node-id={machine}"]
-        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
-        command += ["--deadline-remaining-seconds=60"]
-        subprocess.run(command, env=self.environ, check=True, capture_output=True, timeout=60)
-
-    def actors(self) -> list[str]:
-        """ftkit's actors that run on this cluster."""
-        titles = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                titles.append(" ".join(process.cmdline()))
-            except psutil.Error:
-                continue  # it ended meanwhile
-        return [t for t in titles if "AgentHost" in t or "CoordinatorHost" in t]
-
-    def stop(self) -> None:
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for process in psutil.wait_procs(below, timeout=5)[1]:
-            process.kill()
-        self._log.close()
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    # Ray's socket paths have to fit 107 bytes, so pytest's own folder is too deep.
-    folder = Path("/tmp") / f"ftkit-ray-{os.getpid()}"
-    folder.mkdir()
-    cluster = None
-    try:
-        cluster = Cluster(folder)
-        deadline = time.monotonic() + START_LIMIT_S
-        while not (answers(cluster.gcs) and answers(cluster.dashboard)):
-            assert cluster.process.poll() is None, (folder / "head.log").read_text()
-            assert time.monotonic() < deadline, (folder / "head.log").read_text()
-            time.sleep(0.1)
+    with running_cluster("ray") as cluster:
         yield cluster
-    finally:
-        if cluster is not None:
-            cluster.stop()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -431,56 +336,6 @@ class TestRay(EngineContract):
 
 @pytest.mark.ray
 @pytest.mark.multiproc
-@pytest.mark.timeout(500)
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(m) is None for m in ("pandas", "pydantic", "cloudpickle")),
-    reason="ray.train is not installed: ftkit[raytrain]",
-)
-def test_ray_train_loses_a_rank_and_a_worker_and_grows_and_loses_no_bit(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    def start(folder: str, how: str) -> subprocess.Popen[bytes]:
-        (tmp_path / folder).mkdir()
-        with (tmp_path / folder / "log").open("wb") as log:
-            return subprocess.Popen(
-                [sys.executable, str(ray_train_job.__file__), str(tmp_path / folder), how],
-                env=cluster.environ | {"RAY_ADDRESS": cluster.address},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    with start("alone", "alone") as alone, start("job", "faults") as job:
-        try:
-            deadline = time.monotonic() + 250
-            while not (tmp_path / "job" / "full").exists():
-                assert job.poll() is None, (tmp_path / "job" / "log").read_text()
-                assert time.monotonic() < deadline, (tmp_path / "job" / "log").read_text()
-                time.sleep(0.1)
-            with cluster.machine():
-                job.wait(timeout=150)
-            alone.wait(timeout=60)
-        finally:
-            alone.kill()
-            job.kill()
-    said = {name: (tmp_path / name / "log").read_text() for name in ("alone", "job")}
-    assert alone.returncode == 0, said["alone"]
-    assert job.returncode == 0, said["job"]
-    truth = json.loads((tmp_path / "alone" / "seat-0.json").read_text())
-    # All seats were there at the end, those of the third worker too.
-    for seat in range(6):
-        assert json.loads((tmp_path / "job" / f"seat-{seat}.json").read_text()) == truth
-    assert "rank 0" in said["job"], "worker 0 reported"
-    runs = sorted((tmp_path / "job" / "runs").iterdir(), key=lambda run: run.stat().st_mtime)
-    small, large = map(read_run, runs)  # the group was started anew once, to grow
-    decisions = [e for e in small if e["kind"] == "decision"]
-    assert [e["seat"] for e in decisions if e["action"] == "respawn"] == [1, 2, 3]
-    done, more = ({e["step"] for e in events if e["kind"] == "commit"} for events in (small, large))
-    assert max(done) + 1 == min(more) == ray_train_job.GROWS, "from the step it had come to"
-    assert [x for run in runs for x in leftovers(run.name)] == []
-
-
-@pytest.mark.ray
-@pytest.mark.multiproc
 def test_a_peer_that_says_nothing_is_given_up_on(tmp_path: Path) -> None:
     (tmp_path / "train.py").touch()
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -567,12 +422,6 @@ def test_rank_output_passes_on_whole_lines_once(tmp_path: Path) -> None:
     assert out.getvalue() == b"one\ntwo\nthree"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def told(url: str) -> str:
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:
@@ -580,11 +429,3 @@ def told(url: str) -> str:
             return text
     except OSError as error:
         return str(error)
-
-
-def answers(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
-    except OSError:
-        return False
-    return True

@@ -1,0 +1,127 @@
+"""A Ray cluster of a test's own."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT_S = 90.0
+
+
+class Cluster:
+    """A Ray head of our own on free ports, and everything below it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.gcs, self.dashboard, client = (free_port() for _ in range(3))
+        environ = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
+        self.environ = environ | {
+            "PYTHONPATH": str(ROOT),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environ['PATH']}",
+        }
+        self.address = f"127.0.0.1:{self.gcs}"
+        command = ["ray", "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=2"]
+        command += ["--node-ip-address=127.0.0.1", f"--port={self.gcs}", f"--temp-dir={folder}"]
+        command += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={client}"]
+        command += ["--object-store-memory=100000000"]
+        self._log = (folder / "head.log").open("wb")
+        self.process = subprocess.Popen(
+            command, env=self.environ, stdout=self._log, stderr=self._log, start_new_session=True
+        )
+
+    @contextmanager
+    def machine(self, *options: str) -> Iterator[None]:
+        """Another machine of the cluster, as far as Ray knows; `options` are `ray start`'s."""
+        command = ["ray", "start", f"--address={self.address}", "--block", "--disable-usage-stats"]
+        command += ["--num-cpus=2", "--object-store-memory=100000000", *options]
+        with (self._folder / "machine.log").open("wb") as log:
+            process = subprocess.Popen(
+                command, env=self.environ, stdout=log, stderr=log, start_new_session=True
+            )
+            below: list[psutil.Process] = []
+            try:
+                deadline = time.monotonic() + START_LIMIT_S
+                while b"runtime started" not in (said := Path(log.name).read_bytes()):
+                    assert process.poll() is None, said
+                    assert time.monotonic() < deadline, said
+                    time.sleep(0.1)
+                below = psutil.Process(process.pid).children(recursive=True)
+                yield
+            finally:
+                process.terminate()
+                process.wait(timeout=20)
+                for left in psutil.wait_procs(below, timeout=10)[1]:
+                    left.kill()
+
+    def drain(self, machine: str) -> None:
+        """Tell Ray that a machine is about to be taken away, as a cloud's notice does."""
+        command = ["ray", "drain-node", f"--address={self.address}", f"--node-id={machine}"]
+        command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+        command += ["--deadline-remaining-seconds=60"]
+        subprocess.run(command, env=self.environ, check=True, capture_output=True, timeout=60)
+
+    def actors(self) -> list[str]:
+        """ftkit's actors that run on this cluster."""
+        titles = []
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                titles.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue  # it ended meanwhile
+        return [t for t in titles if "AgentHost" in t or "CoordinatorHost" in t]
+
+    def stop(self) -> None:
+        below = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in psutil.wait_procs(below, timeout=5)[1]:
+            process.kill()
+        self._log.close()
+
+
+@contextmanager
+def running_cluster(name: str) -> Iterator[Cluster]:
+    """A cluster of one machine that answers, until the block ends."""
+    # Ray's socket paths have to fit 107 bytes, so pytest's own folder is too deep.
+    folder = Path("/tmp") / f"ftkit-{name}-{os.getpid()}"
+    folder.mkdir()
+    cluster = None
+    try:
+        cluster = Cluster(folder)
+        deadline = time.monotonic() + START_LIMIT_S
+        while not (answers(cluster.gcs) and answers(cluster.dashboard)):
+            assert cluster.process.poll() is None, (folder / "head.log").read_text()
+            assert time.monotonic() < deadline, (folder / "head.log").read_text()
+            time.sleep(0.1)
+        yield cluster
+    finally:
+        if cluster is not None:
+            cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
