@@ -9,6 +9,7 @@ import click
 
 from ftkit.core.errors import UsageError
 from ftkit.core.trace import read_run
+from ftkit.launch.choices import near
 from ftkit.launch.run_costs import run_costs
 from ftkit.recovery.costs import Costs
 from ftkit.recovery.failure_rate import FailureRate
@@ -58,7 +59,10 @@ def gather(
     for text in given:
         name, _, number = text.partition("=")
         if name not in COSTS:
-            raise UsageError(f"--cost {text}: there is no cost {name!r}; there are {COSTS}")
+            raise UsageError(
+                f"--cost {text}: there is no cost {name!r}; there are {', '.join(COSTS)}"
+                f"{near(name, COSTS)}"
+            )
         try:
             values[name] = float(number)
         except ValueError as error:
