@@ -106,7 +106,7 @@ def test_what_cannot_work_is_refused():
         examine(nodes=1, nproc=1, node_rank=0, master="", host="", config=config)
     with pytest.raises(UsageError, match="--node-rank counts the 2 nodes from 0"):
         examine(nodes=2, nproc=1, node_rank=2, master="a:1", host="", config=config)
-    with pytest.raises(UsageError, match="--master no.such.host.invalid cannot be reached"):
+    with pytest.raises(UsageError, match=r"--master no\.such\.host\.invalid cannot be reached"):
         examine(
             nodes=2, nproc=1, node_rank=1, master="no.such.host.invalid:1", host="", config=config
         )

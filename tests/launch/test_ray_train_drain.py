@@ -5,15 +5,15 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from ftkit.core.trace import read_run
-from tests.launch.test_engines import PACED, Cluster, cluster
-
-__all__ = ["cluster"]
+from tests.launch.ray_cluster import Cluster, running_cluster
+from tests.launch.test_engines import PACED
 
 STEPS = 200
 DRIVER = f"""
@@ -32,6 +32,12 @@ DRIVER = f"""
         run_config=RunConfig(storage_path=os.path.join(here, "storage")),
     ).fit()
 """
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    with running_cluster("drain") as cluster:
+        yield cluster
 
 
 @pytest.mark.ray
@@ -86,9 +92,9 @@ def test_a_worker_whose_machine_ray_drains_loses_no_step(
     assert sorted(step for step, _ in votes) == list(range(1, STEPS + 1)), "none was played twice"
 
 
-def machines(cluster: Cluster) -> set[str | None]:
+def machines(cluster: Cluster) -> set[str]:
     """Ray's names of those that are up."""
     from ray.autoscaler.v2.sdk import get_cluster_status
 
     status = get_cluster_status(cluster.address)
-    return {n.node_id for n in (*status.active_nodes, *status.idle_nodes)}
+    return {str(n.node_id) for n in (*status.active_nodes, *status.idle_nodes)}
