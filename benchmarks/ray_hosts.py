@@ -6,8 +6,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from benchmarks.children import Children
@@ -16,22 +16,24 @@ from benchmarks.jobs import JobFailed, python_path
 from ftkit.collectives.config import Transport
 from ftkit.session.parts import TRANSPORT
 
-PORT = 6379
+PORT, DASHBOARD_PORT = 6379, 8265
 START_S = 120.0
 
 
 class RayHosts:
     """`with RayHosts(3, folder) as cluster:` The first host is Ray's head. Needs root, and `ip`."""
 
-    def __init__(self, count: int, folder: Path) -> None:
+    def __init__(self, count: int, folder: Path, *, jobs: bool = False) -> None:
         """Describe it.
 
         Args:
           count: of hosts.
           folder: exists; for Ray's session, whose sockets' paths have to be short, and all output.
+          jobs: whether its head takes them (`ray job submit`), for which Ray's dashboard runs there.
         """
         self.hosts = Hosts(count)
         self._folder = folder
+        self._jobs = jobs
         self._children = Children(folder)
         # Hosts of one machine have one memory: ranks are told to leave it alone.
         self.env: dict[str, str] = {
@@ -47,6 +49,11 @@ class RayHosts:
         """Of the cluster, as its hosts see it."""
         return f"{self.hosts.addresses[0]}:{PORT}"
 
+    @property
+    def jobs_url(self) -> str:
+        """Where `ray job submit` finds the head."""
+        return f"http://{self.hosts.addresses[0]}:{DASHBOARD_PORT}"
+
     def join(self, host: int, *options: str) -> None:
         """Start the raylet of a host that has none; `options` are `ray start`'s. Blocks until it runs.
 
@@ -55,7 +62,8 @@ class RayHosts:
         """
         where = f"--address={self.address}"
         if host == 0:
-            where = f"--head --port={PORT} --temp-dir={self._folder} --include-dashboard=false"
+            where = f"--head --port={PORT} --temp-dir={self._folder}"
+            where += f" --include-dashboard={self._jobs} --dashboard-host={self.hosts.addresses[0]}"
         command = ["ray", "start", *where.split(), "--disable-usage-stats", "--num-cpus=1"]
         command += [f"--node-ip-address={self.hosts.addresses[host]}"]
         command += ["--object-store-memory=80000000", *options]
@@ -95,25 +103,14 @@ class RayHosts:
         return at
 
     def __enter__(self) -> Self:
-        self.hosts.__enter__()
-        try:
+        with ExitStack() as stack:
+            stack.enter_context(self.hosts)
+            stack.enter_context(self._children)
             for host in range(len(self.hosts.addresses)):
+                stack.callback(self.kill, host)
                 self.join(host)
-        except BaseException:
-            self._end()
-            raise
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    def _end(self) -> None:
-        for host in reversed(range(len(self.hosts.addresses))):
-            self.kill(host)
-        self._children.__exit__(None, None, None)
-        self.hosts.__exit__(None, None, None)
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()

@@ -604,11 +604,14 @@ def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: boo
     from ftkit.launch.report import write_report
 
     events = read_run(newest_run(run_dir))
-    undisturbed = read_run(reference) if reference else None
+    undisturbed = read_run(newest_run(reference)) if reference else None
     # What was not meant to be broken is no drill, and has nothing to pass.
     drilled = any(e.get("kind") == "drill" for e in events)
     outcome = check(events, undisturbed, expectation_of(events)) if drilled or reference else None
-    write_report(out, events, undisturbed, outcome)
+    try:
+        write_report(out, events, undisturbed, outcome)
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
     spent, mixed = goodput(events), approximate_story(events)
     if as_json:
         click.echo(json.dumps({"report": str(out), "approximate": mixed} | spent.to_json()))
@@ -641,7 +644,11 @@ def doctor(
     from ftkit.launch.preflight import check_node, compared
     from ftkit.launch.preflight_view import show
 
-    found = compared(check_node(disk, shm_root, torch=torch), history)
+    found = check_node(disk, shm_root, torch=torch)
+    try:
+        found = compared(found, history)
+    except OSError as error:
+        raise UsageError(f"--history {history} cannot be used: {error.strerror}") from error
     if as_json:
         click.echo(json.dumps(found.to_json()))
     else:

@@ -93,7 +93,7 @@ def examine(
       What node 0 found; None on the others.
 
     Raises:
-      UsageError: there are not two to measure between.
+      UsageError: there are not two to measure between, or an address is none, or not ours.
       WireError: the nodes did not all come together.
     """
     if nodes > 1:
@@ -102,14 +102,20 @@ def examine(
         address, _, digits = master.rpartition(":")
         if not address or not digits.isdecimal():
             raise UsageError(f"--master is HOST:PORT, not {master!r}")
-        return _take_part(node_rank, nodes, address, int(digits), host or _own(address), config)
+        if not 0 <= node_rank < nodes:
+            raise UsageError(
+                f"--node-rank counts the {nodes} nodes from 0, so it is not {node_rank}"
+            )
+        host = _ours(host) if host else _own(address)
+        return _take_part(node_rank, nodes, address, int(digits), host, config)
     if nproc < 2:
         raise UsageError(f"a network has at least two ends, not {nproc}")
+    host = _ours(host or "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = int(probe.getsockname()[1])
     command = [
         sys.executable, "-m", "ftkit.launch.cli", "doctor", "network",
-        "--nodes", str(nproc), "--master", f"127.0.0.1:{port}", "--host", host or "127.0.0.1",
+        "--nodes", str(nproc), "--master", f"127.0.0.1:{port}", "--host", host,
         "--seconds", str(config.probe_s), "--transport", config.transport.value,
         "--connections", str(config.connections),
     ]  # fmt: skip
@@ -118,7 +124,7 @@ def examine(
         for rank in range(1, nproc)
     ]
     try:
-        found = _take_part(0, nproc, "127.0.0.1", port, host or "127.0.0.1", config)
+        found = _take_part(0, nproc, "127.0.0.1", port, host, config)
         for process in others:
             process.wait(REACH_S)
     finally:
@@ -248,10 +254,25 @@ def _shown_by_rates(generation: Generation, lost: frozenset[MemberId], reason: s
 
 
 def _own(master: str) -> str:
-    """Our address on the way to the master."""
+    """Our address on the way to the master. UsageError where there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 9))  # sends nothing; the kernel picks the route
+        try:
+            probe.connect((master, 9))  # sends nothing; the kernel picks the route
+        except OSError as error:
+            raise UsageError(f"--master {master} cannot be reached: {error.strerror}") from error
         return str(probe.getsockname()[0])
+
+
+def _ours(host: str) -> str:
+    """`host`, where this machine can listen. UsageError where it cannot."""
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError as error:
+        raise UsageError(
+            f"--host {host} is no address of this machine ({error.strerror}); leave it out for the "
+            "one on the way to the master"
+        ) from error
+    return host
 
 
 def show(found: Diagnosis) -> None:

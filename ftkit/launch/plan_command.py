@@ -9,6 +9,7 @@ import click
 
 from ftkit.core.errors import UsageError
 from ftkit.core.trace import read_run
+from ftkit.launch.choices import near
 from ftkit.launch.report_view import RunView
 from ftkit.launch.run_costs import run_costs
 from ftkit.recovery.costs import Costs
@@ -62,7 +63,10 @@ def gather(
     for text in given:
         name, _, number = text.partition("=")
         if name not in COSTS:
-            raise UsageError(f"--cost {text}: there is no cost {name!r}; there are {COSTS}")
+            raise UsageError(
+                f"--cost {text}: there is no cost {name!r}; there are {', '.join(COSTS)}"
+                f"{near(name, COSTS)}"
+            )
         try:
             values[name] = float(number)
         except ValueError as error:

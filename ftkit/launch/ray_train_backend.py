@@ -29,6 +29,7 @@ from ftkit.launch import ray_train_rank, ray_train_worker
 from ftkit.launch.config import JobConfig, Times, new_job_id, new_secret
 from ftkit.launch.disk import give_back, refuse_or_take
 from ftkit.launch.ray_actors import CoordinatorHost
+from ftkit.launch.ray_engine import NOTICE_S, draining_nodes
 from ftkit.recovery.plan import Stop
 
 logger = logging.getLogger(__name__)
@@ -269,7 +270,7 @@ class JobRun:
         self._addresses |= dict(ray.get(calls))
 
     def _lead(self) -> None:
-        """(thread) Have a coordinator as long as the job runs; tell the workers of its end."""
+        """(thread) Have a coordinator as long as the job runs; tell the workers of notices and its end."""
         number, failures = 0, list[str]()
         while self._stop is None:
             number += 1
@@ -278,10 +279,11 @@ class JobRun:
                     return
                 actor = self._actor = _coordinator()
             addresses = [self._addresses[node] for node in sorted(self._addresses)]
+            run = actor.run.remote(self._config.to_json(), self._secret, addresses, number)
+            while not ray.wait([run], timeout=NOTICE_S)[0]:
+                self._pass_on_notices()
             try:
-                code, reason = ray.get(
-                    actor.run.remote(self._config.to_json(), self._secret, addresses, number)
-                )
+                code, reason = ray.get(run)
             except ray_errors.RayTaskError as error:
                 # Its process lives, so what it raised will come again: a full disk, a bug.
                 failures.append(repr(error.cause))
@@ -297,6 +299,19 @@ class JobRun:
             self._stop = Stop(code=code, reason=reason)
         # Those whose agents the coordinator never reached would wait for it.
         tell(self._workers, ray_train_worker.job_over, self._stop.code, self._stop.reason)
+
+    def _pass_on_notices(self) -> None:
+        """Tell workers whose machines Ray is about to take away, for as long as it is."""
+        # Ray Train passes no notices on to backends that replace workers.
+        if draining := draining_nodes():
+            try:
+                workers = self._workers.get_workers()
+            except ValueError as error:
+                logger.debug("the group of workers is gone: %s", error)
+                return
+            for worker in workers:
+                if worker.metadata.node_id in draining:
+                    worker.execute_async(ray_train_worker.drain_agent)
 
 
 def is_replacement(group: Any) -> bool:

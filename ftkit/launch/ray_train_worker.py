@@ -1,7 +1,7 @@
 """In a Ray Train worker: the agent of its ranks, the function for them, their reports.
 
 Everything here runs in the worker's process, of which there is one for each node: the controller
-has `place`, `start_agent`, `job_over` and `stop_agent` called there, and `train_in_ranks` is what
+has `place`, `start_agent`, `drain_agent`, `job_over` and `stop_agent` called there, and `train_in_ranks` is what
 Ray Train takes for the training function, on a thread of its own.
 """
 
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,10 @@ class _Here:
     """The shared memory of the agent's node."""
     over: tuple[int, str] | None = None
     """The job's exit code and reason, where the controller had to tell."""
+    drained: bool = False
+    """The machine is about to be taken away."""
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """The controller wants the agent to end."""
 
 
 _here = _Here()
@@ -110,6 +114,14 @@ def start_agent(
     return node, (started.host, started.port)
 
 
+def drain_agent() -> None:
+    """This worker's machine is about to be taken away: its ranks leave. Said as long as it is so."""
+    if _here.agent is not None and not _here.drained:
+        logger.warning("Ray is about to take away this worker's machine; its ranks leave")
+        _here.drained = True
+        _here.agent.drain()
+
+
 def job_over(code: int, reason: str) -> None:
     """The job has ended: this worker's function ends so, too, where its agent does not know."""
     _here.over = code, reason
@@ -118,6 +130,7 @@ def job_over(code: int, reason: str) -> None:
 
 def stop_agent() -> None:
     """End this worker's agent at once, if there is one; its ranks are killed."""
+    _here.stopped.set()
     if _here.agent is not None:
         _here.agent.stop()
 
@@ -136,6 +149,10 @@ def train_in_ranks(train: Callable[[], object]) -> None:
             "where it has one, the controller's log says why the agent did not start"
         )
     outcome = None if agent is None else _train(agent, train)
+    if outcome is None and _here.drained:
+        # A worker that ends by itself is one of `max_failures`. One that is lost with its machine
+        # is not, and where the job ends before, nobody has to be waited for in its place.
+        _here.stopped.wait()
     outcome = outcome or _here.over
     if outcome is None:
         raise JobFailed("the agent of this worker ended before the job did")

@@ -9,6 +9,7 @@ import pickle
 import socket
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -224,3 +225,41 @@ def test_a_worker_that_comes_after_a_good_end_ends_well(
     monkeypatch.setattr(worker, "_here", worker._Here())
     worker.job_over(0, "every rank finished")
     worker.train_in_ranks(without)
+
+
+def test_workers_on_machines_that_ray_takes_away_are_told(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Worker(Group):
+        def __init__(self, machine: str) -> None:
+            super().__init__()
+            self.metadata = types.SimpleNamespace(node_id=machine)
+
+    stays, goes = Worker("a"), Worker("b")
+    group = types.SimpleNamespace(get_workers=lambda: [stays, goes])
+    run = backend.JobRun(backend.FtkitConfig().job(nodes=2), group)
+    run._pass_on_notices()
+    monkeypatch.setattr(backend, "draining_nodes", lambda: frozenset({"b", "another"}))
+    run._pass_on_notices()
+    assert (stays.told, goes.told) == ([], [(backend.ray_train_worker.drain_agent,)])
+
+
+def test_a_worker_whose_ranks_left_stays_until_the_job_ends(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By itself it would be a failure, of which Ray Train allows none by default."""
+    worker, drains = backend.ray_train_worker, list[str]()
+    agent = types.SimpleNamespace(drain=lambda: drains.append("drain"), stop=lambda: None)
+    monkeypatch.setattr(worker, "_here", worker._Here(agent=agent))
+    monkeypatch.setattr(worker, "_train", lambda *_: None)  # the agent ended, and the job did not
+    worker.drain_agent()
+    worker.drain_agent()  # said again as long as it is so
+    assert drains == ["drain"]
+    ended = list[str]()
+    waits = threading.Thread(target=lambda: ended.append(str(worker.train_in_ranks(without))))
+    waits.start()
+    waits.join(0.2)
+    assert ended == []
+    worker.job_over(0, "every rank finished")
+    waits.join(30.0)
+    assert ended == ["None"]

@@ -104,6 +104,14 @@ def test_what_cannot_work_is_refused():
         examine(nodes=2, nproc=1, node_rank=0, master="", host="", config=config)
     with pytest.raises(UsageError, match="two ends"):
         examine(nodes=1, nproc=1, node_rank=0, master="", host="", config=config)
+    with pytest.raises(UsageError, match="--node-rank counts the 2 nodes from 0"):
+        examine(nodes=2, nproc=1, node_rank=2, master="a:1", host="", config=config)
+    with pytest.raises(UsageError, match=r"--master no\.such\.host\.invalid cannot be reached"):
+        examine(
+            nodes=2, nproc=1, node_rank=1, master="no.such.host.invalid:1", host="", config=config
+        )
+    with pytest.raises(UsageError, match=r"--host 192\.0\.2\.1 is no address of this machine"):
+        examine(nodes=1, nproc=2, node_rank=0, master="", host="192.0.2.1", config=config)
     result = CliRunner().invoke(main, ["doctor", "network", "--connections", "0"])
     assert result.exit_code == 64
 

@@ -136,6 +136,8 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, [*arguments, "--shm-root", str(tmp_path / "none")])
     assert shown.exit_code == 1
     assert "should carry no job" in shown.stdout
+    no_file = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path)])
+    assert (no_file.exit_code, f"--history {tmp_path} cannot be" in no_file.stderr) == (64, True)
     assert CliRunner().invoke(main, ["doctor", "--help"]).exit_code == 0
 
 

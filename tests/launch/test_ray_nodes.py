@@ -40,10 +40,11 @@ def test_a_host_is_killed_and_the_others_go_on_long_before_ray_knows(
 ) -> None:
     from benchmarks.ray_hosts import RayHosts
 
-    where, command = folder / "run", ("-m", "ftkit.launch.cli", "run", "--engine", "ray")
-    with RayHosts(3, folder) as cluster:
+    where, submit = folder / "run", ("ray", "job", "submit", "--address")
+    with RayHosts(3, folder, jobs=True) as cluster:
         options = ("--nodes", "3", "--run-dir", str(where), str(TRAINING), str(STEPS))
-        job = cluster.start(0, python(*command, *options))
+        command = python("-m", "ftkit.launch.cli", "run", *options)
+        job = cluster.start(0, (*submit, cluster.jobs_url, "--", *command))
         deadline = time.monotonic() + 150
         while not [e for e in commits(where) if e["step"] == 5]:
             assert job.poll() is None, said(folder)

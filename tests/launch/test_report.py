@@ -5,10 +5,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ftkit.launch.checker import Expectation, check
+from ftkit.launch.cli import main
 from ftkit.launch.report import render, write_report
 from ftkit.launch.report_svg import loss_plot, nice_ticks, timeline_plot
 from ftkit.launch.report_timeline import Doing, read_timeline
@@ -220,3 +222,14 @@ def test_ticks_closer_than_they_are_wide_are_left_out() -> None:
 
     assert 'class="commit"' in timeline_plot(read_timeline(steps(100)))
     assert 'class="commit"' not in timeline_plot(read_timeline(steps(1000)))
+
+
+def test_a_page_that_cannot_be_written_and_a_reference_that_is_none_are_refused(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "run" / "events").mkdir(parents=True)
+    run = str(tmp_path / "run")
+    done = CliRunner().invoke(main, ["report", run, "--out", str(tmp_path)])
+    assert (done.exit_code, f"--out {tmp_path} cannot be written" in done.stderr) == (64, True)
+    done = CliRunner().invoke(main, ["report", run, "--reference", str(tmp_path / "nowhere")])
+    assert (done.exit_code, "nowhere is not a run's folder" in done.stderr) == (64, True)

@@ -285,7 +285,7 @@ def open_checkpoint(
         except FileNotFoundError:
             there = [s for s in steps(store) if COMMIT in store.sizes(step_folder(s))]
             raise UsageError(
-                f"step {step} has no checkpoint in {store.url}; there are {there}"
+                f"step {step} has no checkpoint in {store.url}; there are {there or 'none'}"
             ) from None
         if verify:
             found.verify()
