@@ -24,8 +24,6 @@ _AHEAD = 2
 _SENT_AHEAD = 4
 #: Pieces of a chunk that are staged before the first of them has been read.
 _SHOWN_AHEAD = 2
-#: The same of pieces that are sent: what comes before it is awaited is copied once more.
-_SENT_AHEAD = 4
 
 
 def pieces_of(chunk: Bytes, step: int) -> list[Bytes]:
