@@ -63,7 +63,8 @@ def test_a_worker_whose_machine_ray_drains_loses_no_step(
             if e["kind"] == kind
         ]
 
-    before = machines(cluster)
+    while not (before := machines(cluster)):
+        time.sleep(0.1)  # the cluster answers before its head has told of itself
     with cluster.machine(), log.open("wb") as out:
         job = subprocess.Popen(
             [sys.executable, "driver.py"],
