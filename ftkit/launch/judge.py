@@ -132,7 +132,6 @@ class Judge:
         self._world: World | None = None
         self._waited_since = 0.0
         """When the newest world was to be entered, with every node of it in reach."""
-        self._halting_since: float | None = None
         self._stood_since: float | None = None
         """Since when no world trains, where one did."""
 
@@ -172,12 +171,8 @@ class Judge:
             kept = {m.node for m in plan.world.members if m.member in known}
             # Who is new in it was heard of. Those that were in the last may be out of reach still.
             self._gone_nodes = {n: t for n, t in self._gone_nodes.items() if n in kept}
-            self._world, self._waited_since = plan.world, at
+            self._world, self._waited_since, self._stood_since = plan.world, at, None
             self._ingest(WorldChanged(world=plan.world, at=at))
-        if plan.mode is not Mode.HALTING:
-            self._halting_since = None
-        elif self._halting_since is None:
-            self._halting_since = at
         if plan.mode is Mode.RUNNING or plan.world is None:
             self._stood_since = None
         elif self._stood_since is None:
@@ -377,16 +372,17 @@ class Judge:
         go of (I8): that hangs. While its node is out of reach it cannot have heard.
         """
         late: dict[MemberId, str] = {}
-        halting = self._halting_since
-        if halting is not None and now - halting > self._times.halt_s:
+        stood = self._stood_since
+        if stood is None:
+            return late
+        if plan.mode is Mode.HALTING and now - stood > self._times.halt_s:
             late |= {
                 m.member: f"did not stand still within {self._times.halt_s:g} s of being told to"
                 for m in members.values()
                 if m.stage is Stage.ACTIVE or (m.stage in ANSWERING and m.generation < plan.halted)
             }
         limit_s = self._detector.limit_s
-        stood = self._stood_since
-        if stood is not None and now - max(stood, self._waited_since) > limit_s:
+        if now - max(stood, self._waited_since) > limit_s:
             late |= {
                 m.member: f"did not let go of its shards within {limit_s:g} s of being told to"
                 for m in members.values()

@@ -4,7 +4,6 @@ It has a cluster of its own: its workers take every processor of it, so the hund
 agent of another test still holds would keep it waiting.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 from ftkit.core.trace import read_run
 from tests.integrations import ray_train_job
 from tests.launch.engine_contract import leftovers
-from tests.launch.ray_cluster import Cluster, running_cluster
+from tests.launch.ray_cluster import Cluster, needs_ray_train, running_cluster
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +28,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.ray
 @pytest.mark.multiproc
 @pytest.mark.timeout(500)
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(m) is None for m in ("pandas", "pydantic", "cloudpickle")),
-    reason="ray.train is not installed: ftkit[raytrain]",
-)
+@needs_ray_train
 def test_ray_train_loses_a_rank_and_a_worker_and_grows_and_loses_no_bit(
     cluster: Cluster, tmp_path: Path
 ) -> None:

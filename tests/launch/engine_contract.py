@@ -38,6 +38,27 @@ WAIT = """
         time.sleep(0.01)
 """
 
+#: Takes its time while both ranks are there, so that one can be told to go.
+PACED = """
+    import sys
+    import time
+    import torch
+    import ftkit
+    from tests.drills.training import Curve, build
+
+    torch.set_num_threads(1)
+    session = ftkit.init()
+    model = build(16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    session.protect(model=model, optimizer=optimizer)
+    for step in session.steps(Curve(), slots=6, slot_size=4, until=int(sys.argv[1])):
+        with step:
+            for x, y in step.batches():
+                torch.nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        time.sleep(0.1 if session.world_size == 2 else 0)
+"""
+
 
 class EngineContract:
     """The contract. `jobs` is what a test makes its jobs with."""

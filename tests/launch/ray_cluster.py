@@ -1,5 +1,6 @@
 """A Ray cluster of a test's own."""
 
+import importlib.util
 import os
 import shutil
 import socket
@@ -11,9 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 90.0
+
+needs_ray_train = pytest.mark.skipif(
+    any(importlib.util.find_spec(m) is None for m in ("pandas", "pydantic", "cloudpickle")),
+    reason="ray.train is not installed: ftkit[raytrain]",
+)
 
 
 class Cluster:

@@ -29,7 +29,7 @@ from ftkit.launch.ray_placement import AGENT_CPUS, bundle, parse_resources, shor
 from ftkit.launch.store_drills import OnDisk
 from ftkit.launch.tail import RankOutput
 from tests.drills.jobs import TRAINING, run
-from tests.launch.engine_contract import WAIT, EngineContract, Jobs, drive, leftovers
+from tests.launch.engine_contract import PACED, WAIT, EngineContract, Jobs, drive, leftovers
 from tests.launch.ray_cluster import ROOT, Cluster, free_port, running_cluster
 
 CLI = (sys.executable, "-m", "ftkit.launch.cli")
@@ -39,28 +39,6 @@ CLI = (sys.executable, "-m", "ftkit.launch.cli")
 class TestEmbedded(EngineContract):
     def make(self, config: JobConfig, secret: str) -> Engine:
         return EmbeddedEngine(config, secret)
-
-
-#: Takes its time while both ranks are there, so that one can be told to go.
-PACED = """
-    import sys
-    import time
-    import torch
-    import ftkit
-    from tests.drills.training import Curve, build
-
-    torch.set_num_threads(1)
-    session = ftkit.init()
-    model = build(16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    session.protect(model=model, optimizer=optimizer)
-    for step in session.steps(Curve(), slots=6, slot_size=4, until=int(sys.argv[1])):
-        with step:
-            for x, y in step.batches():
-                torch.nn.functional.mse_loss(model(x), y).backward()
-            optimizer.step()
-        time.sleep(0.1 if session.world_size == 2 else 0)
-"""
 
 
 @pytest.fixture(scope="module")

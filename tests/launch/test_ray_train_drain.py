@@ -1,6 +1,5 @@
 """Ray Train on two machines, of which Ray takes one away: its rank leaves between two steps."""
 
-import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 
 from ftkit.core.trace import read_run
-from tests.launch.ray_cluster import Cluster, running_cluster
-from tests.launch.test_engines import PACED
+from tests.launch.engine_contract import PACED
+from tests.launch.ray_cluster import Cluster, needs_ray_train, running_cluster
 
 STEPS = 200
 DRIVER = f"""
@@ -43,10 +42,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.ray
 @pytest.mark.multiproc
 @pytest.mark.timeout(500)  # a second raylet, and a cluster that is busy for it
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(m) is None for m in ("pandas", "pydantic", "cloudpickle")),
-    reason="ray.train is not installed: ftkit[raytrain]",
-)
+@needs_ray_train
 def test_a_worker_whose_machine_ray_drains_loses_no_step(
     cluster: Cluster,
     tmp_path: Path,
