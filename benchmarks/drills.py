@@ -14,6 +14,7 @@ import dataclasses
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,10 @@ from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.drill_job import Job
 from ftkit.launch.drill_plan import Drill, choose
 from ftkit.launch.drills import run_drill
+from ftkit.launch.engine import Engine
+
+#: A drill takes under half a minute on a quiet machine: one that takes this long stands still.
+LIMIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +89,12 @@ def run_all(
             judged.append(Judged(drill=drill, outcome=known[drill.seed]))
             continue
         run_dir = folder / f"{drill.fault}-{drill.seed}"
-        outcome, events = run_drill(drill, job, reference, run_dir)
-        if any(e["kind"] == "end" and "interrupt" in str(e.get("reason")) for e in events):
+        limit = _Limit(LIMIT_S)
+        outcome, events = run_drill(drill, job, reference, run_dir, on_poll=limit.poll)
+        interrupted = any(
+            e["kind"] == "end" and "interrupt" in str(e.get("reason")) for e in events
+        )
+        if interrupted and not limit.passed:
             raise SystemExit(130)
         judged.append(Judged(drill=drill, outcome=outcome))
         before.add(_brief(outcome))
@@ -97,6 +106,20 @@ def run_all(
         answers = Counter(j.outcome.outcome.value for j in judged)
         say(f"{len(judged)} of {len(drills)}: {dict(answers)}; {drill.fault} at {drill.where}")
     return judged, params
+
+
+class _Limit:
+    """Ends a job that stands still, so that its drill fails and the series goes on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._until = time.monotonic() + seconds
+        self.passed = False
+
+    def poll(self, engine: Engine) -> None:
+        """Called while the job runs."""
+        if not self.passed and time.monotonic() > self._until:
+            self.passed = True
+            engine.interrupt()
 
 
 def report(judged: Sequence[Judged], params: str, options: dict[str, object]) -> Report:

@@ -6,9 +6,10 @@ of four runs the coordinator is killed besides. The drills' checker judges each 
 run of the same job. A drill that failed or could not be judged is listed with the command that
 does it again, and its events are kept under --runs-dir.
 
-They take two hours: with `--state FILE` a call goes on where the last one ended.
+They take an hour: with `--state FILE` a call goes on where the last one ended, and calls for one
+series each (`--only`) may share the file.
 
-    python -m benchmarks.mixed_drills --count 200 [--state FILE] [--quick] [--json] [--save]
+    python -m benchmarks.mixed_drills --count 200 [--state FILE] [--only DDP] [--quick] [--save]
 """
 
 import argparse
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     judged: dict[str, list[Judged]] = {}
     params: dict[str, str] = {}
     for i, name in enumerate(SERIES):
+        if options.only not in (None, name):
+            continue
         job = Job(
             nproc=options.nproc,
             steps=options.steps,
@@ -106,6 +109,7 @@ def report(
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     made = series_parser(__doc__, count=200, quick=4, nproc=4, runs_dir="runs/mixed")
+    made.add_argument("--only", choices=SERIES, help="do this series only")
     options = made.parse_args(argv)
     if options.count is None:
         options.count = 4 if options.quick else 200

@@ -11,6 +11,7 @@ driver, so the job's end is always found; agents write their events into the sam
 directory where it is shared, and otherwise into one of the same name on their own node.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -504,4 +505,8 @@ def _is_ready(call: Any, timeout_s: float = 0.0) -> bool:
 
 def _wait_gone(pids: list[int], *, limit_s: float) -> None:
     """Wait until these processes of this machine have ended; Ray ends them in its own time."""
-    psutil.wait_procs([psutil.Process(p) for p in pids if psutil.pid_exists(p)], timeout=limit_s)
+    living = list[psutil.Process]()
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            living.append(psutil.Process(pid))
+    psutil.wait_procs(living, timeout=limit_s)
