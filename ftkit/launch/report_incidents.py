@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ftkit.core.fault_plan import KILL_COORDINATOR
 from ftkit.core.pace_plan import PaceFault
-from ftkit.launch.report_history import Commit, History, Injection
+from ftkit.launch.report_history import History, Injection
 
 #: Faults that take no rank away, also where others of the run do.
 _KEEPS_ALL = frozenset({*PaceFault, KILL_COORDINATOR})
@@ -98,7 +98,7 @@ def _follow(
     generation, survivors = _before(history, injection, targets)
     back = None if victim is None else _returned(history, injection, victim, spares=spares)
     if loses_all:
-        repair_s = None if back is None else round(back.mono - injection.mono, 6)
+        repair_s = None if back is None else round(back[0] - injection.mono, 6)
     elif not survivors:
         unknown.append(f"{name}: no survivor was training before it")
     else:
@@ -128,7 +128,7 @@ def _follow(
         member=victim,
         detect_s=detect_s,
         repair_s=repair_s,
-        back_at_step=None if back is None else back.step,
+        back_at_step=None if back is None else back[1],
         unknown=tuple(unknown),
         undone=tuple(undone),
     )
@@ -167,14 +167,20 @@ def _next_commit(history: History, member: int, after: float, above: int) -> flo
 
 def _returned(
     history: History, injection: Injection, victim: int, *, spares: bool
-) -> Commit | None:
-    """The first step that the victim's seat committed under a new member, or that a spare did."""
+) -> tuple[float, int] | None:
+    """When the victim's seat, or a spare, was of use again, and from which step on.
+
+    That is its first commit under a new member. One that was given the job's last step had none
+    left to commit: it is back when it finishes with it.
+    """
     seat = history.seat_of.get(victim, injection.seat)
+    later = [c for c in history.commits if c.mono > injection.mono]
     if spares:
         trained = {c.member for c in history.commits if c.mono <= injection.mono}
-        later = (c for c in history.commits if c.mono > injection.mono)
-        return next((c for c in later if c.member not in trained), None)
-    for commit in history.commits:
-        if commit.seat == seat and commit.member > victim and commit.mono > injection.mono:
-            return commit
-    return None
+        return next(((c.mono, c.step) for c in later if c.member not in trained), None)
+    for commit in later:
+        if commit.seat == seat and commit.member > victim:
+            return commit.mono, commit.step
+    last = max((c.step for c in history.commits), default=0)
+    finals = (f.mono for f in history.finals if f.seat == seat and f.member > victim)
+    return next(((at, last) for at in finals), None)

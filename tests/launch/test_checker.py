@@ -275,8 +275,15 @@ def test_ranks_that_differ_from_each_other_fail_even_without_a_reference() -> No
     assert (outcome.outcome, outcome.params_equal) == (Answer.FAIL, False)
 
 
-def test_a_seat_that_stays_away_fails() -> None:
+def test_a_seat_that_was_back_for_the_last_step_only_finishes_with_it() -> None:
     outcome = judge(without(disturbed(), kind="commit", member=3))
+    assert outcome.outcome is Answer.PASS
+    assert outcome.evidence["incidents"][0]["back_at_step"] == KILL.steps  # type: ignore[index]
+
+
+def test_a_seat_that_stays_away_fails() -> None:
+    events = without(disturbed(), kind="commit", member=3)
+    outcome = judge(without(events, kind="final", member=3))
     assert outcome.outcome is Answer.FAIL
     assert "the seat of member 1 committed no step after it was lost" in words(outcome)
 
