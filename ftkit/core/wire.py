@@ -14,6 +14,7 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +51,7 @@ def authenticate(
       secret: the job's secret.
       server: whether this side accepted the connection. The two sides must differ.
       hello: JSON-safe facts to tell the peer once it is trusted (who we are).
-      timeout_s: the longest any single read or write may take.
+      timeout_s: the longest all of it may take.
       visitor: whether `secret` is a visitor's key, as the peer's `admit` knows it.
 
     Returns:
@@ -59,7 +60,7 @@ def authenticate(
     Raises:
       AuthenticationError: the peer does not hold the secret.
       ProtocolError: the peer speaks something else.
-      WireError: the connection broke or the peer was silent for `timeout_s`.
+      WireError: the connection broke, or the peer was not through after `timeout_s`.
     """
     greeting = VISITOR if visitor else MAGIC
     return _greet(sock, {greeting: secret}, greeting, server, hello, timeout_s)[1]
@@ -98,11 +99,12 @@ def _greet(
 ) -> tuple[bytes, dict[str, Any]]:
     """Greet with `greeting`; be greeted with one that has a secret. Returns that, and the hello."""
     mine, theirs = (b"server", b"client") if server else (b"client", b"server")
+    until = time.monotonic() + timeout_s
     sock.settimeout(timeout_s)
     try:
         nonce = os.urandom(NONCE_BYTES)
         sock.sendall(greeting + nonce)
-        opening = _read(sock, len(MAGIC) + NONCE_BYTES)
+        opening = _read(sock, len(MAGIC) + NONCE_BYTES, until)
         greeted, other = opening[: len(MAGIC)], opening[len(MAGIC) :]
         if not server and greeted == MAGIC:
             greeted = greeting  # servers greet all alike
@@ -114,12 +116,13 @@ def _greet(
         if other == nonce:
             raise AuthenticationError("peer reflected our own challenge")
         sock.sendall(_proof(secret, mine, nonce, other))
-        if not hmac.compare_digest(_read(sock, PROOF_BYTES), _proof(secret, theirs, other, nonce)):
+        proof = _read(sock, PROOF_BYTES, until)
+        if not hmac.compare_digest(proof, _proof(secret, theirs, other, nonce)):
             raise AuthenticationError("peer does not hold this job's secret")
         send_message(sock, dict(hello or {}))
-        return greeted, receive_message(sock, bytes_max=HELLO_BYTES_MAX)
+        return greeted, _receive(sock, HELLO_BYTES_MAX, until)
     except TimeoutError as error:
-        raise WireError(f"peer was silent for {timeout_s} s during the greeting") from error
+        raise WireError(f"the greeting took the peer more than {timeout_s} s") from error
     except OSError as error:
         raise WireError(f"connection broke during the greeting: {error}") from error
     finally:
@@ -145,11 +148,15 @@ def encode(message: Mapping[str, object]) -> bytes:
 
 def receive_message(sock: socket.socket, *, bytes_max: int = MESSAGE_BYTES_MAX) -> dict[str, Any]:
     """Receive one message, blocking. Raises WireError at the end of the stream."""
-    (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size))
+    return _receive(sock, bytes_max)
+
+
+def _receive(sock: socket.socket, bytes_max: int, until: float | None = None) -> dict[str, Any]:
+    (length,) = _LENGTH.unpack(_read(sock, _LENGTH.size, until))
     if length > bytes_max:
         raise ProtocolError(f"message announces {length} bytes, at most {bytes_max} are allowed")
     try:
-        message = json.loads(_read(sock, length))
+        message = json.loads(_read(sock, length, until))
     except (ValueError, RecursionError) as error:
         # A few kilobytes of "[" exhaust the parser's stack.
         raise ProtocolError(f"message is not JSON: {error}") from error
@@ -280,9 +287,12 @@ def _proof(secret: bytes, role: bytes, own: bytes, other: bytes) -> bytes:
     return hmac.new(secret, role + own + other, hashlib.sha256).digest()
 
 
-def _read(sock: socket.socket, count: int) -> bytes:
+def _read(sock: socket.socket, count: int, until: float | None = None) -> bytes:
+    """So many bytes. TimeoutError when they have not come by `until`, however they drip."""
     data = bytearray()
     while len(data) < count:
+        if until is not None:
+            sock.settimeout(max(until - time.monotonic(), 1e-3))
         chunk = sock.recv(count - len(data))
         if not chunk:
             raise WireError(f"connection ended after {len(data)} of {count} bytes")
