@@ -9,7 +9,8 @@ the interpreter, or a process which is not scheduled, shows as a heartbeat that 
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -58,6 +59,7 @@ class Recorder:
         self._pending: dict[tuple[int, int], int] = {}
         #: op -> its name as it is stored
         self._ops: dict[str, bytes] = {}
+        self._allowances: list[int] = []
         self._stepped = False
         self._meter = StepMeter(gauges or Gauges(), Phase.STARTING, clock.now())
         self._role = self._place = ""
@@ -186,15 +188,28 @@ class Recorder:
             if not self._closed and (group, seq) in self._pending:
                 self._writer.await_(group, seq, members, t_ns=self._now_ns())
 
-    def allow(self, seconds: float) -> None:
-        """Permit this member to stand still for `seconds` from now; 0 withdraws it."""
+    @contextmanager
+    def allowed(self, seconds: float) -> Iterator[None]:
+        """Permit this member to stand still for `seconds` from now, until the block ends.
+
+        Blocks may be inside each other: the latest deadline of those not ended holds.
+        """
         if not (math.isfinite(seconds) and seconds >= 0):
             raise ValueError(f"an allowance is a number of seconds, 0 or more, not {seconds}")
-        until = self._now_ns() + int(seconds * 1e9) if seconds else 0
+        until = self._now_ns() + int(seconds * 1e9)
         with self._lock:
-            if self._closed:
-                return
-            self._writer.allow(until)
+            self._allowances.append(until)
+            self._tell_allowance()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._allowances.remove(until)
+                self._tell_allowance()
+
+    def _tell_allowance(self) -> None:
+        if not self._closed:
+            self._writer.allow(max(self._allowances, default=0))
 
     def close(self) -> None:
         """End the heartbeat thread and record nothing more. May be called twice.

@@ -8,6 +8,7 @@ Between updates the ranks may ask each other (a barrier before a checkpoint is r
 stop), and each goes by what it knows itself where somebody dies meanwhile.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -34,7 +35,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torchmetrics import Metric
 
-#: How long one evaluation may keep a rank from training before it counts as hung.
+#: How long one evaluation or one save may keep a rank from training before it counts as hung.
 APART_S = 3600.0
 
 #: No job has more steps.
@@ -65,6 +66,8 @@ class FtkitStrategy(SingleDeviceStrategy):
         self._of = 0
         """The batch that is played now, and how many there are in its group."""
         self._played = False
+        self._apart = contextlib.ExitStack()
+        """Open while an evaluation runs."""
         # Until it is in a world of several, a rank that comes back has no number but its seat.
         self._be(self._session.seat, int(os.environ.get("LOCAL_RANK", "0")))
 
@@ -189,6 +192,23 @@ class FtkitStrategy(SingleDeviceStrategy):
         self._played = True
         self._be(self._session.rank, local_index(self._session))
         return result
+
+    # ---- what ranks do apart
+
+    def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        base: Any = super()
+        with self._session.unhurried(APART_S):  # the others wait for the one that writes
+            base.save_checkpoint(*args, **kwargs)
+
+    def on_validation_start(self) -> None:
+        base: Any = super()
+        base.on_validation_start()
+        self._apart.enter_context(self._session.unhurried(APART_S))
+
+    def on_validation_end(self) -> None:
+        base: Any = super()
+        self._apart.close()
+        base.on_validation_end()
 
     # ---- what ranks ask each other between two updates
 

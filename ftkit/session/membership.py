@@ -61,8 +61,8 @@ class GiveUp(Enum):
 class Membership:
     """One rank's standing.
 
-    Every method may be called from any thread. None does I/O except through the `report` and
-    `abort` callbacks, which must not block.
+    Every method may be called from any thread. None does I/O except through the callbacks: `abort`
+    must not block, and `report` for no longer than a send may (`wire.SEND_S`).
     """
 
     def __init__(

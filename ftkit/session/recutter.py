@@ -309,12 +309,11 @@ class Recutter:
         self._layers.target = proposal.bounds
         # No recovery, which has deadlines of its own: whoever stands still here is found as in a
         # step. What `build` may take is known from the last time.
-        self._parts.recorder.allow(BUILD_TIMES * self._worlds.switch_s)
         try:
-            done = self._worlds.recut(step, near)
+            with self._parts.recorder.allowed(BUILD_TIMES * self._worlds.switch_s):
+                done = self._worlds.recut(step, near)
         finally:
             self._switching, self._layers.target = False, None
-            self._parts.recorder.allow(0)
         if done is None:
             return
         now = time.monotonic()

@@ -567,11 +567,8 @@ class Session:
         For evaluation, exporting a model, and whatever else one rank does while the others
         wait for it.
         """
-        self._parts.recorder.allow(seconds)
-        try:
+        with self._parts.recorder.allowed(seconds):
             yield
-        finally:
-            self._parts.recorder.allow(0)
 
     def close(self) -> None:
         """Leave the job in order: the last snapshot is finished, peers are told goodbye."""

@@ -117,13 +117,17 @@ def test_a_new_generation_ends_what_was_pending(board, recorder) -> None:
 
 
 def test_allowances(board, recorder) -> None:
-    recorder.allow(30)
-    assert board.read(0).allowance_ns == s(40)
-    recorder.allow(0)
+    with recorder.allowed(30):
+        assert board.read(0).allowance_ns == s(40)
+        with recorder.allowed(60):
+            assert board.read(0).allowance_ns == s(70)
+        with recorder.allowed(5):
+            assert board.read(0).allowance_ns == s(40)
+        assert board.read(0).allowance_ns == s(40)
     assert board.read(0).allowance_ns == 0
     for bad in (-1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="allowance"):
-            recorder.allow(bad)
+        with pytest.raises(ValueError, match="allowance"), recorder.allowed(bad):
+            pass
 
 
 def test_the_heartbeat_beats_alone_and_ends_with_close(board) -> None:
@@ -154,7 +158,8 @@ def test_a_late_report_after_close_changes_nothing_and_does_not_raise(tmp_path) 
     recorder.phase(Phase.DONE)
     recorder.step(Step(2))
     recorder.enter(0, 2, "all_reduce", 1)
-    recorder.allow(5)
+    with recorder.allowed(5):
+        pass
 
 
 def test_many_threads_leave_one_whole_row(board) -> None:
