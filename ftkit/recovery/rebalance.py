@@ -104,12 +104,3 @@ def evenly(slots: int, speeds: Sequence[Speed]) -> Division:
     ranks = len(speeds)
     counts = [(r + 1) * slots // ranks - r * slots // ranks for r in range(ranks)]
     return divided(counts, speeds)
-
-
-def worth_it(now: Division, then: Division, *, switch_s: float, steps: int) -> bool:
-    """Whether to change divisions: it saves more within `steps` than the change costs.
-
-    Ask with the steps for which the speeds are believed to stay as they are, so that a rank slow
-    for a moment moves nobody's slots.
-    """
-    return (now.step_s - then.step_s) * steps > switch_s

@@ -47,9 +47,6 @@ class Cut:
     slowest_s: float
     """A micro-batch in the slowest stage: what the pipeline's pace is."""
 
-    def stage_of(self, layer: int) -> int:
-        return holder(self.bounds, layer)
-
 
 def holder(bounds: Sequence[int], layer: int) -> int:
     """The stage that holds this layer, cut at `bounds`."""
@@ -160,12 +157,12 @@ def moves(
     Both placements are worked out, from which bytes each rank holds before and after.
     """
     sizes = [x.state_bytes for x in layers]
-    moved = [i for i in range(len(layers)) if _stage(before, i) != _stage(after, i)]
+    moved = [i for i in range(len(layers)) if holder(before, i) != holder(after, i)]
     contiguous: dict[tuple[int, int], float] = {}
     for stage in range(len(after) - 1):
         for i in range(after[stage], after[stage + 1]):
             # Overlap of each new owner's range with each old owner's, within this layer.
-            old, new = _stage(before, i), stage
+            old, new = holder(before, i), stage
             for (r, a, b), (q, c, d) in itertools.product(
                 _pieces(sizes, before, old, i, ranks), _pieces(sizes, after, new, i, ranks)
             ):
@@ -174,7 +171,7 @@ def moves(
                     contiguous[old, r] = contiguous.get((old, r), 0.0) + both
     interleaved = [0.0] * (len(before) - 1)
     for i in moved:
-        interleaved[_stage(before, i)] += sizes[i]
+        interleaved[holder(before, i)] += sizes[i]
     return Moves(
         layers=tuple(moved),
         contiguous=sum(contiguous.values()),
@@ -182,10 +179,6 @@ def moves(
         contiguous_rank=max(contiguous.values(), default=0.0),
         interleaved_rank=max(interleaved) / ranks,
     )
-
-
-def _stage(bounds: Sequence[int], layer: int) -> int:
-    return next(s for s in range(len(bounds) - 1) if layer < bounds[s + 1])
 
 
 def _pieces(

@@ -8,10 +8,8 @@ from hypothesis import strategies as st
 
 from ftkit.recovery.rebalance import (
     Speed,
-    divided,
     evenly,
     whole_slots,
-    worth_it,
 )
 
 EQUAL = [Speed(slot_s=1.0)] * 4
@@ -67,13 +65,6 @@ def test_no_division_is_faster_and_every_slot_is_held_once(slots: int, ranks: li
     )
     slowest = max(s.fixed_s + n * s.slot_s for n, s in zip(found.counts, ranks, strict=True) if n)
     assert slowest == pytest.approx(best)
-
-
-def test_a_change_must_pay_for_itself() -> None:
-    before, after = divided((7, 7, 7, 7), HALF), whole_slots(28, HALF)
-    assert worth_it(before, after, switch_s=5, steps=2)
-    assert not worth_it(before, after, switch_s=20, steps=2)
-    assert not worth_it(after, after, switch_s=0, steps=100)
 
 
 def test_nonsense_is_refused() -> None:
