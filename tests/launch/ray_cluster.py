@@ -1,6 +1,8 @@
 """A Ray cluster of a test's own."""
 
+import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -10,12 +12,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 90.0
+#: Ray's provider of machines that are processes goes by names: this is what it calls the head.
+HEAD = "0".rjust(5, "0").rjust(56, "f")
 
 needs_ray_train = pytest.mark.skipif(
     any(importlib.util.find_spec(m) is None for m in ("pandas", "pydantic", "cloudpickle")),
@@ -24,9 +29,12 @@ needs_ray_train = pytest.mark.skipif(
 
 
 class Cluster:
-    """A Ray head of our own on free ports, and everything below it."""
+    """A Ray head of our own on free ports, and everything below it.
 
-    def __init__(self, folder: Path) -> None:
+    With `on_demand`, the resources of a kind of machine, its autoscaler starts up to three of them.
+    """
+
+    def __init__(self, folder: Path, *, on_demand: dict[str, float] | None = None) -> None:
         self._folder = folder
         self.gcs, self.dashboard, client = (free_port() for _ in range(3))
         environ = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
@@ -40,6 +48,17 @@ class Cluster:
         command += ["--node-ip-address=127.0.0.1", f"--port={self.gcs}", f"--temp-dir={folder}"]
         command += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={client}"]
         command += ["--object-store-memory=100000000"]
+        if on_demand is not None:
+            told = folder / "autoscaling.json"
+            told.write_text(json.dumps(_autoscaling(self.address, on_demand)))
+            command += [f"--autoscaling-config={told}"]
+            self.environ |= {
+                "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+                "RAY_FAKE_CLUSTER": "1",
+                "RAY_enable_autoscaler_v2": "1",
+                "RAY_CLOUD_INSTANCE_ID": HEAD,
+                "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD,
+            }
         self._log = (folder / "head.log").open("wb")
         self.process = subprocess.Popen(
             command, env=self.environ, stdout=self._log, stderr=self._log, start_new_session=True
@@ -54,20 +73,15 @@ class Cluster:
             process = subprocess.Popen(
                 command, env=self.environ, stdout=log, stderr=log, start_new_session=True
             )
-            below: list[psutil.Process] = []
             try:
                 deadline = time.monotonic() + START_LIMIT_S
                 while b"runtime started" not in (said := Path(log.name).read_bytes()):
                     assert process.poll() is None, said
                     assert time.monotonic() < deadline, said
                     time.sleep(0.1)
-                below = psutil.Process(process.pid).children(recursive=True)
                 yield
             finally:
-                process.terminate()
-                process.wait(timeout=20)
-                for left in psutil.wait_procs(below, timeout=10)[1]:
-                    left.kill()
+                _kill(process)
 
     def drain(self, machine: str) -> None:
         """Tell Ray that a machine is about to be taken away, as a cloud's notice does."""
@@ -87,27 +101,60 @@ class Cluster:
         return [t for t in titles if "AgentHost" in t or "CoordinatorHost" in t]
 
     def stop(self) -> None:
-        below = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        for process in psutil.wait_procs(below, timeout=5)[1]:
-            process.kill()
+        _kill(self.process)
         self._log.close()
 
 
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End it and all below it at once: asked to, `ray start` takes half a minute."""
+    below = list[psutil.Process]()
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and was waited for
+        below = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    for left in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.kill()
+    psutil.wait_procs(below, timeout=20)
+
+
+def _autoscaling(address: str, resources: dict[str, float]) -> dict[str, Any]:
+    """What Ray's autoscaler is told, to start machines as processes of this one."""
+    head = "ray.head.default"
+    return {
+        "cluster_name": "ftkit",
+        "max_workers": 3,
+        "upscaling_speed": 10,
+        "idle_timeout_minutes": 5,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": address,
+            "launch_multiple": True,
+            "head_node_id": HEAD,
+        },
+        "auth": {},
+        "head_node_type": head,
+        "available_node_types": {
+            head: {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},
+            "on-demand": {
+                "resources": {**resources, "object_store_memory": 100_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 3,
+            },
+        },
+    }
+
+
 @contextmanager
-def running_cluster(name: str) -> Iterator[Cluster]:
+def running_cluster(name: str, *, on_demand: dict[str, float] | None = None) -> Iterator[Cluster]:
     """A cluster of one machine that answers, until the block ends."""
     # Ray's socket paths have to fit 107 bytes, so pytest's own folder is too deep.
     folder = Path("/tmp") / f"ftkit-{name}-{os.getpid()}"
     folder.mkdir()
     cluster = None
     try:
-        cluster = Cluster(folder)
+        cluster = Cluster(folder, on_demand=on_demand)
         deadline = time.monotonic() + START_LIMIT_S
         while not (answers(cluster.gcs) and answers(cluster.dashboard)):
             assert cluster.process.poll() is None, (folder / "head.log").read_text()
