@@ -1,6 +1,5 @@
 """An S3-compatible server in this process."""
 
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,12 +11,9 @@ def s3_server() -> Iterator[dict[str, str]]:
     """Serve a bucket; yields the variables by which any S3 client finds it."""
     from moto.server import ThreadedMotoServer
 
-    # Port 0 would be chosen by the server, which then does not say which it is.
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    _, port = server.get_host_and_port()
     import s3fs
 
     environ = {

@@ -243,7 +243,7 @@ def test_a_member_that_wakes_up_after_the_world_moved_on_takes_part_in_nothing()
 def link(spare: Group, to: World) -> None:
     """Connect to all of `to`, anew where they let go of it only afterwards."""
     spare.connect(to.members, timeout_s=10)
-    parts_by = time.monotonic() + 0.1
+    parts_by = time.monotonic() + 0.5
     while time.monotonic() < parts_by:
         if spare.parted(to):
             spare.connect(to.members, timeout_s=10)

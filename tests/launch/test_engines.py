@@ -72,7 +72,7 @@ class TestRay(EngineContract):
     def connected(self, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         yield
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 20
         while cluster.actors() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert cluster.actors() == []

@@ -87,7 +87,7 @@ def test_a_cut_ends_what_there_is_and_refuses_what_comes_until_it_is_healed(
 
 
 def test_a_slow_link_carries_what_it_may(relay: Relay, listener: socket.socket) -> None:
-    relay.slow([(1, 0)], 1_000_000)
+    relay.slow([(1, 0)], 400_000)
     with dial(relay, listener, 1, 0) as near:
         far, _ = listener.accept()
         with far:
@@ -95,12 +95,13 @@ def test_a_slow_link_carries_what_it_may(relay: Relay, listener: socket.socket) 
             near.sendall(bytes(left))
             while left:
                 left -= len(far.recv(1 << 16))
-            assert time.monotonic() - begin > 0.15
+            slow_s = time.monotonic() - begin
+            assert slow_s > 0.4
             begin, left = time.monotonic(), 200_000
             far.sendall(bytes(left))
             while left:
                 left -= len(near.recv(1 << 16))
-            assert time.monotonic() - begin < 0.15, "the other way is not slow"
+            assert time.monotonic() - begin < slow_s, "the other way is not slow"
 
 
 def test_what_is_held_breaks_nothing_and_comes_when_it_is_released(
