@@ -101,11 +101,11 @@ class Agent:
           node: this node's number.
           secret: the job's secret in hexadecimal.
           host: the address this node is reached at, by ranks and coordinator alike.
-          port: the port for coordinators; 0 takes any.
+          port: the port for coordinators; another is taken where it is not free, or 0.
           inherited: the environment that ranks get ftkit's variables added to.
 
         Raises:
-          OSError: the port is taken, or the run directory cannot be written.
+          OSError: the run directory cannot be written.
           CapacityError: shared memory is full.
         """
         self._config = config
@@ -203,7 +203,7 @@ class Agent:
             self.trace,
             put=self._put,
             drain=self._begin_drain,
-            tell=self._has_news,
+            tell=self._tell_coordinator,
         )
         self._ending_since: float | None = None
         self._missing_since: float | None = None

@@ -113,7 +113,7 @@ def refuse_or_take(config: JobConfig) -> JobConfig:
 
     Raises:
       RootInUse: another job writes there.
-      StoreError: it cannot be used.
+      UsageError: it cannot be used.
     """
     if not config.checkpoint_dir:
         return config
@@ -123,8 +123,12 @@ def refuse_or_take(config: JobConfig) -> JobConfig:
 
     try:
         store = open_store(config.checkpoint_dir)
-        Lease.take(store, JobId(config.job))
-        old = identities(store) if config.checkpoint_fresh else ()
+        lease = Lease.take(store, JobId(config.job))
+        try:
+            old = identities(store) if config.checkpoint_fresh else ()
+        except BaseException:
+            lease.release()
+            raise
     except RootInUse:
         raise
     except (FtkitError, OSError) as error:

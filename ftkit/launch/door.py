@@ -24,8 +24,12 @@ class Door:
     """Two listeners, and a thread for each connection: no guest holds up another."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Hold `port` of `host` for coordinators, 0 for any. OSError: it is taken."""
-        self._listeners: list[tuple[socket.socket, str]] = [(listen(host, port), "coordinator")]
+        """Hold `port` of `host` for coordinators; another, where it is taken or 0. OSError."""
+        try:
+            sock = listen(host, port)
+        except OSError:
+            sock = listen(host)
+        self._listeners: list[tuple[socket.socket, str]] = [(sock, "coordinator")]
 
     @property
     def address(self) -> tuple[str, int]:

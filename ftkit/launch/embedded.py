@@ -14,11 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from ftkit.core import exit_codes
 from ftkit.core.errors import CapacityError, UsageError
 from ftkit.launch import processes
 from ftkit.launch.arenas import check_root, sweep
 from ftkit.launch.config import JobConfig
 from ftkit.launch.coordinator import read_result
+from ftkit.launch.coordinator_tries import CoordinatorTries
 from ftkit.launch.ranks import die_with
 from ftkit.recovery.plan import Stop
 
@@ -26,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 #: An agent starts in a fraction of a second; longer than this and something is wrong.
 AGENT_START_S = 30.0
-#: Coordinators that end within a second of their start, one after another, before we give up.
-COORDINATOR_TRIES = 10
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class EmbeddedEngine:
         self._coordinator: subprocess.Popen[bytes] | None = None
         self._number = 0
         self._started_at = 0.0
-        self._quick_ends = 0
+        self._tries = CoordinatorTries()
         self._interrupted_at: float | None = None
         self._through_at: float | None = None
         self._told: subprocess.Popen[bytes] | None = None
@@ -70,7 +70,9 @@ class EmbeddedEngine:
         if self._interrupted_at is not None:
             limit = self._interrupted_at + self._config.interrupt_s
             if time.monotonic() > limit:
-                return Stop(code=130, reason="interrupted, and ended the hard way")
+                return Stop(
+                    code=exit_codes.INTERRUPTED, reason="interrupted, and ended the hard way"
+                )
             if self._told is not self._coordinator and self._coordinator is not None:
                 self._told = self._coordinator
                 self._coordinator.terminate()
@@ -84,12 +86,13 @@ class EmbeddedEngine:
             stop = read_result(Path(self._config.run_dir))
             if stop is not None:
                 return stop
-            quick = time.monotonic() - self._started_at < 1.0
-            self._quick_ends = self._quick_ends + 1 if quick else 0
-            if self._quick_ends >= COORDINATOR_TRIES:
-                return Stop(
-                    code=70, reason=f"{COORDINATOR_TRIES} coordinators in a row ended at once"
-                )
+            code = self._coordinator.returncode
+            stop = self._tries.ended(
+                lived_s=time.monotonic() - self._started_at,
+                error=f"exit code {code}, its own words are above" if code > 0 else "",
+            )
+            if stop is not None:
+                return stop
             self._start_coordinator()
         return None
 
@@ -152,6 +155,9 @@ class EmbeddedEngine:
         logger.warning("the agent of node %s is gone; starting another", node)
         sweep(Path(self._config.shm_root))
         self._agents[node] = self._start_agent(node, agent.address[1])
+        if self._agents[node].address != agent.address and self._coordinator is not None:
+            # Coordinators are told the addresses once; the next one will know this one.
+            self._coordinator.kill()
 
     def _start_agent(self, node: int, port: int) -> _Agent:
         read, write = os.pipe()
@@ -168,7 +174,7 @@ class EmbeddedEngine:
             process.wait()
             raise CapacityError(
                 f"the agent of node {node} did not start (exit code {process.returncode}); its "
-                f"own words are above. Is {self._config.shm_root} full, or the port {port} taken?"
+                f"own words are above. Is {self._config.shm_root} full?"
             )
         host, bound = json.loads(text)
         return _Agent(process=process, pipe=pipe, address=(host, bound))

@@ -75,7 +75,10 @@ class History:
             from ftkit.checkpoint.persist.store import open_store
 
             store = open_store(self._where)
-            blocks = [store.get(name) for name in store.names() if name.endswith(".jsonl")]
+            try:
+                blocks = [store.get(name) for name in store.names() if name.endswith(".jsonl")]
+            except FileNotFoundError as error:  # removed since it was listed
+                raise StoreError(f"the history {self._where} cannot be read: {error}") from error
         else:
             try:
                 blocks = [read_tail(self._path)]

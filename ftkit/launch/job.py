@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -105,11 +105,14 @@ def run_job(
         raise UsageError(f"the run directory {config.run_dir} cannot be made: {error}") from error
     if any(events.iterdir()):
         raise UsageError(f"{config.run_dir} holds another run; give --run-dir a new folder")
-    config = refuse_or_take(config)
-    secret = new_secret()
-    running = make(with_master_port(config), secret)
-    try:
+    with ExitStack() as ends:
+        config = refuse_or_take(config)
+        ends.callback(give_back, config)
+        secret = new_secret()
+        running = make(with_master_port(config), secret)
+        ends.callback(running.close)
         write_access(config, engine, secret)
+        ends.callback(remove_access, Path(config.run_dir))
         with end_signals(running) as received:
             try:
                 running.start()
@@ -127,10 +130,6 @@ def run_job(
             if received:
                 return Stop(code=128 + received[0], reason=f"ended by {received[0].name}")
             return stop
-    finally:
-        remove_access(Path(config.run_dir))
-        running.close()
-        give_back(config)
 
 
 @contextmanager

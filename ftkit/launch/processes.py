@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 
+from ftkit.core import exit_codes
 from ftkit.core.ids import NodeId
 from ftkit.launch.config import JobConfig
 from ftkit.launch.logs import log_to_stderr
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int:
             return _coordinator(config, secret, int(number), " ".join(reason))
         case _:
             print(f"ftkit.launch.processes: cannot run {argv}", file=sys.stderr)
-            return 64
+            return exit_codes.USAGE
 
 
 def _agent(config: JobConfig, node: NodeId, secret: str, port: int, pipe_fd: int) -> int:

@@ -100,7 +100,7 @@ class AgentHost:
             NodeId(node),
             secret,
             host=host,
-            port=port if _is_free(host, port) else 0,
+            port=port,
             inherited=rank_inheritance(os.environ, environ),
         )
         self._agent = agent
@@ -216,13 +216,3 @@ def _ray_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-
-def _is_free(host: str, port: int) -> bool:
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError:
-        return False
-    return True

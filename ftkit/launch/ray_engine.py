@@ -43,6 +43,7 @@ from ftkit.core.errors import CapacityError, FtkitError, UsageError
 from ftkit.launch.arenas import sweep
 from ftkit.launch.config import JobConfig
 from ftkit.launch.coordinator import read_result
+from ftkit.launch.coordinator_tries import CoordinatorTries
 from ftkit.launch.ray_actors import AgentHost, CoordinatorHost, Started, marker
 from ftkit.launch.ray_placement import bundle, parse_resources, shortage, show, strategy
 from ftkit.launch.tail import RankOutput
@@ -57,8 +58,6 @@ LOOPBACK = "127.0.0.1"
 CONNECT_S = 15.0
 #: For an actor's process to start and its agent to listen: importing Ray takes seconds.
 START_S = 120.0
-#: Coordinators that end by an error before we give up.
-COORDINATOR_TRIES = 10
 #: Between two questions which machines are about to be taken away.
 NOTICE_S = 1.0
 
@@ -94,7 +93,8 @@ class RayEngine:
         self._coordinator_pid: Any = None
         self._running: Any = None
         self._number = 0
-        self._errors = 0
+        self._tries = CoordinatorTries()
+        self._started_at = 0.0
         self._interrupted_at: float | None = None
         self._through_at: float | None = None
         self._told: Any = None
@@ -282,6 +282,7 @@ class RayEngine:
             if agent.known is None:
                 raise CapacityError(f"the agent of node {node} did not start: {error}") from error
             logger.warning("the agent of node %s is gone; starting another", node)
+            ray.kill(agent.actor)  # or out of reach only, and a node has one agent
             self._start_agent(node)
             return
         except ray_errors.RayTaskError as error:
@@ -330,6 +331,7 @@ class RayEngine:
 
     def _start_coordinator(self) -> None:
         self._number += 1
+        self._started_at = time.monotonic()
         here = ray.get_runtime_context().get_node_id()
         self._coordinator = self._actor(
             CoordinatorHost,
@@ -351,16 +353,15 @@ class RayEngine:
             return Stop(code=code, reason=reason)
         except ray_errors.RayTaskError as error:
             # Its process lives, so what it raised will come again: a full disk, a bug.
-            self._errors += 1
             logger.warning("coordinator %s ended by an error: %r", self._number, error.cause)
-            if self._errors >= COORDINATOR_TRIES:
-                return Stop(
-                    code=exit_codes.UNRECOVERABLE,
-                    reason=f"{self._errors} coordinators ended by an error: {error.cause!r}",
-                )
+            lived_s = time.monotonic() - self._started_at
+            stop = self._tries.ended(lived_s=lived_s, error=repr(error.cause))
+            if stop is not None:
+                return stop
             ray.kill(self._coordinator)
         except ray_errors.RayActorError:
             logger.warning("coordinator %s is gone; starting another", self._number)
+            ray.kill(self._coordinator)  # or out of reach only
         self._start_coordinator()
         return None
 
@@ -456,7 +457,7 @@ def connect(environ: Mapping[str, str]) -> bool:
     def init() -> None:
         try:
             ray.init(address=address, namespace=NAMESPACE, logging_level=logging.ERROR)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is said by the one that waits
             failures.append(error)
 
     # A thread, as `ray.init` hears no signals while it waits, takes over SIGTERM on the main

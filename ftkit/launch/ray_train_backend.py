@@ -11,6 +11,7 @@ import logging
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,10 +24,10 @@ from ray.train.torch import TorchConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ftkit.checkpoint.stripes import Code
-from ftkit.core import exit_codes
 from ftkit.core.errors import UsageError
 from ftkit.launch import ray_train_rank, ray_train_worker
 from ftkit.launch.config import JobConfig, Times, new_job_id, new_secret
+from ftkit.launch.coordinator_tries import CoordinatorTries
 from ftkit.launch.disk import give_back, refuse_or_take
 from ftkit.launch.ray_actors import CoordinatorHost
 from ftkit.launch.ray_engine import NOTICE_S, draining_nodes
@@ -34,8 +35,6 @@ from ftkit.recovery.plan import Stop
 
 logger = logging.getLogger(__name__)
 
-#: Coordinators that end by an error before we give up.
-COORDINATOR_TRIES = 10
 #: For a worker that still lives to end its agent.
 STOP_S = 10.0
 #: What TorchConfig holds that means something else here, or nothing.
@@ -271,7 +270,7 @@ class JobRun:
 
     def _lead(self) -> None:
         """(thread) Have a coordinator as long as the job runs; tell the workers of notices and its end."""
-        number, failures = 0, list[str]()
+        number, tries = 0, CoordinatorTries()
         while self._stop is None:
             number += 1
             with self._lock:
@@ -279,24 +278,24 @@ class JobRun:
                     return
                 actor = self._actor = _coordinator()
             addresses = [self._addresses[node] for node in sorted(self._addresses)]
-            run = actor.run.remote(self._config.to_json(), self._secret, addresses, number)
-            while not ray.wait([run], timeout=NOTICE_S)[0]:
-                self._pass_on_notices()
+            began = time.monotonic()
             try:
+                run = actor.run.remote(self._config.to_json(), self._secret, addresses, number)
+                while not ray.wait([run], timeout=NOTICE_S)[0]:
+                    self._pass_on_notices()
                 code, reason = ray.get(run)
-            except ray_errors.RayTaskError as error:
-                # Its process lives, so what it raised will come again: a full disk, a bug.
-                failures.append(repr(error.cause))
-                logger.warning("coordinator %s ended by an error: %s", number, failures[-1])
-                ray.kill(actor)
-                if len(failures) < COORDINATOR_TRIES:
-                    continue
-                code = exit_codes.UNRECOVERABLE
-                reason = f"{len(failures)} coordinators ended by an error: {failures[-1]}"
+                self._stop = Stop(code=code, reason=reason)
             except ray_errors.RayActorError:
                 logger.warning("coordinator %s is gone; starting another", number)
+                ray.kill(actor)  # or out of reach only
                 continue
-            self._stop = Stop(code=code, reason=reason)
+            except Exception as error:  # noqa: BLE001 - nobody else would hear of it
+                # It will come again: a full disk, a bug.
+                cause = error.cause if isinstance(error, ray_errors.RayTaskError) else error
+                logger.warning("coordinator %s ended by an error: %r", number, cause)
+                ray.kill(actor)
+                lived_s = time.monotonic() - began
+                self._stop = tries.ended(lived_s=lived_s, error=repr(cause))
         # Those whose agents the coordinator never reached would wait for it.
         tell(self._workers, ray_train_worker.job_over, self._stop.code, self._stop.reason)
 

@@ -180,7 +180,7 @@ class TrafficGovernor:
         """Receive into a contiguous tensor, of the size that is sent. Blocks; as `send`."""
         acks = []
         pieces = list(self._pieces(into))
-        # Two ahead of the sender: what comes finds its place.
+        # As many as the sender lets fly: what comes finds its place.
         ahead = self._limits.unacknowledged_max
         posted = [self._group.recv([p], source, _PIECE) for p in pieces[:ahead]]
         for number in range(len(pieces)):

@@ -129,6 +129,29 @@ def test_a_strike_falls_on_the_one_and_is_told_as_a_drill(node: Node, fault, num
     line.close()
 
 
+def test_the_coordinator_hears_of_a_node_that_is_taken_before_it_is(
+    node: Node, monkeypatch
+) -> None:
+    secret = bytes.fromhex(SECRET)
+    hello = {"role": "coordinator", "term": 1}
+    coordinator = connect(node.agent.address, secret, hello=hello, timeout_s=5)
+    coordinator.answer_within(5)
+    # Here it is this process that would be killed, and its ranks are written out.
+    monkeypatch.setattr("ftkit.launch.drill_visits.os.kill", lambda pid, number: node.agent.stop())
+    monkeypatch.setattr("ftkit.launch.drill_visits.shutil.rmtree", lambda *_, **__: None)
+    told = coordinator.receive()
+    assert [m["drilled"] for m in told["members"]] == [False, False]
+    line = node.visit()
+    assert (
+        ask(line, type="strike", fault="lose-node", members=[0, 1], order=ORDER)["type"] == "struck"
+    )
+    while not all(m["drilled"] for m in told["members"]):
+        told = coordinator.receive()
+    assert told["ended"] is False
+    line.close()
+    coordinator.close()
+
+
 def test_who_holds_the_key_can_be_no_coordinator(node: Node) -> None:
     line = node.visit()
     line.send({"type": "plan", "plan": replace(PLAN, version=99, mode=Mode.ENDED).to_json()})
