@@ -30,6 +30,7 @@ class Deaf:
 
     def poll(self) -> Stop | None:
         signal.raise_signal(signal.SIGINT if not self.heard else signal.SIGTERM)
+        return None
 
     def close(self) -> None:
         self.closed = True
