@@ -1,6 +1,7 @@
 """Choices: names that a person types, each of which has to be one of some."""
 
 import difflib
+import re
 from collections.abc import Callable, Collection
 from typing import TypeVar
 
@@ -22,6 +23,13 @@ def near(name: str, among: Collection[str]) -> str:
     """The end of a message that refuses `name`: what may have been meant; "" where nothing is."""
     found = difflib.get_close_matches(name.lower(), among, n=1)
     return f"; did you mean {found[0]}?" if found else ""
+
+
+def refuse_half_url(text: str) -> None:
+    """Raise UsageError for s3:/bucket: one slash of a URL's two, and so a folder named s3: here."""
+    if re.match(r"[a-z][a-z0-9+.]+:/(?!/)", text):
+        meant = text.replace(":/", "://", 1)
+        raise UsageError(f"{text} is neither a path nor a URL; did you mean {meant}?")
 
 
 def seconds_or_auto(text: object) -> float | str:

@@ -18,6 +18,7 @@ import click
 from ftkit.core import exit_codes
 from ftkit.core.errors import IntegrityError, UsageError
 from ftkit.core.ids import JobId, Step
+from ftkit.launch.choices import refuse_half_url
 
 if TYPE_CHECKING:
     from ftkit.checkpoint.persist.checkpoint import Checkpoint
@@ -242,6 +243,8 @@ def convert(src: str, dst: str, to: str, part: str | None, as_json: bool) -> Non
     """
     from ftkit.checkpoint import convert as convert_checkpoint
 
+    refuse_half_url(src)
+    refuse_half_url(dst)
     with _bars("converting", quiet=as_json) as progress:
         done = convert_checkpoint(src, dst, to=to, part=part, progress=progress)
     if as_json:
@@ -286,8 +289,10 @@ def gc(keep: tuple[str, ...], folder: str | None, root: str, as_json: bool) -> N
 def _store(root: str) -> "Store":
     from ftkit.checkpoint.persist.store import open_store
 
+    refuse_half_url(root)
     if "://" not in root and not Path(root).is_dir():
-        raise UsageError(f"there is no folder {root}; give --checkpoint-dir")
+        what = "that is a file" if Path(root).is_file() else "give --checkpoint-dir"
+        raise UsageError(f"there is no folder {root}; {what}")
     return open_store(root)
 
 
@@ -306,6 +311,7 @@ def _open(root: str, step: str | None, *, newest_of_all: bool = False) -> "Check
     if step is not None and step.isdecimal():
         number = int(step)
     elif step is not None:
+        refuse_half_url(step)
         head, slash, last = step.rstrip("/").rpartition("/")
         number = step_of(last)
         if number is not None:

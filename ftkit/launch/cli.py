@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import json
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from ftkit.core import exit_codes
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.launch import completion
 from ftkit.launch.bench_command import bench
-from ftkit.launch.choices import seconds_or_auto, steps_or_auto
+from ftkit.launch.choices import refuse_half_url, seconds_or_auto, steps_or_auto
 from ftkit.launch.ckpt_command import ckpt
 from ftkit.launch.later import Later
 from ftkit.launch.logs import log_to_stderr
@@ -27,7 +26,7 @@ log_to_stderr()
 
 
 class Guarded(click.Group):
-    """Shows our own errors as one message and an exit code, never as a traceback."""
+    """Shows our own errors and Ctrl-C as one message and an exit code, never as a traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -38,6 +37,9 @@ class Guarded(click.Group):
         except FtkitError as error:
             click.echo(f"ftkit: {error}", err=True)
             sys.exit(exit_codes.UNRECOVERABLE)
+        except KeyboardInterrupt:
+            click.echo("ftkit: interrupted", err=True)
+            sys.exit(exit_codes.INTERRUPTED)
 
 
 @click.group(cls=Guarded, context_settings={"help_option_names": ["-h", "--help"]})
@@ -327,9 +329,7 @@ def absolute(url: str) -> str:
     Raises:
       UsageError: it has one slash of a URL's two, and would become a folder named s3: here.
     """
-    if re.match(r"[a-z][a-z0-9+.]+:/(?!/)", url):
-        meant = url.replace(":/", "://", 1)
-        raise UsageError(f"{url} is neither a path nor a URL; did you mean {meant}?")
+    refuse_half_url(url)
     return url if not url or "://" in url else str(Path(url).resolve())
 
 

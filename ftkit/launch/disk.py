@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from ftkit.core.errors import FtkitError, RootInUse, StoreError, UsageError
@@ -121,6 +122,11 @@ def refuse_or_take(config: JobConfig) -> JobConfig:
     from ftkit.checkpoint.persist.source import identities
     from ftkit.checkpoint.persist.store import open_store
 
+    if (file := _file_in(config.checkpoint_dir)) is not None:
+        raise UsageError(
+            f"--checkpoint-dir {config.checkpoint_dir}: {file} is a file; give a folder, which is made "
+            "if there is none"
+        )
     try:
         store = open_store(config.checkpoint_dir)
         lease = Lease.take(store, JobId(config.job))
@@ -134,6 +140,15 @@ def refuse_or_take(config: JobConfig) -> JobConfig:
     except (FtkitError, OSError) as error:
         raise UsageError(f"--checkpoint-dir {config.checkpoint_dir}: {error}") from error
     return replace(config, checkpoint_ignore=old)
+
+
+def _file_in(place: str) -> Path | None:
+    """What stands where `place`, or a folder on the way to it, would be, and is none."""
+    local = place.removeprefix("file://")
+    if "://" in local:
+        return None
+    here = Path(local)
+    return next((p for p in (here, *here.parents) if p.exists() and not p.is_dir()), None)
 
 
 def give_back(config: JobConfig) -> None:

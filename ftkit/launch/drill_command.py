@@ -84,7 +84,7 @@ def run_drills(
             f"--sharded {job.sharded} cuts a copy of the model over more ranks than the job's "
             f"{job.world_size}: give fewer, or --sharded alone for all of them"
         )
-    root = (run_dir or RUNS / f"drill-{new_job_id()}").resolve()
+    root = _folder(run_dir or RUNS / f"drill-{new_job_id()}")
     console = Console(stderr=as_json)
     # What a step takes is no part of the outcome.
     reference = _undisturbed(job, root / "reference", console, quiet=as_json)
@@ -120,7 +120,9 @@ def run_demo(*, data: Path | None, report: Path, seed: int, as_json: bool, **giv
     """
     run_dir = given.pop("run_dir")
     job, drill = demo(seed=seed, data=data, **given)
-    root = (run_dir or RUNS / f"demo-{new_job_id()}").resolve()
+    if report.is_dir() or not report.absolute().parent.is_dir():
+        raise UsageError(f"--report {report} cannot be written: give a file in a folder there is")
+    root = _folder(run_dir or RUNS / f"demo-{new_job_id()}")
     console = Console(stderr=as_json)
     reference = _undisturbed(job, root / "reference", console, quiet=as_json)
     title = f"the same, with rank {drill.seat} killed in step {drill.step}"
@@ -147,6 +149,16 @@ def demo(*, seed: int, data: Path | None, **given: Any) -> tuple[Job, Drill]:
     job = Job(**given, data=data, workload=("--seed", str(seed)) if bundled else ())
     phase = Point.ALL_REDUCE.value
     return job, choose(Kind.KILL.value, phase, seed=seed, nproc=job.world_size, steps=job.steps)
+
+
+def _folder(run_dir: Path) -> Path:
+    """The folder of a series of drills, made. UsageError where it cannot be."""
+    root = run_dir.resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--run-dir {run_dir} cannot be made: {error.strerror}") from error
+    return root
 
 
 def _undisturbed(job: Job, run_dir: Path, console: Console, *, quiet: bool) -> list[dict[str, Any]]:

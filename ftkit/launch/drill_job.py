@@ -1,5 +1,6 @@
 """Job: what drills are done to, the bundled training job or a script of the user's."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.drill_catalogue import NODE_FAULTS, SHORT_HANDED_S, WORKLOAD
 from ftkit.launch.drill_faults import LOSE_NODE
 from ftkit.launch.engine import Engine
-from ftkit.launch.job import python_command, run_job
+from ftkit.launch.job import Interrupted, python_command, run_job
 from ftkit.recovery.plan import Stop
 
 
@@ -112,6 +113,9 @@ class Job:
         """Run the job once. Returns its end and its events. Blocks.
 
         `settings` are further fields of its JobConfig; variables in their `env` are added.
+
+        Raises:
+          SystemExit: a signal ended it, so that there is nothing to judge; with its exit code.
         """
         config = JobConfig(
             job=job_id or new_job_id(),
@@ -126,4 +130,7 @@ class Job:
             **{**settings, "env": {**to_environ(faults), **settings.get("env", {})}},
         )
         stop = run_job(config, engine=self.engine, on_poll=on_poll)
+        if isinstance(stop, Interrupted):
+            print(f"ftkit: {stop.reason}; nothing is judged", file=sys.stderr)
+            sys.exit(stop.code)
         return stop, read_run(run_dir)

@@ -166,12 +166,16 @@ class EmbeddedEngine:
         finally:
             os.close(write)
         pipe = os.fdopen(read)
-        ready, _, _ = select.select([pipe], [], [], AGENT_START_S)
-        text = pipe.readline() if ready else ""
+        text = ""
+        try:
+            ready, _, _ = select.select([pipe], [], [], AGENT_START_S)
+            text = pipe.readline() if ready else ""
+        finally:
+            if not text:  # or a second Ctrl-C: `close` would not know of it
+                pipe.close()
+                process.kill()
+                process.wait()
         if not text:
-            pipe.close()
-            process.kill()
-            process.wait()
             raise CapacityError(
                 f"the agent of node {node} did not start (exit code {process.returncode}); its "
                 f"own words are above. Is {self._config.shm_root} full?"

@@ -6,11 +6,12 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
+from typing import Any, Self
 
 from ftkit.core.errors import UsageError
 from ftkit.launch.choices import near
@@ -18,10 +19,16 @@ from ftkit.launch.config import JobConfig, new_secret
 from ftkit.launch.disk import give_back, refuse_or_take
 from ftkit.launch.drill_access import remove_access, write_access
 from ftkit.launch.engine import Engine
+from ftkit.launch.modules import check_module
 from ftkit.recovery.plan import Stop
 
 #: Between two looks at the engine and the events: an update a person perceives as live.
 POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interrupted(Stop):
+    """A job's end that a signal to this process asked for."""
 
 
 def engine_class(kind: str) -> Callable[[JobConfig, str], Engine]:
@@ -55,11 +62,12 @@ def python_command(script: str, arguments: tuple[str, ...]) -> tuple[str, ...]:
     """How each rank runs `script`: a file, or with a leading "-m" a module.
 
     Raises:
-      UsageError: there is no such file.
+      UsageError: there is no such file or module.
     """
     if script == "-m":
         if not arguments:
             raise UsageError("-m needs the name of a module")
+        check_module(arguments[0])
         return (sys.executable, "-u", "-m", *arguments)
     if not Path(script).is_file():
         raise UsageError(
@@ -99,22 +107,25 @@ def run_job(
     """
     make = engine_class(engine)  # refused before anything is made
     events = Path(config.run_dir) / "events"
-    try:
-        events.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"the run directory {config.run_dir} cannot be made: {error}") from error
-    if any(events.iterdir()):
+    if events.is_dir() and any(events.iterdir()):
         raise UsageError(f"{config.run_dir} holds another run; give --run-dir a new folder")
     with ExitStack() as ends:
         config = refuse_or_take(config)
         ends.callback(give_back, config)
+        try:
+            events.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"the run directory {config.run_dir} cannot be made: {error}"
+            ) from error
         secret = new_secret()
         running = make(with_master_port(config), secret)
-        ends.callback(running.close)
-        write_access(config, engine, secret)
-        ends.callback(remove_access, Path(config.run_dir))
-        with end_signals(running) as received:
+        with EndSignals(running) as signals, ExitStack() as closing:
+            closing.callback(running.close)
+            closing.callback(remove_access, Path(config.run_dir))
+            closing.callback(signals.answer_none)
             try:
+                write_access(config, engine, secret)
                 running.start()
                 while (stop := running.poll()) is None:
                     if on_poll is not None:
@@ -123,35 +134,52 @@ def run_job(
                 if on_poll is not None:
                     on_poll(running)
             except KeyboardInterrupt:
-                if not received:
+                if not signals.received:
                     raise
-                names = " and ".join(n.name for n in received)
-                return Stop(code=128 + received[0], reason=f"ended at once by {names}")
-            if received:
-                return Stop(code=128 + received[0], reason=f"ended by {received[0].name}")
-            return stop
+                names = " and ".join(n.name for n in signals.received)
+                code = 128 + signals.received[0]
+                return Interrupted(code=code, reason=f"ended at once by {names}")
+        if signals.received:
+            first = signals.received[0]
+            return Interrupted(code=128 + first, reason=f"ended by {first.name}")
+        return stop
 
 
-@contextmanager
-def end_signals(engine: Engine) -> Iterator[list[signal.Signals]]:
-    """Answer SIGINT and SIGTERM by an orderly end; a second one by an end at once."""
-    received: list[signal.Signals] = []
+class EndSignals:
+    """Answers SIGINT and SIGTERM by an orderly end; a second one by an end at once.
 
-    def answer(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number))
-        if len(received) > 1:
-            raise KeyboardInterrupt
-        engine.interrupt()
+    While the job is being closed none is answered: whoever is impatient would leave
+    processes and shared memory behind, and the closing takes a few seconds at most.
+    """
 
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {n: signal.signal(n, answer) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
+    def __init__(self, engine: Engine) -> None:
+        self.received: list[signal.Signals] = []
+        self._closing = False
+        self._engine = engine
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._answer)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def answer_none(self) -> None:
+        """From now on the job is being closed."""
+        self._closing = True
+
+    def _answer(self, number: int, frame: FrameType | None) -> None:
+        if self._closing:
+            return
+        self.received.append(signal.Signals(number))
+        if len(self.received) > 1:
+            self._closing = True
+            raise KeyboardInterrupt
+        self._engine.interrupt()
 
 
 def with_master_port(config: JobConfig) -> JobConfig:

@@ -2,12 +2,14 @@
 
 import json
 import time
+from pathlib import Path
 
 import click
 
 from ftkit.core.errors import UsageError
 from ftkit.detection.offenders import OffenderConfig
 from ftkit.detection.retries import RetryStats, retry_stats
+from ftkit.launch.choices import refuse_half_url
 from ftkit.launch.history import History, attempts, fleet
 
 #: Nodes shown on a terminal.
@@ -21,6 +23,11 @@ def offenders(where: str, *, as_json: bool) -> int:
       UsageError: there is no history at `where`.
       StoreError: it cannot be read.
     """
+    refuse_half_url(where)
+    if Path(where.removeprefix("file://")).is_dir():
+        raise UsageError(
+            f"--history {where} is a folder; give the file that `ftkit run --history` writes"
+        )
     records = History(where, job="").read()
     if not records:
         raise UsageError(f"{where} holds no history; `ftkit run --history` makes one")

@@ -9,6 +9,7 @@ from ftkit.launch.choices import chosen, near, steps_or_auto
 from ftkit.launch.cli import absolute
 from ftkit.launch.drill_plan import choose
 from ftkit.launch.job import python_command
+from ftkit.launch.modules import check_module
 from ftkit.launch.run_folder import newest_run
 
 
@@ -77,3 +78,51 @@ def test_a_script_a_run_and_an_interval_that_there_are_not(
         newest_run(Path("modnay"))
     with pytest.raises(UsageError, match=r"--checkpoint-every: 'atuo' .*; did you mean auto\?"):
         steps_or_auto("atuo")
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Here: a package that must not be imported, one that can be run, a namespace and a script."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in {
+        "closed/__init__.py": "raise SystemExit('it was imported')",
+        "closed/train.py": "",
+        "open/__init__.py": "",
+        "open/__main__.py": "",
+        "loose/train.py": "",
+        "moved/__init__.py": "__path__ = ['elsewhere']",
+        "script.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["closed.train", "open", "open.__main__", "loose.train", "script", "moved.x", "timeit", "ftkit.launch.cli"],
+)  # fmt: skip
+def test_a_module_is_found_and_not_imported(name: str, packages: Path) -> None:
+    check_module(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nosuchmod", r"no module 'nosuchmod'"),
+        ("scirpt", r"; did you mean script\?"),
+        ("closed.trian", r"closed has no 'trian'; .*; did you mean train\?"),
+        ("closed", r"closed: it is a package without a __main__ .*: train$"),
+        ("script.train", r"script has no 'train'"),
+        ("script.py", r"that is a file, not a module's name; leave -m out"),
+        ("closed/train.py", r"that is a file, not a module's name; leave -m out"),
+        ("script.", r"no module 'script.'"),
+        (".script", r"no module '.script'"),
+        ("", r"no module ''"),
+        ("/", r"no module '/'"),
+        ("a\0b", r"no module"),
+    ],
+)
+def test_a_module_that_there_is_not(name: str, words: str, packages: Path) -> None:
+    with pytest.raises(UsageError, match=words):
+        check_module(name)

@@ -201,3 +201,19 @@ def test_as_a_process(root):
     assert done.stderr == ""
     states = [c["state"] for c in json.loads(done.stdout)["checkpoints"]]
     assert states == ["good", "good", "damaged"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["ls"], ["scrub"], ["gc", "--keep", "last:1"], ["show"], ["verify"], ["show", "1", "-d"],
+     ["convert", "--to", "torch", "x"], ["diff", "s3:/bucket"]],
+)  # fmt: skip
+def test_a_url_with_one_slash_is_taken_for_no_folder(command, tmp_path):
+    _, err = ftkit(*command, "s3:/bucket", code=64)
+    assert "did you mean s3://bucket?" in err
+
+
+def test_a_file_where_checkpoints_should_be_is_called_one(tmp_path):
+    (tmp_path / "file").touch()
+    _, err = ftkit("ls", tmp_path / "file", code=64)
+    assert "that is a file" in err

@@ -134,3 +134,12 @@ def test_a_place_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     nowhere = JobConfig(job="j", command=("x",), checkpoint_dir="nonsense://x")
     with pytest.raises(UsageError, match="nonsense"):
         refuse_or_take(nowhere)
+
+
+@pytest.mark.parametrize("place", ["file", "file/checkpoints", "file://{}/file"])
+def test_a_file_where_a_folder_is_wanted_is_called_one(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    place = place.format(tmp_path) if "://" in place else str(tmp_path / place)
+    config = JobConfig(job="j", command=("x",), checkpoint_dir=place)
+    with pytest.raises(UsageError, match=rf"{tmp_path}/file is a file; give a folder"):
+        refuse_or_take(config)

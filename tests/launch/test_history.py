@@ -264,3 +264,13 @@ def test_titans_history_is_read_with_its_whole_fleet(tmp_path: Path) -> None:
     path.write_text("a,b\n1,2\n")
     with pytest.raises(UsageError, match="has the columns"):
         read_titan(path)
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("", "is a folder; give the file"), ("s3:/b", "did you mean s3://b?")],
+)
+def test_offenders_of_what_can_be_no_history(where: str, words: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["doctor", "offenders", "--history", where or str(tmp_path)])
+    assert done.exit_code == 64, done.output
+    assert words in done.stderr

@@ -47,7 +47,7 @@ def run_programme(
     """
     stop_files = (run_dir / STOP, *((stop_file,) if stop_file else ()))
     if there := [path for path in stop_files if path.exists()]:
-        way = "`ftkit drill stop --clear`" if there[0].name == STOP else "remove it"
+        way = "`ftkit drill stop --clear`" if there[0].name == STOP else "removing it"
         raise UsageError(f"drills are stopped: {there[0]} is there; {way} allows them again")
     access = read_access(run_dir)
     asked = chosen(faults, LIVE_FAULTS, option="--fault")
