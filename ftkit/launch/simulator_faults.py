@@ -24,6 +24,9 @@ class Kind(StrEnum):
     """As a host does that had both: nobody is left who knew the members of the node."""
     STOP_RANK = auto()
     """SIGSTOP, and SIGCONT after `duration_s`."""
+    HANG_RANK = auto()
+    """Code of its script hangs for good: its training thread does nothing more, and its control
+    thread answers. Not in `schedule`: of a world that hangs altogether nobody waits for anybody."""
     CUT_LINK = auto()
     """Two living ranks lose their connection, and cannot connect for `duration_s`."""
     DEAF_NODE = auto()

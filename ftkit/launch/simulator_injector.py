@@ -80,6 +80,8 @@ class FaultInjector:
                 if victim.stopped_since is None:
                     victim.stopped_since = sim.now
                     sim.after(fault.duration_s, self.wake, victim)
+            case Kind.HANG_RANK:
+                victim.hang()
             case Kind.CUT_LINK:
                 other = alive[(fault.target + 1) % len(alive)]
                 if other is not victim:

@@ -2,7 +2,8 @@
 
 It plays the part of a session: trains, votes, halts by itself when a link breaks, and does
 what the plan asks. Everything it does later it schedules on the simulation's clock; what a
-halt interrupts carries `epoch` and comes to nothing.
+halt interrupts carries `epoch` and comes to nothing. What its training thread does (`_work`)
+ends where that hangs; its control thread hears plans and breaks, halts, leaves and tells.
 """
 
 from collections.abc import Callable
@@ -39,6 +40,8 @@ class SimRank:
         self.member, self.seat, self.node = member, seat, node
         self.alive = True
         self.stopped_since: float | None = None
+        self.hangs = False
+        """Its training thread does nothing any more."""
         self.backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self.plan: Plan | None = None
         self.stage = Stage.STARTING
@@ -136,7 +139,7 @@ class SimRank:
             self.backlog.append((action, args))
             return
         action(*args)
-        if (place := self._place()) != self._shown:
+        if not self.hangs and (place := self._place()) != self._shown:
             self._shown, self._moved_s = place, self.sim.now
 
     def wake(self) -> None:
@@ -146,12 +149,29 @@ class SimRank:
         for action, args in backlog:
             self.do(action, *args)
 
+    def hang(self) -> None:
+        """Code of its script hangs, the next time that any runs: in a world, and in no exchange."""
+        self._later(0.01, self._hang)
+
+    def _hang(self) -> None:
+        self.hangs = self.stage in (Stage.ACTIVE, Stage.HALTED) and not self._doing
+        if not self.hangs:
+            self.hang()
+
     def _later(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
         self.sim.after(delay_s, self.do, action, *args)
 
+    def _work(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
+        """Let the training thread do `action`, unless it hangs by then."""
+        self._later(delay_s, self._unless_hung, action, *args)
+
+    def _unless_hung(self, action: Callable[..., None], *args: Any) -> None:
+        if not self.hangs:
+            action(*args)
+
     def _train(self, delay_s: float, action: Callable[..., None], *args: Any) -> None:
         """Go on with `action`, unless a halt comes first."""
-        self._later(delay_s, self._unless_halted, self._epoch, action, *args)
+        self._work(delay_s, self._unless_halted, self._epoch, action, *args)
 
     def _unless_halted(self, epoch: int, action: Callable[..., None], *args: Any) -> None:
         if epoch == self._epoch and self.stage is Stage.ACTIVE:
@@ -213,7 +233,7 @@ class SimRank:
             elif duty is Duty.LEAVE:
                 self._leaving = True
                 self._abort()
-                self._later(0.02, self.sim.die, self, 1)
+                self._work(0.02, self.sim.die, self, 1)
             elif duty is Duty.PREPARE and world is not None:
                 if self.sim.network.unlinked(self, world):
                     self._later(0.05, self.heed)
@@ -225,7 +245,7 @@ class SimRank:
             else:
                 if duty in (Duty.RESUME, Duty.LINK) and not self._busy:
                     self._busy = True
-                    self._later(self.sim.delay_s(), self._task)
+                    self._work(self.sim.delay_s(), self._task)
                 return
 
     def _task(self) -> None:
@@ -242,10 +262,10 @@ class SimRank:
         elif duty is Duty.LINK and world is not None:
             self._busy = True
             if self.stepping:
-                self._later(self.sim.delay_s() * 3, self._link, world)
+                self._work(self.sim.delay_s() * 3, self._link, world)
             else:
                 # It waited for a world to set up in; now it sets up alone, as a newcomer.
-                self._later(0.1, self._set_up_alone)
+                self._work(0.1, self._set_up_alone)
         else:
             self.heed()
 
@@ -520,7 +540,7 @@ class SimRank:
         self.generation = max(generation, self.generation)
         self._say()
         if self._point("halted") and self.gives_up:
-            self._later(self.sim.rng.uniform(0.001, 0.05), self._give_up)
+            self._work(self.sim.rng.uniform(0.001, 0.05), self._give_up)
 
     def _abort(self) -> None:
         self._abandon()

@@ -5,6 +5,7 @@ Gamma again, so two numbers hold everything that was learnt. Rates are of one me
 fails n times as often.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 #: Device hours from one failure to the next where nothing else is known: 419 unexpected
@@ -33,8 +34,11 @@ class FailureRate:
     """Member-seconds watched: one member for an hour, or 3,600 for a second."""
 
     def __post_init__(self) -> None:
-        if min(self.prior_mtbf_s, self.prior_failures) <= 0:
-            raise ValueError("a prior needs a mean time and a weight above 0")
+        if not all(0 < x < math.inf for x in (self.prior_mtbf_s, self.prior_failures)):
+            raise ValueError(
+                "a prior needs a finite mean time and weight above 0, got "
+                f"{self.prior_mtbf_s} s and {self.prior_failures}"
+            )
         if self.failures < 0 or self.exposure_s < 0:
             raise ValueError(f"{self.failures} failures in {self.exposure_s} s cannot be")
 

@@ -8,8 +8,9 @@ import pytest
 
 from ftkit.core.ids import Generation, Term
 from ftkit.core.verdict import Fault as Wrong
-from ftkit.launch import simulator_hosts, simulator_rank
-from ftkit.launch.simulator import HEALED_S, SimulatedEnd, Simulation
+from ftkit.launch import simulator, simulator_hosts, simulator_rank
+from ftkit.launch.judge import Judge
+from ftkit.launch.simulator import FOREVER, HEALED_S, SimulatedEnd, Simulation
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
 from ftkit.launch.simulator_network import Exchange
@@ -100,6 +101,39 @@ def test_every_fault_alone_at_every_ballot(kind: Kind) -> None:
             fault = Fault(kind=kind, target=target, duration_s=2.0, point="ballot", nth=nth)
             struck += Simulation(nth, faults=[fault]).run().faults
     assert struck
+
+
+def hangs_after_a_loss(seed: int, point: str = "halted", nth: int = 1) -> Simulation:
+    """A job of four ranks that loses one; then the script of another hangs."""
+    kill = Fault(kind=Kind.KILL_RANK, target=1, point="committed", nth=13)
+    hang = Fault(kind=Kind.HANG_RANK, target=0, point=point, nth=nth)
+    job = Simulation(seed, ranks=4, faults=[kill, hang])
+    job.endless, job.until, job.step_s = True, FOREVER, 0.3
+    return job
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("point", "nth"), [("committed", 14), ("halted", 1), ("entered", 6)])
+def test_a_rank_whose_script_hangs_is_replaced(
+    point: str, nth: int, sharded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulator, "SHARDED", float(sharded))
+    for seed in range(4):
+        outcome = hangs_after_a_loss(seed, point, nth).run()
+        assert (outcome.stop.code, outcome.faults) == (0, 2)
+        assert outcome.restarts >= 2, "and those that it kept from loading their shards"
+
+
+@pytest.mark.parametrize(("sharded", "judged"), [(False, "_latecomers"), (True, "_restless")])
+def test_one_that_hangs_as_the_others_halt_is_waited_for_in_vain(
+    sharded: bool, judged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its control thread says where it stands: it is no silence that gives it away."""
+    monkeypatch.setattr(simulator, "SHARDED", float(sharded))
+    assert hangs_after_a_loss(1).run().stop.code == 0
+    monkeypatch.setattr(Judge, judged, lambda *_: {})
+    with pytest.raises(SimulationFailure, match="no end within"):
+        hangs_after_a_loss(1).run()
 
 
 def cut_for_good(seed: int, *, cuts_max: int = 3) -> Simulation:

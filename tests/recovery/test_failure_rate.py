@@ -34,6 +34,12 @@ def test_nonsense_is_refused() -> None:
         FailureRate(failures=-1)
 
 
+@pytest.mark.parametrize("mtbf_s", [float("inf"), float("nan")])
+def test_a_prior_that_is_no_time_is_refused(mtbf_s: float) -> None:
+    with pytest.raises(ValueError, match="finite mean time"):
+        FailureRate(prior_mtbf_s=mtbf_s)
+
+
 def test_a_kind_that_was_not_seen_yet_is_not_written_off() -> None:
     assert posterior_share(0.01, 0, 0) == pytest.approx(0.01)
     assert posterior_share(0.01, 0, 100) == pytest.approx(1 / 300)
