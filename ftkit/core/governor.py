@@ -10,6 +10,7 @@ sender that counts that as sent is blind (on 1 Gbit/s: 3.6 % of slow-down, again
 acknowledgement for every piece, and few on their way).
 """
 
+import math
 from dataclasses import dataclass
 
 from ftkit.core.idle_windows import IdleWindows
@@ -66,8 +67,11 @@ class TrafficLimits:
                 f"pieces of {self.piece_bytes_min} to {self.piece_bytes_max} bytes cannot be cut"
             )
         rates = self.rate_guess, self.rate_max, self.memory_rate_max
-        if any(rate is not None and rate <= 0 for rate in rates):
-            raise ValueError("rates must be positive")
+        if not all(rate is None or (rate > 0 and math.isfinite(rate)) for rate in rates):
+            raise ValueError(
+                "rates must be positive and finite, or None for no cap, got rate_guess, rate_max, "
+                f"memory_rate_max = {rates}"
+            )
         if self.unacknowledged_max < 1:
             raise ValueError("at least one piece must be on its way at once")
 

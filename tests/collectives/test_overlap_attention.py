@@ -319,3 +319,37 @@ def test_a_fault_on_the_way_ends_it_on_all_ranks(monkeypatch: pytest.MonkeyPatch
     assert third == "aborted"
     for words in (first, second):
         assert words.startswith("context_parallel_attention over rank")
+
+
+def test_autocast_does_what_it_does_to_attention() -> None:
+    """After a rotary embedding in float32, v alone is of half precision."""
+
+    def rank(group: ModelledGroup) -> None:
+        q, k, v, grad = problem(8, 4, 2, torch.float32)
+        layout = Layout(8, 2, zigzag=True)
+        parts = [layout.take(t, group.rank(), 2) for t in (q, k, v, grad)]
+        leaves = [t.requires_grad_() for t in (parts[0], parts[1], parts[2].bfloat16())]
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            ContextParallel(length=8, is_causal=True, group=group),
+        ):
+            got = functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        halves = [t.detach().bfloat16() for t in (q, k, v)]
+        wanted = layout.take(whole(*halves, causal=True), group.rank(), 2)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, wanted, rtol=0.02, atol=0.02)
+        got.backward(parts[3].bfloat16())
+        assert [t.grad.dtype for t in leaves if t.grad is not None] == [t.dtype for t in leaves]
+
+    everywhere(2, rank)
+
+
+def test_a_gradients_gradient_is_refused_in_words() -> None:
+    def rank(group: ModelledGroup) -> None:
+        q, k, v, _ = (t.requires_grad_() for t in problem(4, 4, 2, torch.float32))
+        y = context_parallel_attention(q, k, v, group=group)
+        (of_q,) = torch.autograd.grad(y.sum(), q, create_graph=True)
+        with pytest.raises(UsageError, match="no second derivative"):
+            of_q.sum().backward()
+
+    everywhere(2, rank)

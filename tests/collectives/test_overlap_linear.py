@@ -349,3 +349,100 @@ def test_what_would_hang_on_cuda_is_refused_in_words(monkeypatch: pytest.MonkeyP
             linear.all_gather_linear(x, weight, group=group, rows=7)
 
     everywhere(2, rank)
+
+
+FORMS = {
+    "row": linear.linear_reduce_scatter,
+    "column": linear.all_gather_linear,
+    "row whole": linear.linear_all_reduce,
+    "column whole": linear.linear_replicated,
+}
+
+
+def our_leaves(kind: str, group: ModelledGroup) -> list[torch.Tensor]:
+    """Input, weight and bias of this rank, in float32."""
+    x, weight, bias, *_ = problem((6, 8), torch.float32, out=4)
+    rows = kind.startswith("row")
+    mine = [
+        part(x, 1, group) if rows else x if "whole" in kind else part(x, 0, group),
+        part(weight, 1 if rows else 0, group),
+        bias if rows else part(bias, 0, group),
+    ]
+    return [t.detach().clone().requires_grad_() for t in mine]
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_autocast_does_what_it_does_to_the_whole_layer(kind: str) -> None:
+    def rank(group: ModelledGroup) -> None:
+        leaves, halves = our_leaves(kind, group), our_leaves(kind, group)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = FORMS[kind](*leaves, group=group, chunks=2)
+        given = [t.bfloat16() for t in halves]
+        wanted = FORMS[kind](*given, group=group, chunks=2)
+        assert y.dtype == torch.bfloat16
+        assert torch.equal(y, wanted)
+        y.float().square().sum().backward()
+        wanted.float().square().sum().backward()
+        for leaf, half in zip(leaves, halves, strict=True):
+            assert leaf.grad is not None
+            assert leaf.grad.dtype == torch.float32
+            assert torch.equal(leaf.grad, half.grad)  # type: ignore[arg-type]
+
+    everywhere(2, rank)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_autocast_around_backward_alone_changes_nothing(kind: str) -> None:
+    def rank(group: ModelledGroup) -> None:
+        found = []
+        for enabled in (False, True):
+            leaves = our_leaves(kind, group)
+            loss = FORMS[kind](*leaves, group=group, chunks=2).square().sum()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                loss.backward()
+            found.append([leaf.grad for leaf in leaves])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(one, other)  # type: ignore[arg-type]
+
+    everywhere(2, rank)
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_gradients_gradient_is_refused_in_words(kind: str) -> None:
+    """What the others sent is not in this rank's graph: it would be wrong."""
+
+    def rank(group: ModelledGroup) -> None:
+        leaves = our_leaves(kind, group)
+        y = FORMS[kind](*leaves, group=group, chunks=2)
+        (of_x,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+        with pytest.raises(UsageError, match="no second derivative"):
+            of_x.sum().backward()
+
+    everywhere(2, rank)
+
+
+@pytest.mark.parametrize("kind", ["row whole", "column whole"])
+def test_one_token_alone_needs_no_dimension(kind: str) -> None:
+    def rank(group: ModelledGroup) -> None:
+        x, weight, bias = our_leaves(kind, group)
+        one, same = (x.detach()[0].requires_grad_(), x.detach()[:1].requires_grad_())
+        y, wanted = (FORMS[kind](t, weight, bias, group=group, chunks=2) for t in (one, same))
+        assert torch.equal(y, wanted[0])
+        (y.sum() + wanted.sum()).backward()
+        assert torch.equal(one.grad, same.grad[0])  # type: ignore[arg-type, index]
+
+    everywhere(2, rank)
+
+
+def test_chunks_of_another_kind_are_refused_in_words() -> None:
+    def rank(group: ModelledGroup) -> None:
+        for chunks in ("atuo", 2.0, None):
+            with pytest.raises(ValueError, match=f'number from 1 or "auto", got {chunks!r}'):
+                linear.linear_all_reduce(
+                    torch.zeros(5, 2),
+                    torch.zeros(2, 2),
+                    group=group,
+                    chunks=chunks,  # type: ignore[arg-type]
+                )
+
+    everywhere(1, rank)

@@ -1,5 +1,6 @@
 """A woven stack of layers computes what the plain one does; what it hides, and when it does not."""
 
+import pickle
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ftkit.collectives.modelled import ModelledGroup, Network
 from ftkit.collectives.overlap import all_gather_linear, crossing, weave
@@ -491,3 +493,63 @@ def test_the_norms_own_gradient() -> None:
     half, _ = add_rms_norm(x.bfloat16(), residual.bfloat16(), weight.detach().bfloat16(), 1e-6)
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.double(), y.detach(), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_around_it_runs_it_again(reentrant: bool, split: bool) -> None:
+    def rank(group: ModelledGroup) -> None:
+        stack = woven(group, layers(group.rank(), 2, torch.float64), split)
+        x = torch.randn(
+            2, 3, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+        )
+        found = []
+        for again in (False, True):
+            leaf = x.clone().requires_grad_()
+            y = checkpoint(stack, leaf, use_reentrant=reentrant) if again else stack(leaf)
+            y.square().sum().backward()
+            found.append(leaf.grad)
+        torch.testing.assert_close(*found)
+
+    everywhere(2, rank)
+
+
+def test_autocast_leaves_the_residual_as_it_was() -> None:
+    """Of a plain stack, too, autocast changes the layers alone."""
+    x = torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(1))
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        wanted = plain(leaf, layers(0, 1, torch.float32))
+    assert wanted.dtype == torch.float32
+    wanted.square().sum().backward()
+
+    def rank(group: ModelledGroup) -> None:
+        ours = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = woven(group, layers(group.rank(), 2, torch.float32), split=True)(ours)
+        assert y.dtype == torch.float32
+        assert not torch.equal(y, y.bfloat16())
+        y.square().sum().backward()
+        for got, expected in ((y, wanted), (ours.grad, leaf.grad)):
+            assert got is not None
+            assert expected is not None
+            # As far off as a stack in bfloat16 may be, above.
+            assert (got - expected).abs().max() <= 0.06 * expected.abs().max()
+
+    everywhere(2, rank)
+
+
+def test_a_gradients_gradient_is_refused_in_words() -> None:
+    def rank(group: ModelledGroup) -> None:
+        leaf = torch.randn(2, 3, WIDTH).requires_grad_()
+        y = woven(group, layers(group.rank(), 2, torch.float32), split=True)(leaf)
+        (of_leaf,) = torch.autograd.grad(y.sum(), leaf, create_graph=True)
+        with pytest.raises(UsageError, match="no second derivative"):
+            of_leaf.sum().backward()
+
+    everywhere(2, rank)
+
+
+def test_a_stack_can_be_pickled() -> None:
+    stack = Weave(layers(0, 1, torch.float32))
+    assert pickle.loads(pickle.dumps(stack)).state_dict().keys() == stack.state_dict().keys()

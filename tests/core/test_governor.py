@@ -1,6 +1,7 @@
 """The idle windows of a step, and what a governor lets through in them."""
 
 import itertools
+import math
 
 import pytest
 
@@ -331,6 +332,10 @@ def test_a_save_that_does_not_fit_says_so() -> None:
         {"max_slowdown": 1.0},
         {"piece_bytes_min": 8 << 20},
         {"rate_max": 0.0},
+        {"rate_max": math.nan},
+        {"rate_max": math.inf},
+        {"rate_guess": math.nan},
+        {"memory_rate_max": math.inf},
         {"memory_rate_max": -1.0},
         {"unacknowledged_max": 0},
     ],

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ftkit.collectives.overlap.attend import check, sum_dtype
+from ftkit.collectives.overlap.autograd import as_autocast, once
 from ftkit.collectives.overlap.flights import Flights, of
 from ftkit.collectives.overlap.ring_backward import backward
 from ftkit.collectives.overlap.ring_forward import Plan, forward
@@ -65,6 +66,7 @@ def context_parallel_attention(
       UsageError: shapes that do not fit each other, or the layout.
     """
     group = of(group)
+    q, k, v = as_autocast(q, k, v)
     check(q, k, v)
     size, rank = int(group.size()), int(group.rank())
     if layout is None:
@@ -145,6 +147,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         with Flights(ctx.group, "context_parallel_attention backward") as flights:

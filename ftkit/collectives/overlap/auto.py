@@ -69,6 +69,8 @@ def running(
         with Flights(group, name) as flights:
             yield Running(flights, Cut(chunks, eager=True))
         return
+    if chunks != "auto" and not isinstance(chunks, AutoChunks):
+        raise ValueError(f'chunks must be a number from 1 or "auto", got {chunks!r}')
     auto = _shared.setdefault(group, AutoChunks()) if chunks == "auto" else chunks
     tuner = auto.tuner(group, name, *shapes)
     began = auto.clock()

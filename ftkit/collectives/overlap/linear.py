@@ -25,6 +25,7 @@ from torch.nn import functional
 
 from ftkit.collectives.overlap import cuda, exchange
 from ftkit.collectives.overlap.auto import Chunks, running
+from ftkit.collectives.overlap.autograd import as_autocast, once
 from ftkit.collectives.overlap.flights import of
 from ftkit.collectives.overlap.parts import bounds
 from ftkit.core.errors import UsageError
@@ -59,7 +60,9 @@ def linear_reduce_scatter(
     Raises:
       GenerationAborted: the ranks of the group are not what they were; nothing was changed.
     """
-    return cast("Tensor", _ReduceScatter.apply(x, weight, bias, of(group), dim, chunks))
+    return cast(
+        "Tensor", _ReduceScatter.apply(*as_autocast(x, weight, bias), of(group), dim, chunks)
+    )
 
 
 def all_gather_linear(
@@ -88,7 +91,9 @@ def all_gather_linear(
     """
     group = of(group)
     total = x.shape[dim] * int(group.size()) if rows is None else rows
-    return cast("Tensor", _AllGather.apply(x, weight, bias, group, dim, total, chunks))
+    return cast(
+        "Tensor", _AllGather.apply(*as_autocast(x, weight, bias), group, dim, total, chunks)
+    )
 
 
 def linear_all_reduce(
@@ -104,7 +109,7 @@ def linear_all_reduce(
     A chunk of rows is all-reduced while the next is multiplied. Backward sends nothing: the
     gradient that comes in is the same on all ranks.
     """
-    return cast("Tensor", _AllReduce.apply(x, weight, bias, of(group), chunks))
+    return cast("Tensor", _AllReduce.apply(*as_autocast(x, weight, bias), of(group), chunks))
 
 
 def linear_replicated(
@@ -120,7 +125,7 @@ def linear_replicated(
     Forward sends nothing. In backward the gradient of the input is all-reduced a chunk of rows at
     a time, and that of the weight computed meanwhile.
     """
-    return cast("Tensor", _Replicated.apply(x, weight, bias, of(group), chunks))
+    return cast("Tensor", _Replicated.apply(*as_autocast(x, weight, bias), of(group), chunks))
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
@@ -160,6 +165,7 @@ class _ReduceScatter(torch.autograd.Function):
         return out if bias is None else out + bias
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         flat, unit = _flat(x, ctx.dim)
@@ -243,6 +249,7 @@ class _AllGather(torch.autograd.Function):
         return _folded(out, x, dim)
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         whole, weight = ctx.saved_tensors
         flat, unit = _flat(grad, ctx.dim)
@@ -275,7 +282,7 @@ class _AllReduce(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        flat = x.flatten(0, -2)
+        flat = _rows(x)
         shapes = _shared(flat.shape[0], weight.shape[0], 1, x)
         with running(group, "linear_all_reduce", chunks, *shapes) as run:
             out = exchange.reduce(
@@ -289,11 +296,12 @@ class _AllReduce(torch.autograd.Function):
         return out if bias is None else out + bias
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
+        flat = _rows(grad)
         bias = flat.sum(0) if ctx.has_bias else None
-        of_weight = times(flat.t(), x.flatten(0, -2))
+        of_weight = times(flat.t(), _rows(x))
         return grad @ weight, of_weight, bias, None, None
 
 
@@ -307,9 +315,10 @@ class _Replicated(torch.autograd.Function):
         return functional.linear(x, weight, bias)
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        flat = grad.flatten(0, -2)
+        flat = _rows(grad)
         of_weight: list[Tensor] = []
         name = "linear_replicated backward"
         shapes = _shared(flat.shape[0], weight.shape[1], 1, grad)
@@ -320,7 +329,7 @@ class _Replicated(torch.autograd.Function):
                 flat.shape[0],
                 chunks=run.cut.chunks,
                 eager=run.cut.eager,
-                meanwhile=lambda: of_weight.append(times(flat.t(), x.flatten(0, -2))),
+                meanwhile=lambda: of_weight.append(times(flat.t(), _rows(x))),
             )
         bias = flat.sum(0) if ctx.has_bias else None
         return of_x.view(x.shape), of_weight[0], bias, None, None
@@ -333,6 +342,11 @@ def _shared(rows: int, width: int, unit: int, like: Tensor) -> tuple[object, ...
     on another. With their own sizes in it, ranks would count calls differently, and hang.
     """
     return rows, width, unit, like.dtype
+
+
+def _rows(x: Tensor) -> Tensor:
+    """All but the last dimension as one; of a single token, too, which has no other."""
+    return cast("Tensor", torch.atleast_2d(x)).flatten(0, -2)
 
 
 def _flat(x: Tensor, dim: int) -> tuple[Tensor, int]:

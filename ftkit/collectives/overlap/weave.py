@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ftkit.collectives.overlap.auto import generation_of
+from ftkit.collectives.overlap.autograd import once
 from ftkit.collectives.overlap.crossing import Crossing
 from ftkit.collectives.overlap.flights import Flights, of
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
@@ -53,6 +54,10 @@ class Aside(Protocol):
 
     def shutdown(self) -> None:
         """Wait until all is done."""
+
+
+def _thread() -> Aside:
+    return ThreadPoolExecutor(1, "ftkit-weave")
 
 
 class Layer(nn.Module):
@@ -95,7 +100,7 @@ class Weave(nn.Module):
         eps: float = 1e-6,
         split: Split = "auto",
         clock: Callable[[], float] = time.perf_counter,
-        aside: Callable[[], Aside] = lambda: ThreadPoolExecutor(1, "ftkit-weave"),
+        aside: Callable[[], Aside] = _thread,
     ) -> None:
         """Weave these layers.
 
@@ -257,12 +262,15 @@ class _Run:
                 return x.clone()
             return torch.cat([half.whole(self._wait(half)) for half in self._halves])
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    def begin_backward(self) -> None:
+        """Raise UsageError, unless it is the first one."""
         if self._used:
             raise UsageError(
                 "a Weave keeps its graphs for one backward, retain_graph or not: call it again"
             )
         self._used = True
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         halves = self._halves
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         of_weights = grad.new_zeros(len(self._layers), grad.shape[-1], dtype=wide)
@@ -344,9 +352,13 @@ class _Run:
         part: Tensor,
         change: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
     ) -> None:
-        """Let what a layer made go, and have it and the residual changed aside."""
+        """Let what a layer made go, and have it and the residual changed aside.
+
+        It travels in the dtype of the residual: what comes back is the norm of that, or at last the
+        residual itself, and autocast may have made less of a layer.
+        """
         self._end(half)
-        rows = half.padded(part).contiguous()
+        rows = half.padded(part.to(half.residual.dtype)).contiguous()
         before, half.residual = half.residual, torch.empty_like(half.residual)
         half.crossing = Crossing(self._group, "weave", rows, lane=half.number)
         act = partial(change, before, half.residual)
@@ -410,11 +422,17 @@ class _Woven(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, run: _Run, x: Tensor, *parameters: Tensor) -> Tensor:
         ctx.run = run
+        # The last thing saved: a checkpoint around us, which runs forward again until it has what
+        # was saved, would end it in the middle of a layer, with the other half under way.
+        ctx.save_for_backward(x.new_empty(0))
         return run.forward(x.detach())
 
     @staticmethod
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         run: _Run = ctx.run
+        run.begin_backward()
+        _ = ctx.saved_tensors  # here such a checkpoint runs forward: before anything is under way
         of_x, of_weights, of_parameters = run.backward(grad.contiguous())
         given = [*run.weights, *run.parameters]
         found = [
