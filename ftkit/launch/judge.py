@@ -38,17 +38,11 @@ from ftkit.detection.step_detector import PaceConfig, StepDetector
 from ftkit.detection.told import HOLD_S, Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
+from ftkit.recovery.deadlines import latecomers, restless
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
 
 logger = logging.getLogger(__name__)
-
-#: Stages of a member that has said hello and has to answer to the plan.
-ANSWERING = frozenset({Stage.READY, Stage.LINKED, Stage.ACTIVE, Stage.HALTED})
-
-#: Loading state may take this many times what a step may keep others waiting.
-RESTORE_LIMITS = 3
-
 
 #: What was measured of the steps goes to the event stream so often.
 STEPS_EVERY_S = 5.0
@@ -126,6 +120,8 @@ class Judge:
         self.reach = Reach(config.times.node_s)
         self._levels = Levels(linger_s=config.times.stall_s / 6)
         self._plain: set[MemberId] = set()
+        self._waiting: set[MemberId] = set()
+        """Who stood in a collective when it was last seen."""
         self._gone_nodes: dict[NodeId, float] = {}
         self._clocks: dict[NodeId, ClockOffset] = {}
         self._plain_world: World | None = None
@@ -218,6 +214,7 @@ class Judge:
         for told in rows:
             if told.seat in seats:
                 row = told.row.shifted(offset_ns)
+                (self._waiting.add if row.t_enter_ns else self._waiting.discard)(row.member)
                 if row.plain:
                     self._plain.add(row.member)
                     if self._plain_world is not None:
@@ -302,14 +299,34 @@ class Judge:
             goes = verdict.evicts and verdict.fault is not Fault.NODE_LOST
             if goes and self._plain_world is None:
                 findings.evictions[verdict.member] = verdict.reason
-        if plan.mode is not Mode.RUNNING:
-            findings.evictions = {**self._restless(plan, members, now), **findings.evictions}
-        if plan.mode is Mode.RUNNING and plan.world is not None:
-            findings.evictions = {
-                **self._latecomers(plan.world, members, now),
-                **findings.evictions,
-            }
+        findings.evictions = self._overdue(plan, members, now) | findings.evictions
         return findings
+
+    def _overdue(
+        self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float
+    ) -> dict[MemberId, str]:
+        """Whom the detector does not judge, for no collective tells of them (`deadlines`)."""
+        limit_s = self._detector.limit_s
+        if plan.mode is Mode.RUNNING and plan.world is not None:
+            return latecomers(
+                plan.world,
+                members.values(),
+                waited_s=now - self._waited_since,
+                limit_s=limit_s,
+                away=self._gone_nodes,
+                waiting=self._waiting,
+            )
+        if plan.mode is Mode.RUNNING or self._stood_since is None:
+            return {}
+        return restless(
+            plan,
+            members.values(),
+            halting_s=now - self._stood_since,
+            standing_s=now - max(self._stood_since, self._waited_since),
+            halt_s=self._times.halt_s,
+            limit_s=limit_s,
+            away=self._gone_nodes,
+        )
 
     def _lost(
         self,
@@ -361,64 +378,3 @@ class Judge:
         ]
         self._plain_world = World.of(generation, members)
         self._ingest(WorldChanged(world=self._plain_world, at=now))
-
-    def _restless(
-        self, plan: Plan, members: Mapping[MemberId, MemberFacts], now: float
-    ) -> dict[MemberId, str]:
-        """Members for whom a job that stands still waits in vain.
-
-        The detector does not judge them: the others wait in no collective. One cannot even say
-        where it stands. Another has, and keeps its shards, which only its training thread can let
-        go of (I8): that hangs. While its node is out of reach it cannot have heard.
-        """
-        late: dict[MemberId, str] = {}
-        stood = self._stood_since
-        if stood is None:
-            return late
-        if plan.mode is Mode.HALTING and now - stood > self._times.halt_s:
-            late |= {
-                m.member: f"did not stand still within {self._times.halt_s:g} s of being told to"
-                for m in members.values()
-                if m.stage is Stage.ACTIVE or (m.stage in ANSWERING and m.generation < plan.halted)
-            }
-        limit_s = self._detector.limit_s
-        if now - max(stood, self._waited_since) > limit_s:
-            late |= {
-                m.member: f"did not let go of its shards within {limit_s:g} s of being told to"
-                for m in members.values()
-                if m.stage is Stage.HALTED
-                and m.sharded
-                and m.stepping
-                and m.member not in late
-                and m.node not in self._gone_nodes
-            }
-        return {m: reason for m, reason in late.items() if plan.seat_of(m)}
-
-    def _latecomers(
-        self, world: World, members: Mapping[MemberId, MemberFacts], now: float
-    ) -> dict[MemberId, str]:
-        """Members whose control thread answers and whose training thread does not come.
-
-        The detector does not judge them: a member on its way in has nobody waiting for it in
-        a collective yet, and its row speaks of recovery or of an older generation. While a node
-        of the world is out of reach, its members cannot have heard, and the others wait for them.
-        """
-        if any(m.node in self._gone_nodes for m in world.members):
-            return {}
-        limit_s = self._detector.limit_s
-        spent_s = now - self._waited_since
-        late: dict[MemberId, str] = {}
-        for known in world.members:
-            facts = members.get(known.member)
-            if facts is None or facts.stage not in ANSWERING:
-                continue
-            if facts.generation < world.generation and spent_s > limit_s:
-                late[known.member] = (
-                    f"did not enter generation {world.generation} within {limit_s:g} s"
-                )
-            elif facts.step is None and spent_s > RESTORE_LIMITS * limit_s:
-                late[known.member] = (
-                    f"did not load its state within {RESTORE_LIMITS * limit_s:g} s of entering "
-                    f"generation {world.generation}"
-                )
-        return late

@@ -227,9 +227,9 @@ def _replace_dead(
     seats, evicted, restarts = {s.seat: s for s in plan.seats}, dict(plan.evicted), plan.restarts
     step = max((max(f.step or 0, f.at_step - 1) for f in facts.members.values()), default=0)
     decisions = list[Decision]()
-    broken = False
+    broken = moved = False
     for seat, dead in lost:
-        at = replace(plan, seats=tuple(seats.values())) if decisions and facts.advised else plan
+        at = replace(plan, seats=tuple(seats.values())) if moved else plan
         member = MemberId(plan.next_member + len(decisions))
         next_seat = _next_in(
             at, seat, dead, facts, budget, step=Step(step), restarts=restarts, member=member
@@ -248,6 +248,7 @@ def _replace_dead(
         if assigned.failures > 1:
             reason += f"; {assigned.failures} in a row without progress"
         reason += f"; on node {assigned.node} now: {why}" if why else ""
+        moved |= bool(why)
         broken |= plan.world is not None and seat.member in plan.world.member_ids
         fields: dict[str, object] = {"seat": seat.seat, "member": assigned.member}
         fields["dead"] = seat.member

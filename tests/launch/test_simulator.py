@@ -8,8 +8,7 @@ import pytest
 
 from ftkit.core.ids import Generation, Term
 from ftkit.core.verdict import Fault as Wrong
-from ftkit.launch import simulator, simulator_hosts, simulator_rank
-from ftkit.launch.judge import Judge
+from ftkit.launch import judge, simulator, simulator_hosts, simulator_rank
 from ftkit.launch.simulator import FOREVER, HEALED_S, SimulatedEnd, Simulation
 from ftkit.launch.simulator_checks import Checker, SimulationFailure, TrainingState, slots_of
 from ftkit.launch.simulator_faults import Fault, Kind
@@ -124,14 +123,14 @@ def test_a_rank_whose_script_hangs_is_replaced(
         assert outcome.restarts >= 2, "and those that it kept from loading their shards"
 
 
-@pytest.mark.parametrize(("sharded", "judged"), [(False, "_latecomers"), (True, "_restless")])
+@pytest.mark.parametrize(("sharded", "judged"), [(False, "latecomers"), (True, "restless")])
 def test_one_that_hangs_as_the_others_halt_is_waited_for_in_vain(
     sharded: bool, judged: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its control thread says where it stands: it is no silence that gives it away."""
     monkeypatch.setattr(simulator, "SHARDED", float(sharded))
     assert hangs_after_a_loss(1).run().stop.code == 0
-    monkeypatch.setattr(Judge, judged, lambda *_: {})
+    monkeypatch.setattr(judge, judged, lambda *_, **__: {})
     with pytest.raises(SimulationFailure, match="no end within"):
         hangs_after_a_loss(1).run()
 
