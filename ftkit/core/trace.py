@@ -11,9 +11,12 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from ftkit.core.errors import UsageError
 
 
 class Trace:
@@ -74,6 +77,21 @@ def read_run(run_dir: Path) -> list[dict[str, Any]]:
     """All events of a run, from every process, in order of time."""
     events = [e for path in sorted(run_dir.glob("events/*.jsonl")) for e in read_events(path)]
     return sorted(events, key=lambda e: float(e["mono"]))
+
+
+@contextmanager
+def told_by(run_dir: Path) -> Iterator[None]:
+    """Around what makes something of a run's events: those that ftkit did not write name the run.
+
+    Raises:
+      UsageError: an event lacks a field, or one is not what it has to be.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{run_dir} holds events that ftkit did not write so: {error!r}"
+        ) from error
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:

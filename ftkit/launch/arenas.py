@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from ftkit.checkpoint.arena import arena_path
 from ftkit.checkpoint.copies import local_copies
 from ftkit.checkpoint.layout import StateLayout
@@ -19,6 +17,7 @@ from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat
+from ftkit.core.process_start import start_ticks
 from ftkit.detection.node_ops import NodeOps
 from ftkit.detection.process import process_facts
 from ftkit.detection.signals import to_json
@@ -67,7 +66,7 @@ class Arenas:
         self.directory = config.shm_dir(node)
         self.directory.mkdir(mode=0o700)
         part = self.directory / (OWNER + ".part")
-        part.write_text(_identity(psutil.Process()))
+        part.write_text(f"{os.getpid()} {start_ticks(os.getpid())}")
         part.replace(self.directory / OWNER)  # another agent's sweep may read it at any moment
         self._job = JobId(config.job)
         # One more, for the snapshot that is on its way to disk.
@@ -291,17 +290,7 @@ def sweep(root: Path) -> list[Path]:
     return removed
 
 
-def _identity(process: psutil.Process) -> str:
-    """A process beyond its number, which another may have after it."""
-    return f"{process.pid} {process.create_time()}"
-
-
 def _runs(owner: str) -> bool:
-    """Whether the process with this identity runs. Raises ValueError if it is none."""
-    pid, _created = owner.split(" ")
-    try:
-        process = psutil.Process(int(pid))
-        # A dead orphan stays a zombie for as long as nobody asks for its end.
-        return process.status() != psutil.STATUS_ZOMBIE and _identity(process) == owner
-    except psutil.NoSuchProcess:
-        return False
+    """Whether the process runs that wrote this about itself. Raises ValueError if none did."""
+    pid, started = map(int, owner.split(" "))
+    return start_ticks(pid) == started

@@ -18,6 +18,7 @@ from ftkit.checkpoint.slabs import Sealed, choose_slab
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
+from ftkit.core.process_start import start_ticks
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.signals import StepSeen, from_json
 from ftkit.detection.status import BOARD, StatusBoard
@@ -57,15 +58,15 @@ def test_a_root_that_is_no_folder_is_named_and_not_made(tmp_path: Path, root: st
 
 def test_the_folders_of_the_dead_are_swept_and_no_others(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-        born = psutil.Process(child.pid).create_time()
-        ours = psutil.Process()
+        born, ours, our_start = start_ticks(child.pid), os.getpid(), start_ticks(os.getpid())
+        assert our_start is not None
         owners = {
             "ftkit-dead-n0": f"{child.pid} {born}",
-            "ftkit-reused-n0": f"{ours.pid} {ours.create_time() - 100}",
-            "ftkit-running-n0": f"{ours.pid} {ours.create_time()}",
+            "ftkit-reused-n0": f"{ours} {our_start - 100}",
+            "ftkit-running-n0": f"{ours} {our_start}",
             "ftkit-odd-n0": "no number",
             "ftkit-torn-n0": "",
-            "ftkit-number-n0": str(ours.pid),
+            "ftkit-number-n0": str(ours),
         }
         for name, owner in owners.items():
             (tmp_path / name).mkdir()

@@ -23,12 +23,11 @@ from time import time
 from types import TracebackType
 from typing import Self, TypeVar
 
-import psutil
-
 from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.store import Store
 from ftkit.core.errors import RootInUse
 from ftkit.core.ids import JobId
+from ftkit.core.process_start import start_ticks
 
 T = TypeVar("T")
 
@@ -50,8 +49,8 @@ class Holder:
     boot: str
     """The host's boot, so that a process of before a reboot is known to be dead."""
     pid: int
-    started: float
-    """When the process started, so that a reused pid is not taken for it."""
+    started: int | None
+    """When the process started (`core.process_start`), so that a reused pid is not taken for it."""
     nonce: str
     renewed_at: float
     term_s: float
@@ -63,7 +62,7 @@ class Holder:
             host=socket.gethostname(),
             boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             pid=os.getpid(),
-            started=psutil.Process().create_time(),
+            started=start_ticks(os.getpid()),
             nonce=secrets.token_hex(8),
             renewed_at=now,
             term_s=term_s,
@@ -250,13 +249,4 @@ def _replace(store: Store, data: bytes) -> None:
 
 
 def _alive(holder: Holder) -> bool:
-    try:
-        process = psutil.Process(holder.pid)
-        # A start time is told to about 10 ms; a pid is not used twice within a second.
-        is_it = abs(process.create_time() - holder.started) < 1
-        # A dead orphan stays a zombie for as long as nobody asks for its end.
-        return is_it and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-    except psutil.AccessDenied:
-        return True
+    return holder.started is not None and start_ticks(holder.pid) == holder.started

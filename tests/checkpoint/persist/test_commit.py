@@ -299,7 +299,7 @@ def test_an_unknown_kind_of_store_is_named():
 
 # Leases
 
-ME = Holder(job="me", host="a", boot="1", pid=1, started=0.0, nonce="x", renewed_at=100.0,
+ME = Holder(job="me", host="a", boot="1", pid=1, started=0, nonce="x", renewed_at=100.0,
             term_s=10.0)  # fmt: skip
 THEM = replace(ME, job="them")
 
