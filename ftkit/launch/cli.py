@@ -491,7 +491,7 @@ def ui(run_dir: Path | None, port: int, host: str, open_browser: bool) -> None:
 @click.option("--json", "as_json", is_flag=True)
 def explain(run_dir: Path | None, as_json: bool) -> None:
     """Say in a paragraph what happened in a run, and why."""
-    from ftkit.core.trace import read_run
+    from ftkit.core.trace import read_run, told_by
     from ftkit.detection.bundle import paragraph
     from ftkit.detection.incident import explain as explain_events
     from ftkit.detection.incident import incidents
@@ -502,23 +502,25 @@ def explain(run_dir: Path | None, as_json: bool) -> None:
 
     run_dir = newest_run(run_dir)
     events, bundles = read_run(run_dir), read_bundles(run_dir)
-    storage, time_spent = storage_story(events), goodput(events)
-    if as_json:
-        told = {
-            "incidents": [i.to_json() for i in incidents(events)],
-            "bundles": [{**incident, "nodes": nodes} for incident, nodes in bundles],
-        }
-        also = {"storage": storage.to_json(), "goodput": time_spent.to_json()}
-        click.echo(json.dumps(told | also))
-    else:
-        told_of = (
-            explain_events(events),
-            *(paragraph(incident, nodes) for incident, nodes in bundles),
-            *approximate_story(events),
-            time_spent.paragraph(),
-            storage.paragraph(),
-        )
-        click.echo("\n\n".join(t for t in told_of if t))
+    with told_by(run_dir):
+        storage, time_spent = storage_story(events), goodput(events)
+        if as_json:
+            told = {
+                "incidents": [i.to_json() for i in incidents(events)],
+                "bundles": [{**incident, "nodes": nodes} for incident, nodes in bundles],
+            }
+            also = {"storage": storage.to_json(), "goodput": time_spent.to_json()}
+            text = json.dumps(told | also)
+        else:
+            told_of = (
+                explain_events(events),
+                *(paragraph(incident, nodes) for incident, nodes in bundles),
+                *approximate_story(events),
+                time_spent.paragraph(),
+                storage.paragraph(),
+            )
+            text = "\n\n".join(t for t in told_of if t)
+    click.echo(text)
 
 
 @main.command()

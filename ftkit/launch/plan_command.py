@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ftkit.core.errors import UsageError
-from ftkit.core.trace import read_run
+from ftkit.core.trace import read_run, told_by
 from ftkit.launch.choices import near
 from ftkit.launch.report_view import RunView
 from ftkit.launch.run_costs import run_costs
@@ -53,12 +53,10 @@ def gather(
     costs, rate, view = Costs(world=world or 2), FailureRate(), RunView()
     if run_dir is not None:
         events = list(read_run(run_dir))
-        try:
+        with told_by(run_dir):
             costs, rate = run_costs(events)
-        except ValueError as error:
-            raise UsageError(f"{run_dir}: {error}") from error
-        for event in events:
-            view.feed(event)
+            for event in events:
+                view.feed(event)
     values: dict[str, object] = {}
     for text in given:
         name, _, number = text.partition("=")
@@ -78,7 +76,7 @@ def gather(
         costs = costs.with_measured(**values)
         if mtbf_h is not None:
             rate = FailureRate(prior_mtbf_s=mtbf_h * 3600)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise UsageError(str(error)) from error
     return costs, rate, view.chosen
 
@@ -87,7 +85,10 @@ def show(
     loss: Loss, costs: Costs, rate: FailureRate, chosen: Mapping[str, str], *, as_json: bool
 ) -> None:
     """Print the choice, whether to grow back afterwards, and the intervals."""
-    choice = choose(loss, costs)
+    try:
+        choice, copies = choose(loss, costs), tier_intervals(costs, rate)
+    except OverflowError as error:
+        raise UsageError(f"costs so far apart cannot be weighed: {error}") from error
     back = None
     if loss.survivors and loss.lost:
         back = growth(
@@ -97,7 +98,6 @@ def show(
             failures_per_s=rate.per_s,
             remaining_s=loss.remaining_s,
         )
-    copies = tier_intervals(costs, rate)
     placed = placements(loss.world) if 2 <= loss.world <= PLACED_MAX and loss.lost == 1 else ()
     if as_json:
         click.echo(

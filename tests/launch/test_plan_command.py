@@ -146,3 +146,26 @@ def test_what_a_job_chose_by_itself_is_shown_wherever_one_looks(run_dir: Path) -
     assert "The job chose to make parity every 42.0 s (it pays), after 9.5 s." in ftkit(
         "explain", str(run_dir)
     )
+
+
+@pytest.mark.parametrize("command", ["plan", "explain"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "restore", "seconds": None, "bytes": None, "seat": 0},
+        {"kind": "restore", "seconds": 1, "bytes": 1, "seat": "a"},
+        {"kind": "snapshot", "begin_s": "a", "gate_s": 1, "step": 1, "seat": 0},
+        {"kind": "commit", "seat": 0, "member": 0, "step": None, "generation": 1},
+    ],
+)
+def test_events_that_are_none_of_ours_end_in_no_traceback(run_dir: Path, command, wrong) -> None:
+    with (run_dir / "events" / "all.jsonl").open("a") as file:
+        file.write(json.dumps({"mono": 8.0} | wrong) + "\n")
+    done = CliRunner().invoke(main, [command, str(run_dir)])
+    assert done.exit_code in (0, exit_codes.USAGE)
+    if done.exit_code:
+        assert f"{run_dir} holds events that ftkit did not write so" in done.stderr
+
+
+def test_costs_that_cannot_be_weighed_are_said_so() -> None:
+    assert "cannot be weighed" in ftkit("plan", "--step-s", "1e-320", code=exit_codes.USAGE)
