@@ -28,7 +28,7 @@ from ftkit.recovery.facts import ALIVE, MemberFacts
 
 logger = logging.getLogger(__name__)
 
-OWNER = "owner.pid"
+OWNER = "owner"
 
 #: Seconds between two looks at the rings of collectives.
 COMM_EVERY_S = 0.5

@@ -155,6 +155,6 @@ def test_scratch_is_removed_when_sigterm_comes(tmp_path: Path, monkeypatch: Any)
 
 def _owner(folder: Path) -> int | None:
     try:
-        return int((folder / OWNER).read_text())
+        return int((folder / OWNER).read_text().split()[0])
     except (OSError, ValueError):
         return None

@@ -333,7 +333,9 @@ def test_autocast_does_what_it_does_to_attention() -> None:
             torch.autocast("cpu", dtype=torch.bfloat16),
             ContextParallel(length=8, is_causal=True, group=group),
         ):
-            got = functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+            got = functional.scaled_dot_product_attention(
+                leaves[0], leaves[1], leaves[2], is_causal=True, enable_gqa=True
+            )
         halves = [t.detach().bfloat16() for t in (q, k, v)]
         wanted = layout.take(whole(*halves, causal=True), group.rank(), 2)
         assert got.dtype == torch.bfloat16

@@ -402,7 +402,7 @@ def test_autocast_around_backward_alone_changes_nothing(kind: str) -> None:
                 loss.backward()
             found.append([leaf.grad for leaf in leaves])
         for one, other in zip(*found, strict=True):
-            assert torch.equal(one, other)  # type: ignore[arg-type]
+            assert torch.equal(one, other)
 
     everywhere(2, rank)
 
