@@ -48,11 +48,12 @@ class Cluster:
         command += ["--node-ip-address=127.0.0.1", f"--port={self.gcs}", f"--temp-dir={folder}"]
         command += [f"--dashboard-port={self.dashboard}", f"--ray-client-server-port={client}"]
         command += ["--object-store-memory=100000000"]
+        head = self.environ
         if on_demand is not None:
             told = folder / "autoscaling.json"
             told.write_text(json.dumps(_autoscaling(self.address, on_demand)))
             command += [f"--autoscaling-config={told}"]
-            self.environ |= {
+            head = self.environ | {
                 "AUTOSCALER_UPDATE_INTERVAL_S": "1",
                 "RAY_FAKE_CLUSTER": "1",
                 "RAY_enable_autoscaler_v2": "1",
@@ -61,7 +62,7 @@ class Cluster:
             }
         self._log = (folder / "head.log").open("wb")
         self.process = subprocess.Popen(
-            command, env=self.environ, stdout=self._log, stderr=self._log, start_new_session=True
+            command, env=head, stdout=self._log, stderr=self._log, start_new_session=True
         )
 
     @contextmanager
@@ -118,6 +119,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     psutil.wait_procs(below, timeout=20)
 
 
+#: What a machine would be set up by; it has to be said that it is not.
+_NOTHING = (
+    *("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files"),
+)
+
+
 def _autoscaling(address: str, resources: dict[str, float]) -> dict[str, Any]:
     """What Ray's autoscaler is told, to start machines as processes of this one."""
     head = "ray.head.default"
@@ -127,12 +135,16 @@ def _autoscaling(address: str, resources: dict[str, float]) -> dict[str, Any]:
         "upscaling_speed": 10,
         "idle_timeout_minutes": 5,
         "provider": {
-            "type": "fake_multinode",
+            # By its name, "fake_multinode", it asks for a file that Ray's wheel lacks.
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "gcs_address": address,
             "launch_multiple": True,
             "head_node_id": HEAD,
         },
         "auth": {},
+        "file_mounts": {},
+        **{key: [] for key in _NOTHING},
         "head_node_type": head,
         "available_node_types": {
             head: {"resources": {"CPU": 2}, "node_config": {}, "max_workers": 0},

@@ -5,9 +5,9 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +18,6 @@ from tests.launch.ray_cluster import Cluster, running_cluster
 CLI = [sys.executable, "-m", "ftkit.launch.cli"]
 SCRIPT = """
     import time
-    from pathlib import Path
     import torch
     import ftkit
     from tests.drills.training import Curve, build
@@ -84,10 +83,11 @@ def test_machines_are_started_for_a_job_and_for_what_it_lost(
 
 def _worlds(run: Path) -> list[int]:
     """Of how many ranks the worlds were that committed a step, in their order, each change once."""
-    events: list[dict[str, Any]] = read_run(run) if run.exists() else []
-    sizes = {e["generation"]: len(e["members"]) for e in events if e["kind"] == "resume"}
-    trained = sorted({e["generation"] for e in events if e["kind"] == "commit"})
-    return [size for size, _ in itertools.groupby(sizes[g] for g in trained)]
+    seats = defaultdict[int, set[int]](set)
+    for event in read_run(run) if run.exists() else []:
+        if event["kind"] == "commit":
+            seats[event["generation"]].add(event["seat"])
+    return [size for size, _ in itertools.groupby(len(seats[g]) for g in sorted(seats))]
 
 
 def _machines(cluster: Cluster) -> list[psutil.Process]:
