@@ -646,6 +646,8 @@ def doctor(
     from ftkit.launch.preflight import check_node, compared
     from ftkit.launch.preflight_view import show
 
+    if disk.exists() and not disk.is_dir():
+        raise UsageError(f"--disk {disk} is no folder: give one on the disk to try")
     found = check_node(disk, shm_root, torch=torch)
     try:
         found = compared(found, history)

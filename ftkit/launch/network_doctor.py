@@ -96,6 +96,8 @@ def examine(
       UsageError: there are not two to measure between, or an address is none, or not ours.
       WireError: the nodes did not all come together.
     """
+    if master and nodes == 1:
+        raise UsageError(f"--master {master} is met by several nodes: give --nodes, too")
     if nodes > 1:
         if not master:
             raise UsageError("--master HOST:PORT of node 0 is needed on every node")

@@ -112,6 +112,8 @@ def test_what_cannot_work_is_refused():
         )
     with pytest.raises(UsageError, match=r"--host 192\.0\.2\.1 is no address of this machine"):
         examine(nodes=1, nproc=2, node_rank=0, master="", host="192.0.2.1", config=config)
+    with pytest.raises(UsageError, match="give --nodes, too"):
+        examine(nodes=1, nproc=2, node_rank=0, master="a:1", host="", config=config)
     result = CliRunner().invoke(main, ["doctor", "network", "--connections", "0"])
     assert result.exit_code == 64
 

@@ -138,6 +138,8 @@ def test_the_command_says_what_it_found(tmp_path: Path) -> None:
     assert "should carry no job" in shown.stdout
     no_file = CliRunner().invoke(main, [*arguments[:-1], str(tmp_path)])
     assert (no_file.exit_code, f"--history {tmp_path} cannot be" in no_file.stderr) == (64, True)
+    file = CliRunner().invoke(main, ["doctor", "--no-torch", "--disk", str(tmp_path / "h")])
+    assert (file.exit_code, "is no folder" in file.stderr) == (64, True)
     assert CliRunner().invoke(main, ["doctor", "--help"]).exit_code == 0
 
 

@@ -144,7 +144,7 @@ def certificate(histories: tuple[Path, ...], out: Path | None, as_json: bool) ->
         try:
             write_whole(out, certificate_view.html(done))
         except OSError as error:
-            raise UsageError(f"{out} cannot be written: {error}") from error
+            raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
     click.echo(json.dumps(done.to_json()) if as_json else certificate_view.text(done))
     if not done.faults:
         sys.exit(2)
