@@ -38,7 +38,7 @@ from ftkit.detection.step_detector import PaceConfig, StepDetector
 from ftkit.detection.told import HOLD_S, Told
 from ftkit.launch.config import JobConfig
 from ftkit.launch.pace import LATE_S
-from ftkit.recovery.deadlines import latecomers, restless
+from ftkit.recovery.deadlines import keeps_out, latecomers, restless
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Mode, Plan
 
@@ -299,7 +299,10 @@ class Judge:
             goes = verdict.evicts and verdict.fault is not Fault.NODE_LOST
             if goes and self._plain_world is None:
                 findings.evictions[verdict.member] = verdict.reason
-        findings.evictions = self._overdue(plan, members, now) | findings.evictions
+        overdue = self._overdue(plan, members, now)
+        if plan.mode is Mode.RUNNING and plan.world and any(v.fault is Fault.STALL for v in said):
+            overdue |= keeps_out(plan.world, members.values())
+        findings.evictions = overdue | findings.evictions
         return findings
 
     def _overdue(

@@ -100,3 +100,17 @@ def latecomers(
     # Where all of them wait, nobody is known to keep the others.
     slow = {m: reason for m, reason in loading.items() if m not in waiting}
     return late | (slow or loading)
+
+
+def keeps_out(world: World, members: Iterable[MemberFacts]) -> dict[MemberId, str]:
+    """The one member of a world that stands still (`Fault.STALL`), where others wait to be let in.
+
+    Nobody of its world waits for it, so the detector names nobody; and a newcomer is let in between
+    two of its steps, of which there are no more.
+    """
+    if world.size > 1 or not any(
+        m.stage is Stage.LINKED and m.member not in world.member_ids for m in members
+    ):
+        return {}
+    (alone,) = world.members
+    return {alone.member: "stands still alone, and keeps others from being let in"}

@@ -123,6 +123,28 @@ def test_a_rank_whose_script_hangs_is_replaced(
         assert outcome.restarts >= 2, "and those that it kept from loading their shards"
 
 
+@pytest.mark.parametrize(("sharded", "alone"), [(False, 0), (True, 1)])
+def test_one_that_hangs_alone_makes_way_for_its_replacement(
+    sharded: bool, alone: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two ranks one is killed, and the script of the other hangs before it is back."""
+    monkeypatch.setattr(simulator, "SHARDED", float(sharded))
+    kill = Fault(kind=Kind.KILL_RANK, target=1, point="committed", nth=14)
+    hang = Fault(kind=Kind.HANG_RANK, target=3, point="committed", nth=15)
+
+    def job(seed: int) -> Simulation:
+        made = Simulation(seed, ranks=2, faults=[kill, hang])
+        made.endless, made.until, made.step_s = True, FOREVER, 0.3
+        return made
+
+    for seed in range(8):
+        outcome = job(seed).run()
+        assert (outcome.stop.code, outcome.faults) == (0, 2)
+    monkeypatch.setattr(judge, "keeps_out", lambda *_: {})
+    with pytest.raises(SimulationFailure, match="no end within"):
+        job(alone).run()
+
+
 @pytest.mark.parametrize(("sharded", "judged"), [(False, "latecomers"), (True, "restless")])
 def test_one_that_hangs_as_the_others_halt_is_waited_for_in_vain(
     sharded: bool, judged: str, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,7 @@ import pytest
 
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
 from ftkit.core.world import Member, World
-from ftkit.recovery.deadlines import RESTORE_LIMITS, latecomers, restless
+from ftkit.recovery.deadlines import RESTORE_LIMITS, keeps_out, latecomers, restless
 from ftkit.recovery.facts import MemberFacts, Stage
 from ftkit.recovery.plan import Assignment, Mode, Plan
 
@@ -95,3 +95,12 @@ def test_of_those_that_have_not_said_that_they_loaded_the_one_that_works_is_late
     # The others have loaded, and wait for it in a collective.
     assert late(members, 1.1 * RESTORE_LIMITS * LIMIT_S, waiting={1, 2}) == {0}
     assert late(members, 1.1 * RESTORE_LIMITS * LIMIT_S, waiting={0, 1, 2}) == {0, 1, 2}
+
+
+def test_one_that_stands_still_alone_is_in_the_way_of_those_that_wait_to_be_let_in() -> None:
+    world = World.of(Generation(2), WORLD.members[:1])
+    alone, linked = member(0, Stage.ACTIVE, 2), member(5, Stage.LINKED)
+    assert set(keeps_out(world, [alone, linked])) == {0}
+    assert keeps_out(world, [alone]) == {}, "nobody waits"
+    assert keeps_out(world, [alone, replace(linked, stage=Stage.READY)]) == {}
+    assert keeps_out(WORLD, [alone, linked]) == {}, "those of its world name who it is"
