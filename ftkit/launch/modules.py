@@ -26,7 +26,7 @@ def check_module(name: str) -> None:
     where: list[str] | None = [*([] if sys.flags.safe_path else [os.getcwd()]), *sys.path]
     done: list[str] = []
     for part in name.split("."):
-        spec = _find(".".join([*done, part]), where, outermost=not done)
+        spec = _find(part, where, outermost=not done)
         if spec is None:
             raise UsageError(
                 f"there is no module {name!r}: {'.'.join(done) or 'the path of Python'} has no "
@@ -37,20 +37,23 @@ def check_module(name: str) -> None:
         if _sets_its_path(spec):
             return
         where = spec.submodule_search_locations and list(spec.submodule_search_locations)
-    if where is not None and _find(f"{name}.__main__", where, outermost=False) is None:
+    if where is not None and _find("__main__", where, outermost=False) is None:
         raise UsageError(
             f"-m {name}: it is a package without a __main__ that could be run; name one of its "
             f"modules: {', '.join(_beside(where)) or 'there are none'}"
         )
 
 
-def _find(name: str, where: list[str] | None, *, outermost: bool) -> ModuleSpec | None:
-    """The module, looked for in the folders `where`, and outermost ones by every finder."""
+def _find(part: str, where: list[str] | None, *, outermost: bool) -> ModuleSpec | None:
+    """The module of this name in the folders `where`; outermost ones are asked of every finder.
+
+    By its last name alone: of a dotted one without an `__init__` the parent would have to be imported.
+    """
     if where is None:
         return None  # a module, not a package
-    spec = importlib.machinery.PathFinder.find_spec(name, where)
-    if spec is None and outermost and name.isidentifier():
-        spec = importlib.util.find_spec(name)  # built in, frozen, or an editable installation's
+    spec = importlib.machinery.PathFinder.find_spec(part, where)
+    if spec is None and outermost and part.isidentifier():
+        spec = importlib.util.find_spec(part)  # built in, frozen, or an editable installation's
     return spec
 
 

@@ -90,17 +90,19 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "open/__init__.py": "",
         "open/__main__.py": "",
         "loose/train.py": "",
+        "loose/more/train.py": "",
         "moved/__init__.py": "__path__ = ['elsewhere']",
         "script.py": "",
     }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
     return tmp_path
 
 
 @pytest.mark.parametrize(
     "name",
-    ["closed.train", "open", "open.__main__", "loose.train", "script", "moved.x", "timeit", "ftkit.launch.cli"],
+    ["closed.train", "open", "open.__main__", "loose.train", "loose.more.train", "script", "moved.x", "timeit",
+     "ftkit.launch.cli"],
 )  # fmt: skip
 def test_a_module_is_found_and_not_imported(name: str, packages: Path) -> None:
     check_module(name)
