@@ -146,7 +146,10 @@ def test_a_server_that_reads_nothing_is_not_waited_for_for_ever(tmp_path):
     """As a process that was stopped: the kernel accepts, and nobody answers."""
     with socket.create_server(("127.0.0.1", 0)) as stopped:
         lines = Lines(SECRET, timeout_s=0.05)
-        with pytest.raises(WireError, match="the greeting took"), lines.borrow(stopped.getsockname()[:2]):
+        with (
+            pytest.raises(WireError, match="the greeting took"),
+            lines.borrow(stopped.getsockname()[:2]),
+        ):
             pass
     with serve(tmp_path) as server:
         reached, goes_on = threading.Event(), threading.Event()

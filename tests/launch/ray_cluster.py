@@ -74,15 +74,20 @@ class Cluster:
             process = subprocess.Popen(
                 command, env=self.environ, stdout=log, stderr=log, start_new_session=True
             )
+            below = list[psutil.Process]()
             try:
                 deadline = time.monotonic() + START_LIMIT_S
                 while b"runtime started" not in (said := Path(log.name).read_bytes()):
                     assert process.poll() is None, said
                     assert time.monotonic() < deadline, said
                     time.sleep(0.1)
+                below = psutil.Process(process.pid).children(recursive=True)
                 yield
             finally:
-                _kill(process)
+                process.terminate()  # it says goodbye: what it had would be booked in vain
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=20)
+                _kill(process, below)
 
     def drain(self, machine: str) -> None:
         """Tell Ray that a machine is about to be taken away, as a cloud's notice does."""
@@ -102,15 +107,15 @@ class Cluster:
         return [t for t in titles if "AgentHost" in t or "CoordinatorHost" in t]
 
     def stop(self) -> None:
-        _kill(self.process)
+        # At once: asked to end, `ray start` takes half a minute.
+        below = list[psutil.Process]()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and was waited for
+            below = psutil.Process(self.process.pid).children(recursive=True)
+        _kill(self.process, below)
         self._log.close()
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """End it and all below it at once: asked to, `ray start` takes half a minute."""
-    below = list[psutil.Process]()
-    with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, and was waited for
-        below = psutil.Process(process.pid).children(recursive=True)
+def _kill(process: subprocess.Popen[bytes], below: list[psutil.Process]) -> None:
     process.kill()
     process.wait()
     for left in below:

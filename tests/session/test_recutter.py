@@ -1,5 +1,6 @@
 """Two ranks whose layers move, without a job: what is switched, what is dropped, and what is proved."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ class Rank:
             stall_s=20.0,
             trace=SimpleNamespace(event=lambda kind, **more: self.events.append((kind, more))),
             injector=SimpleNamespace(at=lambda *where, **more: None),
-            recorder=SimpleNamespace(allow=lambda seconds: None),
+            recorder=SimpleNamespace(allowed=lambda seconds: contextlib.nullcontext()),
             membership=SimpleNamespace(step=0),
         )
         self.layers: Any = SimpleNamespace(
