@@ -35,7 +35,7 @@ NODES = 3
 #: The goal, in seconds.
 P95_S = 2.0
 #: Steps of a job for each fault, which it has to survive before they are through.
-STEPS = 300
+STEPS = 150
 #: Seconds that a rank sleeps a step: while a fault is looked at, while its host comes back, at the end.
 USUAL_S, AWAY_S, LAST_S = 0.05, 0.5, 0.0
 #: Of undisturbed training before each fault.
