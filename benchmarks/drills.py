@@ -23,7 +23,7 @@ from typing import Any
 
 from benchmarks.done_before import DoneBefore
 from benchmarks.figures import Figure, Report, finish, parser, say
-from benchmarks.jobs import JobFailed, leave_if_ended, params_of, python_path, scratch
+from benchmarks.jobs import JobFailed, params_of, python_path, scratch
 from ftkit.core.samples import wilson
 from ftkit.launch.checker import Answer, Outcome
 from ftkit.launch.drill_job import Job
@@ -79,7 +79,6 @@ def run_all(
     before = before or DoneBefore(None, {})
     known = {d["seed"]: _outcome(d) for d in before.records}
     stop, reference = job.run(folder / "reference")
-    leave_if_ended(stop)
     if stop.code:
         raise JobFailed(f"the undisturbed run failed: {stop.reason}")
     (params,) = params_of(reference)

@@ -16,8 +16,7 @@ from ftkit.core.fault_plan import PlannedFault, to_environ
 from ftkit.core.trace import read_run
 from ftkit.launch.config import JobConfig, new_job_id
 from ftkit.launch.engine import Engine
-from ftkit.launch.job import run_job
-from ftkit.recovery.plan import Stop
+from ftkit.launch.job import Interrupted, run_job
 
 Event = dict[str, Any]
 
@@ -100,16 +99,11 @@ class Job:
                 del os.environ["PYTHONPATH"]
             else:
                 os.environ["PYTHONPATH"] = before
-        leave_if_ended(stop)
+        if isinstance(stop, Interrupted):
+            raise SystemExit(stop.code)
         if stop.code and not interrupts:
             raise JobFailed(f"{stop.reason} (code {stop.code})\n{_last_words(run_dir)}")
         return read_run(run_dir)
-
-
-def leave_if_ended(stop: Stop) -> None:
-    """End this process too when a signal ended the job. SystemExit."""
-    if stop.code in (128 + signal.SIGINT, 128 + signal.SIGTERM) and "ended by" in stop.reason:
-        raise SystemExit(stop.code)
 
 
 def python_path() -> str:

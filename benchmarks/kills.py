@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.done_before import DoneBefore
 from benchmarks.figures import Figure, Report, finish, parser, percentile, say
-from benchmarks.jobs import ROOT, Event, leave_if_ended, params_of, scratch
+from benchmarks.jobs import ROOT, Event, params_of, scratch
 from ftkit.core.fault_plan import Kind, PlannedFault, Point
 from ftkit.launch.drill_catalogue import BUCKETS
 from ftkit.launch.drill_job import Job
@@ -155,8 +155,7 @@ def _one(job: Job, options: argparse.Namespace, seed: int, params: str, folder: 
     begin = time.monotonic()
     # Many more than any job should survive; giving up is proved elsewhere.
     limits = {"same_place_max": 1_000_000, "restarts_max": 1_000_000, "quiet": True}
-    stop, events = job.run(folder, faults=faults, settings=limits | _ENV)
-    leave_if_ended(stop)
+    _, events = job.run(folder, faults=faults, settings=limits | _ENV)
     found = judge(events, params, nproc=job.nproc)
     return replace(found, seed=seed, seconds=round(time.monotonic() - begin, 3))
 
@@ -165,8 +164,7 @@ _ENV = {"env": {"PYTHONPATH": str(ROOT)}}
 
 
 def _undisturbed(job: Job, folder: Path) -> str:
-    stop, events = job.run(folder, settings=_ENV)
-    leave_if_ended(stop)
+    _, events = job.run(folder, settings=_ENV)
     (params,) = params_of(events)
     return params
 
