@@ -31,7 +31,7 @@ def main():
     points = torch.randn(4096, 2)
     dataset = data.TensorDataset(points, (points.norm(dim=1) > 1.2).long())
 
-    session.protect(build=build)
+    session.protect(build=build, device="cpu")
     loss_fn = nn.CrossEntropyLoss()
 
     for step in session.steps(dataset, slots=8, slot_size=4, until=300):

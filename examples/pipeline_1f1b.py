@@ -103,7 +103,7 @@ def main():
         schedule = Schedule1F1B(stage, SLOTS, loss_fn=loss_fn, scale_grads=False)
         return model, torch.optim.AdamW(model.parameters(), lr=2e-3)
 
-    session.protect(build=build, stages=True)
+    session.protect(build=build, stages=True, device="cpu")
 
     for step in session.steps(Text(), slots=SLOTS, slot_size=SLOT_SIZE, until=options.steps):
         model, optimizer = session.model, session.optimizer

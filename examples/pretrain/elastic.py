@@ -24,7 +24,7 @@ class Trainer:
         self.tokens_per_step = training.global_batch_size * training.seq_len
         self.slots = training.global_batch_size // training.local_batch_size
         shards = config.parallelism.data_parallel_shard_degree or None
-        self.session.protect(build=self.build, shards=shards)
+        self.session.protect(build=self.build, shards=shards, device="cpu")
         self.metrics = MetricsProcessor(config.metrics, self)
 
     def build(self, mesh):

@@ -8,6 +8,10 @@ a newcomer cuts them like everybody else; DDP's own buckets, rebuilt after its f
 would not fit. Each leaf ends in one flag a parameter, 1.0 where the slot produced a
 gradient: a parameter that no slot of any rank used gets `.grad = None`, as in plain torch.
 
+Buckets on a GPU go over the host (`HostSide`): when one is full its copy begins, and its reduction
+does when the next one's copy has begun. So backward waits for a GPU that is a bucket behind, but never
+for the last kernels that it has launched, and all ranks start in the same order.
+
 What this rank adds is weighed, not the sum with anybody else's: in that a NaN is everybody's. The norm is taken, not `isfinite`: NaN and infinity go through it, and on one core
 it reads 28 GB/s where `isfinite().all()` reads 1.
 """
@@ -20,6 +24,7 @@ from typing import Protocol
 import torch
 import xxhash
 
+from ftkit.collectives.host_side import HostSide
 from ftkit.collectives.resident import Pool
 from ftkit.collectives.running_sum import RunningSum
 from ftkit.collectives.slot_tree import SlotNode, SlotTree
@@ -60,6 +65,9 @@ class _Bucket:
     tree: SlotTree | RunningSum
     memory: Pool
     """Peers of this host read leaves and sums where they are."""
+    staged: bool
+    """Whether it goes over the host."""
+    host: HostSide | None = field(init=False, default=None)
     out: torch.Tensor = field(init=False)
     views: list[torch.Tensor] = field(init=False)
     leaf: torch.Tensor | None = None
@@ -81,6 +89,27 @@ class _Bucket:
             return self.memory.tensor(self.length, first.dtype)
         return torch.zeros(self.length, dtype=first.dtype, device=first.device)
 
+    def send(self) -> None:
+        """Let what this rank adds be on its way to the host, if that is where it goes."""
+        if self.host is not None:
+            self.host.send(self.tree.nodes)
+
+    def start(self, reduce: Reduce, scale: float) -> None:
+        """Start the reduction of what was sent. Blocks until it is on the host."""
+        if self.host is None:
+            self.handle = reduce(self.tree.nodes, self.out, scale)
+        else:
+            self.handle = reduce(self.host.arrived(), self.host.out, scale)
+
+    def finish(self) -> torch.Tensor:
+        """Wait for the sum. Returns it where the host can read it; `out` has it, too."""
+        assert self.handle is not None, "every bucket was launched"
+        self.handle.wait()
+        if self.host is None:
+            return self.out
+        self.host.back(self.out)
+        return self.host.out
+
     @property
     def settled(self) -> bool:
         """Whether no reduction uses the buffers any more."""
@@ -89,6 +118,7 @@ class _Bucket:
     def renew_out(self) -> None:
         """A fresh buffer for the sum, and views of it in the shapes of the parameters."""
         self.out = self.new_buffer()
+        self.host = HostSide(self.out) if self.staged else None
         self.views = [
             self.out[start : start + p.numel()].view(p.shape)
             for p, start in zip(self.params, self.offsets, strict=True)
@@ -107,6 +137,7 @@ class GradientReducer:
         mean: bool = True,
         running: bool = False,
         bucket_bytes: int | None = None,
+        staged: Callable[[torch.device], bool] = lambda device: device.type != "cpu",
     ) -> None:
         """Hook every parameter that requires a gradient.
 
@@ -119,13 +150,14 @@ class GradientReducer:
           reduce: starts the canonical reduction of one bucket.
           bucket_bytes: gradients after which a bucket is closed; must be the same on all ranks.
             By default an eighth of all, within bounds.
+          staged: whether buckets of a device go over the host.
         """
         self._slots = slots
         self._scale = 1.0 / slots if mean else 1.0
         self._reduce = reduce
         self._running = running
         trained = [p for p in params if p.requires_grad]
-        self._buckets = _cut(trained, self._new_tree, bucket_bytes)
+        self._buckets = _cut(trained, self._new_tree, bucket_bytes, staged)
         self._where = {id(p): (b, i) for b in self._buckets for i, p in enumerate(b.params)}
         self._hooks = [
             p.register_post_accumulate_grad_hook(self._take)  # type: ignore[no-untyped-call]
@@ -135,7 +167,7 @@ class GradientReducer:
         self._slot: int | None = None
         self._weight = 1
         self._last = False
-        self._launched = 0
+        self._sent = self._started = 0
         self._reduced = False
         self.look_at: LookAt | None = None
         """Told of each slot's gradients, bucket by bucket, on the thread of backward."""
@@ -179,8 +211,11 @@ class GradientReducer:
         `keep`: go on with the sums of the attempt before, of the same step from the same state. A
         slot that is in some of them is played once more and added to the others.
         """
-        self._slot, self._last, self._launched, self._reduced = None, False, 0, False
+        self._slot, self._last, self._reduced = None, False, False
+        self._sent = self._started = 0
         for bucket in self._buckets:
+            if bucket.host is not None:
+                bucket.host.arrived()  # what was sent and not started is read no more
             if bucket.settled and keep:
                 if bucket.leaf is not None:
                     bucket.tree.take_back(bucket.leaf)
@@ -232,14 +267,14 @@ class GradientReducer:
             raise UsageError("the loop over step.batches() was left early")
         self._last = True
         self._launch()  # where nothing was left to play
+        self._start(len(self._buckets))
         for bucket in self._buckets:
             bucket.weigh()  # while the last one is on its way
         digest = xxhash.xxh3_64()
         for bucket in self._buckets:
-            assert bucket.handle is not None, "every bucket was launched"
-            bucket.handle.wait()
-            digest.update(bucket.out.view(torch.uint8).numpy().data)
-            used = bucket.out[-len(bucket.params) :].tolist()
+            total = bucket.finish()
+            digest.update(total.view(torch.uint8).numpy().data)
+            used = total[-len(bucket.params) :].tolist()
             for param, view, flag in zip(bucket.params, bucket.views, used, strict=True):
                 param.grad = view if flag > 0 else None
         self._reduced = True
@@ -327,12 +362,20 @@ class GradientReducer:
 
     def _launch(self) -> None:
         """Start what is full, strictly in order, so that all ranks start alike."""
-        while self._launched < len(self._buckets):
-            bucket = self._buckets[self._launched]
+        while self._sent < len(self._buckets):
+            bucket = self._buckets[self._sent]
             if bucket.leaf is not None:
                 return
-            bucket.handle = self._reduce(bucket.tree.nodes, bucket.out, self._scale)
-            self._launched += 1
+            bucket.send()
+            self._sent += 1
+            # The newest copy runs beside what backward launches next.
+            self._start(self._sent - (bucket.host is not None))
+
+    def _start(self, end: int) -> None:
+        """Start the reductions of the buckets before `end` that are not under way."""
+        while self._started < end:
+            self._buckets[self._started].start(self._reduce, self._scale)
+            self._started += 1
 
 
 def norm_of(values: torch.Tensor) -> torch.Tensor:
@@ -343,7 +386,10 @@ def norm_of(values: torch.Tensor) -> torch.Tensor:
 
 
 def _cut(
-    params: list[torch.Tensor], tree: Callable[[], SlotTree | RunningSum], bucket_bytes: int | None
+    params: list[torch.Tensor],
+    tree: Callable[[], SlotTree | RunningSum],
+    bucket_bytes: int | None,
+    staged: Callable[[torch.device], bool],
 ) -> list[_Bucket]:
     """Buckets of parameters in reverse order, about the order in which backward fills them."""
     total = sum(p.numel() * p.element_size() for p in params)
@@ -364,10 +410,12 @@ def _cut(
         groups[-1].append(param)
         size += nbytes
     memory = Pool(min(total + 4096 * len(groups), _SLAB_BYTES_MAX))
-    return [_bucket(group, tree(), memory) for group in groups]
+    return [_bucket(group, tree(), memory, staged(group[0].device)) for group in groups]
 
 
-def _bucket(params: list[torch.Tensor], tree: SlotTree | RunningSum, memory: Pool) -> _Bucket:
+def _bucket(
+    params: list[torch.Tensor], tree: SlotTree | RunningSum, memory: Pool, staged: bool
+) -> _Bucket:
     offsets, at = [], 0
     for param in params:
         offsets.append(at)
@@ -378,6 +426,7 @@ def _bucket(params: list[torch.Tensor], tree: SlotTree | RunningSum, memory: Poo
         length=at + len(params),
         tree=tree,
         memory=memory,
+        staged=staged,
     )
     bucket.renew_out()
     return bucket

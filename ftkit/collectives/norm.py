@@ -15,8 +15,9 @@ _PLACES = 52
 _HALF = _PLACES // 2
 _HALF_MASK = (1 << _HALF) - 1
 
-#: Elements worked on at once, so that the float64 copies of them stay small.
-_BLOCK = 1 << 18
+#: Elements worked on at once, so that the float64 copies of them stay small; on a GPU each block is
+#: waited for, so they are larger.
+_BLOCK, _BLOCK_ON_GPU = 1 << 18, 1 << 24
 
 
 def norm_of(
@@ -62,9 +63,11 @@ def clip_factor(norm: float, norm_max: float) -> float:
 
 def _squares(part: torch.Tensor, exponent: int) -> int:
     total = 0
-    for start in range(0, part.numel(), _BLOCK):
-        block = part[start : start + _BLOCK]
-        scaled = torch.ldexp(block.double(), torch.tensor(-exponent))
+    length = _BLOCK_ON_GPU if part.is_cuda else _BLOCK
+    power = torch.tensor(-exponent, device=part.device)
+    for start in range(0, part.numel(), length):
+        block = part[start : start + length]
+        scaled = torch.ldexp(block.double(), power)
         whole = (scaled * scaled * float(1 << _PLACES)).round_().to(torch.int64)
         # In two halves, or the sum of a block would not fit 64 bits.
         total += int((whole >> _HALF).sum()) << _HALF

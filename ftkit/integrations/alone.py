@@ -8,8 +8,10 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
+from packaging.requirements import Requirement
 
 from ftkit.session import Session
 
@@ -43,15 +45,33 @@ def local_index(session: Session) -> int:
 
 
 def require(extra: str, *modules: str, name: str = "") -> None:
-    """Raise ImportError, which says what to install, where a framework is missing.
+    """Raise ImportError, which says what to install, where a framework is missing, or is another one.
 
     Args:
       extra: what installs them.
       *modules: what has to be there.
       name: of the integration, where it is not called as the extra is.
     """
-    if missing := [m for m in modules if importlib.util.find_spec(m) is None]:
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if what := " and ".join(missing) or _unfit(extra):
         raise ImportError(
-            f"ftkit.integrations.{name or extra} needs {' and '.join(missing)}: "
-            f"pip install 'ftkit[{extra}]'"
+            f"ftkit.integrations.{name or extra} needs {what}: pip install 'ftkit[{extra}]'"
         )
+
+
+def _unfit(extra: str) -> str:
+    """What an extra asks for, and what is there in another version; empty where all fit."""
+    try:
+        wanted = [Requirement(text) for text in requires("ftkit") or ()]
+    except PackageNotFoundError:  # read from its source
+        return ""
+    for one in wanted:
+        if one.marker is None or not one.marker.evaluate({"extra": extra}):
+            continue
+        try:
+            found = version(one.name)
+        except PackageNotFoundError:
+            continue
+        if not one.specifier.contains(found, prereleases=True):
+            return f"{one.name}{one.specifier}, and {found} is installed"
+    return ""

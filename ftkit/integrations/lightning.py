@@ -30,6 +30,7 @@ require("lightning", "lightning")
 
 from lightning.fabric.utilities import rank_zero as fabric_rank_zero
 from lightning.fabric.utilities.seed import pl_worker_init_function
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -82,6 +83,11 @@ class FtkitStrategy(SingleDeviceStrategy):
         rank_zero_only.rank = fabric_rank_zero.rank_zero_only.rank = rank
 
     # ---- the beginning
+
+    def setup_environment(self) -> None:
+        if isinstance(self.accelerator, CPUAccelerator):
+            self._root_device = torch.device("cpu")  # the Trainer's word counts, not what there is
+        super().setup_environment()
 
     def setup(self, trainer: Any) -> None:
         base: Any = super()

@@ -328,13 +328,13 @@ class Worlds:
 
 
 def broadcast_from(group: Group, tensor: torch.Tensor, root: int = 0) -> None:
-    """The `tensor` of rank `root` to all ranks, in place and whatever its strides. Blocks.
+    """The `tensor` of rank `root` to all ranks, in place, whatever its strides and device. Blocks.
 
     Raises:
       GenerationAborted: the generation ended meanwhile.
     """
     # A model in channels_last has parameters that are not contiguous; the wire needs them so.
-    flat = tensor.contiguous()
+    flat = tensor.cpu().contiguous()
     group.broadcast(flat, root).wait()
     if flat is not tensor:
         tensor.copy_(flat)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytestmark = [
     pytest.mark.multiproc,
@@ -70,3 +71,9 @@ def test_the_kernel_is_torchs_add_and_norm() -> None:
 
 def test_it_compiles_for_gpus_that_are_not_here(tmp_path: object) -> None:
     run(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_it_is_the_same() -> None:
+    run(SCRIPT.replace("generator=made)", 'generator=made).to("cuda")'))

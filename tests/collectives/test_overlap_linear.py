@@ -446,3 +446,24 @@ def test_chunks_of_another_kind_are_refused_in_words() -> None:
                 )
 
     everywhere(1, rank)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", [RowParallelLinear, ColumnParallelLinear])
+def test_on_one_gpu_it_is_the_plain_layer(kind: Any) -> None:
+    def rank(group: ModelledGroup) -> None:
+        torch.manual_seed(0)
+        # A bias is added by itself here, which would round once more.
+        plain = nn.Linear(256, 128, bias=False, device="cuda", dtype=torch.bfloat16)
+        layer = kind.of(plain, group=group)
+        x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+        mine, other = (x.clone().requires_grad_() for _ in range(2))
+        y, wanted = layer(mine), plain(other)
+        assert torch.equal(y, wanted), "to the bit"
+        got = torch.autograd.grad(y.square().sum(), [mine, layer.weight])
+        true = torch.autograd.grad(wanted.square().sum(), [other, plain.weight])
+        for a, b in zip(got, true, strict=True):
+            torch.testing.assert_close(a, b)
+
+    everywhere(1, rank)

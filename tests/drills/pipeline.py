@@ -93,6 +93,7 @@ def main() -> None:
     mode = sys.argv[3] if len(sys.argv) > 3 else ""
     session.protect(
         build=build,
+        device="cpu",
         stages=True,
         recut=not mode,
         allow_approximate="checkfree+" if mode == "swapped" else mode == "approximate",

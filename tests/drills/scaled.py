@@ -47,7 +47,7 @@ def main(sharded: bool) -> None:
     model: nn.Module = network()
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     if sharded:
-        session.protect(build=build, consistency="scaled")
+        session.protect(build=build, consistency="scaled", device="cpu")
     else:
         session.protect(model=model, optimizer=optimizer, consistency="scaled")
     seats = int(os.environ.get("WORLD_SIZE", "1"))

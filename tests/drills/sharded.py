@@ -70,7 +70,7 @@ def steps(session: Session, until: int) -> Iterator[Step]:
 
 def main(shards: int, until: int) -> None:
     session = begin()
-    session.protect(build=build, shards=shards or None)
+    session.protect(build=build, shards=shards or None, device="cpu")
     for _ in steps(session, until):
         if session.world_size < session.seats:
             time.sleep(WAITING_S)

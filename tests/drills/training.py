@@ -48,7 +48,7 @@ def digest(*state: dict[str, Any]) -> str:
     hasher = hashlib.sha256()
     for tensors in state:
         for name, tensor in tensors.items():
-            hasher.update(name.encode() + tensor.detach().numpy().tobytes())
+            hasher.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     return hasher.hexdigest()
 
 

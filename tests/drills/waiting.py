@@ -28,7 +28,7 @@ def main(until: int) -> None:
             time.sleep(float(os.environ.get(BUILD, "0")))
         return build(mesh)
 
-    session.protect(build=slowly)
+    session.protect(build=slowly, device="cpu")
     for step in steps(session, until):
         waits = session.world_size < session.seats and step.index in HOLD
         time.sleep(HOLD_S if waits else STEP_S)

@@ -40,6 +40,21 @@ def fitted(folder: Path, accumulate: int, *, resume: Path | None = None, **more:
     return trainer
 
 
+def test_on_a_machine_with_gpus_a_trainer_for_the_cpu_stays_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with monkeypatch.context() as there:
+        there.setattr(torch.cuda, "is_available", lambda: True)
+        strategy = integration.FtkitStrategy()
+    assert strategy.root_device.type == "cuda"
+    trainer = lightning.Trainer(
+        accelerator="cpu", strategy=strategy, logger=False, default_root_dir=tmp_path,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.strategy.setup_environment()
+    assert trainer.strategy.root_device.type == "cpu"
+
+
 def parameters(trainer: Any) -> list[torch.Tensor]:
     return [p.detach() for p in trainer.lightning_module.parameters()]
 

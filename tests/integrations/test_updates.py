@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ftkit.core.errors import UsageError
+from ftkit.integrations import alone as integration
 from ftkit.integrations.alone import alone as hidden
 from ftkit.integrations.alone import local_index, require
 from ftkit.integrations.updates import Given, Updates
@@ -94,6 +95,17 @@ def test_a_missing_framework_says_what_to_install() -> None:
         ImportError, match=r"needs no_such_module: pip install 'ftkit\[lightning\]'"
     ):
         require("lightning", "os", "no_such_module")
+
+
+def test_another_version_of_a_framework_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["lightning<3,>=2.6; extra == 'lightning'", "os>=9; extra == 'other'", "torch>=99"]
+    found = {"lightning": "2.1.0", "torch": "2.13.0"}
+    monkeypatch.setattr(integration, "requires", lambda name: asked)
+    monkeypatch.setattr(integration, "version", found.__getitem__)
+    with pytest.raises(ImportError, match=r"needs lightning<3,>=2.6, and 2.1.0 is installed: pip"):
+        require("lightning", "os")
+    found["lightning"] = "2.6.1"
+    require("lightning", "os")
 
 
 def test_one_that_is_alone_leads_its_node() -> None:

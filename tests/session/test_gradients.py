@@ -37,14 +37,25 @@ class Running(Done):
 class Crew:
     """Ranks that play one after another; the reduction takes place once the last is through."""
 
-    def __init__(self, build: Callable[[], nn.Module], ranks: int, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        ranks: int,
+        bucket_bytes: int,
+        *,
+        staged: bool = False,
+    ) -> None:
         self.models = [build() for _ in range(ranks)]
         self.sent: list[list[tuple[Sequence[SlotNode], torch.Tensor, float]]] = [
             [] for _ in range(ranks)
         ]
         self.reducers = [
             GradientReducer(
-                m.parameters(), slots=SLOTS, reduce=self._reduce_of(r), bucket_bytes=bucket_bytes
+                m.parameters(),
+                slots=SLOTS,
+                reduce=self._reduce_of(r),
+                bucket_bytes=bucket_bytes,
+                staged=lambda device: staged,
             )
             for r, m in enumerate(self.models)
         ]
@@ -71,6 +82,7 @@ class Crew:
             if not held:
                 reducer._last = True
                 reducer._launch()
+            reducer._start(reducer.buckets)  # as `finish` does, which waits here for all ranks
         for bucket in zip(*self.sent, strict=True):
             stack: list[torch.Tensor] = []
             for word in fold_plan(SLOTS, len(self.models)):
@@ -93,9 +105,10 @@ def play(
     ranks: int,
     steps: int = 2,
     bucket_bytes: int = 64,
+    staged: bool = False,
 ) -> list[dict[str, bytes | None]]:
     """Every rank's gradients after the last step, by name; the digests must agree."""
-    crew = Crew(build, ranks, bucket_bytes)
+    crew = Crew(build, ranks, bucket_bytes, staged=staged)
     for _ in range(steps):
         assert len(set(crew.step(backward))) == 1
     return [
@@ -140,9 +153,13 @@ def branch_backward(model: nn.Module, slot: int) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 6])
 @pytest.mark.parametrize("bucket_bytes", [1, 64, 1 << 20])
-def test_the_bits_do_not_depend_on_ranks_or_buckets(ranks: int, bucket_bytes: int) -> None:
+@pytest.mark.parametrize("staged", [False, True])
+def test_the_bits_do_not_depend_on_ranks_buckets_or_the_way_over_the_host(
+    ranks: int, bucket_bytes: int, staged: bool
+) -> None:
     (alone,) = play(dense, dense_backward, ranks=1, bucket_bytes=1 << 20)
-    assert play(dense, dense_backward, ranks=ranks, bucket_bytes=bucket_bytes) == [alone] * ranks
+    many = play(dense, dense_backward, ranks=ranks, bucket_bytes=bucket_bytes, staged=staged)
+    assert many == [alone] * ranks
 
 
 def test_the_sum_is_the_mean_of_the_slots() -> None:
@@ -160,6 +177,7 @@ def test_a_parameter_that_no_slot_used_has_no_gradient_and_one_slot_is_enough(ra
     (alone,) = play(Branches, branch_backward, ranks=1)
     assert {n for n, g in alone.items() if g is None} == {"never.weight", "never.bias"}
     assert play(Branches, branch_backward, ranks=ranks) == [alone] * ranks
+    assert play(Branches, branch_backward, ranks=ranks, staged=True) == [alone] * ranks
 
 
 def test_a_parameter_that_came_out_of_use_loses_its_gradient() -> None:
@@ -281,8 +299,9 @@ def test_backward_outside_a_slot_is_the_users_own() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_an_attempt_given_up_does_not_touch_buffers_that_may_still_be_sent() -> None:
-    crew = Crew(dense, 1, 64)
+@pytest.mark.parametrize("staged", [False, True])
+def test_an_attempt_given_up_does_not_touch_buffers_that_may_still_be_sent(staged: bool) -> None:
+    crew = Crew(dense, 1, 64, staged=staged)
     crew.step(dense_backward)
     expected = [p.grad.clone() for p in crew.models[0].parameters()]  # type: ignore[union-attr]
     reducer, model = crew.reducers[0], crew.models[0]
@@ -302,6 +321,36 @@ def test_an_attempt_given_up_does_not_touch_buffers_that_may_still_be_sent() -> 
         torch.equal(p.grad, e)  # type: ignore[arg-type]
         for p, e in zip(model.parameters(), expected, strict=True)
     )
+
+
+def test_over_the_host_a_bucket_starts_when_the_next_one_is_on_its_way() -> None:
+    """So no rank waits for the kernels that it launched last, and all start in one order."""
+    model, started = dense(), list[torch.Tensor]()
+
+    def reduce(nodes: Sequence[SlotNode], out: torch.Tensor, scale: float) -> Done:
+        started.append(out)
+        out.copy_(nodes[0].value * scale)
+        return Done()
+
+    reducer = GradientReducer(
+        model.parameters(), slots=1, reduce=reduce, bucket_bytes=8, staged=lambda device: True
+    )
+    reducer.begin()
+    reducer.start_slot(0, last=True)
+    dense_backward(model, 0)
+    reducer.end_slot()
+    assert len(started) == reducer.buckets - 1
+    reducer.finish(held=1)
+    assert len(started) == reducer.buckets
+    plain = dense()
+    dense_backward(plain, 0)
+    for mine, other, out in zip(
+        model.parameters(), plain.parameters(), reversed(started), strict=False
+    ):
+        assert mine.grad is not None
+        assert other.grad is not None
+        assert torch.equal(mine.grad, other.grad)
+        assert mine.grad.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
 
 
 def test_backward_never_waits_for_a_reduction_and_its_error_comes_out_at_the_end() -> None:

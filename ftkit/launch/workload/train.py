@@ -135,9 +135,10 @@ def train(session: Any, dataset: ByteWindows, options: Options) -> Result:
             seed=options.seed,
             keep=pipelines.append,
         )
-        session.protect(build=stages, stages=True)
+        session.protect(build=stages, stages=True, device="cpu")
     elif options.sharded:
-        session.protect(build=build, shards=options.sharded if options.sharded > 1 else None)
+        shards = options.sharded if options.sharded > 1 else None
+        session.protect(build=build, shards=shards, device="cpu")  # where its batches are
     else:
         model = replicated = DistributedDataParallel(GPT(options.model, seed=options.seed))
         optimizer = optimizer_of(model)
