@@ -98,7 +98,8 @@ def test_an_agent_that_stands_still_leaves_its_members_unseen_and_training_goes_
 
     def pause(engine: Engine) -> None:
         mine = [e["mono"] for e in of(folder, "commit") if e["seat"] == 1]
-        if len(moves) == 2 and mine:
+        # Not at once: when the optimizer has its state, a rank asks its agent for a larger arena.
+        if len(moves) == 2 and len(mine) > 20:
             (owner,) = shm.glob(f"ftkit-*-n1/{OWNER}")
             agents.append(int(owner.read_text().split()[0]))
             os.kill(agents[0], moves.pop(0))
