@@ -5,7 +5,8 @@ One process on one GPU. ::
     snapshot     steps of matrix products (bfloat16) and a fused AdamW over a state in float32; in
                  turn without and with a capture of every step, digests of all included
     norm         residual and RMSNorm in one kernel, against a copy on the device, as bytes a second
-    gradients    what the way over the host adds to a backward pass: the reduction of a world of one
+    gradients    what the way over the host adds to forward and backward: in a world of one, where the
+                 reduction is a copy
 
     python -m benchmarks.gpu [--mib 2048] [--rounds 12] [--quick] [--json] [--save]
 
@@ -79,27 +80,27 @@ def beside(work: Work, capture: Capture, rounds: int) -> dict[str, list[float]]:
     """Steps without and with a snapshot, in turn; seconds."""
     found: dict[str, list[float]] = {
         name: []
-        for name in ("products alone", "products beside", "alone", "with", "gate", "sealed")
+        for name in ("products alone", "products beside", "alone", "with", "blocked", "sealed")
     }
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def step(*, saves: bool) -> None:
         if saves:
             capture.begin(Step(capture.snapshots + 1), Generation(1))
-        before.record()  # type: ignore[no-untyped-call]
+        before.record()
         work.compute()
-        after.record()  # type: ignore[no-untyped-call]
-        after.synchronize()  # type: ignore[no-untyped-call]
-        gate = capture.gate()
+        after.record()
+        after.synchronize()
+        capture.gate()
         if saves and capture.last is not None:
-            found["gate"].append(gate)
+            found["blocked"].append(capture.last.blocked_s)
             found["sealed"].append(capture.last.sealed_after_s)
         work.optimizer.step()
 
     for number in range(-1, rounds):
         for saves in (False, True):
             whole = seconds(lambda saves=saves: step(saves=saves))  # type: ignore[misc]
-            products = before.elapsed_time(after) / 1e3  # type: ignore[no-untyped-call]
+            products = before.elapsed_time(after) / 1e3
             found["products beside" if saves else "products alone"].append(products)
             found["with" if saves else "alone"].append(whole)
         if number < 0:  # the first one warms up
@@ -127,11 +128,12 @@ def device_seconds(what: Callable[[], object], times: int = 20) -> float:
     for _ in range(3):
         what()
     for before, after in events:
-        before.record()  # type: ignore[no-untyped-call]
+        before.record()
         what()
-        after.record()  # type: ignore[no-untyped-call]
+        after.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in events) / 1e3  # type: ignore[no-untyped-call]
+    took: list[float] = [a.elapsed_time(b) for a, b in events]
+    return statistics.median(took) / 1e3
 
 
 def norms(rows: int) -> tuple[dict[int, float], float, str]:
@@ -157,13 +159,15 @@ def norms(rows: int) -> tuple[dict[int, float], float, str]:
     return rates, copied / device_seconds(lambda: target.copy_(source)), problem
 
 
-def gradients(rounds: int) -> dict[str, list[float]]:
-    """A backward pass with and without the way of its gradients over the host; seconds."""
+def gradients(rounds: int) -> tuple[dict[str, list[float]], str]:
+    """Passes with and without the way of their gradients over the host, in seconds; what was wrong."""
     found: dict[str, list[float]] = {"plain": [], "over the host": []}
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False, device="cuda") for _ in range(16)))
     x = torch.randn(16384, WIDTH, device="cuda")
 
     def reduce(nodes: Sequence[Any], out: torch.Tensor, scale: float) -> Any:
+        (whole,) = nodes
+        torch.mul(whole.value, scale, out=out)
         return finished(None)
 
     def backward() -> None:
@@ -179,18 +183,25 @@ def gradients(rounds: int) -> dict[str, list[float]]:
         reducer.finish(held=1)
         reducer.end()
 
+    problem = ""
     for number in range(-1, rounds):
         plain = seconds(backward)
+        wanted = [p.grad for p in model.parameters()]
+        for param in model.parameters():
+            param.grad = None
         reducer = GradientReducer(model.parameters(), slots=1, reduce=reduce)
         over_the_host()  # takes its memory
         over = seconds(over_the_host)
-        reducer.close()
-        for param in model.parameters():
+        for param, grad in zip(model.parameters(), wanted, strict=True):
+            if param.grad is None or grad is None or not torch.equal(param.grad, grad):
+                problem = "gradients that went over the host are not those that did not"
             param.grad = None
+        del wanted
+        reducer.close()
         if number >= 0:
             found["plain"].append(plain)
             found["over the host"].append(over)
-    return found
+    return found, problem
 
 
 def report(
@@ -200,6 +211,7 @@ def report(
     copy_rate: float,
     ways: dict[str, list[float]],
     problems: list[str],
+    notes: list[str],
     options: dict[str, object],
 ) -> Report:
     """The figures; pure."""
@@ -220,14 +232,14 @@ def report(
         ),
         Figure(name="a snapshot is sealed after", value=half["sealed"], unit="s",
                against=f"{state_bytes / half['sealed'] / 1e9:.2f} GB/s"),
-        Figure(name="the training thread stands still", value=half["gate"], unit="s"),
+        Figure(name="the training thread stands still", value=half["blocked"], unit="s"),
         *(
             Figure(name=f"residual and norm of {width} / copy on the device",
                    value=rate / copy_rate, unit="x", at_least=0.8,
                    against=f"{rate / 1e12:.2f} of {copy_rate / 1e12:.2f} TB/s")
             for width, rate in rates.items()
         ),
-        Figure(name="backward with gradients over the host / plain", value=over, unit="x",
+        Figure(name="forward and backward with gradients over the host / plain", value=over, unit="x",
                against="float32 gradients of 1.07 GB, a world of one"),
     ]  # fmt: skip
     return Report(
@@ -235,7 +247,7 @@ def report(
         figures=figures,
         computed={},
         problems=problems,
-        notes=[torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"],
+        notes=notes,
         options=options,
         samples={**found, **ways},
     )
@@ -265,10 +277,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.unlink(missing_ok=True)
     say(f"a step takes {statistics.median(found['alone']):.2f} s")
     del work
-    rates, copy_rate, problem = norms(4096 if options.quick else 65536)
-    ways = gradients(rounds)
-    problems = [p for p in (*problems, problem) if p]
-    told = report(found, layout.total_bytes, rates, copy_rate, ways, problems, vars(options))
+    rates, copy_rate, off = norms(4096 if options.quick else 65536)
+    ways, other = gradients(rounds)
+    problems = [p for p in (*problems, off, other) if p]
+    notes = [torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}"]
+    told = report(found, layout.total_bytes, rates, copy_rate, ways, problems, notes, vars(options))
     return finish(told, options)
 
 

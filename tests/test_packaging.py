@@ -25,7 +25,8 @@ sys.modules["ray"] = None
 command = script.load()
 import ftkit
 print(ftkit.__file__)
-sys.exit(command(prog_name="ftkit"))
+sys.argv[0] = "ftkit"
+sys.exit(command())
 """
 
 pytestmark = [
@@ -130,3 +131,28 @@ def test_the_command_works_from_the_wheel_without_ray(
     assert Path(done.stdout.splitlines()[0]).is_relative_to(unpacked)
     assert says in done.stdout + done.stderr
     assert [f.name for f in tmp_path.iterdir()] == ["train.py"]
+
+
+def test_ctrl_c_while_it_still_imports_ends_it_in_words() -> None:
+    script = """
+import sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "ftkit.launch.cli":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Pressed())
+from ftkit.__main__ import main
+main()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (130, "ftkit: interrupted\n")
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ftkit", "--version"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert ftkit.__version__ in done.stdout

@@ -14,7 +14,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_int, c_ubyte, c_uint, c_void_p
 from functools import cache
-from importlib import metadata
 
 from ftkit.checkpoint.galois import Matrix
 from ftkit.checkpoint.raw import Bytes, address
@@ -91,6 +90,8 @@ def load() -> Isal | None:
 
 
 def _candidates() -> Iterator[str]:
+    from importlib import metadata  # it reads mail, of all things, and takes its time
+
     try:
         files = metadata.files("pyeclib") or []
     except metadata.PackageNotFoundError:

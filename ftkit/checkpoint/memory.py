@@ -6,6 +6,7 @@ take 1.1 s on a shared host.
 """
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,7 @@ class LiveMemory:
     * a contiguous CPU tensor: its own memory;
     * a strided CPU tensor: its own memory, copied in one piece (`whole`);
     * a CPU tensor that may change earlier (`Live.early`): a private copy, made by `bind`;
-    * a CUDA tensor: pinned memory, filled from a side stream; `wait` says when.
+    * a CUDA tensor: pinned memory, filled from a side stream of its device; `wait` says when.
 
     Private and pinned memory is kept from one `bind` to the next, so its pages are warm.
     """
@@ -46,8 +47,8 @@ class LiveMemory:
         self._addresses: dict[int, int] = {}
         self._strided: dict[int, NDArray[Any]] = {}
         self._private: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._arrived: torch.cuda.Event | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._arrived: list[torch.cuda.Event] = []
 
     @property
     def whole(self) -> frozenset[int]:
@@ -73,11 +74,14 @@ class LiveMemory:
         self._plain = True
         self._strided = {}
         self._addresses = {}
-        self._arrived = None
-        on_cuda = [live[i] for i in wanted if live[i].tensor.device.type == "cuda"]
-        if on_cuda:
+        self._arrived = []
+        on_cuda = defaultdict[torch.device, list[Live]](list)
+        for index in wanted:
+            if live[index].tensor.device.type == "cuda":
+                on_cuda[live[index].tensor.device].append(live[index])
+        for device, items in on_cuda.items():
             self._plain = False
-            self._stage(on_cuda)
+            self._stage(device, items)
         for index in wanted:
             item = live[index]
             tensor = item.tensor
@@ -92,8 +96,8 @@ class LiveMemory:
 
     def wait(self) -> None:
         """Block until everything enqueued by `bind` is in host memory. Any thread."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        for event in self._arrived:
+            event.synchronize()
 
     def copy(self, unit: Unit, data: NDArray[np.uint8]) -> None:
         """Write one unit of the part's data. Any thread; releases the GIL."""
@@ -126,21 +130,25 @@ class LiveMemory:
         np.copyto(as_numpy(kept), as_numpy(item.tensor))
         return kept
 
-    def _stage(self, items: Sequence[Live]) -> None:
-        current = torch.cuda.current_stream()
-        if self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(current)
+    def _stage(self, device: torch.device, items: Sequence[Live]) -> None:
+        # Of the tensors' own device, which need not be the current one: a copy runs in its order.
+        current = torch.cuda.current_stream(device)
+        stream = self._streams.get(device)
+        if stream is None:
+            made = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self._streams[device] = made
+        stream.wait_stream(current)
         early_done: torch.cuda.Event | None = None
-        with torch.no_grad(), torch.cuda.stream(self._stream):
+        with torch.no_grad(), torch.cuda.stream(stream):
             for item in sorted(items, key=lambda i: not i.early):
                 if not item.early and early_done is None:
-                    early_done = self._stream.record_event()
+                    early_done = stream.record_event()
                 self._kept(item, pinned=True).copy_(item.tensor, non_blocking=True)
                 # The allocator must not hand this memory out again before the copy ran.
-                item.tensor.record_stream(self._stream)
-            self._arrived = self._stream.record_event()
-        current.wait_event(early_done or self._arrived)
+                item.tensor.record_stream(stream)
+            arrived = stream.record_event()
+        self._arrived.append(arrived)
+        current.wait_event(early_done or arrived)
 
 
 def fill(writer: SlabWriter, memory: LiveMemory, unit: Unit) -> int:

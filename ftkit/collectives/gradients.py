@@ -17,6 +17,7 @@ it reads 28 GB/s where `isfinite().all()` reads 1.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, KeysView, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -126,7 +127,7 @@ class _Bucket:
 
 
 class GradientReducer:
-    """Owns `.grad` of its parameters during a step. One thread, the training thread."""
+    """Owns `.grad` of its parameters during a step. The training thread's, and its backward passes'."""
 
     def __init__(
         self,
@@ -168,6 +169,7 @@ class GradientReducer:
         self._weight = 1
         self._last = False
         self._sent = self._started = 0
+        self._launching = threading.Lock()
         self._reduced = False
         self.look_at: LookAt | None = None
         """Told of each slot's gradients, bucket by bucket, on the thread of backward."""
@@ -346,7 +348,11 @@ class GradientReducer:
             if not fired:
                 start = bucket.offsets[i]
                 leaf[start : start + bucket.params[i].numel()].zero_()
-        leaf[-len(bucket.params) :] = torch.tensor(bucket.fired, dtype=leaf.dtype)
+        flags = leaf[-len(bucket.params) :]
+        if all(bucket.fired):
+            flags.fill_(1.0)  # a GPU need not be waited for
+        else:
+            flags.copy_(torch.tensor(bucket.fired, dtype=leaf.dtype))
         if self.look_at is not None:
             gradients = leaf[: -len(bucket.params)]
             self.look_at(self._slot, self._buckets.index(bucket), gradients)
@@ -361,15 +367,19 @@ class GradientReducer:
         return RunningSum() if self._running else SlotTree(self._slots)
 
     def _launch(self) -> None:
-        """Start what is full, strictly in order, so that all ranks start alike."""
-        while self._sent < len(self._buckets):
-            bucket = self._buckets[self._sent]
-            if bucket.leaf is not None:
-                return
-            bucket.send()
-            self._sent += 1
-            # The newest copy runs beside what backward launches next.
-            self._start(self._sent - (bucket.host is not None))
+        """Start what is full, strictly in order, so that all ranks start alike.
+
+        Where parameters are on several devices, autograd has a thread for each.
+        """
+        with self._launching:
+            while self._sent < len(self._buckets):
+                bucket = self._buckets[self._sent]
+                if bucket.leaf is not None:
+                    return
+                bucket.send()
+                self._sent += 1
+                # The newest copy runs beside what backward launches next.
+                self._start(self._sent - (bucket.host is not None))
 
     def _start(self, end: int) -> None:
         """Start the reductions of the buckets before `end` that are not under way."""

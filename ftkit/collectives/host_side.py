@@ -8,11 +8,18 @@ nothing on a device that others wait for: no communicator of NCCL has to be ende
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
 
 from ftkit.collectives.slot_tree import SlotNode
+
+
+@cache
+def _stream_of(device: torch.device) -> Any:
+    """One for all buckets of a device: torch has thirty-two, and others need theirs."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 class HostSide:
@@ -25,9 +32,7 @@ class HostSide:
           like: the bucket's sum on the device: flat, contiguous. What is not on a GPU is copied at once.
         """
         self._on_gpu = like.is_cuda
-        self._stream: Any = None
-        if self._on_gpu:
-            self._stream = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+        self._stream = _stream_of(like.device) if self._on_gpu else None
         self.out = self._buffer(like)
         """The sum over all ranks; `back` takes it to the device."""
         self._buffers: list[torch.Tensor] = []
@@ -45,7 +50,7 @@ class HostSide:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.no_grad(), torch.cuda.stream(self._stream):
             for node, buffer in zip(nodes, self._buffers, strict=False):
-                buffer.copy_(node.value, non_blocking=True)
+                buffer.copy_(node.value, non_blocking=self._on_gpu)
             if self._stream is not None:
                 self._there = self._stream.record_event()
 
@@ -60,7 +65,7 @@ class HostSide:
 
         The sum's memory may be written again once something sent after this has arrived.
         """
-        out.copy_(self.out, non_blocking=True)
+        out.copy_(self.out, non_blocking=self._on_gpu)
 
     def _buffer(self, like: torch.Tensor) -> torch.Tensor:
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=self._on_gpu)

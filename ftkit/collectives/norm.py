@@ -15,8 +15,8 @@ _PLACES = 52
 _HALF = _PLACES // 2
 _HALF_MASK = (1 << _HALF) - 1
 
-#: Elements worked on at once, so that the float64 copies of them stay small; on a GPU each block is
-#: waited for, so they are larger.
+#: Elements worked on at once, in a few float64 copies; on a GPU each block is waited for, so it is
+#: larger there: half a GB meanwhile.
 _BLOCK, _BLOCK_ON_GPU = 1 << 18, 1 << 24
 
 
@@ -64,10 +64,12 @@ def clip_factor(norm: float, norm_max: float) -> float:
 def _squares(part: torch.Tensor, exponent: int) -> int:
     total = 0
     length = _BLOCK_ON_GPU if part.is_cuda else _BLOCK
-    power = torch.tensor(-exponent, device=part.device)
+    # By a power of two, in two steps: a float64 does not hold all of them. (`torch.ldexp` takes
+    # it in float32.)
+    half, rest = math.ldexp(1.0, -exponent // 2), math.ldexp(1.0, -exponent - (-exponent // 2))
     for start in range(0, part.numel(), length):
         block = part[start : start + length]
-        scaled = torch.ldexp(block.double(), power)
+        scaled = block.double() * half * rest
         whole = (scaled * scaled * float(1 << _PLACES)).round_().to(torch.int64)
         # In two halves, or the sum of a block would not fit 64 bits.
         total += int((whole >> _HALF).sum()) << _HALF

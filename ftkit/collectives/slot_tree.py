@@ -11,7 +11,7 @@ from ftkit.collectives.slots import Subtree, leaf, parent, siblings
 
 @dataclass(frozen=True, slots=True)
 class SlotNode:
-    """The value of one node: a flat contiguous CPU tensor."""
+    """The value of one node: a flat contiguous tensor."""
 
     node: Subtree
     value: torch.Tensor

@@ -18,8 +18,9 @@ from ftkit.session.step import Step
 require("accelerate", "accelerate")
 
 import accelerate
+import torch
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import parse_flag_from_env, send_to_device
 
 
 class Accelerator(accelerate.Accelerator):
@@ -31,8 +32,12 @@ class Accelerator(accelerate.Accelerator):
         Raises:
           UsageError: something had made a process group, or a plugin shards the model.
         """
-        with alone():
+        # Accelerate's own word for it: an argument, which may come second, or a variable.
+        cpu = bool(kwargs.get("cpu")) or parse_flag_from_env("ACCELERATE_USE_CPU")
+        with alone(cpu=cpu):
             super().__init__(*args, **kwargs)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         if self.num_processes > 1 or str(self.distributed_type) != "DistributedType.NO":
             raise UsageError(
                 f"Accelerate works as {self.distributed_type} with {self.num_processes} processes: "

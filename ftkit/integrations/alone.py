@@ -22,13 +22,29 @@ LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK"
 _DEVICE = "ACCELERATE_TORCH_DEVICE"
 
 
+def local_rank() -> int:
+    """This process's place on its node, as the launcher says it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def own_gpu() -> torch.device | None:
+    """The GPU of this rank; ranks share one where there are fewer. None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Hide the launcher's variables from what reads them meanwhile. One thread."""
+def alone(*, cpu: bool = False) -> Iterator[None]:
+    """Hide the launcher's variables from what reads them meanwhile. One thread.
+
+    `cpu`: the GPU is not asked for.
+    """
+    gpu = None if cpu else own_gpu()
     hidden = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
     device = os.environ.get(_DEVICE)
-    if torch.cuda.is_available() and device is None:
-        os.environ[_DEVICE] = f"cuda:{hidden.get('LOCAL_RANK', '0')}"
+    if gpu is not None and device is None:
+        os.environ[_DEVICE] = str(gpu)
     try:
         yield
     finally:

@@ -13,7 +13,6 @@ SFTTrainer)``, ``class MineConfig(Alone, SFTConfig)``.
 import copy
 import copyreg
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -23,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from ftkit.core.errors import UsageError
-from ftkit.integrations.alone import alone, local_index, require
+from ftkit.integrations.alone import alone, local_index, local_rank, own_gpu, require
 from ftkit.integrations.updates import Updates
 from ftkit.session import Session, init
 from ftkit.session.loader import END, reading_of
@@ -63,17 +62,17 @@ class Alone:
     @cached_property
     def _setup_devices(self) -> torch.device:
         base: Any = super()
-        with alone():
+        me: Any = self
+        with alone(cpu=me.use_cpu):
             device: torch.device = base._setup_devices
         session = init()
-        me: Any = self
         # Until it is in a world of several, a rank that comes back has no number but its seat.
-        be(session.seat, int(os.environ.get("LOCAL_RANK", "0")))
+        be(session.seat, local_rank())
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            device = own_gpu() or device
             torch.cuda.set_device(device)
-            me.distributed_state.device = device
             me._n_gpu = 1
+        me.distributed_state.device = device
         return device
 
     def __reduce_ex__(self, protocol: Any) -> Any:

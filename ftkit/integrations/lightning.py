@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from ftkit.core.errors import UsageError
-from ftkit.integrations.alone import local_index, require
+from ftkit.integrations.alone import local_index, local_rank, own_gpu, require
 from ftkit.integrations.updates import Updates
 from ftkit.session import Session, init
 from ftkit.session.loader import END, reading_of
@@ -55,9 +55,7 @@ class FtkitStrategy(SingleDeviceStrategy):
           **kwargs: those of `SingleDeviceStrategy` other than the device.
         """
         self._session = init()
-        on_gpu = torch.cuda.is_available()
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        super().__init__(device=torch.device("cuda", local) if on_gpu else "cpu", **kwargs)
+        super().__init__(device=own_gpu() or "cpu", **kwargs)
         self._updates: Updates | None = None
         self._loader: _Groups | None = None
         self._memory: _Memory | None = None
@@ -70,7 +68,7 @@ class FtkitStrategy(SingleDeviceStrategy):
         self._apart = contextlib.ExitStack()
         """Open while an evaluation runs."""
         # Until it is in a world of several, a rank that comes back has no number but its seat.
-        self._be(self._session.seat, int(os.environ.get("LOCAL_RANK", "0")))
+        self._be(self._session.seat, local_rank())
 
     # ---- who this is
 
@@ -221,11 +219,12 @@ class FtkitStrategy(SingleDeviceStrategy):
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean", **_: Any) -> Any:
         if not isinstance(tensor, torch.Tensor):
             return tensor
-        total = tensor.detach().clone()
+        # Over the links of ranks, as gradients go: NCCL would take a GPU for each.
+        total = tensor.detach().cpu().clone()
         if not self._ask(partial(dist.all_reduce, total)):
             return tensor
         mean = isinstance(reduce_op, str) and reduce_op.lower() in ("mean", "avg")
-        return total / self._session.world_size if mean else total
+        return (total / self._session.world_size if mean else total).to(tensor.device)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         try:

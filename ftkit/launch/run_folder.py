@@ -22,7 +22,8 @@ def newest_run(run_dir: Path | None) -> Path:
     found = runs()
     if not found:
         raise UsageError(f"no run was found under {RUNS}/; give the folder of one")
-    return max(found.values(), key=lambda p: p.stat().st_mtime)
+    # Not the folder itself, in which commands leave their files: a run of last week would be the newest.
+    return max(found.values(), key=lambda p: (p / "events").stat().st_mtime)
 
 
 def runs() -> dict[str, Path]:

@@ -84,6 +84,8 @@ class Loop:
     verify_every: int | None = None
     on_diverged: OnDiverged = OnDiverged.REPAIR
     on_nan: OnNaN = OnNaN.REPORT
+    loss_scaling: bool = False
+    """Whether a GradScaler is protected: it looks at the gradients after the vote, and drops them."""
     corrupter: Corrupter = field(init=False)
     replicas: Replicas = field(init=False)
     shard_watch: ShardWatch = field(init=False)
@@ -106,7 +108,13 @@ class Loop:
             every=self.verify_every if self.sharded else 0,
             on_diverged=self.on_diverged,
         )
-        self.numbers = Numbers(self.parts, self.feed, self.corrupter, on_nan=self.on_nan)
+        self.numbers = Numbers(
+            self.parts,
+            self.feed,
+            self.corrupter,
+            on_nan=OnNaN.REPORT if self.loss_scaling else self.on_nan,
+            loss_scaling=self.loss_scaling,
+        )
         if self.layers is not None and self.recut:
             self.recutter = Recutter(
                 self.parts, self.layers, self.snapshots, self.worlds, slots=self.slots

@@ -73,6 +73,7 @@ class Numbers:
         corrupter: Corrupter,
         *,
         on_nan: OnNaN,
+        loss_scaling: bool = False,
     ) -> None:
         """Look at nothing yet: `follow` says at what.
 
@@ -81,6 +82,7 @@ class Numbers:
           feed: says which samples a slot holds.
           corrupter: falsifies some of them, in a drill.
           on_nan: what follows; the same on all ranks.
+          loss_scaling: whether gradients that are not finite are an everyday matter.
         """
         self._parts = parts
         self._findings = Findings(parts)
@@ -90,7 +92,7 @@ class Numbers:
         self._names: dict[int, str] = {}
         self._not_finite = False
         """Whether some rank's gradients are not, in the attempt that was counted last."""
-        self._on_nan = on_nan
+        self._on_nan, self._loss_scaling = on_nan, loss_scaling
         self._doubt: _Doubt | None = None
         self._step = StepNumber(0)
         self._bad: list[_Bad] = []
@@ -114,7 +116,12 @@ class Numbers:
     @property
     def final(self) -> bool:
         """Whether this rank asks for no second look at this attempt."""
-        return self.again or self._settled
+        return self.again or self._settled or self._overflown
+
+    @property
+    def _overflown(self) -> bool:
+        """Whether what this rank adds was scaled too far, as far as can be told."""
+        return self._loss_scaling and self.bad_bucket >= 0
 
     def begin(self, step: StepNumber, generation: Generation) -> None:
         """An attempt begins."""
@@ -174,7 +181,7 @@ class Numbers:
             for rank in accused:
                 if rank not in result.doubtful and self._findings.tells(accused):
                     self._tell_corruption(rank, doubt.norms[members[rank]], result)
-        if self._parts.group.rank in result.doubtful:
+        if self._parts.group.rank in result.doubtful and not self._overflown:
             self._tell_numeric(result)
         bad = [rank for rank in result.doubtful if not math.isfinite(result.norms[rank])]
         self._not_finite = bool(bad)

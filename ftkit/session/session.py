@@ -66,6 +66,7 @@ class Session:
         self._layers: Layers | None = None
         self._blocks: Blocks | None = None
         self._recut = True
+        self._loss_scaling = False
         self._allowed = Allowed.NOTHING
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._digest_of_all: str | None = None
@@ -210,7 +211,7 @@ class Session:
             `build`, refuses nothing: docs/sharded.md.
           device: with `build`: the kind of device of the mesh; "cuda" where there is one.
           **extra: further objects with `state_dict` and `load_state_dict`, whose values are
-            tensors or JSON-safe.
+            tensors or JSON-safe. A GradScaler belongs here: docs/gpus.md.
 
         Raises:
           UsageError: called twice, or something cannot be protected.
@@ -219,6 +220,9 @@ class Session:
             raise UsageError("session.protect() may be called once")
         self._consistency = Consistency.of(consistency)
         self._recut, self._allowed = recut, _allowed(allow_approximate, stages=stages)
+        self._loss_scaling = any(
+            isinstance(e, torch.amp.GradScaler) and e.is_enabled() for e in extra.values()
+        )
         if build is not None:
             if model != () or optimizer != () or scheduler is not None:
                 raise UsageError(
@@ -440,6 +444,7 @@ class Session:
             rebalance=rebalance,
             scaled=Scaled(feed, most=most, seed=seed, mean=mean) if scaled else None,
             divided=self._blocks is not None,
+            loss_scaling=self._loss_scaling,
         )
         if self._blocks is not None:
             self._blocks.complete = self._loop.complete

@@ -130,7 +130,7 @@ class Step:
         Run forward and `backward` on each, with the mean loss over its samples. When the
         loop ends, the gradients of all slots of all ranks are summed and divided by the
         number of slots; every rank then holds the same `.grad`, ready for clipping and the
-        optimizer. Of a sharded model all ranks play equally many: one that has no slot left is
+        optimizer. Where a GradScaler is protected the ranks vote at once: `agree`. Of a sharded model all ranks play equally many: one that has no slot left is
         given its first batch once more, and what comes of it does not count.
 
         Raises:
@@ -147,6 +147,9 @@ class Step:
             yield self._begin_slot(play)
             self._end_slot(play)
         self._reduce()
+        if self._loop.loss_scaling:
+            # Unscaling changes the gradients, and the scaler remembers that it has: not twice.
+            self.agree()
 
     def slots(self) -> list[Any]:
         """The batches of all slots of the global batch, for a pipeline's schedule to run through.

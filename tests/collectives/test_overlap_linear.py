@@ -1,5 +1,6 @@
 """The overlapped linears give what the unsplit layer gives, forward and backward."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -446,6 +447,41 @@ def test_chunks_of_another_kind_are_refused_in_words() -> None:
                 )
 
     everywhere(1, rank)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
+@pytest.mark.parametrize("kind", [RowParallelLinear, ColumnParallelLinear])
+def test_a_compiled_model_runs_it_as_it_is(kind: Any) -> None:
+    def rank(group: ModelledGroup) -> None:
+        torch.manual_seed(0)
+        layer = kind.of(nn.Linear(12, 8), group=group)
+        model = nn.Sequential(nn.Linear(12, 12), layer, nn.GELU())
+        x = torch.randn(6, 12)
+        wanted = model(x)
+        wanted.square().sum().backward()
+        before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        got = torch.compile(model, backend="eager")(x)
+        assert torch.equal(got, wanted)
+        got.square().sum().backward()
+        after = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(after) == len(before) == 4
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+    everywhere(1, rank)
+
+
+def test_a_copy_of_a_layer_is_of_the_same_ranks() -> None:
+    def rank(group: ModelledGroup) -> None:
+        layer = RowParallelLinear.of(nn.Linear(6, 4), group=group)
+        other: Any = copy.deepcopy(nn.ModuleList([layer]))[0]
+        assert other.group is group
+        assert other.weight is not layer.weight
+        assert torch.equal(other.weight, layer.weight)
+        x = torch.randn(6, 3)
+        assert torch.equal(other(x), layer(x))
+
+    everywhere(2, rank)
 
 
 @pytest.mark.gpu

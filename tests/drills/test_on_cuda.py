@@ -47,12 +47,12 @@ def test_what_a_gpu_held_is_there_again(
 
 
 @pytest.mark.parametrize("kind", ["ddp", "sharded"])
-def test_what_goes_over_nccl_is_there_again(tmp_path: Path, kind: str) -> None:
-    """In a world of one: NCCL takes a GPU for each rank."""
-    words, more = [*ARGUMENTS, kind], {"nproc": 1, "settings": SETTINGS}
-    whole = run(tmp_path / "reference", SCRIPT, words, **more)
+def test_a_rank_with_a_communicator_of_nccl_is_there_again(tmp_path: Path, kind: str) -> None:
+    """In a world of one, where nothing is sent: NCCL takes a GPU for each rank."""
+    words = [*ARGUMENTS, kind]
+    whole = run(tmp_path / "reference", SCRIPT, words, nproc=1, settings=SETTINGS)
     assert len(whole.params) == 1, whole.log
     faults = [fault(Kind.KILL, Point.FORWARD, 0, 40)]
-    done = run(tmp_path / "run", SCRIPT, words, faults=faults, **more)
+    done = run(tmp_path / "run", SCRIPT, words, nproc=1, faults=faults, settings=SETTINGS)
     assert len(done.of("spawn")) == 2
     assert done.params == whole.params, done.log

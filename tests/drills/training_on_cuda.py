@@ -37,7 +37,7 @@ def main(steps: int, device: str, kind: str = "") -> None:
         from torch.distributed.fsdp import fully_shard
 
         whole = nn.Sequential(nn.Linear(8, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, 1))
-        whole = fully_shard(whole.to(device), mesh=mesh)
+        fully_shard(whole.to(device), mesh=mesh)
         return whole, optimizer_of(whole)
 
     model = build(64).to(device)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
-from numcodecs.blosc import Blosc
 
 from ftkit.checkpoint.layout import ITEM_BYTES
 from ftkit.core.errors import IntegrityError
@@ -26,6 +25,9 @@ class Codec(StrEnum):
         """The stored bytes of a chunk, without its checksum; RAW returns `chunk` itself."""
         if self is Codec.RAW:
             return chunk
+        # Imported here, and below: whoever only looks at checkpoints decodes nothing.
+        from numcodecs.blosc import Blosc
+
         # blosc shuffles by the size of the items it is given; numcodecs takes no void dtypes.
         items = np.frombuffer(chunk, dtype="c16" if item_bytes == 16 else f"u{item_bytes}")
         blosc = Blosc(cname="lz4", clevel=5, shuffle=Blosc.BITSHUFFLE, blocksize=0)
@@ -42,6 +44,8 @@ class Codec(StrEnum):
                 raise IntegrityError(f"holds {stored.nbytes} bytes instead of {out.nbytes}")
             out[:] = stored
             return
+        from numcodecs.blosc import Blosc
+
         try:
             Blosc().decode(stored, out)
         except (RuntimeError, ValueError) as error:

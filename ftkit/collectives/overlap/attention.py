@@ -16,7 +16,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ftkit.collectives.overlap.attend import check, sum_dtype
-from ftkit.collectives.overlap.autograd import as_autocast, once
+from ftkit.collectives.overlap.autograd import as_autocast, once, uncompiled
 from ftkit.collectives.overlap.flights import Flights, of
 from ftkit.collectives.overlap.ring_backward import backward
 from ftkit.collectives.overlap.ring_forward import Plan, forward
@@ -28,6 +28,7 @@ Tensor = torch.Tensor
 Route: TypeAlias = Rotate | Literal["auto", "kv", "bidirectional", "query", "allgather"]
 
 
+@uncompiled
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,

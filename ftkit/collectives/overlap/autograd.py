@@ -8,15 +8,17 @@ alone, without what the others sent: wrong, and silently so.
 # autograd.Function has no types.
 # mypy: disable-error-code="override,no-untyped-call"
 
+import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from ftkit.core.errors import UsageError
 
 Tensor = torch.Tensor
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 
 def as_autocast(*tensors: Tensor | None) -> list[Any]:
@@ -26,6 +28,24 @@ def as_autocast(*tensors: Tensor | None) -> list[Any]:
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
+def uncompiled(call: Call) -> Call:
+    """A function that `torch.compile` leaves as it is, with what it calls; its graph ends here.
+
+    The compiler is asked only where it is loaded: to import it takes seconds.
+    """
+    kept: list[Any] = []
+
+    @wraps(call)
+    def plain(*args: Any, **options: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return call(*args, **options)
+        if not kept:
+            kept.append(torch.compiler.disable(call))
+        return kept[0](*args, **options)
+
+    return cast("Call", plain)
 
 
 def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

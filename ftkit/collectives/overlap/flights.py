@@ -9,12 +9,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._C._distributed_c10d import AllgatherOptions
 
 from ftkit.core.errors import GenerationAborted
@@ -126,10 +128,11 @@ class Flights:
     ) -> None:
         if error is None:
             self.finish()
-        elif not isinstance(error, GenerationAborted):
+            return
+        if not isinstance(error, GenerationAborted):
             with contextlib.suppress(Exception):
                 self.group.abort()
-            self.drain()
+        self.drain()
 
     def finish(self) -> None:
         """Block until all that is in flight has ended well; what `with` does at its end."""
@@ -151,6 +154,14 @@ class Flights:
             raise
         self._open.append(flight)
         return flight
+
+
+def copied(module: nn.Module, group: Any, memo: dict[int, Any]) -> Any:
+    """`deepcopy` of a module whose ranks are not copied with it."""
+    memo[id(group)] = group
+    made = memo[id(module)] = object.__new__(type(module))
+    vars(made).update(deepcopy(vars(module), memo))
+    return made
 
 
 def of(group: Any) -> Any:

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from ftkit.collectives.overlap import cuda, exchange
 from ftkit.collectives.overlap.auto import Chunks, running
-from ftkit.collectives.overlap.autograd import as_autocast, once
+from ftkit.collectives.overlap.autograd import as_autocast, once, uncompiled
 from ftkit.collectives.overlap.flights import of
 from ftkit.collectives.overlap.parts import bounds
 from ftkit.core.errors import UsageError
@@ -33,6 +33,7 @@ from ftkit.core.errors import UsageError
 Tensor = torch.Tensor
 
 
+@uncompiled
 def linear_reduce_scatter(
     x: Tensor,
     weight: Tensor,
@@ -65,6 +66,7 @@ def linear_reduce_scatter(
     )
 
 
+@uncompiled
 def all_gather_linear(
     x: Tensor,
     weight: Tensor,
@@ -83,7 +85,8 @@ def all_gather_linear(
       bias: shape (N/n,): ours.
       group: the ranks.
       dim: what is gathered, not the last one.
-      rows: of the whole in `dim`; None where all ranks have as many.
+      rows: of the whole in `dim`; None where all ranks have as many. Where they have not, and it is
+        left out, the call ends on all ranks with GenerationAborted.
       chunks: messages from each rank.
 
     Returns:
@@ -96,6 +99,7 @@ def all_gather_linear(
     )
 
 
+@uncompiled
 def linear_all_reduce(
     x: Tensor,
     weight: Tensor,
@@ -112,6 +116,7 @@ def linear_all_reduce(
     return cast("Tensor", _AllReduce.apply(*as_autocast(x, weight, bias), of(group), chunks))
 
 
+@uncompiled
 def linear_replicated(
     x: Tensor,
     weight: Tensor,

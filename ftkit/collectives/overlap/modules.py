@@ -12,7 +12,8 @@ from torch import nn
 
 from ftkit.collectives.overlap import linear
 from ftkit.collectives.overlap.auto import Chunks
-from ftkit.collectives.overlap.flights import of
+from ftkit.collectives.overlap.autograd import uncompiled
+from ftkit.collectives.overlap.flights import copied, of
 from ftkit.collectives.overlap.parts import bounds
 
 
@@ -44,6 +45,9 @@ class _Parallel(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
         self.group, self.sequence, self.dim, self.chunks = group, sequence, dim, chunks
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return cast("Self", copied(self, self.group, memo))
+
     def extra_repr(self) -> str:
         return f"weight={tuple(self.weight.shape)}, sequence={self.sequence}, chunks={self.chunks}"
 
@@ -63,6 +67,7 @@ class RowParallelLinear(_Parallel):
         weight = whole.weight.detach()[:, start:end].clone()
         return cls(weight, bias, group=group, **options)
 
+    @uncompiled
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.sequence:
             return linear.linear_reduce_scatter(
@@ -87,6 +92,7 @@ class ColumnParallelLinear(_Parallel):
         bias = None if whole_bias is None else whole_bias.detach()[start:end].clone()
         return cls(whole.weight.detach()[start:end].clone(), bias, group=group, **options)
 
+    @uncompiled
     def forward(self, x: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         """`rows` of the whole in `dim`, where ranks have not all as many."""
         if self.sequence:

@@ -28,9 +28,9 @@ import torch.distributed as dist
 from torch import nn
 
 from ftkit.collectives.overlap.auto import generation_of
-from ftkit.collectives.overlap.autograd import once
+from ftkit.collectives.overlap.autograd import once, uncompiled
 from ftkit.collectives.overlap.crossing import Crossing
-from ftkit.collectives.overlap.flights import Flights, of
+from ftkit.collectives.overlap.flights import Flights, copied, of
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
 from ftkit.collectives.overlap.parts import pieces
 from ftkit.collectives.overlap.tuning import SplitTuner
@@ -114,11 +114,17 @@ class Weave(nn.Module):
           aside: makes what communicates beside the computation.
         """
         super().__init__()
+        if split not in (True, False, "auto"):
+            raise UsageError(f'split is True, False or "auto", not {split!r}')
         self.layers = nn.ModuleList(layers)
         self._group, self._eps, self._split = group, eps, split
         self._clock, self._aside = clock, aside
         self._tuned: dict[tuple[object, ...], _Tuned] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Weave":
+        return cast("Weave", copied(self, self._group, memo))
+
+    @uncompiled
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:
             raise UsageError(
