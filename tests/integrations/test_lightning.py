@@ -45,8 +45,10 @@ def test_on_a_machine_with_gpus_a_trainer_for_the_cpu_stays_there(
 ) -> None:
     with monkeypatch.context() as there:
         there.setattr(torch.cuda, "is_available", lambda: True)
+        there.setattr(torch.cuda, "device_count", lambda: 2)
+        there.setenv("LOCAL_RANK", "3")
         strategy = integration.FtkitStrategy()
-    assert strategy.root_device.type == "cuda"
+    assert strategy.root_device == torch.device("cuda", 1), "two ranks share it"
     trainer = lightning.Trainer(
         accelerator="cpu", strategy=strategy, logger=False, default_root_dir=tmp_path,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
