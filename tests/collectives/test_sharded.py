@@ -126,6 +126,14 @@ def test_what_is_not_finite_stays_so_and_nothing_is_nothing() -> None:
     assert norm_of([]) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "unit"),
+    [(torch.float32, 2.0**-140), (torch.float32, 2.0**120), (torch.float64, 2.0**-1060)],
+)
+def test_the_smallest_and_largest_numbers_have_a_norm(dtype: torch.dtype, unit: float) -> None:
+    assert norm_of([torch.tensor([3 * unit, 4 * unit], dtype=dtype)]) == 5 * unit
+
+
 def test_clipping_shortens_and_never_lengthens() -> None:
     assert clip_factor(10.0, 1.0) == pytest.approx(0.1)
     assert clip_factor(0.5, 1.0) == 1.0
