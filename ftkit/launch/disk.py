@@ -89,6 +89,13 @@ class Disk:
             except FtkitError as error:
                 self.refused = str(error)
                 break
+            except Exception as error:  # a driver of the store's, say; nobody else would hear of it
+                logger.exception("the look at %s broke off", self._config.checkpoint_dir)
+                self.refused = (
+                    f"looking for checkpoints in {self._config.checkpoint_dir} broke off with "
+                    f"{error!r}: see the log"
+                )
+                break
             for step, why in found.damaged.items():
                 self._tell("checkpoint-skipped", step=step, reason=f"it is damaged: {why}")
                 logger.warning("checkpoint of step %s is damaged and passed over: %s", step, why)

@@ -107,6 +107,18 @@ def test_a_store_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.M
     assert [kind for kind, _ in look.told] == ["checkpoint-unread"] * 2
 
 
+def test_what_nobody_expected_ends_the_job_rather_than_the_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object, **kwargs: object) -> source.Found:
+        raise KeyError("of a driver's")
+
+    monkeypatch.setattr(source, "newest_good", failing)
+    look = Look(tmp_path)
+    assert look.steps() is None
+    assert 'broke off with KeyError("of a driver\'s")' in look.disk.refused
+
+
 def test_a_job_takes_the_lease_is_told_of_old_ones_and_gives_it_back(tmp_path: Path) -> None:
     save(LocalStore(tmp_path), 1)
     first = JobConfig(
