@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import json
 import sys
 import time
@@ -36,6 +37,12 @@ class Guarded(click.Group):
             sys.exit(exit_codes.USAGE)
         except FtkitError as error:
             click.echo(f"ftkit: {error}", err=True)
+            sys.exit(exit_codes.UNRECOVERABLE)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = error.filename or "what is printed"
+            click.echo(f"ftkit: {where} cannot be written: {error.strerror}", err=True)
             sys.exit(exit_codes.UNRECOVERABLE)
         except KeyboardInterrupt:
             click.echo("ftkit: interrupted", err=True)
