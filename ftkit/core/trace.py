@@ -88,7 +88,7 @@ def told_by(run_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UsageError(
             f"{run_dir} holds events that ftkit did not write so: {error!r}"
         ) from error
@@ -103,4 +103,7 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     if not (isinstance(value, dict) and isinstance(value.get("kind"), str)):
         return None
     at = value.get("mono")
-    return value if isinstance(at, float | int) and math.isfinite(at) else None
+    try:
+        return value if isinstance(at, float | int) and math.isfinite(at) else None
+    except OverflowError:
+        return None  # an integer beyond what a float holds

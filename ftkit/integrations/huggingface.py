@@ -162,6 +162,7 @@ class FaultTolerant:
             # As after a checkpoint, the loop is to begin in the middle of the epoch.
             kwargs["resume_from_checkpoint"] = "a snapshot"
         base._run_epoch(**kwargs)
+        self._training.end_epoch()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
         base: Any = super()
@@ -240,6 +241,7 @@ class _Training:
         self._memory = _Memory(trainer)
         self._updates: Updates | None = None
         self._batches: Sequence[Any] = ()
+        self._trains = True
 
     @property
     def restored(self) -> bool:
@@ -282,10 +284,24 @@ class _Training:
         self._memory.recall()
         # Where the loop begins in the middle it wraps the loader, and tells only the wrapper.
         self.loader.set_epoch(epoch)
-        leaves_out = self.loader.leave_out > 0
+        leaves_out = self._trains = self.loader.leave_out > 0
         if not leaves_out:
             self._memory.epoch, self._memory.batches = epoch, 0
         return leaves_out
+
+    def end_epoch(self) -> None:
+        """The loop ends an epoch.
+
+        Raises:
+          UsageError: it was too short for an update, and the loop would begin it again for ever.
+        """
+        read = self._memory.batches
+        if read and not self._trains:
+            raise UsageError(
+                f"the iterable data set ended after {read} batches, and an update takes {self.slots} "
+                "(gradient_accumulation_steps for each rank): accumulate less, make batches smaller, "
+                "start fewer ranks, or let it go on for longer"
+            )
 
     def close(self) -> None:
         """The update before is over, with all that the loop did after it."""
@@ -301,6 +317,7 @@ class _Training:
         """Play the update until it counts. Returns its loss."""
         assert self._updates is not None, "joined"
         trainer = self._trainer
+        self._trains = True
         loss = self._updates.play(self._batches, play)
         self._follow_world()
         if loss is None:
@@ -503,6 +520,13 @@ def _check(trainer: Any) -> None:
         f"uses the optimizer {args.optim!s}, which steps during backward: there is no moment at "
         "which the ranks could agree before it": (
             "lomo" in str(args.optim) or "layerwise" in str(args.optim)
+        ),
+        f"accumulates {args.gradient_accumulation_steps} micro-batches "
+        "(gradient_accumulation_steps): an update takes one at least": (
+            args.gradient_accumulation_steps < 1
+        ),
+        "sets max_steps=0: give how many updates to train for, or -1 to go by num_train_epochs": (
+            args.max_steps == 0
         ),
     }
     for reason, holds in reasons.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import json
 import sys
 import time
@@ -36,6 +37,12 @@ class Guarded(click.Group):
             sys.exit(exit_codes.USAGE)
         except FtkitError as error:
             click.echo(f"ftkit: {error}", err=True)
+            sys.exit(exit_codes.UNRECOVERABLE)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = error.filename or "what is printed"
+            click.echo(f"ftkit: {where} cannot be written: {error.strerror}", err=True)
             sys.exit(exit_codes.UNRECOVERABLE)
         except KeyboardInterrupt:
             click.echo("ftkit: interrupted", err=True)
@@ -599,22 +606,26 @@ def plan(
 @click.option("--json", "as_json", is_flag=True)
 def report(run_dir: Path | None, reference: Path | None, out: Path, as_json: bool) -> None:
     """Write a page with the loss, the timeline and the goodput of a run."""
-    from ftkit.core.trace import read_run
+    from ftkit.core.trace import read_run, told_by
     from ftkit.launch.approximate_story import approximate_story
     from ftkit.launch.checker import check, expectation_of
     from ftkit.launch.goodput import goodput
     from ftkit.launch.report import write_report
 
-    events = read_run(newest_run(run_dir))
+    run_dir = newest_run(run_dir)
+    events = read_run(run_dir)
     undisturbed = read_run(newest_run(reference)) if reference else None
     # What was not meant to be broken is no drill, and has nothing to pass.
     drilled = any(e.get("kind") == "drill" for e in events)
-    outcome = check(events, undisturbed, expectation_of(events)) if drilled or reference else None
-    try:
-        write_report(out, events, undisturbed, outcome)
-    except OSError as error:
-        raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
-    spent, mixed = goodput(events), approximate_story(events)
+    with told_by(run_dir):
+        outcome = None
+        if drilled or reference:
+            outcome = check(events, undisturbed, expectation_of(events))
+        try:
+            write_report(out, events, undisturbed, outcome)
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be written: {error.strerror}") from error
+        spent, mixed = goodput(events), approximate_story(events)
     if as_json:
         click.echo(json.dumps({"report": str(out), "approximate": mixed} | spent.to_json()))
     else:

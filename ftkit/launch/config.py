@@ -18,6 +18,7 @@ from ftkit.checkpoint.numa import check_setting
 from ftkit.checkpoint.stripes import Code
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.detection.config import DetectionConfig
+from ftkit.detection.status import SEATS_MAX
 from ftkit.launch.ray_placement import AUTO_PLACEMENT, STRATEGIES, parse_resources
 from ftkit.recovery.budget import BudgetConfig
 from ftkit.recovery.waiting import OnLoss
@@ -175,6 +176,13 @@ class JobConfig:
             raise UsageError(f"--nodes and --nproc count from 1, got {self.nodes} and {self.nproc}")
         if self.spares < 0:
             raise UsageError(f"--spares is {self.spares}, not a number of ranks")
+        if self.places > SEATS_MAX:
+            raise UsageError(
+                f"--nproc {self.nproc} and --spares {self.spares} are {self.places} processes on a "
+                f"node, which has places for {SEATS_MAX}"
+            )
+        if self.restarts_max < 0:
+            raise UsageError(f"--max-restarts is {self.restarts_max}, not a number of processes")
         if self.spare_nodes < 0:
             raise UsageError(f"--spare-nodes is {self.spare_nodes}, not a number of nodes")
         _ = self.times  # refused here, and not by an agent that cannot start

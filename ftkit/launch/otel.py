@@ -45,7 +45,7 @@ class Spans:
             self._last = max(self._last, at)
             try:
                 self._take(event, at)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue
 
     def close(self) -> None:

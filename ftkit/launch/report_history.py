@@ -148,7 +148,7 @@ def read_history(events: Iterable[Event]) -> History:
     for event in sorted(events, key=_when):
         try:
             reader.take(event)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             unreadable.append(f"{event.get('kind', 'an event')!s} without {error}")
     return reader.history(unreadable)
 

@@ -46,7 +46,7 @@ def read_pace(events: Iterable[Event]) -> Pace:
         if event.get("kind") == "steps":
             try:
                 _add(pace, event)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue  # half a line of a job that was killed
     return pace
 

@@ -4,6 +4,7 @@ Pure: no files, no clock. The view is for people; what a drill proves is the che
 People call a seat a rank: it is the rank that the seat has while the world is full.
 """
 
+import math
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,9 +94,11 @@ class RunView:
 
     def to_json(self) -> dict[str, object]:
         """Where the run stands, for programs and for whoever looks once."""
+        loss = self.loss
         return {
             "step": self.step,
-            "loss": self.loss,
+            # JSON has no number for it, and a browser takes nothing of what has one.
+            "loss": loss if loss is None or math.isfinite(loss) else str(loss),
             "world_size": self.world_size,
             "generation": self.generation,
             "ended": self.ended,
@@ -112,7 +115,7 @@ class RunView:
         """
         try:
             return self._feed(event)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             # A view must not end with the job it looks at; the checker reports such lines.
             return None
 

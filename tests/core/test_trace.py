@@ -28,7 +28,7 @@ def test_events_carry_time_and_context(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     ["5", "null", "[]", '{"kind":"a"}', '{"kind":"a","t":1,"mono":NaN}', '{"kind":"a","t":1,"mono":"1"}',
-     '{"kind":["a"],"t":1,"mono":1}', "[" * 100_000],
+     '{"kind":["a"],"t":1,"mono":1}', '{"kind":"a","t":1,"mono":1' + "0" * 400 + "}", "[" * 100_000],
 )  # fmt: skip
 def test_what_is_no_event_is_left_out(tmp_path: Path, line: str) -> None:
     folder = tmp_path / "events"

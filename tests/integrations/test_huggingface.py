@@ -2,11 +2,13 @@
 
 import json
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import IterableDataset
 
 import ftkit
 from ftkit.core.errors import UsageError
@@ -156,6 +158,8 @@ def test_early_stopping_ends_the_job(tmp_path: Path) -> None:
     [
         ({"auto_find_batch_size": True}, "one size"),
         ({"ignore_data_skip": True}, "pass over"),
+        ({"gradient_accumulation_steps": 0}, "accumulates 0 micro-batches"),
+        ({"max_steps": 0}, "max_steps=0"),
     ],
 )
 def test_what_cannot_be_had_is_refused_at_the_start(
@@ -164,6 +168,19 @@ def test_what_cannot_be_had_is_refused_at_the_start(
     arguments = huggingface.TrainingArguments(**settings(tmp_path, **option))
     with pytest.raises(UsageError, match=reason):
         huggingface.Trainer(model=model(), args=arguments, train_dataset=job.Counting())
+
+
+def test_a_stream_too_short_for_an_update_ends_the_job(tmp_path: Path) -> None:
+    """The loop would begin it again for ever, and train on nothing."""
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return (job.Counting()[i] for i in range(2 * job.BATCH))
+
+    arguments = huggingface.TrainingArguments(**settings(tmp_path))
+    trainer = huggingface.Trainer(model=model(), args=arguments, train_dataset=Stream())
+    with pytest.raises(UsageError, match="ended after 2 batches, and an update takes 6"):
+        trainer.train()
 
 
 def test_plain_arguments_are_refused(tmp_path: Path) -> None:

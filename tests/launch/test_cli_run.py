@@ -96,6 +96,12 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
         (["--nodes", "-1", "train.py"], 64, "count from 1, got -1 and 1"),
         (["--max-stall", "0.1", "train.py"], 64, "max_stall_s is 0.1, must be at least 1.0"),
         (["--max-stall", "nan", "train.py"], 64, "--max-stall: "),
+        (["--max-restarts", "-1", "train.py"], 64, "--max-restarts is -1, not a number"),
+        (
+            ["--spares", "5000", "train.py"],
+            64,
+            "5001 processes on a node, which has places for 4096",
+        ),
         (["--engine", "slurm", "train.py"], 2, "'slurm' is not one of 'embedded', 'ray'"),
         (["--nproc", "two", "train.py"], 2, "'two' is not a valid integer"),
         (["--nprc", "2", "train.py"], 2, "Did you mean '--nproc'?"),
@@ -116,6 +122,26 @@ def test_what_cannot_work_is_refused_with_words(
     assert isinstance(done.exception, SystemExit), done.exc_info
     assert (done.exit_code, done.stdout) == (code, "")
     assert words in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_below_stdout_is_said(cli: Cli) -> None:
+    (cli.folder / "run" / "events").mkdir(parents=True)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ftkit", "explain", "run"],
+            cwd=cli.folder,
+            env=cli.environ,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT_S,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (
+        70,
+        "ftkit: what is printed cannot be written: No space left on device\n",
+    )
 
 
 def test_a_refusal_is_a_message_and_an_exit_code(cli: Cli) -> None:

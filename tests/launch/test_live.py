@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import threading
 from pathlib import Path
@@ -100,9 +101,18 @@ def test_a_line_without_its_fields_is_passed_over() -> None:
         {"kind": "commit"},
         {"kind": "commit", "mono": "x"},
         {"mono": 1, "kind": "vote"},
+        event(1, "commit", seat=0, member=0, step=math.inf, generation=1),
     ):
         assert view.feed(bad) is None
     assert view == RunView()
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"), [(math.nan, "nan"), (-math.inf, "-inf"), (2.5, 2.5), (None, None)]
+)
+def test_a_loss_that_json_cannot_say_is_a_word(loss: float | None, told: object) -> None:
+    view = fed([event(1, "commit", seat=0, member=0, step=1, generation=1, loss=loss)])
+    assert json.loads(json.dumps(view.to_json(), allow_nan=False))["loss"] == told
 
 
 @given(st.randoms(use_true_random=False))

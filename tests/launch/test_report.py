@@ -1,6 +1,7 @@
 """The report's pictures and page, from the literal histories."""
 
 import itertools
+import json
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -233,3 +234,12 @@ def test_a_page_that_cannot_be_written_and_a_reference_that_is_none_are_refused(
     assert (done.exit_code, f"--out {tmp_path} cannot be written" in done.stderr) == (64, True)
     done = CliRunner().invoke(main, ["report", run, "--reference", str(tmp_path / "nowhere")])
     assert (done.exit_code, "nowhere is not a run's folder" in done.stderr) == (64, True)
+
+
+def test_events_that_ftkit_did_not_write_so_are_the_runs_fault(tmp_path: Path) -> None:
+    (tmp_path / "run" / "events").mkdir(parents=True)
+    lines = [json.dumps(e) + "\n" for e in (*disturbed(), event(1, "checkpoint"))]
+    (tmp_path / "run" / "events" / "seat-0.jsonl").write_text("".join(lines))
+    run, out = str(tmp_path / "run"), str(tmp_path / "report.html")
+    done = CliRunner().invoke(main, ["report", run, "--out", out])
+    assert (done.exit_code, "ftkit did not write so" in done.stderr) == (64, True)

@@ -97,7 +97,7 @@ class UiView:
         self.run.feed(event)
         try:
             self._feed(event)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return  # a view must not end with the job it looks at
 
     def ranks(self, rows: Mapping[int, Row], now_ns: int) -> list[RankNow]:
