@@ -31,6 +31,7 @@ require("lightning", "lightning")
 from lightning.fabric.utilities import rank_zero as fabric_rank_zero
 from lightning.fabric.utilities.seed import pl_worker_init_function
 from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.loops.optimization.automatic import Closure, ClosureResult
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
@@ -163,6 +164,9 @@ class FtkitStrategy(SingleDeviceStrategy):
     ) -> Any:
         base: Any = super()
         result = self._play(closure)
+        if isinstance(closure, Closure) and closure._result is None:
+            # The last update of an epoch had no batch for this rank; the loop asks for a loss.
+            closure._result = ClosureResult(closure_loss=None)
         return base.optimizer_step(optimizer, lambda: result, model, **kwargs)
 
     def on_train_end(self) -> None:

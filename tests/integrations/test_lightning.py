@@ -158,3 +158,15 @@ def test_the_first_rank_is_killed_and_comes_back_with_the_same_bits(tmp_path: Pa
         assert told["first"] is (told["seat"] == 0)
         assert told["seen"] == sorted(told["seen"])
     assert (tmp_path / "B" / truth["best"]).exists()
+
+
+@pytest.mark.multiproc
+@pytest.mark.timeout(300)
+def test_a_rank_without_a_batch_in_the_last_update_of_an_epoch_plays_along(tmp_path: Path) -> None:
+    """Twenty-four batches in updates of ten: in the third, all four are the first rank's."""
+    truth = job.main(2, 10, tmp_path / "A")
+    done = run(tmp_path / "b", Path(job.__file__), ["2", "5", str(tmp_path / "B")])
+    assert done.stop.code == 0, done.log
+    assert len(done.of("spawn")) == 2
+    assert done.params == {ftkit.init().digest()}
+    assert [told["updates"] for told in done.of("trained")] == [truth["updates"]] * 2 == [6, 6]
