@@ -553,3 +553,8 @@ def test_a_gradients_gradient_is_refused_in_words() -> None:
 def test_a_stack_can_be_pickled() -> None:
     stack = Weave(layers(0, 1, torch.float32))
     assert pickle.loads(pickle.dumps(stack)).state_dict().keys() == stack.state_dict().keys()
+
+
+def test_a_word_for_split_that_is_none_is_refused() -> None:
+    with pytest.raises(UsageError, match=r'split is True, False or "auto", not \'never\''):
+        Weave([], split="never")  # type: ignore[arg-type]
