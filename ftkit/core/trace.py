@@ -63,6 +63,11 @@ class Trace:
         self.close()
 
 
+#: What comes of reading an event that ftkit did not write so: a field is not there, is something else,
+#: or is a number beyond all use.
+MALFORMED = (KeyError, TypeError, ValueError, OverflowError)
+
+
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """The events of one file, in order. A torn last line is left out, and so is what is none."""
     with path.open("rb") as file:
@@ -88,7 +93,7 @@ def told_by(run_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except MALFORMED as error:
         raise UsageError(
             f"{run_dir} holds events that ftkit did not write so: {error!r}"
         ) from error

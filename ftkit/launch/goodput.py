@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from ftkit.core.trace import MALFORMED
 from ftkit.detection.incident import incidents
 
 Event = Mapping[str, Any]
@@ -120,7 +121,7 @@ def _walk(events: list[Event], faults: list[float], paces: Mapping[int, float]) 
     for event in events:
         try:
             clock.take(event)
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except MALFORMED:
             continue  # it says less than its kind must; the checker lists those
     clock.close()
     return clock

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ftkit.core.errors import UsageError
+from ftkit.core.trace import MALFORMED
 from ftkit.launch.event_tail import EventTail
 
 #: Event files are looked at so often.
@@ -45,7 +46,7 @@ class Spans:
             self._last = max(self._last, at)
             try:
                 self._take(event, at)
-            except (KeyError, TypeError, ValueError, OverflowError):
+            except MALFORMED:
                 continue
 
     def close(self) -> None:

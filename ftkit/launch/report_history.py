@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftkit.core.trace import MALFORMED
+
 Event = Mapping[str, Any]
 
 #: The `outcome` of an "end" event when the job did all its steps.
@@ -148,7 +150,7 @@ def read_history(events: Iterable[Event]) -> History:
     for event in sorted(events, key=_when):
         try:
             reader.take(event)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except MALFORMED as error:
             unreadable.append(f"{event.get('kind', 'an event')!s} without {error}")
     return reader.history(unreadable)
 

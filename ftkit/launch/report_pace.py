@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftkit.core.trace import MALFORMED
 from ftkit.launch.report_heat import Place, grid_heat, ratio_to_median, step_heat, wait_heat
 from ftkit.launch.report_history import Event
 
@@ -46,7 +47,7 @@ def read_pace(events: Iterable[Event]) -> Pace:
         if event.get("kind") == "steps":
             try:
                 _add(pace, event)
-            except (KeyError, TypeError, ValueError, OverflowError):
+            except MALFORMED:
                 continue  # half a line of a job that was killed
     return pace
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ftkit.core.trace import MALFORMED
 from ftkit.core.verdict import EVICT
 from ftkit.launch.approximate_story import told
 
@@ -115,7 +116,7 @@ class RunView:
         """
         try:
             return self._feed(event)
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except MALFORMED:
             # A view must not end with the job it looks at; the checker reports such lines.
             return None
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from ftkit.core.trace import MALFORMED
 from ftkit.core.verdict import ACCUSES_NOBODY
 from ftkit.detection.row import Row
 from ftkit.launch.report_view import RunView
@@ -97,7 +98,7 @@ class UiView:
         self.run.feed(event)
         try:
             self._feed(event)
-        except (KeyError, TypeError, ValueError, OverflowError):
+        except MALFORMED:
             return  # a view must not end with the job it looks at
 
     def ranks(self, rows: Mapping[int, Row], now_ns: int) -> list[RankNow]:
