@@ -34,6 +34,7 @@ EXAMPLES = {
     "lightning": ("lightning_plain", "lightning_strategy", 2),
     "accelerate": ("accelerate_plain", "accelerate_steps", 8),
     "plain": ("ddp_plain", "ddp_minimal", 8),
+    "fsdp2": ("fsdp_plain", "fsdp_elastic", 12),
 }
 
 
