@@ -154,16 +154,20 @@ def finish(report: Report, options: argparse.Namespace) -> int:
 
     A report with problems is not kept: its figures count for nothing.
     """
-    print(json.dumps(report.to_json()) if options.json else table(report), flush=True)
+    document = report.to_json()
+    print(json.dumps(document) if options.json else table(report), flush=True)
     if options.save is not None and not report.problems:
-        save(report, options.save)
+        save(document, options.save)
     return 1 if report.problems else 0
 
 
-def save(report: Report, folder: Path) -> None:
-    """Write FOLDER/<name>.json, and FOLDER/README.md anew from all results there."""
+def save(document: Mapping[str, object], folder: Path) -> None:
+    """Write FOLDER/<benchmark>.json, and FOLDER/README.md anew from all results there.
+
+    `document` is what was printed (`Report.to_json`): made once, because it tells the time.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{report.name}.json", json.dumps(report.to_json(), indent=1) + "\n")
+    write_whole(folder / f"{document['benchmark']}.json", json.dumps(document, indent=1) + "\n")
     kept = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     write_whole(folder / "README.md", overview(kept))
 

@@ -94,10 +94,19 @@ def test_figures_of_a_run_with_problems_are_not_kept(tmp_path, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "sample.json"]
 
 
+def test_what_is_kept_is_what_was_printed_however_late_it_is_written(tmp_path, capsys, monkeypatch):
+    loads = iter([(0.5, 0.5, 0.5), (2.0, 2.0, 2.0)])
+    monkeypatch.setattr("os.getloadavg", lambda: next(loads))
+    finish(report(), options(json=True, save=tmp_path))
+    told = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "sample.json").read_text()) == told
+    assert "load 0.5" in told["machine"]
+
+
 def test_the_page_of_results_is_made_of_all_that_was_kept(tmp_path):
-    save(report(), tmp_path)
-    save(Report(name="other", figures=[], computed={}, notes=["nothing"]), tmp_path)
-    save(report(value=0.4), tmp_path)
+    save(report().to_json(), tmp_path)
+    save(Report(name="other", figures=[], computed={}, notes=["nothing"]).to_json(), tmp_path)
+    save(report(value=0.4).to_json(), tmp_path)
     page = (tmp_path / "README.md").read_text()
     kept = [json.loads(p.read_text()) for p in sorted(tmp_path.glob("*.json"))]
     assert page == overview(kept)
