@@ -5,12 +5,18 @@ saves most calls into the kernel. In this order nothing is missed: `asleep` come
 last look, a command is in the queue before its giver looks whether we sleep.
 """
 
+import ctypes
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
 
 Command = Callable[[], None]
+
+#: As `os.eventfd_write`, without letting go of the interpreter: the thread that is woken would take
+#: it, and whoever woke it, in the middle of backward, would wait until that one blocks.
+_write = ctypes.PyDLL(None).eventfd_write
+_write.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 
 class Commands:
@@ -33,7 +39,7 @@ class Commands:
             return
         with self._lock:
             if not self._over:
-                os.eventfd_write(self.wake_fd, 1)
+                _write(self.wake_fd, 1)
                 return
         # Nobody obeys any more; what is left only fails handles and closes sockets.
         self.obey()

@@ -70,9 +70,13 @@ class LinkSet:
     def poll(self, patience_s: float) -> list[tuple[int, int]]:
         """(descriptor, events) of what is ready; waits for at most `patience_s`."""
         try:
-            return self._epoll.poll(-1 if patience_s == math.inf else patience_s)
+            ready = self._epoll.poll(-1 if patience_s == math.inf else patience_s)
         except InterruptedError:
             return []
+        if ready or not patience_s:
+            return ready
+        # Not all kernels tell when their buffers are too small for what we let them gather.
+        return [(fd, select.EPOLLIN) for fd, lane in self._by_fd.items() if lane.gathers]
 
     def by_fd(self, fd: int) -> Link | None:
         return self._by_fd.get(fd)
@@ -223,6 +227,7 @@ class LinkSet:
     def _arm(self, link: Link) -> None:
         if link.fd not in self._by_fd:
             return
+        link.gather()
         events = select.EPOLLRDHUP if link.parked else select.EPOLLIN
         if link.has_output:
             events |= select.EPOLLOUT
