@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
+from ftkit.checkpoint.numa import choose, memory_nodes
 from ftkit.core import exit_codes
 from ftkit.core.errors import CapacityError, UsageError
 from ftkit.launch import processes
@@ -58,7 +59,9 @@ class EmbeddedEngine:
         self._closed = False
 
     def start(self) -> None:
+        # What an agent would refuse, in front of the person who asked for it.
         check_root(Path(self._config.shm_root))
+        choose(self._config.numa, memory_nodes())
         for node in range(self._config.agents):
             self._agents.append(self._start_agent(node, 0))
         self._start_coordinator()

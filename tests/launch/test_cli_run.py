@@ -108,6 +108,7 @@ def cli(tmp_path: Path) -> Iterator[Cli]:
         (["-m"], 64, "-m needs the name of a module"),
         ([], 2, "Missing argument 'SCRIPT'"),
         (["--shm-root", "nowhere", "train.py"], 64, "--shm-root nowhere is no directory"),
+        (["--numa", "999", "train.py"], 64, "--numa 999: this machine has memory on nodes"),
         (["--run-dir", "/proc/nowhere", "train.py"], 64, "/proc/nowhere"),
         (["--run-dir", "train.py/run", "train.py"], 64, "train.py/run"),
     ],
