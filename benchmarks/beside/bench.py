@@ -78,6 +78,7 @@ def run(settings: Settings, *, out: Path, keep: bool, as_json: bool) -> int:
         found = measure(settings, folder, say)
     rows = {one.tool.name: one.row() for one in found}
     made = report(rows, settings)
+    document = made.to_json()
     facts = f"{machine()}; " + ", ".join(f"{name} {v}" for name, v in versions().items())
     write_whole(
         out,
@@ -89,13 +90,13 @@ def run(settings: Settings, *, out: Path, keep: bool, as_json: bool) -> int:
         ),
     )
     if as_json:
-        print(json.dumps(made.to_json() | {"page": str(out)}), flush=True)
+        print(json.dumps(document | {"page": str(out)}), flush=True)
     else:
         troubles = [f"PROBLEM: {words}" for words in made.problems]
         lines = [page.markdown(rows), "", page.LEGEND, *made.notes, *troubles, f"wrote {out}"]
         print("\n".join(lines), flush=True)
     if keep and not made.problems:
-        save(made, RESULTS)
+        save(document, RESULTS)
     return 1 if made.problems else 0
 
 
