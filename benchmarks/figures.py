@@ -164,7 +164,7 @@ def finish(report: Report, options: argparse.Namespace) -> int:
 def save(document: Mapping[str, object], folder: Path) -> None:
     """Write FOLDER/<benchmark>.json, and FOLDER/README.md anew from all results there.
 
-    `document` is what was printed (`Report.to_json`): made once, because it tells the time.
+    `document` is what `Report.to_json` made for `--json`; made anew it would tell another time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{document['benchmark']}.json", json.dumps(document, indent=1) + "\n")

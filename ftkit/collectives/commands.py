@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 Command = Callable[[], None]
 
-#: As `os.eventfd_write`, without letting go of the interpreter: the thread that is woken would take
-#: it, and whoever woke it, in the middle of backward, would wait until that one blocks.
-_write = ctypes.PyDLL(None).eventfd_write
+#: As `os.eventfd_write`, but keeps the GIL: let go of, it would be taken by the thread that is woken,
+#: and the giver, in the middle of backward, would wait for it.
+_write = ctypes.PyDLL(None, use_errno=True).eventfd_write
 _write.argtypes = (ctypes.c_int, ctypes.c_uint64)
 
 
@@ -39,7 +39,8 @@ class Commands:
             return
         with self._lock:
             if not self._over:
-                _write(self.wake_fd, 1)
+                if _write(self.wake_fd, 1):
+                    raise OSError(ctypes.get_errno(), "cannot wake the communication thread")
                 return
         # Nobody obeys any more; what is left only fails handles and closes sockets.
         self.obey()

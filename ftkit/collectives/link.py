@@ -13,6 +13,8 @@ arrive in any order. Control frames stay on the link itself. What is counted, is
 there too: a lane's `root`.
 """
 
+import platform
+import re
 import socket
 import time
 from collections import deque
@@ -29,11 +31,23 @@ _STAGE_BYTES = 32 << 10
 #: Work done on one link before the others get their turn.
 _READS_A_TURN = 8
 _FRAMES_A_TURN = 8
-#: Of a payload, so much is left to gather in the kernel before it is read, or all that is lacking.
-#: Being woken for every few packets costs as much processor time as moving the bytes.
-_GATHERED_BYTES_MAX = 512 << 10
+#: Kernels before this one do not tell of a payload that their buffers cannot hold.
+_KERNEL_TELLS = (5, 12)
 #: A segment that is cut for several lanes is not cut smaller: each frame costs system calls.
 _PIECE_BYTES_MIN = 64 << 10
+
+
+def gathered_bytes_max(kernel: str) -> int:
+    """How much of a payload is left to gather in the kernel before it is read; pure.
+
+    Being woken for every few packets costs as much processor time as moving the bytes. 1: as it comes.
+    """
+    found = re.match(r"(\d+)\.(\d+)", kernel)
+    tells = found is not None and (int(found[1]), int(found[2])) >= _KERNEL_TELLS
+    return 512 << 10 if tells else 1
+
+
+_GATHERED_BYTES_MAX = gathered_bytes_max(platform.release())
 
 
 class Ticket:
@@ -311,6 +325,13 @@ class Link:
           WireError: the peer is gone (end of stream).
           OSError: the connection broke.
         """
+        try:
+            self._receive(router)
+        finally:
+            lacking = 0 if self._sink is None else len(self._sink) - self._filled
+            self.wake_for(min(max(lacking, 1), _GATHERED_BYTES_MAX))
+
+    def _receive(self, router: Router) -> None:
         for _ in range(_READS_A_TURN):
             if not self._digest(router):
                 return
@@ -378,20 +399,11 @@ class Link:
             self._header, self._sink, self._token = None, None, None
             router.arrived(self, header, sink, token)
 
-    def gather(self) -> None:
-        """Be woken for what the payload lacks, or a good part of it, and else for anything."""
-        lacking = (
-            0 if self._header is None or self._sink is None else len(self._sink) - self._filled
-        )
-        mark = min(max(lacking, 1), _GATHERED_BYTES_MAX)
-        if mark != self._mark:
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
-            self._mark = mark
-
-    @property
-    def gathers(self) -> bool:
-        """Whether there may be something to read, of which we were not told."""
-        return self._mark > 1
+    def wake_for(self, nbytes: int) -> None:
+        """Be readable with so many bytes, at the end of the stream, or where buffers hold no more."""
+        if nbytes != self._mark:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, nbytes)
+            self._mark = nbytes
 
     @property
     def parked_bytes(self) -> int:

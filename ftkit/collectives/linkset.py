@@ -70,13 +70,9 @@ class LinkSet:
     def poll(self, patience_s: float) -> list[tuple[int, int]]:
         """(descriptor, events) of what is ready; waits for at most `patience_s`."""
         try:
-            ready = self._epoll.poll(-1 if patience_s == math.inf else patience_s)
+            return self._epoll.poll(-1 if patience_s == math.inf else patience_s)
         except InterruptedError:
             return []
-        if ready or not patience_s:
-            return ready
-        # Not all kernels tell when their buffers are too small for what we let them gather.
-        return [(fd, select.EPOLLIN) for fd, lane in self._by_fd.items() if lane.gathers]
 
     def by_fd(self, fd: int) -> Link | None:
         return self._by_fd.get(fd)
@@ -227,7 +223,6 @@ class LinkSet:
     def _arm(self, link: Link) -> None:
         if link.fd not in self._by_fd:
             return
-        link.gather()
         events = select.EPOLLRDHUP if link.parked else select.EPOLLIN
         if link.has_output:
             events |= select.EPOLLOUT
@@ -277,7 +272,8 @@ class LinkSet:
             lane.fd: lane for link in links for lane in link.lanes if lane.fd in self._by_fd
         }
         shut: set[int] = set()
-        for fd in open_links:
+        for fd, link in open_links.items():
+            link.wake_for(1)  # whatever comes is read, and thrown away
             poll.register(fd, select.POLLIN | select.POLLOUT)
         void_view = view_of(np.empty(self._segment, dtype=np.uint8))
         while open_links and (left := deadline - time.monotonic()) > 0:

@@ -1,7 +1,7 @@
 """Replicas: now and then the ranks compare what all should hold alike, and mend what differs.
 
-A digest of parameters and optimizer state rides on the ballot of a step, taken right before the
-optimizer changes them. Where one differs the vote does not pass; the ranks find out whose tensors
+A digest of parameters and optimizer state rides on the ballot of a step, taken when backward is
+over and the last gradients are on their way. Where one differs the vote does not pass; the ranks find out whose tensors
 differ (`verify`), those who were outvoted fetch them anew, and the step is played again: what a
 flipped bit had done to this step's gradients is gone with the attempt.
 

@@ -77,8 +77,8 @@ class Step:
         self._bucket = 0
         self._digest: int | None = None
         """Of the reduced gradients, once they are."""
-        self._state = 0
-        """Digest of the state that they are applied to, where it is looked at."""
+        self._state_digest = 0
+        """Of the state that they are applied to, where replicas of it are compared in this step."""
         self._result: Tally | None = None
         """Of the vote; None before it, and where it was cut in half."""
         self._done: set[Slot] = set()
@@ -436,8 +436,8 @@ class Step:
         self._check()
         assert self._buffers is not None, "batches() runs inside the step"
         self._parts.recorder.phase(Phase.REDUCE)
-        # Nothing changes it until the optimizer does, and the last bucket is on its way.
-        self._state = self._loop.replicas.digest(self._number)
+        # Without buffers, it stays as it is until the optimizer steps; the last bucket is on its way.
+        self._state_digest = self._loop.replicas.digest(self._number)
         digest = self._loop.reducer.finish(held=len(self._held))
         root = next((r for r, held in enumerate(self._division) if 0 in held), 0)
         self._buffers.share(lambda buffer: broadcast_from(self._parts.group, buffer, root))
@@ -454,7 +454,6 @@ class Step:
         self._parts.recorder.phase(Phase.REDUCE)
         self._parts.injector.at(Point.BACKWARD, self._number, last=True)
         self._digest = self._loop.reducer.finish(held=self._loop.slots)
-        self._state = self._loop.replicas.digest(self._number)
         self._slot = None
         self._loop.layers.look(self._loop.reducer)
         self._loop.numbers.weigh(1)
@@ -485,7 +484,7 @@ class Step:
             shape=self._loop.snapshots.shape,
             layout=self._loop.snapshots.layout,
             prepared=newcomers.generation if newcomers else Generation(0),
-            state=self._state,
+            state=self._state_digest,
             norm=self._loop.numbers.norm,
             bad_bucket=self._loop.numbers.bad_bucket,
             again=self._loop.numbers.final,
