@@ -1,9 +1,9 @@
 """Replicas: now and then the ranks compare what all should hold alike, and mend what differs.
 
 A digest of parameters and optimizer state rides on the ballot of a step, taken when backward is
-over and the last gradients are on their way. Where one differs the vote does not pass; the ranks find out whose tensors
-differ (`verify`), those who were outvoted fetch them anew, and the step is played again: what a
-flipped bit had done to this step's gradients is gone with the attempt.
+over and the last gradients are on their way. Where one differs the vote does not pass; the ranks
+find out whose tensors differ (`verify`), those who were outvoted fetch them anew, and the step is
+played again: what a flipped bit had done to this step's gradients is gone with the attempt.
 
 How often is a matter of cost (`cadence`): a digest that nobody else sent is compared with none.
 """
