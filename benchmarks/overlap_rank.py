@@ -29,6 +29,8 @@ from ftkit.collectives.overlap import (
     context_parallel_attention,
     linear_reduce_scatter,
 )
+from ftkit.collectives.overlap.auto import running
+from ftkit.collectives.overlap.exchange import scatter
 from ftkit.collectives.overlap.traffic import LIMITS
 
 Sides = dict[str, Callable[[], object]]
@@ -40,6 +42,9 @@ WARM, TUNED_CHUNKS, TUNED_SPLIT = 2, 21, 12
 ROUNDS_MIN = 3
 
 ROWS, INNER, OUTER = 1536, 1024, 1024
+
+#: What multiplying these takes where it is emulated; and a sample of a woven layer, forward.
+EMULATED_S, EMULATED_SAMPLE_S = 0.036, 0.017
 
 #: Samples, tokens, width and layers of what is woven.
 WOVEN = 4, 128, 1024, 4
@@ -64,7 +69,11 @@ def main() -> None:
     rounds = Rounds(options.rounds, options.seconds)
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "linear": lambda: linear(dist.new_group(backend="gloo", timeout=limit), rounds),
-        "weave": lambda: weave(rounds),
+        "linear-emulated": lambda: linear_emulated(
+            dist.new_group(backend="gloo", timeout=limit), rounds
+        ),
+        "weave": lambda: weave(rounds, lambda size: Part(WOVEN[2], 4 * WOVEN[2] // size)),
+        "weave-emulated": lambda: weave(rounds, lambda size: Emulated()),
         "attention": lambda: attention(rounds, 8),
         "grouped": lambda: attention(rounds, 2),
         "traffic": lambda: traffic(rounds, options.rate),
@@ -119,14 +128,48 @@ def digest(t: torch.Tensor) -> int:
 
 def linear(gloo: Any, rounds: Rounds) -> dict[str, Any]:
     """A row-parallel linear of small integers, whose sums every order of adding gives alike."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    made = torch.Generator().manual_seed(1 + rank)
+    made = torch.Generator().manual_seed(1 + dist.get_rank())
     x = torch.randint(-3, 4, (ROWS, INNER), generator=made).float()
     weight = torch.randint(-3, 4, (OUTER, INNER), generator=made).float()
-    out, whole = torch.empty(ROWS // size, OUTER), torch.empty(ROWS, OUTER)
+    whole = torch.empty(ROWS, OUTER)
+    return scattered(
+        lambda: torch.mm(x, weight.t(), out=whole),
+        lambda: linear_reduce_scatter(x, weight, chunks="auto"),
+        gloo,
+        rounds,
+    )
 
-    def compute() -> torch.Tensor:
-        return torch.mm(x, weight.t(), out=whole)
+
+def linear_emulated(gloo: Any, rounds: Rounds) -> dict[str, Any]:
+    """What such a linear is made of, around multiplying that sleeps."""
+    whole = torch.full((ROWS, OUTER), 1.0 + dist.get_rank())
+
+    def produce(a: int, b: int) -> torch.Tensor:
+        time.sleep(EMULATED_S * (b - a) / ROWS)
+        return whole[a:b].clone()
+
+    def overlapped() -> torch.Tensor:
+        with running(dist.group.WORLD, "emulated", "auto") as run:
+            return scatter(
+                run.flights,
+                produce,
+                whole.shape,
+                chunks=run.cut.chunks,
+                eager=run.cut.eager,
+                like=whole,
+            )
+
+    return scattered(lambda: produce(0, ROWS), overlapped, gloo, rounds)
+
+
+def scattered(
+    compute: Callable[[], torch.Tensor],
+    overlapped: Callable[[], torch.Tensor],
+    gloo: Any,
+    rounds: Rounds,
+) -> dict[str, Any]:
+    """Rows that are computed, then summed and scattered by gloo, by ftkit, and overlapped."""
+    out = torch.empty(ROWS // dist.get_world_size(), OUTER)
 
     def over(group: Any) -> torch.Tensor:
         dist.reduce_scatter_single(out, compute(), group=group)
@@ -136,7 +179,7 @@ def linear(gloo: Any, rounds: Rounds) -> dict[str, Any]:
         "compute": compute,
         "gloo": lambda: over(gloo),
         "ftkit": lambda: over(None),
-        "overlapped": lambda: linear_reduce_scatter(x, weight, chunks="auto"),
+        "overlapped": overlapped,
     }
     digests = {s: digest(cast("torch.Tensor", sides[s]())) for s in sides if s != "compute"}
     return {
@@ -157,10 +200,31 @@ class Part(nn.Module):
         return cast("torch.Tensor", self.down(functional.gelu(self.up(x))))
 
 
-def weave(rounds: Rounds) -> dict[str, Any]:
+class Sleep(torch.autograd.Function):
+    """Time passes: so much for each sample, and twice as much in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(EMULATED_SAMPLE_S * x.shape[0])
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        time.sleep(2 * EMULATED_SAMPLE_S * grad.shape[0])
+        return grad
+
+
+class Emulated(nn.Module):
+    """A layer whose computing sleeps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast("torch.Tensor", Sleep.apply(x))
+
+
+def weave(rounds: Rounds, part: Callable[[int], nn.Module]) -> dict[str, Any]:
     """Layers as wide as small models', forward and backward: whole, in halves, and as it chooses."""
     size, (batch, tokens, width, depth) = dist.get_world_size(), WOVEN
-    layers = [Layer(torch.ones(width), Part(width, 4 * width // size)) for _ in range(depth)]
+    layers = [Layer(torch.ones(width), part(size)) for _ in range(depth)]
     x = torch.randn(batch, tokens, width)
     models = {s: Weave(layers, split=v) for s, v in (("whole", False), ("halves", True))}
     models["auto"] = Weave(layers, split="auto")

@@ -44,7 +44,7 @@ def gathered_bytes_max(kernel: str) -> int:
     """
     found = re.match(r"(\d+)\.(\d+)", kernel)
     tells = found is not None and (int(found[1]), int(found[2])) >= _KERNEL_TELLS
-    return 512 << 10 if tells else 1
+    return 1 << 20 if tells else 1
 
 
 _GATHERED_BYTES_MAX = gathered_bytes_max(platform.release())

@@ -26,7 +26,7 @@ Wait: TypeAlias = Ticket | Iterable[Ticket] | None
 Program: TypeAlias = Callable[["Op"], Generator[Wait, None, Any]]
 
 #: Between hosts a piece is folded while the next one travels: a link that waits for a fold is idle.
-SENT_PIECE_BYTES = 512 << 10
+SENT_PIECE_BYTES = 1 << 20
 
 
 class Op:

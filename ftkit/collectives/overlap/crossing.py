@@ -31,7 +31,7 @@ _TAGS = 1 << 16
 class Crossing:
     """See the module. Begun and ended by one thread, changed by another between."""
 
-    def __init__(self, group: Any, name: str, part: Tensor, *, lane: int) -> None:
+    def __init__(self, group: Any, name: str, part: Tensor, *, lane: int, cut: bool = True) -> None:
         """Let the others' rows go, and await theirs. Does not block.
 
         Args:
@@ -40,12 +40,14 @@ class Crossing:
           part: rows to be summed over ranks, as many for each rank; contiguous, and left as they
             are until `end`.
           lane: tells crossings apart that are under way at once.
+          cut: whether rows travel in pieces.
         """
         self._flights = flights = Flights(group, name)
         rank, size = flights.rank, flights.size
         self._part, self._each = part, part.shape[0] // size
         count = part[: self._each].nbytes // _PIECE_BYTES
-        self._spans = list(pieces(0, self._each, max(1, min(count, _PIECES_MAX))))
+        most = _PIECES_MAX if cut else 1
+        self._spans = list(pieces(0, self._each, max(1, min(count, most))))
         self._tag = _TAGS + 2 * _PIECES_MAX * lane
         self._whole = torch.empty_like(part)
         self._came: dict[tuple[int, int], Flight] = {}

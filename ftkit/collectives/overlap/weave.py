@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol, TypeAlias, cast
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.func import functional_call
 
 from ftkit.collectives.overlap.auto import generation_of
 from ftkit.collectives.overlap.autograd import once, uncompiled
@@ -237,6 +238,9 @@ class _Run:
         ]
         self._keeps = keeps
         """Whether there will be a backward."""
+        self._own = {p: p.detach().requires_grad_() for p in self.parameters if keeps}
+        """The same memory, for graphs of ours: gradients of both halves add up there in place, and
+        the user's parameters, and hooks on them, see the sum."""
         self._used = False
         self._over = False
         """Whether nothing more is to be begun: it failed here, or elsewhere."""
@@ -259,14 +263,23 @@ class _Run:
                         rows = half.whole(self._wait(half))
                     leaf = rows.detach().requires_grad_(self._keeps)
                     with torch.set_grad_enabled(self._keeps):
-                        part = layer.body(leaf)
+                        part = self._made(layer.body, leaf)
                     if self._keeps:
                         half.graphs.append((leaf, part))
                         half.totals.append(half.residual)
-                    self._cross(submit, half, part.detach(), partial(self._between, number + 1))
+                    change = partial(self._between, number + 1)
+                    last = half is self._halves[-1] and number == len(self._layers) - 1
+                    self._cross(submit, half, part.detach(), change, last=last)
             if not self._layers:
                 return x.clone()
             return torch.cat([half.whole(self._wait(half)) for half in self._halves])
+
+    def _made(self, body: nn.Module, rows: Tensor) -> Tensor:
+        if not self._own:
+            return cast("Tensor", body(rows))
+        named = body.named_parameters(remove_duplicate=False)
+        own = {name: self._own[p] for name, p in named if p in self._own}
+        return cast("Tensor", functional_call(body, own, rows))
 
     def begin_backward(self) -> None:
         """Raise UsageError, unless it is the first one."""
@@ -280,7 +293,6 @@ class _Run:
         halves = self._halves
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         of_weights = grad.new_zeros(len(self._layers), grad.shape[-1], dtype=wide)
-        of_parameters: list[Tensor | None] = [None] * len(self.parameters)
         with self._beside() as submit:
             parts = dict(zip(halves, grad.split([half.shape[0] for half in halves]), strict=True))
             for half, part in parts.items():
@@ -291,19 +303,21 @@ class _Run:
                     # Everybody has the gradient that backward begins with.
                     begins = number == len(self._layers) - 1
                     of_part = parts.pop(half) if begins else half.whole(self._wait(half))
-                    of_leaf, *found = torch.autograd.grad(
-                        part, [leaf, *self.parameters], of_part, allow_unused=True
-                    )
-                    of_parameters = _added(of_parameters, found)
+                    torch.autograd.backward(part, of_part, inputs=[leaf, *self._own.values()])
+                    of_leaf = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                     change = partial(self._back, number, half.totals.pop(), of_weights)
-                    self._cross(submit, half, of_leaf, change)
+                    self._cross(
+                        submit, half, of_leaf, change, last=half is halves[0] and not number
+                    )
             if not self._layers:
-                return grad, [], of_parameters
+                return grad, [], []
             for half in halves:
                 self._result(half.changed)
             with Flights(self._group, "weave backward") as flights:
                 flights.all_reduce(of_weights)
                 of_x = torch.cat([half.whole(self._wait(half)) for half in halves])
+        of_parameters = [own.grad for own in self._own.values()]
+        self._own.clear()  # whose gradients they become need not copy what nobody else has
         return of_x, list(of_weights), of_parameters
 
     # -- what crosses -------------------------------------------------------------------------
@@ -357,16 +371,20 @@ class _Run:
         half: _Half,
         part: Tensor,
         change: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],
+        *,
+        last: bool,
     ) -> None:
         """Let what a layer made go, and have it and the residual changed aside.
 
-        It travels in the dtype of the residual: what comes back is the norm of that, or at last the
+        After the `last` of a pass nothing is computed. It travels in the dtype of the residual: what comes back is the norm of that, or at last the
         residual itself, and autocast may have made less of a layer.
         """
         self._end(half)
         rows = half.padded(part.to(half.residual.dtype)).contiguous()
         before, half.residual = half.residual, torch.empty_like(half.residual)
-        half.crossing = Crossing(self._group, "weave", rows, lane=half.number)
+        # Beside computing, a message costs cores more than cutting rows gains the link.
+        cut = last or len(self._halves) == 1
+        half.crossing = Crossing(self._group, "weave", rows, lane=half.number, cut=cut)
         act = partial(change, before, half.residual)
         half.changed = submit(partial(half.crossing.change, act))
 
@@ -446,8 +464,3 @@ class _Woven(torch.autograd.Function):
             for g, p in zip([*of_weights, *of_parameters], given, strict=True)
         ]
         return None, of_x, *found
-
-
-def _added(sums: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Term by term, of those that are there."""
-    return [a if b is None else b if a is None else a + b for a, b in zip(sums, more, strict=True)]
