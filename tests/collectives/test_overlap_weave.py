@@ -322,6 +322,31 @@ def test_gradients_of_both_halves_add_up_where_they_share_memory() -> None:
     assert torch.allclose(first, torch.full((WIDTH,), 2 * 12.0))
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_parameter_that_would_get_no_gradient_is_refused_in_words(split: bool) -> None:
+    class Borrows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mine, self.borrowed = (
+                nn.Parameter(torch.ones(WIDTH)),
+                [nn.Parameter(torch.ones(WIDTH))],
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.mine * self.borrowed[0]
+
+    def rank(group: ModelledGroup) -> BaseException:
+        model = woven(group, [Layer(torch.ones(WIDTH), Borrows())], split)
+        with pytest.raises((UsageError, GenerationAborted)) as caught:
+            model(torch.ones(4, 3, WIDTH))
+        return caught.value
+
+    # Whom the other's abort reaches first sees that.
+    refused = [str(error) for error in everywhere(2, rank) if isinstance(error, UsageError)]
+    assert refused
+    assert all("Borrows computes with a tensor that needs a gradient" in words for words in refused)
+
+
 def step_s(
     split: Any,
     *,

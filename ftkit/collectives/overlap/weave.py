@@ -29,7 +29,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ftkit.collectives.overlap.auto import generation_of
-from ftkit.collectives.overlap.autograd import once, uncompiled
+from ftkit.collectives.overlap.autograd import ends_of, once, uncompiled
 from ftkit.collectives.overlap.crossing import Crossing
 from ftkit.collectives.overlap.flights import Flights, copied, of
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
@@ -65,7 +65,8 @@ class Layer(nn.Module):
     """A norm, and what is computed of the normed tokens: attention or an MLP, split over ranks.
 
     `body` maps (B, T, D) to (B, T, D): this rank's part of a sum over ranks, which nobody has
-    added up (a row-parallel linear without its reduction). Samples must not meet in it.
+    added up (a row-parallel linear without its reduction). Samples must not meet in it, and what it
+    learns are its own parameters.
     """
 
     def __init__(self, weight: Tensor, body: nn.Module) -> None:
@@ -239,8 +240,8 @@ class _Run:
         self._keeps = keeps
         """Whether there will be a backward."""
         self._own = {p: p.detach().requires_grad_() for p in self.parameters if keeps}
-        """The same memory, for graphs of ours: gradients of both halves add up there in place, and
-        the user's parameters, and hooks on them, see the sum."""
+        """What stands for each in our graphs, in the same memory. Gradients of both halves add up
+        there, in place; the parameter, and hooks on it, see the sum."""
         self._used = False
         self._over = False
         """Whether nothing more is to be begun: it failed here, or elsewhere."""
@@ -263,7 +264,9 @@ class _Run:
                         rows = half.whole(self._wait(half))
                     leaf = rows.detach().requires_grad_(self._keeps)
                     with torch.set_grad_enabled(self._keeps):
-                        part = self._made(layer.body, leaf)
+                        part = self._made(
+                            layer.body, leaf, looks=self._keeps and half is self._halves[0]
+                        )
                     if self._keeps:
                         half.graphs.append((leaf, part))
                         half.totals.append(half.residual)
@@ -274,12 +277,19 @@ class _Run:
                 return x.clone()
             return torch.cat([half.whole(self._wait(half)) for half in self._halves])
 
-    def _made(self, body: nn.Module, rows: Tensor) -> Tensor:
-        if not self._own:
-            return cast("Tensor", body(rows))
+    def _made(self, body: nn.Module, rows: Tensor, *, looks: bool) -> Tensor:
         named = body.named_parameters(remove_duplicate=False)
         own = {name: self._own[p] for name, p in named if p in self._own}
-        return cast("Tensor", functional_call(body, own, rows))
+        part = cast("Tensor", functional_call(body, own, rows) if own else body(rows))
+        if looks:
+            known = {id(rows), *map(id, self._own.values())}
+            if any(id(end) not in known for end in ends_of(part)):
+                raise UsageError(
+                    f"{type(body).__name__} computes with a tensor that needs a gradient and would get "
+                    "none: a layer of a Weave has gradients of its input, and of the parameters that "
+                    "are attributes of its body, or of a module in it"
+                )
+        return part
 
     def begin_backward(self) -> None:
         """Raise UsageError, unless it is the first one."""
