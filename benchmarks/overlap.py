@@ -14,7 +14,7 @@ for, has a row that says so.
     ddp         DDP through ftkit with a vote, against plain and against a hook that waits
 
 `linear-emulated` and `weave-emulated` are the same with computing that sleeps: ranks that compute
-on as many cores as there are leave none to what sends, and then these, too, are the limit.
+on as many cores as there are leave none to what sends, and then the cores are the limit.
 
     python -m benchmarks.overlap [--only linear ...] [--rounds N] [--limit SECONDS] [--quick] [--json] [--save]
 """

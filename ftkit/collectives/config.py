@@ -32,6 +32,11 @@ class OnLoss(StrEnum):
     would have brought is taken to be the mean of the others'."""
 
 
+#: Between hosts a piece of a reduction is folded while the next one travels: a link that waits for a
+#: fold is idle. As long as a frame: each message costs cores what computing beside it lacks.
+SENT_PIECE_BYTES = 1 << 20
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectivesConfig:
     """Sizes in bytes, times in seconds. Peers compare `wire` when they meet."""
@@ -97,6 +102,7 @@ class CollectivesConfig:
             "transport": self.transport.value,
             "segment_bytes": self.segment_bytes,
             "piece_bytes": self.piece_bytes,
+            "sent_piece_bytes": SENT_PIECE_BYTES,
             "exchange_bytes_max": self.exchange_bytes_max,
             "cma_bytes_min": self.cma_bytes_min,
             "connections": self.connections,

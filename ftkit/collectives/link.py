@@ -40,7 +40,8 @@ _PIECE_BYTES_MIN = 64 << 10
 def gathered_bytes_max(kernel: str) -> int:
     """How much of a payload is left to gather in the kernel before it is read; pure.
 
-    Being woken for every few packets costs as much processor time as moving the bytes. 1: as it comes.
+    Being woken for every few packets costs as much processor time as moving the bytes. At most a frame
+    of the usual size, which is also a piece of a reduction. 1: as it comes.
     """
     found = re.match(r"(\d+)\.(\d+)", kernel)
     tells = found is not None and (int(found[1]), int(found[2])) >= _KERNEL_TELLS

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from ftkit.collectives.arithmetic import Bytes
+from ftkit.collectives.config import SENT_PIECE_BYTES
 from ftkit.collectives.frames import Offer
 from ftkit.collectives.handle import Handle
 from ftkit.collectives.keys import Key
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 Wait: TypeAlias = Ticket | Iterable[Ticket] | None
 Program: TypeAlias = Callable[["Op"], Generator[Wait, None, Any]]
-
-#: Between hosts a piece is folded while the next one travels: a link that waits for a fold is idle.
-SENT_PIECE_BYTES = 1 << 20
 
 
 class Op:

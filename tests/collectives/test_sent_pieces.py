@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from ftkit.collectives.canonical import reduce_slots
+from ftkit.collectives.config import SENT_PIECE_BYTES
 from ftkit.collectives.link import Ticket
-from ftkit.collectives.op import SENT_PIECE_BYTES, empty
+from ftkit.collectives.op import empty
 from ftkit.collectives.slot_tree import SlotTree
 
 from .worlds import in_one_process

@@ -9,7 +9,7 @@ alone, without what the others sent: wrong, and silently so.
 # mypy: disable-error-code="override,no-untyped-call"
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -46,20 +46,6 @@ def uncompiled(call: Call) -> Call:
         return kept[0](*args, **options)
 
     return cast("Call", plain)
-
-
-def ends_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The leaves of its graph: what a backward over it could find gradients of."""
-    seen: set[Any] = set()
-    ahead = [tensor.grad_fn]
-    while ahead:
-        node: Any = ahead.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            yield node.variable
-        ahead += [before for before, _ in node.next_functions]
 
 
 def once(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

@@ -29,7 +29,7 @@ from torch import nn
 from torch.func import functional_call
 
 from ftkit.collectives.overlap.auto import generation_of
-from ftkit.collectives.overlap.autograd import ends_of, once, uncompiled
+from ftkit.collectives.overlap.autograd import once, uncompiled
 from ftkit.collectives.overlap.crossing import Crossing
 from ftkit.collectives.overlap.flights import Flights, copied, of
 from ftkit.collectives.overlap.norm import add_rms_norm, rms_norm_backward
@@ -240,8 +240,8 @@ class _Run:
         self._keeps = keeps
         """Whether there will be a backward."""
         self._own = {p: p.detach().requires_grad_() for p in self.parameters if keeps}
-        """What stands for each in our graphs, in the same memory. Gradients of both halves add up
-        there, in place; the parameter, and hooks on it, see the sum."""
+        """What stands for each in our graphs, in the same memory: hooks on the parameter see the sum
+        of both halves, and see it once."""
         self._used = False
         self._over = False
         """Whether nothing more is to be begun: it failed here, or elsewhere."""
@@ -283,7 +283,7 @@ class _Run:
         part = cast("Tensor", functional_call(body, own, rows) if own else body(rows))
         if looks:
             known = {id(rows), *map(id, self._own.values())}
-            if any(id(end) not in known for end in ends_of(part)):
+            if any(id(end) not in known for end in _ends_of(part)):
                 raise UsageError(
                     f"{type(body).__name__} computes with a tensor that needs a gradient and would get "
                     "none: a layer of a Weave has gradients of its input, and of the parameters that "
@@ -303,6 +303,7 @@ class _Run:
         halves = self._halves
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         of_weights = grad.new_zeros(len(self._layers), grad.shape[-1], dtype=wide)
+        of_parameters: list[Tensor | None] = [None] * len(self.parameters)
         with self._beside() as submit:
             parts = dict(zip(halves, grad.split([half.shape[0] for half in halves]), strict=True))
             for half, part in parts.items():
@@ -313,21 +314,22 @@ class _Run:
                     # Everybody has the gradient that backward begins with.
                     begins = number == len(self._layers) - 1
                     of_part = parts.pop(half) if begins else half.whole(self._wait(half))
-                    torch.autograd.backward(part, of_part, inputs=[leaf, *self._own.values()])
-                    of_leaf = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                    of_leaf, *found = torch.autograd.grad(
+                        part, [leaf, *self._own.values()], of_part, allow_unused=True
+                    )
+                    of_parameters = _added(of_parameters, found)
+                    of_leaf = torch.zeros_like(leaf) if of_leaf is None else of_leaf
                     change = partial(self._back, number, half.totals.pop(), of_weights)
                     self._cross(
                         submit, half, of_leaf, change, last=half is halves[0] and not number
                     )
             if not self._layers:
-                return grad, [], []
+                return grad, [], of_parameters
             for half in halves:
                 self._result(half.changed)
             with Flights(self._group, "weave backward") as flights:
                 flights.all_reduce(of_weights)
                 of_x = torch.cat([half.whole(self._wait(half)) for half in halves])
-        of_parameters = [own.grad for own in self._own.values()]
-        self._own.clear()  # whose gradients they become need not copy what nobody else has
         return of_x, list(of_weights), of_parameters
 
     # -- what crosses -------------------------------------------------------------------------
@@ -386,8 +388,9 @@ class _Run:
     ) -> None:
         """Let what a layer made go, and have it and the residual changed aside.
 
-        After the `last` of a pass nothing is computed. It travels in the dtype of the residual: what comes back is the norm of that, or at last the
-        residual itself, and autocast may have made less of a layer.
+        It travels in the dtype of the residual: what comes back is the norm of that, or at last the
+        residual itself, and autocast may have made less of a layer. Nothing is computed beside the
+        `last` of a pass.
         """
         self._end(half)
         rows = half.padded(part.to(half.residual.dtype)).contiguous()
@@ -474,3 +477,22 @@ class _Woven(torch.autograd.Function):
             for g, p in zip([*of_weights, *of_parameters], given, strict=True)
         ]
         return None, of_x, *found
+
+
+def _added(sums: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Term by term, of those that are there. Not in place: gradients may share memory with others."""
+    return [a if b is None else b if a is None else a + b for a, b in zip(sums, more, strict=True)]
+
+
+def _ends_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves of its graph: what a backward over it could find gradients of."""
+    seen: set[Any] = set()
+    ahead = [tensor.grad_fn]
+    while ahead:
+        node: Any = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if not node.next_functions and hasattr(node, "variable"):
+            yield node.variable
+        ahead += [before for before, _ in node.next_functions]
