@@ -314,11 +314,12 @@ class _Run:
                     # Everybody has the gradient that backward begins with.
                     begins = number == len(self._layers) - 1
                     of_part = parts.pop(half) if begins else half.whole(self._wait(half))
-                    of_leaf, *found = torch.autograd.grad(
-                        part, [leaf, *self._own.values()], of_part, allow_unused=True
-                    )
-                    of_parameters = _added(of_parameters, found)
-                    of_leaf = torch.zeros_like(leaf) if of_leaf is None else of_leaf
+                    ends = [leaf, *self._own.values()]
+                    found: list[Tensor | None] = [
+                        *torch.autograd.grad(part, ends, of_part, allow_unused=True)
+                    ]
+                    of_leaf = torch.zeros_like(leaf) if found[0] is None else found[0]
+                    of_parameters = _added(of_parameters, found[1:])
                     change = partial(self._back, number, half.totals.pop(), of_weights)
                     self._cross(
                         submit, half, of_leaf, change, last=half is halves[0] and not number
