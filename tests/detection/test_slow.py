@@ -294,6 +294,19 @@ class TestTheHost:
         (verdict,) = pace.last(1, slow(2, by=1.3), change=shared)
         assert "cores that it shares" in verdict.reason
 
+    def test_who_is_slow_by_far_on_cores_that_all_share_is_slow(self) -> None:
+        # Three ranks on two cores: all of them wait now and then, and that explains no 40 %.
+        pace = Pace(3)
+        pace.last(30)
+        shared = lambda seat, step: {"starved_s": 0.2}
+        assert pace.ever(40, slow(2, by=1.4), change=shared) == {(Fault.SLOW, 2)}
+
+    def test_who_was_found_slow_stays_so_when_less_is_left_of_it(self) -> None:
+        pace = Pace(8)
+        pace.last(30, slow(2, by=1.6))
+        shared = lambda seat, step: {"starved_s": 0.2} if seat == 2 else {}
+        assert pace.ever(40, slow(2, by=1.25), change=shared) == {(Fault.SLOW, 2)}
+
     def test_who_is_slow_is_not_called_starved_and_slow_by_turns(self) -> None:
         pace = Pace(8)
         pace.last(30, slow(2, by=2.0))
