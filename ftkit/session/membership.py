@@ -189,8 +189,10 @@ class Membership:
                 self._heed()
             self._say()
 
-    def next_task(self) -> Entry | Link | GiveUp | None:
+    def next_task(self, waits: Callable[[], None] = lambda: None) -> Entry | Link | GiveUp | None:
         """What to do before the next step; None when the world goes on. Blocks.
+
+        `waits` is called, with this rank's standing locked, when there is nothing to do yet.
 
         Raises:
           JobStopped: the job is over for this rank.
@@ -212,6 +214,7 @@ class Membership:
                     return Link(world) if self._stepping else None
                 if self._me.stage is Stage.ACTIVE:
                     return None
+                waits()
                 if self._me.stage is not Stage.LINKED:
                     self._changed.wait()
                 elif not self._put_out():

@@ -115,7 +115,7 @@ class Worlds:
           JobStopped: the job is over for this rank.
         """
         parts, self._in_step = self._parts, in_step
-        while (task := parts.membership.next_task()) is not None:
+        while (task := parts.membership.next_task(self._stand_still)) is not None:
             parts.recorder.phase(Phase.RECOVERY)
             match task:
                 case Link(world):
@@ -135,6 +135,11 @@ class Worlds:
                     assert self._snapshots is not None, "stepping"
                     self._snapshots.give_up()
                     parts.membership.gave_up()
+
+    def _stand_still(self) -> None:
+        """Whoever waits for the coordinator's word holds up nobody, and its row says so."""
+        if self._snapshots is not None:
+            self._parts.recorder.phase(Phase.RECOVERY)
 
     def switch(self, world: World, step: Step) -> None:
         """Enter the newcomers' world with all other members, after `step`; or leave, if not in it.

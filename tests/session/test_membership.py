@@ -153,6 +153,18 @@ def test_next_task_waits_for_a_world(rank: Rank) -> None:
     assert task == Entry(first, Step(0), False)
 
 
+def test_who_waits_for_a_world_says_so_and_who_has_a_task_does_not(rank: Rank) -> None:
+    rank.membership.ready(stepping=True)
+    said: list[str] = []
+    note = lambda: said.append(rank.last["stage"])
+    give = lambda: rank.membership.take_plan(running(1, world(1, 0, 1, 2), 0))
+    waiting(lambda: rank.membership.next_task(note), give)
+    assert said == ["ready"]
+    rank.membership.entered(world(1, 0, 1, 2), Step(0))
+    assert rank.membership.next_task(note) is None
+    assert said == ["ready"]
+
+
 def test_an_older_or_equal_plan_is_ignored(active: Rank) -> None:
     said = len(active.said)
     active.membership.take_plan(plan(1, mode=Mode.HALTING, halted=Generation(9)))
