@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.sleeping import play, sleeping, waiting_hook
+from benchmarks.sleeping import Sleep, play, sleeping, waiting_hook
 from ftkit.collectives import backend
 from ftkit.collectives.config import CollectivesConfig, Transport
 from ftkit.collectives.overlap import (
@@ -200,25 +200,12 @@ class Part(nn.Module):
         return cast("torch.Tensor", self.down(functional.gelu(self.up(x))))
 
 
-class Sleep(torch.autograd.Function):
-    """Time passes: so much for each sample, and twice as much in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(EMULATED_SAMPLE_S * x.shape[0])
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        time.sleep(2 * EMULATED_SAMPLE_S * grad.shape[0])
-        return grad
-
-
 class Emulated(nn.Module):
-    """A layer whose computing sleeps."""
+    """A layer whose computing sleeps: so much for each sample, and twice as much in backward."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast("torch.Tensor", Sleep.apply(x))
+        seconds = EMULATED_SAMPLE_S * x.shape[0]
+        return cast("torch.Tensor", Sleep.apply(x, seconds, 2 * seconds))
 
 
 def weave(rounds: Rounds, part: Callable[[int], nn.Module]) -> dict[str, Any]:

@@ -15,19 +15,21 @@ FORWARD_S, BACKWARD_S = 0.012, 0.024
 
 
 class Sleep(torch.autograd.Function):
-    """Time passes."""
+    """Time passes, so many seconds forward and backward. Weights get a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight)
-        time.sleep(FORWARD_S)
+    def forward(
+        ctx: Any, x: torch.Tensor, forward_s: float, backward_s: float, *weights: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(*weights)
+        ctx.backward_s = backward_s
+        time.sleep(forward_s)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        (weight,) = ctx.saved_tensors
-        time.sleep(BACKWARD_S)
-        return grad, torch.full_like(weight, 1e-3)
+        time.sleep(ctx.backward_s)
+        return grad, None, None, *(torch.full_like(w, 1e-3) for w in ctx.saved_tensors)
 
 
 class Sleeping(nn.Module):
@@ -38,7 +40,7 @@ class Sleeping(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1 << 20))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return cast("torch.Tensor", Sleep.apply(x, self.weight))
+        return cast("torch.Tensor", Sleep.apply(x, FORWARD_S, BACKWARD_S, self.weight))
 
 
 def sleeping() -> DistributedDataParallel:
