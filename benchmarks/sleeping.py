@@ -1,4 +1,4 @@
-"""A DDP model whose layers sleep: computing as the host of an accelerator sees it."""
+"""Computing that sleeps, as the host of an accelerator sees it; and a DDP model of such layers."""
 
 import time
 from typing import Any, cast

@@ -41,9 +41,12 @@ _HEARD: Final = 0.25
 #: What starvation must explain of what a member is behind by, for the host to be at fault.
 _EXPLAINS: Final = 0.5
 
-#: Who waits for a core for more than this share of its work shares cores; and then what shares a core's
+#: Who waits for a core for this share of its work or more shares cores; and then what shares a core's
 #: units and caches with it may make its own work longer by so much, without its being at fault.
 _SHARED, _SHARED_FACTOR = 0.05, 4 / 3
+
+#: Who was found slow is so until it takes no longer than this: estimates come down a little.
+_SLOW_UNTIL: Final = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,10 +238,9 @@ class StepDetector:
         for member, finding in slow.items():
             starved_s, work_s = self._starved(member, finding, warm)
             known = self._standing.get(member)
-            # Who was found slow stays so, though the estimate comes down to what sharing explains.
             accused = known is not None and known.fault is Fault.SLOW
-            shared = starved_s >= _SHARED * work_s > 0 and finding.factor <= _SHARED_FACTOR
-            if shared and not accused:
+            excused = _SLOW_UNTIL if accused else _SHARED_FACTOR
+            if starved_s >= _SHARED * work_s > 0 and finding.factor <= excused:
                 share = 100 * starved_s / work_s
                 why = f", on cores that it shares: it waits for one {share:.0f} % of that time"
                 self._stand_for(Fault.STARVED, finding, warm, self._own, why)

@@ -192,11 +192,13 @@ class Membership:
     def next_task(self, waits: Callable[[], None] = lambda: None) -> Entry | Link | GiveUp | None:
         """What to do before the next step; None when the world goes on. Blocks.
 
-        `waits` is called, with this rank's standing locked, when there is nothing to do yet.
+        `waits` is called once, with this rank's standing locked, when there is nothing to do yet; it
+        must not block.
 
         Raises:
           JobStopped: the job is over for this rank.
         """
+        said = False
         with self._changed:
             while True:
                 self._raise_if_stopped()
@@ -214,7 +216,9 @@ class Membership:
                     return Link(world) if self._stepping else None
                 if self._me.stage is Stage.ACTIVE:
                     return None
-                waits()
+                if not said:
+                    waits()
+                    said = True
                 if self._me.stage is not Stage.LINKED:
                     self._changed.wait()
                 elif not self._put_out():

@@ -137,7 +137,7 @@ class Worlds:
                     parts.membership.gave_up()
 
     def _stand_still(self) -> None:
-        """Whoever waits for the coordinator's word holds up nobody, and its row says so."""
+        """Who trains and waits for the coordinator's word holds up nobody: the row says so."""
         if self._snapshots is not None:
             self._parts.recorder.phase(Phase.RECOVERY)
 

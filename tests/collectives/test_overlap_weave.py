@@ -4,6 +4,7 @@ import pickle
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -349,22 +350,28 @@ def test_a_parameter_that_would_get_no_gradient_is_refused_in_words(split: bool)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
-def test_a_body_of_torch_script_is_refused_where_it_would_learn() -> None:
+def test_what_learns_in_torch_script_is_refused_and_nothing_else() -> None:
     body = torch.jit.script(nn.Linear(WIDTH, WIDTH))
     x = torch.ones(4, 3, WIDTH)
 
-    def reads(group: ModelledGroup) -> torch.Tensor:
-        with torch.no_grad():
-            y: torch.Tensor = woven(group, [Layer(torch.ones(WIDTH), body)], True)(x)
-        return y
+    def made(group: ModelledGroup, body: nn.Module) -> Weave:
+        return woven(group, [Layer(torch.ones(WIDTH), body)], True)
 
-    def learns(group: ModelledGroup) -> str:
+    def goes_on(group: ModelledGroup) -> list[torch.Size]:
+        with torch.no_grad():
+            read = made(group, body)(x)
+        beside = nn.Sequential(nn.Linear(WIDTH, WIDTH), torch.jit.script(nn.GELU()))
+        return [read.shape, made(group, beside)(x).shape]
+
+    def learns(group: ModelledGroup, body: nn.Module) -> str:
         with pytest.raises((UsageError, GenerationAborted)) as caught:
-            woven(group, [Layer(torch.ones(WIDTH), body)], True)(x)
+            made(group, body)(x)
         return str(caught.value)
 
-    assert {y.shape for y in everywhere(2, reads)} == {x.shape}
-    assert any("is TorchScript" in words for words in everywhere(2, learns))
+    assert everywhere(2, goes_on) == [[x.shape, x.shape]] * 2
+    for refused in (body, nn.Sequential(nn.GELU(), body)):
+        told = everywhere(2, partial(learns, body=refused))
+        assert any("learns in TorchScript" in words for words in told)
 
 
 def step_s(
@@ -419,7 +426,7 @@ def test_the_link_goes_on_while_a_half_is_normed(monkeypatch: pytest.MonkeyPatch
     (halves,) = step_s(True, compute_s=0.010, exchange_s=exchange_s, network=network)
     at_least = 3 * DEEP * 0.010
     # One half's first computing and another's last crossing have nothing beside them, twice. Between
-    # them a crossing's trips, uncut, take a latency more than the other's computing hides.
+    # them a crossing's trips, uncut, take a latency more than the other's computing hides; and a norm.
     more_s = 2 * DEEP * 0.0005 + normed_s
     assert halves - at_least < 2 * exchange_s + more_s
 

@@ -301,11 +301,16 @@ class TestTheHost:
         shared = lambda seat, step: {"starved_s": 0.2}
         assert pace.ever(40, slow(2, by=1.4), change=shared) == {(Fault.SLOW, 2)}
 
-    def test_who_was_found_slow_stays_so_when_less_is_left_of_it(self) -> None:
+    @pytest.mark.parametrize(("by", "at_last"), [(1.4, Fault.SLOW), (1.25, Fault.STARVED)])
+    def test_who_was_found_slow_is_so_until_sharing_explains_the_rest(
+        self, by: float, at_last: Fault
+    ) -> None:
+        # What is left, without the time for which it has no core: 30 %, and 15 %.
         pace = Pace(8)
         pace.last(30, slow(2, by=1.6))
         shared = lambda seat, step: {"starved_s": 0.2} if seat == 2 else {}
-        assert pace.ever(40, slow(2, by=1.25), change=shared) == {(Fault.SLOW, 2)}
+        (verdict,) = pace.last(120, slow(2, by=by), change=shared)
+        assert verdict.fault is at_last
 
     def test_who_is_slow_is_not_called_starved_and_slow_by_turns(self) -> None:
         pace = Pace(8)

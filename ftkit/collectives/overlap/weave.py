@@ -9,7 +9,7 @@ tokens, and an all-gather, so that the norm is done once per token::
 
 Backward runs the same in reverse: a gather is followed by a scatter where forward had it the
 other way. The engine of autograd would wait at each; so each layer has a graph of its own, and
-their order is decided here.
+their order is decided in `weave_run`.
 """
 
 # autograd.Function has no types.

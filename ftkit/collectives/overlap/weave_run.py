@@ -148,10 +148,13 @@ class Run:
     def _made(self, body: nn.Module, rows: Tensor, *, looks: bool) -> Tensor:
         named = body.named_parameters(remove_duplicate=False)
         own = {name: self._own[p] for name, p in named if p in self._own}
-        if own and any(isinstance(m, torch.jit.ScriptModule) for m in body.modules()):
+        scripted = [m for m in body.modules() if isinstance(m, torch.jit.ScriptModule)]
+        if own and (
+            body in scripted or any(p in self._own for m in scripted for p in m.parameters())
+        ):
             raise UsageError(
-                f"{type(body).__name__} is TorchScript, or has such a module in it: it keeps its parameters "
-                "to itself, and a Weave needs others in their place to learn. Give it the module itself"
+                f"{type(body).__name__} learns in TorchScript, which lets no other tensors stand for its "
+                "parameters, as a Weave needs: give it the module that was scripted"
             )
         part = cast("Tensor", functional_call(body, own, rows) if own else body(rows))
         if looks:
