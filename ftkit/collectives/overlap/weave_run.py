@@ -148,10 +148,8 @@ class Run:
     def _made(self, body: nn.Module, rows: Tensor, *, looks: bool) -> Tensor:
         named = body.named_parameters(remove_duplicate=False)
         own = {name: self._own[p] for name, p in named if p in self._own}
-        scripted = [m for m in body.modules() if isinstance(m, torch.jit.ScriptModule)]
-        if own and (
-            body in scripted or any(p in self._own for m in scripted for p in m.parameters())
-        ):
+        scripted = (m for m in body.modules() if isinstance(m, torch.jit.ScriptModule))
+        if looks and any(p in self._own for m in scripted for p in m.parameters()):
             raise UsageError(
                 f"{type(body).__name__} learns in TorchScript, which lets no other tensors stand for its "
                 "parameters, as a Weave needs: give it the module that was scripted"
