@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ftkit.core import lifeline
 from ftkit.core.lifeline import OWNER_DIED, PAGE_BYTES, Told, libc
+from ftkit.core.process_stat import stat_fields
 
 logger = logging.getLogger(__name__)
 
@@ -209,7 +210,7 @@ def exiting(pid: int) -> bool:
 def exit_code(pid: int) -> int | None:
     """The exit code of a process that exits, or minus its signal; None when it cannot be known."""
     try:
-        status = int(_fields(Path(f"/proc/{pid}"))[-1])
+        status = int(stat_fields(Path(f"/proc/{pid}"))[-1])
         return os.waitstatus_to_exitcode(status)
     except (OSError, ValueError):
         return None
@@ -217,15 +218,10 @@ def exit_code(pid: int) -> int | None:
 
 def _thread_exits(thread: Path) -> bool:
     try:
-        fields = _fields(thread)
+        fields = stat_fields(thread)
     except OSError:
         return True  # it is gone
     return fields[0] in (b"Z", b"X") or bool(int(fields[6]) & _PF_EXITING)
-
-
-def _fields(process: Path) -> list[bytes]:
-    """Of `/proc/.../stat`, what follows the name, which may hold anything."""
-    return (process / "stat").read_bytes().rpartition(b")")[2].split()
 
 
 def _told(told: object) -> Told | None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Final
 
+from ftkit.core.process_stat import stat_fields
 from ftkit.detection.observations import ProcessFacts
 
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
@@ -14,11 +15,9 @@ def process_facts(pid: int) -> ProcessFacts | None:
     """What the kernel says of `pid` now; None when there is no such process. About 30 µs."""
     directory = Path("/proc") / str(pid)
     try:
-        stat = (directory / "stat").read_bytes()
+        fields = stat_fields(directory)
     except (FileNotFoundError, ProcessLookupError):
         return None
-    # The command name stands in parentheses and may hold anything, these included.
-    fields = stat.rpartition(b")")[2].split()
     return ProcessFacts(
         state=fields[0].decode(),
         cpu_ticks=int(fields[11]) + int(fields[12]),

@@ -17,7 +17,7 @@ from ftkit.checkpoint.provision import ensure_arena
 from ftkit.checkpoint.slabs import SLABS
 from ftkit.core.errors import FtkitError, UsageError
 from ftkit.core.ids import JobId, MemberId, NodeId, Seat
-from ftkit.core.process_start import start_ticks
+from ftkit.core.process_stat import start_ticks
 from ftkit.detection.node_ops import NodeOps
 from ftkit.detection.process import process_facts
 from ftkit.detection.signals import to_json

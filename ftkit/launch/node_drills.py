@@ -12,6 +12,7 @@ from ftkit.checkpoint.parity.buffer import ParityHead, data_offset, read_head
 from ftkit.checkpoint.stripes import Place, StripePlan
 from ftkit.core.errors import FtkitError, IntegrityError
 from ftkit.core.ids import NodeId
+from ftkit.core.process_stat import stands_still
 from ftkit.core.trace import Trace
 from ftkit.launch.config import JobConfig
 from ftkit.launch.drill_catalogue import LOSE_NODES
@@ -54,9 +55,11 @@ class NodeStriker:
                 seats = [s for s in self._ranks if s // self._job.nproc in self._drill.nodes]
                 self._strike(engine, self._drill.nodes, seats)
                 return
-            # So that none sees another go, and commits or votes on its own.
+            # So that none sees another go, and commits, votes or repairs the world on its own.
             self._signal(signal.SIGSTOP)
             self._frozen_at = time.monotonic()
+        if not all(stands_still(pid) for _, pid in self._ranks.values()):
+            return
         if self._drill.fault == LOSE_NODES:
             self._strike(engine, self._drill.nodes, list(self._ranks))
         elif time.monotonic() - self._frozen_at > SETTLED_S:

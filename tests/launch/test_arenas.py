@@ -18,7 +18,7 @@ from ftkit.checkpoint.slabs import Sealed, choose_slab
 from ftkit.core.clock import MonotonicClock
 from ftkit.core.errors import ProtocolError, UsageError
 from ftkit.core.ids import Generation, MemberId, NodeId, Seat, Step
-from ftkit.core.process_start import start_ticks
+from ftkit.core.process_stat import start_ticks
 from ftkit.detection.recorder import Recorder
 from ftkit.detection.signals import StepSeen, from_json
 from ftkit.detection.status import BOARD, StatusBoard

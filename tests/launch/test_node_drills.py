@@ -84,6 +84,8 @@ def test_it_strikes_once_when_all_train_and_parity_is_published(
 ) -> None:
     log: list[object] = []
     monkeypatch.setattr(node_drills.os, "kill", lambda pid, number: log.append((pid, number)))  # type: ignore[attr-defined]
+    running = {100}
+    monkeypatch.setattr(node_drills, "stands_still", lambda pid: pid not in running)
     job = Job(nodes=4, nproc=1, steps=20, parity="2+2")
     drill = choose_nodes(LOSE_NODES, job, seed=1)
     striker = NodeStriker(drill, job, "abc", tmp_path)
@@ -106,6 +108,9 @@ def test_it_strikes_once_when_all_train_and_parity_is_published(
     pids = [100, 101, 102, 200]
     stopped = [(pid, signal.SIGSTOP) for pid in pids]
     killed = [(pid, signal.SIGKILL) for pid in pids]
+    assert log == stopped, "rank 0 would still see the others go"
+    running.clear()
+    striker.poll(engine)
     assert log == [*stopped, *drill.nodes, *killed]
     happens("commit", step=drill.step + 1)
     assert len(log) == 10, "once"

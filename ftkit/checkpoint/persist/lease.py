@@ -27,7 +27,7 @@ from ftkit.checkpoint.persist.local_store import LocalStore
 from ftkit.checkpoint.persist.store import Store
 from ftkit.core.errors import RootInUse
 from ftkit.core.ids import JobId
-from ftkit.core.process_start import start_ticks
+from ftkit.core.process_stat import start_ticks
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Holder:
     """The host's boot, so that a process of before a reboot is known to be dead."""
     pid: int
     started: int | None
-    """When the process started (`core.process_start`), so that a reused pid is not taken for it."""
+    """When the process started (`core.process_stat`), so that a reused pid is not taken for it."""
     nonce: str
     renewed_at: float
     term_s: float
