@@ -1,4 +1,4 @@
-"""Halts: members that the kernel does not schedule while they enter a world, and so hold it up.
+"""Halts: members that the kernel does not schedule while they enter or repair a world.
 
 What a member's row says is judged in the world it belongs to. One that was stopped before it came
 there shows a row of the world before, or none that any rule speaks of, and everybody waits for it.
@@ -54,7 +54,7 @@ class Halts:
         stretch_s: Callable[[float], float],
         confidence: float,
     ) -> dict[MemberId, Verdict]:
-        """Members that are stopped on their way into `world`.
+        """Members that are stopped on their way into `world`, or while it is repaired.
 
         Args:
           now: seconds on the detector's clock.
@@ -91,6 +91,6 @@ class Halts:
 def _reason(member: MemberId, seat: Seat, halt: _Halt, world: World) -> str:
     return (
         f"seat {seat} (member {member}, pid {halt.pid}) is stopped for "
-        f"{halt.last - halt.since:.1f} s, on its way into generation {world.generation}, which "
-        "cannot begin without it; suspected: `kill -CONT` lets it go on"
+        f"{halt.last - halt.since:.1f} s, while generation {world.generation} is entered or repaired, "
+        "which waits for it; suspected: `kill -CONT` lets it go on"
     )

@@ -87,6 +87,11 @@ class Recorder:
             writer.generation = generation
             writer.publish(now)
 
+    @property
+    def shown(self) -> Phase:
+        """The phase that the row shows."""
+        return self._writer.phase
+
     def phase(self, phase: Phase) -> None:
         """The training thread goes over to `phase`."""
         with self._lock:

@@ -135,6 +135,9 @@ class Worlds:
                     assert self._snapshots is not None, "stepping"
                     self._snapshots.give_up()
                     parts.membership.gave_up()
+        if parts.recorder.shown is Phase.RECOVERY:
+            # The user's code comes next, which may hang here as anywhere.
+            parts.recorder.phase(Phase.OPTIMIZER if in_step else Phase.BETWEEN)
 
     def _stand_still(self) -> None:
         """Who trains and waits for the coordinator's word holds up nobody: the row says so."""
