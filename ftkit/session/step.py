@@ -27,7 +27,6 @@ from ftkit.collectives.slot_tree import SlotNode
 from ftkit.core.errors import (
     GenerationAborted,
     JobFault,
-    NotDeterministic,
     StepRolledBack,
     UsageError,
 )
@@ -36,19 +35,16 @@ from ftkit.core.ids import Generation, Slot
 from ftkit.core.ids import Step as StepNumber
 from ftkit.core.world import World
 from ftkit.detection.row import Phase
-from ftkit.recovery.data_cursor import derive, rng_key
+from ftkit.recovery.data_cursor import rng_key
 from ftkit.recovery.protocol import SHARDS_BACK
-from ftkit.recovery.vote import Ballot, Refusal, Tally, tally
+from ftkit.recovery.vote import Tally
 from ftkit.session.buffers import StepBuffers
 from ftkit.session.clip import clip
 from ftkit.session.layers import seed_all
 from ftkit.session.loop import Loop, Play
-from ftkit.session.membership import Fate
 from ftkit.session.shares import Carried
+from ftkit.session.voting import Played, vote
 from ftkit.session.worlds import broadcast_from
-
-#: Votes that do not pass, one after another, after which the step is given up.
-VOTES_MAX = 3
 
 
 class Step:
@@ -472,92 +468,21 @@ class Step:
                 "optimizer steps"
             )
         self._check()
-        parts, number = self._parts, self._number
-        parts.recorder.phase(Phase.VOTE)
-        newcomers = parts.membership.prepared
-        self._loop.shard_watch.look(number)
-        ballot = Ballot(
-            generation=self._generation,
-            step=number,
-            digest=self._digest,
-            data_digest=self._loop.feed.digest(number),
-            shape=self._loop.snapshots.shape,
-            layout=self._loop.snapshots.layout,
-            prepared=newcomers.generation if newcomers else Generation(0),
-            state=self._state_digest,
-            norm=self._loop.numbers.norm,
-            bad_bucket=self._loop.numbers.bad_bucket,
-            again=self._loop.numbers.final,
-            move=self._loop.recutter.move if self._loop.recutter else 0,
-            stand=self._loop.recutter.stand(number) if self._loop.recutter else 0,
-            losses=self._losses,
-            costs=self._loop.layers.seconds if self._loop.layers else self._loop.shares.costs,
+        self._result, self._newcomers = vote(
+            self._loop,
+            Played(
+                number=self._number,
+                generation=self._generation,
+                digest=self._digest,
+                state_digest=self._state_digest,
+                held=self._held,
+                losses=self._losses,
+            ),
         )
-        data = derive(*(self._loop.read[number, slot] for slot in self._held))
-        parts.trace.event(
-            "vote", step=number, generation=self._generation, slots=self._held, data=f"{data:x}"
-        )
-        parts.membership.vote_cast()
-        result: Tally | None = None
-        ballots: list[Ballot] = []
-        try:
-            cast = parts.group.exchange(ballot.pack())
-            parts.injector.at(Point.VOTE, number)
-            ballots = [Ballot.unpack(b) for b in cast.wait()]
-            result = tally(ballots)
-            self._loop.snapshots.agree(b.layout for b in ballots)
-            if self._loop.layers is not None:
-                self._loop.layers.hear(b.costs for b in ballots)
-            else:
-                self._loop.shares.hear([b.costs for b in ballots], self._number)
-        except GenerationAborted:
-            pass  # cut in half: what became of it is decided below, with the others
-        if result is not None:
-            if not result.passed:
-                self._refused(result)
-            self._loop.numbers.counted(result)
-            self._result = result
-            self.loss = result.loss if self._loop.mean else result.total
-        if result is not None and parts.membership.vote_passed(self._generation):
-            if newcomers and result.switch == newcomers.generation:
-                self._newcomers = newcomers
-            if self._loop.recutter is not None:
-                growing = result.switch is not None
-                until = self._loop.until
-                self._loop.recutter.counted(number, ballots, until=until, growing=growing)
-        elif parts.membership.fate() is Fate.BACK:
-            raise StepRolledBack(f"step {number} was cut short and is played again")
-        else:
-            parts.trace.event("forward", step=number, generation=self._generation)
-        self._loop.refusals = 0
+        if self._result is not None:
+            self.loss = self._result.loss if self._loop.mean else self._result.total
         self.committed = True
         self.skipped = self._loop.numbers.drop()
-
-    def _refused(self, result: Tally) -> None:
-        """A vote that did not pass is the job's fault; too many in a row are the script's."""
-        self._parts.membership.vote_failed()
-        self._parts.trace.event("refused", step=self._number, reason=result.reason)
-        if result.refusal is Refusal.STATE:
-            raise UsageError(
-                f"{result.reason}. Protect the same model and optimizers on all ranks; a sharded "
-                "model is protected by what builds it: session.protect(build=build)"
-            )
-        if result.refusal is Refusal.DATA:
-            raise NotDeterministic(
-                f"{result.reason}. Every rank must read the same batches in the same order: "
-                "give the loader no rank-dependent sampler and no unseeded shuffling, or pass "
-                "the data set itself"
-            )
-        self._loop.refusals += 1
-        if self._loop.refusals >= VOTES_MAX:
-            raise UsageError(f"{result.reason}, {self._loop.refusals} times in a row")
-        if result.refusal is Refusal.REPLICAS:
-            self._loop.replicas.settle(result, self._number)
-        elif result.refusal is Refusal.NUMBERS:
-            self._loop.numbers.doubted(result, self._number, self._generation)
-        elif result.refusal is Refusal.GRADIENTS:
-            self._loop.numbers.differ(result)
-        raise StepRolledBack(result.reason)
 
     def _commit(self) -> None:
         """The step counts and the optimizers have stepped."""

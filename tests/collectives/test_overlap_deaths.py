@@ -22,7 +22,7 @@ from torch.nn import functional
 from ftkit.core.errors import GenerationAborted
 
 from .crew import Crew
-from .test_overlap_weave import WIDTH, layers, plain
+from .weaving import WIDTH, layers, plain
 from .worlds import join, world
 
 pytestmark = pytest.mark.multiproc
