@@ -3,7 +3,7 @@
 from pathlib import Path
 
 #: Letters of those who run nothing: stopped, traced, and ended.
-_STILL = (b"T", b"t", b"Z", b"X")
+_STOPPED = (b"T", b"t", b"Z", b"X")
 
 
 def stat_fields(process: Path) -> list[bytes]:
@@ -28,19 +28,19 @@ def start_ticks(pid: int) -> int | None:
     return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
-def stands_still(pid: int) -> bool:
+def all_stopped(pid: int) -> bool:
     """Whether no thread of a process runs: SIGSTOP has reached all of them, or they have ended.
 
     One thread takes the signal and then stops the others. Until it gets a core to do so, they go on.
     """
     try:
-        return all(_is_still(thread) for thread in Path(f"/proc/{pid}/task").iterdir())
+        return all(_is_stopped(thread) for thread in Path(f"/proc/{pid}/task").iterdir())
     except (FileNotFoundError, ProcessLookupError):
         return True
 
 
-def _is_still(thread: Path) -> bool:
+def _is_stopped(thread: Path) -> bool:
     try:
-        return stat_fields(thread)[0] in _STILL
+        return stat_fields(thread)[0] in _STOPPED
     except (FileNotFoundError, ProcessLookupError):
         return True

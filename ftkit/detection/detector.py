@@ -162,7 +162,7 @@ class Detector:
             self._still = None
         else:
             self._watch_tempo(view)
-            verdicts = rules.suspicions(view) | self._entering(now)
+            verdicts = rules.suspicions(view) | self._halted(now)
         if desynced := self._desynced(now):
             # Who waits, waits because of it.
             verdicts = {
@@ -172,8 +172,8 @@ class Detector:
             } | desynced
         return sorted(verdicts.values(), key=lambda v: v.seat)
 
-    def _entering(self, now: float) -> dict[MemberId, Verdict]:
-        """STOPPED, on the way into this world."""
+    def _halted(self, now: float) -> dict[MemberId, Verdict]:
+        """STOPPED, outside of any step of this world."""
         assert self._world is not None
         return self._halts.suspicions(
             now,

@@ -1,9 +1,9 @@
-"""Halts: members that the kernel does not schedule while they enter or repair a world.
+"""Halts: members that the kernel does not schedule while they enter, repair or leave a world.
 
 What a member's row says is judged in the world it belongs to. One that was stopped before it came
-there shows a row of the world before, or none that any rule speaks of, and everybody waits for it.
-That it is stopped needs no row: the kernel says so. It is named; whom to remove from a world that
-has not begun is for the recovery to say, which has deadlines of its own.
+there, or as it repairs it, shows a row of the world before, or one that no rule speaks of, and
+everybody waits for it. That it is stopped needs no row: the kernel says so. It is named; whom to
+remove is for the recovery to say, which has deadlines of its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -54,7 +54,7 @@ class Halts:
         stretch_s: Callable[[float], float],
         confidence: float,
     ) -> dict[MemberId, Verdict]:
-        """Members that are stopped on their way into `world`, or while it is repaired.
+        """Members that are stopped outside of any step of `world`.
 
         Args:
           now: seconds on the detector's clock.
@@ -91,6 +91,6 @@ class Halts:
 def _reason(member: MemberId, seat: Seat, halt: _Halt, world: World) -> str:
     return (
         f"seat {seat} (member {member}, pid {halt.pid}) is stopped for "
-        f"{halt.last - halt.since:.1f} s, while generation {world.generation} is entered or repaired, "
-        "which waits for it; suspected: `kill -CONT` lets it go on"
+        f"{halt.last - halt.since:.1f} s outside of any step, in or before generation "
+        f"{world.generation}, and the job waits for it; suspected: `kill -CONT` lets it go on"
     )

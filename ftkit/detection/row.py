@@ -88,7 +88,7 @@ class Phase(StrEnum):
     CAPTURE = "capture"
     """Waiting for, or making, the snapshot."""
     BETWEEN = "between"
-    """Outside a step; `step` is the last one played."""
+    """Outside a step; `step` is the last one begun here, whether or not it counts."""
     RECOVERY = "recovery"
     """Being repaired; recovery has its own deadlines."""
     DONE = "done"

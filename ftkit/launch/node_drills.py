@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ftkit.checkpoint.parity.buffer import ParityHead, data_offset, read_head
 from ftkit.checkpoint.stripes import Place, StripePlan
 from ftkit.core.errors import FtkitError, IntegrityError
 from ftkit.core.ids import NodeId
-from ftkit.core.process_stat import stands_still
+from ftkit.core.process_stat import all_stopped
 from ftkit.core.trace import Trace
 from ftkit.launch.config import JobConfig
 from ftkit.launch.drill_catalogue import LOSE_NODES
@@ -24,6 +25,8 @@ from ftkit.launch.event_tail import EventTail
 
 #: With all ranks frozen, what is published changes no more after so long.
 SETTLED_S = 1.5
+#: A rank that has not stopped so long after it was told to is waiting in the kernel.
+STOPS_WITHIN_S = 30.0
 
 
 class NodeStriker:
@@ -37,7 +40,10 @@ class NodeStriker:
         """The member in each seat, and its process."""
         self._reached = False
         self._published = not job.parity
+        self._told_at: float | None = None
+        """When the ranks were first told to stop."""
         self._frozen_at: float | None = None
+        """When all of them had."""
         self._done = False
 
     def poll(self, engine: Engine) -> None:
@@ -46,7 +52,7 @@ class NodeStriker:
             return
         for event in self._tail.poll():
             self._take(event)
-        if self._frozen_at is None:
+        if self._told_at is None:
             if not (self._reached and self._published):
                 return
             if len(self._ranks) < self._job.world_size:
@@ -55,11 +61,11 @@ class NodeStriker:
                 seats = [s for s in self._ranks if s // self._job.nproc in self._drill.nodes]
                 self._strike(engine, self._drill.nodes, seats)
                 return
-            # So that none sees another go, and commits, votes or repairs the world on its own.
-            self._signal(signal.SIGSTOP)
-            self._frozen_at = time.monotonic()
-        if not all(stands_still(pid) for _, pid in self._ranks.values()):
+            self._told_at = time.monotonic()
+        if not self._freeze(self._told_at):
             return
+        if self._frozen_at is None:
+            self._frozen_at = time.monotonic()
         if self._drill.fault == LOSE_NODES:
             self._strike(engine, self._drill.nodes, list(self._ranks))
         elif time.monotonic() - self._frozen_at > SETTLED_S:
@@ -91,10 +97,26 @@ class NodeStriker:
         for node in nodes:
             engine.kill_node(node)
         if self._drill.fault != LOSE_NODE:
-            self._signal(signal.SIGKILL)
+            self._signal([pid for _, pid in self._ranks.values()], signal.SIGKILL)
 
-    def _signal(self, number: signal.Signals) -> None:
-        for _, pid in self._ranks.values():
+    def _freeze(self, told_at: float) -> bool:
+        """Whether all ranks are stopped; those that are not are told to, and whoever replaced one.
+
+        So that none sees another go, and commits, votes or repairs the world on its own.
+
+        FtkitError: one does not stop.
+        """
+        running = {s: pid for s, (_, pid) in self._ranks.items() if not all_stopped(pid)}
+        if running and time.monotonic() - told_at > STOPS_WITHIN_S:
+            raise FtkitError(
+                f"the ranks in seats {sorted(running)} were told to stop {STOPS_WITHIN_S:.0f} s ago "
+                "and still run, or wait in the kernel for a device: nothing was struck"
+            )
+        self._signal(running.values(), signal.SIGSTOP)
+        return not running
+
+    def _signal(self, pids: Iterable[int], number: signal.Signals) -> None:
+        for pid in pids:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

@@ -43,7 +43,7 @@ from ftkit.session.clip import clip
 from ftkit.session.layers import seed_all
 from ftkit.session.loop import Loop, Play
 from ftkit.session.shares import Carried
-from ftkit.session.voting import Played, vote
+from ftkit.session.voting import Attempt, vote
 from ftkit.session.worlds import broadcast_from
 
 
@@ -470,7 +470,7 @@ class Step:
         self._check()
         self._result, self._newcomers = vote(
             self._loop,
-            Played(
+            Attempt(
                 number=self._number,
                 generation=self._generation,
                 digest=self._digest,
@@ -554,6 +554,8 @@ class Step:
             reason=str(error)[:300],
             summed=summed,
         )
+        # Who votes or reduces is taken to wait for others. What comes next is the user's code.
+        self._parts.recorder.phase(Phase.BETWEEN)
 
     def _check(self) -> None:
         """Raise when the attempt's generation is over, before anything enters the next."""

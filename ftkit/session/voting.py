@@ -4,7 +4,7 @@ A vote that a fault cuts in half may have passed elsewhere: then the step counts
 coordinator has said so.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -24,8 +24,8 @@ VOTES_MAX = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Played:
-    """What a rank has played, and votes for."""
+class Attempt:
+    """What of an attempt a rank votes for."""
 
     number: StepNumber
     generation: Generation
@@ -33,7 +33,7 @@ class Played:
     """Of the reduced gradients."""
     state_digest: int
     """Of the state that they are applied to; 0 where replicas are not compared in this step."""
-    held: Collection[Slot]
+    held: Sequence[Slot]
     """Slots of this rank's sum."""
     losses: Mapping[Slot, float]
 
@@ -42,26 +42,29 @@ class Counted(NamedTuple):
     """A step that counts."""
 
     result: Tally | None
-    """Of the vote; None where it was cut in half: its ballots, which carry the losses, are lost."""
+    """Of the vote; None where it was cut in half: its ballots, which carry the losses, are lost. It
+    may be there although this rank learnt only from the coordinator that the step counts."""
     newcomers: World | None
     """The world to switch to before the next step."""
 
 
-def vote(loop: Loop, played: Played) -> Counted:
+def vote(loop: Loop, attempt: Attempt) -> Counted:
     """Agree that the step counts. Returns when it does; blocks through a repair.
 
     Raises:
       StepRolledBack: it does not.
       UsageError, NotDeterministic: it never will, and the script has to change.
+      IntegrityError: this rank's replica differs from the others', and it is to leave.
+      JobStopped: the job is over for this rank.
     """
-    parts, number, generation = loop.parts, played.number, played.generation
+    parts, number, generation = loop.parts, attempt.number, attempt.generation
     parts.recorder.phase(Phase.VOTE)
     prepared = parts.membership.prepared
     loop.shard_watch.look(number)
-    ballot = _ballot(loop, played, prepared)
-    data = derive(*(loop.read[number, slot] for slot in played.held))
+    ballot = _ballot(loop, attempt, prepared)
+    data = derive(*(loop.read[number, slot] for slot in attempt.held))
     parts.trace.event(
-        "vote", step=number, generation=generation, slots=played.held, data=f"{data:x}"
+        "vote", step=number, generation=generation, slots=attempt.held, data=f"{data:x}"
     )
     parts.membership.vote_cast()
     result: Tally | None = None
@@ -80,7 +83,7 @@ def vote(loop: Loop, played: Played) -> Counted:
         pass  # cut in half: what became of it is decided below, with the others
     if result is not None:
         if not result.passed:
-            _refused(loop, played, result)
+            _refused(loop, attempt, result)
         loop.numbers.counted(result)
     newcomers: World | None = None
     if result is not None and parts.membership.vote_passed(generation):
@@ -90,37 +93,37 @@ def vote(loop: Loop, played: Played) -> Counted:
             growing = result.switch is not None
             loop.recutter.counted(number, ballots, until=loop.until, growing=growing)
     elif parts.membership.fate() is Fate.BACK:
-        raise StepRolledBack(f"step {number} was cut short and is played again")
+        raise StepRolledBack(f"step {number} was cut short and is attempt again")
     else:
         parts.trace.event("forward", step=number, generation=generation)
     loop.refusals = 0
     return Counted(result, newcomers)
 
 
-def _ballot(loop: Loop, played: Played, prepared: World | None) -> Ballot:
+def _ballot(loop: Loop, attempt: Attempt, prepared: World | None) -> Ballot:
     return Ballot(
-        generation=played.generation,
-        step=played.number,
-        digest=played.digest,
-        data_digest=loop.feed.digest(played.number),
+        generation=attempt.generation,
+        step=attempt.number,
+        digest=attempt.digest,
+        data_digest=loop.feed.digest(attempt.number),
         shape=loop.snapshots.shape,
         layout=loop.snapshots.layout,
         prepared=prepared.generation if prepared else Generation(0),
-        state=played.state_digest,
+        state=attempt.state_digest,
         norm=loop.numbers.norm,
         bad_bucket=loop.numbers.bad_bucket,
         again=loop.numbers.final,
         move=loop.recutter.move if loop.recutter else 0,
-        stand=loop.recutter.stand(played.number) if loop.recutter else 0,
-        losses=played.losses,
+        stand=loop.recutter.stand(attempt.number) if loop.recutter else 0,
+        losses=attempt.losses,
         costs=loop.layers.seconds if loop.layers else loop.shares.costs,
     )
 
 
-def _refused(loop: Loop, played: Played, result: Tally) -> None:
+def _refused(loop: Loop, attempt: Attempt, result: Tally) -> None:
     """A vote that did not pass is the job's fault; too many in a row are the script's."""
     loop.parts.membership.vote_failed()
-    loop.parts.trace.event("refused", step=played.number, reason=result.reason)
+    loop.parts.trace.event("refused", step=attempt.number, reason=result.reason)
     if result.refusal is Refusal.STATE:
         raise UsageError(
             f"{result.reason}. Protect the same model and optimizers on all ranks; a sharded "
@@ -136,9 +139,9 @@ def _refused(loop: Loop, played: Played, result: Tally) -> None:
     if loop.refusals >= VOTES_MAX:
         raise UsageError(f"{result.reason}, {loop.refusals} times in a row")
     if result.refusal is Refusal.REPLICAS:
-        loop.replicas.settle(result, played.number)
+        loop.replicas.settle(result, attempt.number)
     elif result.refusal is Refusal.NUMBERS:
-        loop.numbers.doubted(result, played.number, played.generation)
+        loop.numbers.doubted(result, attempt.number, attempt.generation)
     elif result.refusal is Refusal.GRADIENTS:
         loop.numbers.differ(result)
     raise StepRolledBack(result.reason)

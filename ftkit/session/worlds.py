@@ -136,7 +136,7 @@ class Worlds:
                     self._snapshots.give_up()
                     parts.membership.gave_up()
         if parts.recorder.shown is Phase.RECOVERY:
-            # The user's code comes next, which may hang here as anywhere.
+            # Said above, or before `switch`. The user's code comes next, which may hang like any other.
             parts.recorder.phase(Phase.OPTIMIZER if in_step else Phase.BETWEEN)
 
     def _stand_still(self) -> None:

@@ -31,6 +31,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Some of the hidden units; their part of the output."""
+
     def __init__(self, up: torch.Tensor, down: torch.Tensor) -> None:
         super().__init__()
         self.up, self.down = nn.Parameter(up), nn.Parameter(down)
@@ -63,6 +65,7 @@ def layers(rank: int, size: int, dtype: torch.dtype) -> list[Layer]:
 
 
 def plain(x: torch.Tensor, stack: list[Layer]) -> torch.Tensor:
+    """What one rank computes that has all heads and all of the hidden."""
     for layer in stack:
         x = x + layer.body(functional.rms_norm(x, (WIDTH,), layer.weight, 1e-6))
     return x
@@ -111,5 +114,6 @@ class _Doing:
 
 
 def woven(group: ModelledGroup, stack: list[Layer], split: Any) -> Weave:
+    """The stack on one rank of a modelled network, by the network's clock."""
     network = group.network
     return Weave(stack, group=group, split=split, clock=network.now, aside=lambda: Beside(network))

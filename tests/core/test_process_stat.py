@@ -1,13 +1,18 @@
-"""A process is known by its number and its start; it stands still once all its threads do."""
+"""A process is known by its number and its start; it is stopped once all its threads are."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from ftkit.core.process_stat import stands_still, start_ticks
+import pytest
+
+from ftkit.core.process_stat import all_stopped, start_ticks
+
+pytestmark = pytest.mark.multiproc
 
 
 def test_a_process_keeps_its_start_and_another_has_another() -> None:
@@ -37,22 +42,31 @@ while True:
 """
 
 
-def test_it_stands_still_once_all_its_threads_are_stopped() -> None:
-    command = [sys.executable, "-c", THREADS]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        assert not stands_still(child.pid)
-        child.send_signal(signal.SIGSTOP)
-        while not stands_still(child.pid):
-            time.sleep(0.001)
-        letters = [
-            (task / "stat").read_text().rpartition(")")[2].split()[0]
-            for task in Path(f"/proc/{child.pid}/task").iterdir()
-        ]
-        assert letters == ["T"] * 4
-        child.send_signal(signal.SIGCONT)
-        while stands_still(child.pid):
-            time.sleep(0.001)
-        child.kill()
-    assert stands_still(child.pid), "it is gone"
+@pytest.fixture
+def busy() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of four threads, of which one computes."""
+    with subprocess.Popen([sys.executable, "-c", THREADS], stdout=subprocess.PIPE) as child:
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()
+            yield child
+        finally:
+            child.kill()
+
+
+def test_it_is_stopped_once_all_its_threads_are(busy: subprocess.Popen[bytes]) -> None:
+    assert not all_stopped(busy.pid)
+    busy.send_signal(signal.SIGSTOP)
+    while not all_stopped(busy.pid):
+        time.sleep(0.001)
+    letters = [
+        (task / "stat").read_text().rpartition(")")[2].split()[0]
+        for task in Path(f"/proc/{busy.pid}/task").iterdir()
+    ]
+    assert letters == ["T"] * 4
+    busy.send_signal(signal.SIGCONT)
+    while all_stopped(busy.pid):
+        time.sleep(0.001)
+    busy.kill()
+    busy.wait()
+    assert all_stopped(busy.pid), "it is gone"

@@ -17,5 +17,5 @@ def test_who_hangs_right_after_a_repair_is_named_and_replaced(tmp_path: Path) ->
     assert done.stop.code == 0, done.log
     assert (tmp_path / "hung").exists()
     (named,) = (e for e in done.of("verdict") if e["fault"].startswith("hang"))
-    assert (named["seat"], named["member"]) == (0, 0)
-    assert "between of step 20" in named["reason"]
+    assert (named["fault"], named["seat"], named["member"]) == ("hang-blocked", 0, 0)
+    assert "blocked in between of step" in named["reason"]

@@ -84,8 +84,8 @@ def test_it_strikes_once_when_all_train_and_parity_is_published(
 ) -> None:
     log: list[object] = []
     monkeypatch.setattr(node_drills.os, "kill", lambda pid, number: log.append((pid, number)))  # type: ignore[attr-defined]
-    running = {100}
-    monkeypatch.setattr(node_drills, "stands_still", lambda pid: pid not in running)
+    running = {100, 101, 102, 200}
+    monkeypatch.setattr(node_drills, "all_stopped", lambda pid: pid not in running)
     job = Job(nodes=4, nproc=1, steps=20, parity="2+2")
     drill = choose_nodes(LOSE_NODES, job, seed=1)
     striker = NodeStriker(drill, job, "abc", tmp_path)
@@ -105,14 +105,41 @@ def test_it_strikes_once_when_all_train_and_parity_is_published(
     happens("parity", step=1)
     assert log == [], "seat 3 is empty"
     happens("spawn", seat=3, member=4, pid=200)
-    pids = [100, 101, 102, 200]
-    stopped = [(pid, signal.SIGSTOP) for pid in pids]
-    killed = [(pid, signal.SIGKILL) for pid in pids]
-    assert log == stopped, "rank 0 would still see the others go"
+    stopped = [(pid, signal.SIGSTOP) for pid in (100, 101, 102, 200)]
+    assert log == stopped
+    running -= {100, 101, 200}
+    happens("exit", seat=3, member=4)
+    running.add(201)
+    happens("spawn", seat=3, member=5, pid=201)
+    stopped += [(102, signal.SIGSTOP), (102, signal.SIGSTOP), (201, signal.SIGSTOP)]
+    assert log == stopped, "seats 2 and 3 would still see the others go"
     running.clear()
     striker.poll(engine)
+    killed = [(pid, signal.SIGKILL) for pid in (100, 101, 102, 201)]
     assert log == [*stopped, *drill.nodes, *killed]
     happens("commit", step=drill.step + 1)
-    assert len(log) == 10, "once"
+    assert len(log) == 13, "once"
     told = [e for e in read_run(tmp_path) if e["kind"] == "drill"]
-    assert [(e["seat"], e["member"]) for e in told] == [(0, 0), (1, 1), (2, 2), (3, 4)]
+    assert [(e["seat"], e["member"]) for e in told] == [(0, 0), (1, 1), (2, 2), (3, 5)]
+
+
+def test_a_rank_that_does_not_stop_ends_the_drill_and_not_the_job_by_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_drills.os, "kill", lambda pid, number: None)  # type: ignore[attr-defined]
+    monkeypatch.setattr(node_drills, "all_stopped", lambda pid: pid != 102)
+    monkeypatch.setattr(node_drills, "STOPS_WITHIN_S", -1.0)
+    drill = choose_nodes(LOSE_NODES, Job(nodes=4, nproc=1, steps=20, parity="2+2"), seed=1)
+    striker = NodeStriker(drill, Job(nodes=4, nproc=1, parity="2+2"), "abc", tmp_path)
+    happened: list[dict[str, object]] = [
+        *({"kind": "spawn", "seat": s, "member": s, "pid": 100 + s} for s in range(4)),
+        {"kind": "commit", "step": drill.step},
+        {"kind": "parity", "step": 1},
+    ]
+    file = tmp_path / "events" / "x.jsonl"
+    file.parent.mkdir()
+    file.write_text("".join(json.dumps({"mono": 1.0} | e) + "\n" for e in happened))
+    log: list[object] = []
+    with pytest.raises(FtkitError, match=r"seats \[2\] .*nothing was struck"):
+        striker.poll(Struck(log))  # type: ignore[arg-type]
+    assert log == []

@@ -9,7 +9,11 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ftkit.core.errors import OutsideStep, StateChanged, UsageError
+from ftkit.core.errors import OutsideStep, StateChanged, StepRolledBack, UsageError
+from ftkit.detection.row import Phase
+from ftkit.session import step as step_module
+from ftkit.session.loop import Loop
+from ftkit.session.voting import Attempt, Counted, vote
 from tests.session.alone import SLOTS, Points, alone, bits, learn, net, train
 
 
@@ -238,6 +242,32 @@ def test_an_exception_between_two_slots_leaves_nothing_behind() -> None:
     model = Fragile()
     assert train(model=model) == train()
     assert len(failed) == 2
+
+
+def test_after_a_vote_that_fails_the_row_says_that_user_code_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Who votes is taken to wait for others: a hang before the next attempt would be theirs."""
+    phases: list[Phase] = []
+
+    def fails(loop: Loop, attempt: Attempt) -> Counted:
+        loop.parts.recorder.phase(Phase.VOTE)
+        if not phases:
+            raise StepRolledBack("refused")
+        return vote(loop, attempt)
+
+    monkeypatch.setattr(step_module, "vote", fails)
+    model = net()
+    optimizer = setup(model)
+    with alone() as session:
+        session.protect(model=model, optimizer=optimizer)
+        for step in session.steps(Points(), slots=SLOTS, slot_size=2, until=1):
+            with step:
+                learn(model, step)
+                optimizer.step()
+            phases.append(session._parts.recorder.shown)
+            assert step.committed is (len(phases) == 2)
+    assert phases == [Phase.BETWEEN] * 2
 
 
 def test_an_exception_after_the_commit_cannot_be_swallowed() -> None:

@@ -1,6 +1,7 @@
 """What a rank's row says while it waits for a world, enters it, and goes on in it."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ class Training:
             group=SimpleNamespace(edit=note("edit")),
             stall_s=1.0,
         )
-        self.worlds = Worlds(parts)
+        self.parts, self.worlds = parts, Worlds(parts)
         self.membership.ready(stepping=False)
         self.membership.take_plan(running(1, FIRST, 0))
         self.membership.entered(FIRST, Step(5))
@@ -77,21 +78,24 @@ def test_it_stands_still_until_a_world_is_given_and_then_is_like_any_other(
     training: Training, in_step: bool, after: Phase
 ) -> None:
     training.membership.take_plan(HALT)
-    thread = threading.Thread(target=lambda: training.worlds.settle(in_step=in_step))
+    thread = threading.Thread(target=lambda: training.worlds.settle(in_step=in_step), daemon=True)
     thread.start()
+    deadline = time.monotonic() + 10
     while training.shown is not Phase.RECOVERY:
         assert thread.is_alive()
+        assert time.monotonic() < deadline, "the row says nothing of the wait"
     assert not training.phases, "it waits for the coordinator's word"
     training.membership.take_plan(running(3, SECOND, 5, members=(0, 11, 2)))
     thread.join(10)
     assert not thread.is_alive()
     assert training.phases["edit"] is Phase.RECOVERY
+    assert ("begin" in training.phases) is not in_step, "a step is captured at its end"
     assert training.shown is after
     assert training.membership.active
 
 
 def test_who_waits_before_its_step_loop_is_not_in_recovery(training: Training) -> None:
-    worlds = Worlds(training.worlds._parts)
+    worlds = Worlds(training.parts)
     training.recorder.phase(Phase.STARTING)
     training.membership.take_plan(HALT)
     shown: list[Phase] = []
