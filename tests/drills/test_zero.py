@@ -1,11 +1,15 @@
 """Jobs whose optimizer state is cut over the ranks: who is left owns what is lost, and reads nothing."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from ftkit.core.fault_plan import Kind, Point
 from ftkit.core.ids import NodeId
+from ftkit.core.process_stat import all_stopped
+from ftkit.core.trace import read_run
 from ftkit.launch.checker import Answer, Expectation, check
 from ftkit.launch.engine import Engine
 from tests.drills.jobs import HERE, Run, fault, run
@@ -79,8 +83,9 @@ def test_four_three_two_four(whole: Run, tmp_path: Path) -> None:
 
 def test_a_block_and_its_stand_in_are_lost_together(whole: Run, tmp_path: Path) -> None:
     """Any two of four share blocks: all begin from the arenas, which outlive their processes."""
-    faults = [fault(Kind.KILL, Point.BACKWARD, seat, 8) for seat in (1, 2)]
-    done = run(tmp_path / "run", JOB, nproc=4, faults=faults)
+    kill = Killer(tmp_path / "run", [1, 2])
+    done = run(tmp_path / "run", JOB, nproc=4, on_poll=kill, settings={"env": {PAUSE: "0.05"}})
+    assert kill.struck
     assert_same(done, whole)
     assert {e["seat"] for e in done.of("exit") if e["signal"] == 9} == {1, 2}
     assert {e["seat"] for e in done.of("blocks-lost")} == {0, 3}
@@ -122,6 +127,27 @@ def test_all_nodes_are_lost_with_their_memory(whole: Run, tmp_path: Path) -> Non
     assert step % 4 == 0
     assert step in {e["step"] for e in done.of("checkpoint")}
     assert not done.of("promote"), "nobody was left to take over"
+
+
+class Killer:
+    """Kills two ranks together, once, after some steps: neither is there to take over from the other."""
+
+    def __init__(self, folder: Path, seats: list[int]) -> None:
+        self._folder, self._seats = folder, seats
+        self.struck = False
+
+    def __call__(self, engine: Engine) -> None:
+        if self.struck:
+            return
+        events = read_run(self._folder)
+        if sum(e["kind"] == "commit" and e["seat"] == self._seats[0] for e in events) <= 7:
+            return
+        pids = [e["pid"] for e in events if e["kind"] == "spawn" and e["seat"] in self._seats]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        self.struck = all(all_stopped(pid) for pid in pids)
+        for pid in pids if self.struck else ():
+            os.kill(pid, signal.SIGKILL)
 
 
 class Loser:
