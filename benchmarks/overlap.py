@@ -52,6 +52,8 @@ class Plan:
     bounds: tuple[float, ...] = ()
     """Computing and sending one after another, over beside each other: further links, whose rate
     follows from how long computing took on the first. Sending takes less than computing."""
+    rounds: int = 1
+    """For each that was asked for, within `seconds`: sides a percent apart need more than others."""
 
 
 PLANS = {
@@ -62,7 +64,7 @@ PLANS = {
     "attention": Plan(4, (100,), 30),
     "grouped": Plan(4, (25,), 30),
     "traffic": Plan(2, (1000, 2000), 60),
-    "ddp": Plan(2, (1000, 2000), 15),
+    "ddp": Plan(2, (1000, 2000), 20, rounds=5),
 }
 #: No limit, as tc writes it.
 FREE = 100_000
@@ -84,7 +86,7 @@ def run(
     here.mkdir()
     rate, size = mbit or FREE, plan.ranks
     command = python(
-        *("-m", "benchmarks.overlap_rank", part, "--rounds", str(rounds)),
+        *("-m", "benchmarks.overlap_rank", part, "--rounds", str(rounds * plan.rounds)),
         *("--seconds", str(plan.seconds), "--rate", str(rate * 125e3)),
     )
     network = Wires(size, rate) if wires else Links(size, f"{rate}mbit")
