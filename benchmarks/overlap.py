@@ -58,7 +58,7 @@ class Plan:
 
 PLANS = {
     "linear": Plan(2, (400, 1000, None), 20),
-    "weave": Plan(2, (None,), 35, bounds=(1.6, 1.3)),
+    "weave": Plan(2, (None,), 45, bounds=(1.6, 1.3), rounds=2),
     "linear-emulated": Plan(2, (400, 1000, None), 20),
     "weave-emulated": Plan(2, (None,), 35, bounds=(1.6, 1.3)),
     "attention": Plan(4, (100,), 30),

@@ -93,7 +93,7 @@ def vote(loop: Loop, attempt: Attempt) -> Counted:
             growing = result.switch is not None
             loop.recutter.counted(number, ballots, until=loop.until, growing=growing)
     elif parts.membership.fate() is Fate.BACK:
-        raise StepRolledBack(f"step {number} was cut short and is attempt again")
+        raise StepRolledBack(f"step {number} was cut short and is played again")
     else:
         parts.trace.event("forward", step=number, generation=generation)
     loop.refusals = 0
