@@ -258,9 +258,12 @@ class Step:
             if self._loop.scaled is not None:
                 self._loop.scaled.stop()
             self._loop.reducer.end()
-            if not self.committed and self._buffers is not None:
-                # Whatever ended it: what comes next begins where this step began.
-                self._buffers.rewind()
+            if not self.committed:
+                # Who votes or reduces is taken to wait for others. What comes next is the user's code,
+                self._parts.recorder.phase(Phase.BETWEEN)
+                if self._buffers is not None:
+                    # and begins where this step began, whatever ended it.
+                    self._buffers.rewind()
 
     def agree(self) -> None:
         """Vote now, rather than with the first optimizer's step: on return the step counts.
@@ -554,8 +557,6 @@ class Step:
             reason=str(error)[:300],
             summed=summed,
         )
-        # Who votes or reduces is taken to wait for others. What comes next is the user's code.
-        self._parts.recorder.phase(Phase.BETWEEN)
 
     def _check(self) -> None:
         """Raise when the attempt's generation is over, before anything enters the next."""
